@@ -1,0 +1,108 @@
+"""Multi-scale deformable attention: each pixel of a feature pyramid gathers a few learned points of every level.
+
+Deformable DETR (arXiv 2010.04159, eq. 3); upstream mask2former/modeling/pixel_decoder/ops. Letters: B frames, S the
+pixels of all levels together, Q queries, M heads, D channels of a head, V levels, P points.
+
+`deformable_attention` is what the pixel decoder calls and the one place where an implementation is chosen.
+`sample_points` is the PyTorch path: it needs no compiler and runs on any device, in any floating point type.
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+LevelShapes = list[tuple[int, int]]  # (height, width) of each level, in the order in which their pixels are joined
+
+
+def deformable_attention(value: Tensor, level_shapes: LevelShapes, offsets: Tensor, logits: Tensor) -> Tensor:
+    """Deformable self-attention of a pyramid: query s is pixel s of the joined levels.
+
+    value    (B, S, M, D)
+    offsets  (B, S, M, V, P, 2) from the pixel's own centre, in pixels of the level that is read, (x, y)
+    logits   (B, S, M, V * P), softmaxed here over all points of all levels
+    returns  (B, S, M * D)
+
+    This is the dispatch point: a kernel that fuses the lines below is chosen here and nowhere else.
+    """
+    batch, pixels, heads, levels, points, _ = offsets.shape
+    if value.shape[1] != sum(height * width for height, width in level_shapes):
+        raise ValueError(f"value holds {value.shape[1]} pixels, the levels {level_shapes} another number")
+    weights = logits.softmax(-1).view(batch, pixels, heads, levels, points)
+    sizes = offsets.new_tensor([(width, height) for height, width in level_shapes])  # (V, 2) as (x, y)
+    centres = pixel_centres(level_shapes, offsets)[:, None, None, None]              # (S, 1, 1, 1, 2)
+    locations = centres + offsets / sizes[:, None]
+    return sample_points(value, level_shapes, locations, weights)
+
+
+def sample_points(value: Tensor, level_shapes: LevelShapes, locations: Tensor, weights: Tensor) -> Tensor:
+    """Weighted sum of bilinear samples, in plain PyTorch; zero outside, align_corners False.
+
+    value      (B, S, M, D)
+    locations  (B, Q, M, V, P, 2) as (x, y); 0 and 1 are the outer borders of a level
+    weights    (B, Q, M, V, P)
+    returns    (B, Q, M * D)
+    """
+    batch, _, heads, channels = value.shape
+    queries, points = locations.shape[1], locations.shape[4]
+    grids = (2 * locations - 1).transpose(1, 2).flatten(0, 1)                   # (B M, Q, V, P, 2) in -1..1
+    weights = weights.transpose(1, 2).flatten(0, 1)                             # (B M, Q, V, P)
+    total = value.new_zeros(batch * heads, channels, queries)
+    start = 0
+    for level, (height, width) in enumerate(level_shapes):
+        plane = value[:, start:start + height * width].permute(0, 2, 3, 1)      # (B, M, D, H W)
+        plane = plane.reshape(batch * heads, channels, height, width)
+        samples = F.grid_sample(plane, grids[:, :, level], mode="bilinear", padding_mode="zeros", align_corners=False)
+        total = total + (samples * weights[:, None, :, level]).sum(-1)          # (B M, D, Q)
+        start += height * width
+    return total.view(batch, heads * channels, queries).transpose(1, 2)
+
+
+def pixel_centres(level_shapes: LevelShapes, like: Tensor) -> Tensor:
+    """Centres of all pixels of all levels as (x, y) in 0..1: (S, 2), dtype and device of `like`."""
+    centres = []
+    for height, width in level_shapes:
+        y = (torch.arange(height, dtype=like.dtype, device=like.device) + 0.5) / height
+        x = (torch.arange(width, dtype=like.dtype, device=like.device) + 0.5) / width
+        centres.append(torch.stack((x.expand(height, width), y[:, None].expand(height, width)), -1).flatten(0, 1))
+    return torch.cat(centres)
+
+
+class DeformableAttention(nn.Module):
+    """The attention layer: four linear maps around `deformable_attention`.
+
+    query (B, S, C) decides where to look and how much to weigh (content + position); value (B, S, C) is what is read.
+    """
+
+    def __init__(self, channels: int, levels: int = 3, heads: int = 8, points: int = 4):
+        super().__init__()
+        if channels % heads:
+            raise ValueError(f"channels ({channels}) must be divisible by heads ({heads})")
+        self.levels, self.heads, self.points = levels, heads, points
+        self.sampling_offsets = nn.Linear(channels, heads * levels * points * 2)
+        self.attention_weights = nn.Linear(channels, heads * levels * points)
+        self.value_proj = nn.Linear(channels, channels)
+        self.output_proj = nn.Linear(channels, channels)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Head h starts by looking in direction 2 pi h / heads, point p at p + 1 steps of it; all weights equal."""
+        angle = torch.arange(self.heads, dtype=torch.float32) * (2 * math.pi / self.heads)
+        direction = torch.stack((angle.cos(), angle.sin()), -1)
+        direction = direction / direction.abs().amax(-1, keepdim=True)          # the longer component becomes 1
+        steps = torch.arange(1, self.points + 1, dtype=torch.float32)
+        start = direction[:, None, None] * steps[:, None]                       # (heads, 1, points, 2)
+        with torch.no_grad():
+            self.sampling_offsets.bias.copy_(start.expand(-1, self.levels, -1, -1).flatten())
+        for parameter in (self.sampling_offsets.weight, self.attention_weights.weight, self.attention_weights.bias,
+                          self.value_proj.bias, self.output_proj.bias):
+            nn.init.zeros_(parameter)
+        nn.init.xavier_uniform_(self.value_proj.weight)
+        nn.init.xavier_uniform_(self.output_proj.weight)
+
+    def forward(self, query: Tensor, value: Tensor, level_shapes: LevelShapes) -> Tensor:
+        heads, levels, points = self.heads, self.levels, self.points
+        value = self.value_proj(value).unflatten(-1, (heads, -1))
+        offsets = self.sampling_offsets(query).unflatten(-1, (heads, levels, points, 2))
+        logits = self.attention_weights(query).unflatten(-1, (heads, levels * points))
+        return self.output_proj(deformable_attention(value, level_shapes, offsets, logits))
