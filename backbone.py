@@ -1,0 +1,145 @@
+"""Backbones: frames to four feature maps of strides 4, 8, 16, 32 (res2..res5), built from torchvision's classes.
+
+`build_backbone(name)` makes ResNet-50/101 (and the small `resnet10` of the toy preset) or Swin-T/S/B/L.
+Source: torchvision.models.resnet and swin_transformer; upstream detectron2 modeling/backbone/resnet.py and
+mask2former/modeling/backbone/swin.py.
+
+Where torchvision's Swin differs from the detector Swin that official checkpoints come from, ours follows the detector:
+  * the shift is kept where a map is smaller than the window (torchvision drops it);
+  * every output has a LayerNorm of its own, and there is no last norm, pooling or classifier;
+  * inputs need not be multiples of the patch size (zeros are added right and bottom).
+Both pad after the block's first norm, so the padded zeros become keys and values like any pixel, and both add -100 to
+the attention logits of pixels that the shift brought together from opposite borders.
+"""
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+from torchvision.models.swin_transformer import ShiftedWindowAttention, SwinTransformer, SwinTransformerBlock
+from torchvision.ops import FrozenBatchNorm2d
+
+RESNETS = {
+    "resnet10": dict(block=BasicBlock, layers=[1, 1, 1, 1]),
+    "resnet50": dict(block=Bottleneck, layers=[3, 4, 6, 3]),
+    "resnet101": dict(block=Bottleneck, layers=[3, 4, 23, 3]),
+}
+SWINS = {  # T, S, B have torchvision's shapes, so that its ImageNet weights fit; L is the detectors' 384-pixel one
+    "swin_t": dict(embed_dim=96, depths=[2, 2, 6, 2], num_heads=[3, 6, 12, 24], window=7),
+    "swin_s": dict(embed_dim=96, depths=[2, 2, 18, 2], num_heads=[3, 6, 12, 24], window=7),
+    "swin_b": dict(embed_dim=128, depths=[2, 2, 18, 2], num_heads=[4, 8, 16, 32], window=7),
+    "swin_l": dict(embed_dim=192, depths=[2, 2, 18, 2], num_heads=[6, 12, 24, 48], window=12),
+}
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """The norm that learns and does not depend on the batch: for training from scratch, where frozen norms mean nothing."""
+    return nn.GroupNorm(32, channels)
+
+
+NORMS = {"frozen": FrozenBatchNorm2d, "batch": nn.BatchNorm2d, "group": group_norm}
+
+
+def build_backbone(name: str, norm: str = "frozen", window: int | None = None) -> nn.Module:
+    """A backbone by name (the keys of RESNETS and SWINS).
+
+    norm: of a ResNet: "frozen" (statistics and affine are buffers, eps 1e-5: for pretrained weights), "batch", "group".
+    window: of a Swin, instead of the table's. ValueError for an unknown name or norm.
+    """
+    if name in RESNETS:
+        if norm not in NORMS:
+            raise ValueError(f"unknown norm {norm!r}: choose one of {', '.join(NORMS)}")
+        return ResNetBackbone(**RESNETS[name], norm_layer=NORMS[norm])
+    if name in SWINS:
+        return SwinBackbone(**(SWINS[name] | ({"window": window} if window else {})))
+    raise ValueError(f"unknown backbone {name!r}: choose one of {', '.join([*RESNETS, *SWINS])}")
+
+
+class ResNetBackbone(nn.Module):
+    """torchvision's ResNet without its classifier; the stride of a Bottleneck sits in its 3x3 convolution."""
+
+    def __init__(self, block, layers, norm_layer):
+        super().__init__()
+        network = ResNet(block, layers, norm_layer=norm_layer)
+        for name, module in network.named_children():
+            if name not in ("avgpool", "fc"):
+                self.add_module(name, module)
+        self.channels = [64 * block.expansion * 2 ** stage for stage in range(4)]
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """images (N, 3, H, W), normalised -> [res2, res3, res4, res5], each (N, channels[i], H / stride, W / stride)."""
+        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        maps = []
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = stage(x)
+            maps.append(x)
+        return maps
+
+
+class DetectorWindowAttention(ShiftedWindowAttention):
+    """torchvision's windowed attention with the detector's rule: a shift is a shift, however small the map."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (N, H, W, C), already normed -> the same shape."""
+        count, height, width, channels = x.shape
+        window, shift = self.window_size[0], self.shift_size[0]
+        x = F.pad(x, (0, 0, 0, -width % window, 0, -height % window))
+        rows, columns = x.shape[1] // window, x.shape[2] // window
+        if shift:
+            x = x.roll((-shift, -shift), (1, 2))
+        x = x.view(count, rows, window, columns, window, channels).transpose(2, 3)
+        x = x.reshape(count * rows * columns, window * window, channels)
+
+        query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        bias = self.get_relative_position_bias()                                # (1, heads, tokens, tokens)
+        if shift:
+            apart = shifted_from_afar(rows, columns, window, shift, x.device)   # True = came from another border
+            bias = bias + apart[None, :, None].to(bias.dtype) * -100.0          # (1, windows, heads, tokens, tokens)
+            bias = bias.expand(count, -1, -1, -1, -1).flatten(0, 1)
+        x = F.scaled_dot_product_attention(query, key, value, attn_mask=bias.to(query.dtype))
+        x = self.proj(x.transpose(1, 2).flatten(2))
+
+        x = x.view(count, rows, columns, window, window, channels).transpose(2, 3)
+        x = x.reshape(count, rows * window, columns * window, channels)
+        if shift:
+            x = x.roll((shift, shift), (1, 2))
+        return x[:, :height, :width].contiguous()
+
+
+def shifted_from_afar(rows: int, columns: int, window: int, shift: int, device: torch.device) -> Tensor:
+    """Which pairs of a shifted window were not neighbours before the roll: bool (windows, tokens, tokens), True = apart."""
+    def zones(count: int) -> Tensor:  # 0: untouched windows, 1: last window up to the seam, 2: rolled in from the start
+        zone = torch.zeros(count * window, dtype=torch.long, device=device)
+        zone[-window:] = 1
+        zone[-shift:] = 2
+        return zone
+
+    region = zones(rows)[:, None] * 3 + zones(columns)
+    region = region.view(rows, window, columns, window).transpose(1, 2).flatten(2).flatten(0, 1)
+    return region[:, :, None] != region[:, None]
+
+
+class SwinBackbone(nn.Module):
+    """torchvision's Swin stages with the detector's attention and one LayerNorm an output."""
+
+    def __init__(self, embed_dim, depths, num_heads, window, drop_path: float = 0.3):
+        super().__init__()
+        network = SwinTransformer([4, 4], embed_dim, depths, num_heads, [window, window],
+                                  stochastic_depth_prob=drop_path, num_classes=1,
+                                  block=partial(SwinTransformerBlock, attn_layer=DetectorWindowAttention))
+        self.features = network.features
+        self.channels = [embed_dim * 2 ** stage for stage in range(4)]
+        self.norms = nn.ModuleList(nn.LayerNorm(channels) for channels in self.channels)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """images (N, 3, H, W), normalised -> [res2, res3, res4, res5], each (N, channels[i], H / stride, W / stride)."""
+        height, width = images.shape[-2:]
+        x = self.features[0](F.pad(images, (0, -width % 4, 0, -height % 4)))    # (N, H / 4, W / 4, C)
+        maps = []
+        for stage, norm in enumerate(self.norms):
+            if stage:
+                x = self.features[2 * stage](x)                                 # patch merging
+            x = self.features[2 * stage + 1](x)
+            maps.append(norm(x).permute(0, 3, 1, 2).contiguous())
+        return maps
