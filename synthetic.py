@@ -1,0 +1,303 @@
+"""Synthetic videos for training and testing where no real data set is at hand.
+
+Each video shows a few textured shapes (disc, square, triangle, star, cross, ring) that move, cross, hide one
+another, leave the frame and come back, over a textured background that drifts slowly. The class of an object
+is its shape alone: colours, texture, size and motion are drawn independently of it. The masks hold the
+visible pixels only, so an object that is hidden or outside the frame has none there. Such gaps are what the
+gated queries of GRAtt-VIS have to survive.
+
+A set is written in the YouTube-VIS format, so the rest of the code reads it like the real one:
+
+    root/train.json   root/train/JPEGImages/<video>/00000.jpg ...
+    root/valid.json   root/valid/JPEGImages/<video>/00000.jpg ...
+
+Launch it through the data module:
+
+    python data.py --root datasets/synthetic
+"""
+
+import json
+import math
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from pycocotools import mask as rle
+from tqdm import tqdm
+
+MIN_VISIBLE_PIXELS = 12  # fewer are a sliver that nobody could label: the object counts as absent
+RETURNING_SHARE = 0.35  # of the objects leave the frame and come back; the others cross it
+JPEG_QUALITY = 90
+
+
+# ---- Shapes and textures ----
+
+def pointed(x, y, points, notch):
+    """Signed distance to a figure with so many tips at radius 1 and notches between them at radius notch."""
+    sector = 2 * math.pi / points
+    # Folding the plane onto half a sector leaves one piece of outline: the line from a tip to its notch.
+    angle, radius = np.abs((np.arctan2(y, x) + sector / 2) % sector - sector / 2), np.hypot(x, y)
+    rise, run = notch * math.sin(sector / 2), 1 - notch * math.cos(sector / 2)
+    return ((radius * np.cos(angle) - 1) * rise + radius * np.sin(angle) * run) / math.hypot(rise, run)
+
+
+def bar(x, y):
+    """Signed distance to a bar along x."""
+    return np.maximum(np.abs(x) - 0.95, np.abs(y) - 0.31)
+
+
+# Signed distance to the outline, negative inside, at object coordinates, which put the farthest tip at 1.
+SHAPES = {
+    "disc": lambda x, y: np.hypot(x, y) - 1,
+    "square": lambda x, y: pointed(x, y, points=4, notch=math.cos(math.pi / 4)),
+    "triangle": lambda x, y: pointed(x, y, points=3, notch=math.cos(math.pi / 3)),
+    "star": lambda x, y: pointed(x, y, points=5, notch=0.48),
+    "cross": lambda x, y: np.minimum(bar(x, y), bar(y, x)),
+    "ring": lambda x, y: np.abs(np.hypot(x, y) - 0.74) - 0.26,
+}
+CATEGORIES = tuple(SHAPES)  # category id = position + 1
+
+# The sign, at object coordinates stretched to radians, chooses one of the two colours of the object.
+TEXTURES = {
+    "stripes": lambda x, y: np.sin(x),
+    "checks": lambda x, y: np.sin(x) * np.sin(y),
+    "dots": lambda x, y: np.cos(x) + np.cos(y) - 0.5,
+    # Waves bent by other waves no longer look regular.
+    "blotches": lambda x, y: (np.sin(0.7 * x + 1.6 * np.sin(0.6 * y)) +
+                              np.sin(0.6 * y + 1.4 * np.sin(0.8 * x))),
+}
+
+
+# ---- Paths: (T, 2) float centres (x, y) in pixels, moving about 1 to 6 pixels a frame at width 160 ----
+
+def crossing_path(rng, frames, height, width):
+    """Cross the frame, straight or swinging, through a point of its middle, where the other paths meet it."""
+    middle = rng.uniform(0.25, 0.75, 2) * (width, height)
+    clock = np.arange(frames) - rng.uniform(0.3, 0.7) * frames
+    heading = rng.uniform(0, 2 * np.pi)
+    # The cap keeps the objects of long videos from spending most of the time outside the frame.
+    speed = min(rng.uniform(0.010, 0.034), 1.2 / frames)
+    path = middle + clock[:, None] * speed * (width * np.cos(heading), height * np.sin(heading))
+    swing = rng.choice([0, rng.uniform(0.08, 0.16)]) * height
+    path[:, 1] += swing * np.sin(2 * np.pi * clock / rng.uniform(18, 30))
+    return path
+
+
+def returning_path(rng, frames, height, width, radius):
+    """Slide along one border, leave through it, and come back."""
+    inside, outside = rng.uniform(0.8, 1.4) * radius, rng.uniform(1.25, 1.6) * radius
+    # A bell curve is steepest at 0.86 x its height / its duration: this duration bounds the speed.
+    duration = 0.86 * (inside + outside) / (rng.uniform(0.025, 0.035) * width)
+    clock = np.arange(frames) - rng.uniform(0.3, 0.7) * frames
+    depth = inside - (inside + outside) * np.exp(-(clock / duration) ** 2)
+    path = crossing_path(rng, frames, height, width)
+    axis = rng.integers(2)
+    path[:, axis] = depth if rng.random() < 0.5 else (width, height)[axis] - depth
+    return path
+
+
+# ---- Scenes ----
+
+@dataclass(frozen=True)
+class MovingObject:
+    """One object and its whole trajectory over T frames."""
+    category_id: int        # 1 .. len(CATEGORIES)
+    centres: np.ndarray     # (T, 2) float, (x, y) in pixels, may lie outside the frame
+    radii: np.ndarray       # (T,) float, pixels from the centre to the farthest tip
+    angles: np.ndarray      # (T,) float, radians
+    colours: np.ndarray     # (2, 3) float, RGB in 0 .. 255
+    texture: str            # key of TEXTURES
+    frequency: float        # texture radians per radius
+    phase: np.ndarray       # (2,) float, texture radians
+
+
+def make_object(rng, frames, height, width, background_colour):
+    """Draw a MovingObject at random, in colours that stand out against background_colour, (3,) RGB."""
+    radius = rng.uniform(0.14, 0.26) * height
+    breath = np.sin(2 * np.pi * np.arange(frames) / rng.uniform(20, 40) + rng.uniform(0, 2 * np.pi))
+    if rng.random() < RETURNING_SHARE:
+        centres = returning_path(rng, frames, height, width, radius)
+    else:
+        centres = crossing_path(rng, frames, height, width)
+    first = contrasting_colour(rng, [background_colour])
+    second = contrasting_colour(rng, [background_colour, first])
+    return MovingObject(
+        category_id=int(rng.integers(len(CATEGORIES))) + 1,
+        centres=centres,
+        radii=radius * (1 + rng.uniform(0, 0.15) * breath),
+        angles=rng.uniform(0, 2 * np.pi) + rng.uniform(-0.08, 0.08) * np.arange(frames),
+        colours=np.stack([first, second]),
+        texture=str(rng.choice(list(TEXTURES))),
+        frequency=rng.uniform(5, 9),
+        phase=rng.uniform(0, 2 * np.pi, 2),
+    )
+
+
+def contrasting_colour(rng, others, candidates=8):
+    """Of some random RGB colours in 0 .. 255, return the one, (3,) float, farthest from all the others."""
+    colours = rng.uniform(0, 255, (candidates, 3))
+    distances = np.linalg.norm(colours[:, None] - np.asarray(others), axis=2)
+    return colours[distances.min(axis=1).argmax()]
+
+
+def make_background(rng, frames, height, width):
+    """Return T background frames, (T, H, W, 3) float32 in 0 .. 255, cut from one slowly drifting picture."""
+    margin = 0.04 * width
+    border = int(np.ceil(margin)) + 2
+    picture_size = (width + 2 * border, height + 2 * border)
+    # A few large patches of colour and, fainter, grains of a few pixels and a ripple.
+    patches = smooth_noise(rng, 4, picture_size, contrast=45)
+    grains = smooth_noise(rng, height // rng.integers(3, 7), picture_size, contrast=20)
+    x, y = np.meshgrid(np.arange(picture_size[0]), np.arange(picture_size[1]))
+    direction, wavelength = rng.uniform(0, np.pi), rng.uniform(5, 12)
+    ripple = np.sin(2 * np.pi * (x * np.cos(direction) + y * np.sin(direction)) / wavelength)
+    picture = rng.uniform(60, 195, 3) + patches + grains + rng.uniform(3, 12) * ripple[..., None]
+    picture = Image.fromarray(picture.clip(0, 255).astype(np.uint8))
+
+    # Swinging, unlike drifting one way, never runs out of picture however long the video is.
+    turns = np.arange(frames)[:, None] / rng.uniform(40, 80, 2) + rng.uniform(0, 1, 2)
+    offsets = border + margin * np.sin(2 * np.pi * turns)
+    views = [picture.transform((width, height), Image.Transform.AFFINE, (1, 0, x, 0, 1, y),
+                               resample=Image.Resampling.BILINEAR) for x, y in offsets]
+    return np.stack(views).astype(np.float32)
+
+
+def smooth_noise(rng, cells, size, contrast):
+    """Return coloured noise, (H, W, 3) float in -contrast .. contrast, with that many cells along the height.
+
+    size is (W, H) in pixels."""
+    columns = max(1, round(cells * size[0] / size[1]))
+    coarse = Image.fromarray(rng.integers(0, 256, (cells, columns, 3), dtype=np.uint8))
+    return (np.asarray(coarse.resize(size, Image.Resampling.BICUBIC)) / 127.5 - 1) * contrast
+
+
+def draw_object(image, thing, time):
+    """Paint the object at that frame over image, (H, W, 3) float32, in place; return its (H, W) bool mask."""
+    height, width = image.shape[:2]
+    mask = np.zeros((height, width), dtype=bool)
+    (centre_x, centre_y), radius, angle = thing.centres[time], thing.radii[time], thing.angles[time]
+    # Only the square around the object is worth computing; it is empty when the object is outside the frame.
+    top, bottom = np.clip([centre_y - radius - 1, centre_y + radius + 2], 0, height).astype(int)
+    left, right = np.clip([centre_x - radius - 1, centre_x + radius + 2], 0, width).astype(int)
+    y, x = np.mgrid[top:bottom, left:right]
+    y, x = (y - centre_y) / radius, (x - centre_x) / radius
+    x, y = np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x
+
+    distance = SHAPES[CATEGORIES[thing.category_id - 1]](x, y) * radius
+    pattern_x, pattern_y = x * thing.frequency + thing.phase[0], y * thing.frequency + thing.phase[1]
+    blend = np.clip(0.5 + 2 * TEXTURES[thing.texture](pattern_x, pattern_y), 0, 1)[..., None]
+    colour = thing.colours[0] * blend + thing.colours[1] * (1 - blend)
+    # Pixels that the outline cuts are covered in part, which keeps the drawn edge from looking like stairs.
+    coverage = np.clip(0.5 - distance, 0, 1)[..., None]
+    window = image[top:bottom, left:right]
+    window += coverage * (colour - window)
+    mask[top:bottom, left:right] = distance < 0
+    return mask
+
+
+def make_video(rng, frames, height, width, objects):
+    """Draw one scene at random; the same state of rng, a numpy Generator, gives the same scene.
+
+    objects is the range (fewest, most), both included, from which the number of objects is drawn.
+    Returns the images, (T, H, W, 3) uint8 RGB, and the list of instances (category_id, masks), masks being
+    (T, H, W) bool of the visible pixels. Objects that no frame shows are left out; at least one is shown."""
+    check_scene(frames, height, width, objects)
+    images = make_background(rng, frames, height, width)
+    background_colour = images.mean(axis=(0, 1, 2))
+    instances = []
+    while not instances:  # chance may put every object outside the frame all the time: draw them again
+        count = rng.integers(objects[0], objects[1] + 1)
+        things = [make_object(rng, frames, height, width, background_colour) for _ in range(count)]
+        canvas = images.copy()
+        masks = np.zeros((count, frames, height, width), dtype=bool)
+        for index, thing in enumerate(things):  # from the farthest to the nearest
+            for time in range(frames):
+                masks[index, time] = draw_object(canvas[time], thing, time)
+            masks[:index] &= ~masks[index]
+        masks &= masks.sum(axis=(2, 3), keepdims=True) >= MIN_VISIBLE_PIXELS
+        instances = [(thing.category_id, seen) for thing, seen in zip(things, masks) if seen.any()]
+    return canvas.round().clip(0, 255).astype(np.uint8), instances
+
+
+# ---- Files ----
+
+def make_dataset(root, train_videos=240, valid_videos=24, frames=20, height=96, width=160, objects=(1, 4),
+                 seed=0):
+    """Write a data set of two splits to the folder root, which must be empty or not exist yet.
+
+    frames is the length of each video; height and width are in pixels; objects is the range (fewest, most) of
+    objects in a video. A set with more videos begins with the videos of a smaller one of the same seed.
+    Raises ValueError for impossible numbers and FileExistsError rather than overwrite anything."""
+    check_scene(frames, height, width, objects)
+    if min(train_videos, valid_videos) < 1:
+        raise ValueError(f"Each split needs at least 1 video, not {train_videos} and {valid_videos}.")
+    root = Path(root).resolve()
+    if root.exists() and not (root.is_dir() and not any(root.iterdir())):
+        raise FileExistsError(f"{root} exists and is not an empty folder: remove it or choose another one.")
+
+    root.parent.mkdir(parents=True, exist_ok=True)
+    # Build it next to its place and move it there when whole: an interrupted run leaves no half-made set.
+    with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as scratch:
+        draft, instances = Path(scratch) / root.name, 0
+        for split_index, (split, videos) in enumerate([("train", train_videos), ("valid", valid_videos)]):
+            # One generator per video: neither the number of videos nor the other split changes a scene.
+            generators = (np.random.default_rng((seed, split_index, index)) for index in range(videos))
+            scenes = (make_video(rng, frames, height, width, objects) for rng in generators)
+            instances += write_split(draft, split, tqdm(scenes, desc=split, total=videos, unit="video"))
+        if root.exists():
+            root.rmdir()
+        draft.rename(root)
+    print(f"{root}: {train_videos} train + {valid_videos} valid videos of {frames} frames, "
+          f"{width} x {height} pixels, {instances} instances.")
+
+
+def check_scene(frames, height, width, objects):
+    """Raise a ValueError that says which of the numbers describes no possible scene."""
+    if frames < 1:
+        raise ValueError(f"A video needs at least 1 frame, not {frames}.")
+    if min(height, width) < 32:
+        raise ValueError(f"Height and width must be at least 32 pixels, not {height} and {width}.")
+    if len(objects) != 2 or not 1 <= objects[0] <= objects[1]:
+        raise ValueError(f"objects must be (fewest, most) with 1 <= fewest <= most, not {objects}.")
+
+
+def write_split(folder, split, scenes):
+    """Write the images and the JSON of scenes, as make_video returns them; return the number of instances."""
+    videos, annotations = [], []
+    for index, (images, instances) in enumerate(scenes):
+        length, height, width, _ = images.shape
+        name = f"{index:05d}"
+        file_names = [f"{name}/{time:05d}.jpg" for time in range(length)]
+        videos.append({"id": index + 1, "width": width, "height": height, "length": length,
+                       "file_names": file_names})
+        image_folder = folder / split / "JPEGImages"
+        (image_folder / name).mkdir(parents=True)
+        for image, file_name in zip(images, file_names):
+            Image.fromarray(image).save(image_folder / file_name, quality=JPEG_QUALITY)
+        for category_id, masks in instances:
+            annotations.append(describe_instance(len(annotations) + 1, index + 1, category_id, masks))
+    content = {
+        "info": {"description": "Moving textured shapes", "split": split},
+        "categories": [{"id": index + 1, "name": name} for index, name in enumerate(CATEGORIES)],
+        "videos": videos,
+        "annotations": annotations,
+    }
+    (folder / f"{split}.json").write_text(json.dumps(content))
+    return len(annotations)
+
+
+def describe_instance(annotation_id, video_id, category_id, masks):
+    """Return the YouTube-VIS entry of an instance, masks (T, H, W) bool; None stands for an absent frame."""
+    length, height, width = masks.shape
+    codes = rle.encode(np.asfortranarray(masks.transpose(1, 2, 0), dtype=np.uint8))
+    areas, boxes = rle.area(codes).tolist(), rle.toBbox(codes).tolist()
+    texts = [{"size": code["size"], "counts": code["counts"].decode("ascii")} for code in codes]
+    return {
+        "id": annotation_id, "video_id": video_id, "category_id": category_id, "iscrowd": 0,
+        "width": width, "height": height, "length": length,
+        "bboxes": [box if area else None for box, area in zip(boxes, areas)],
+        "segmentations": [text if area else None for text, area in zip(texts, areas)],
+        "areas": [area or None for area in areas],
+    }
