@@ -1,0 +1,331 @@
+"""Videos in: data sets in the YouTube-VIS format, clips for training, and the built-in synthetic set.
+
+    python data.py                              # writes datasets/synthetic (train and valid), to train and evaluate on
+    python data.py --root /data/mine --videos 1000 --height 192 --width 320 --seed 7
+
+A data set is a JSON (videos, categories, annotations with one mask or null a frame: polygons, compressed or uncompressed
+RLE) and a folder of frames; categories are read from the JSON, in the order of their ids. Upstream:
+vita/data/datasets/ytvis.py (reading), vita/data/dataset_mapper.py and augmentation.py (clips).
+
+Everything random about a training clip is drawn from (seed, index of the clip), so a run is the same for any number of
+workers and processes, and resumes exactly. Shape letters: T frames, I instances, H, W.
+"""
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy
+import torch
+from PIL import Image, ImageOps
+from pycocotools import mask as rle
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+from torchvision import tv_tensors
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as transforms
+
+
+class InputError(ValueError):
+    """Something a user gave cannot be used; the message is one clear sentence. The programs print it and exit with 2."""
+
+
+@dataclass
+class Clip:
+    """A training clip and its ground truth."""
+    frames: Tensor  # uint8 (T, 3, H, W), RGB
+    labels: Tensor  # (I,) int64, 0-based
+    ids: Tensor     # (I, T) int64, -1 where the instance is not visible
+    masks: Tensor   # (I, T, H, W) bool, True = instance
+
+
+@dataclass
+class Video:
+    """One video of a data set, as its JSON describes it."""
+    id: int
+    height: int
+    width: int
+    files: list[Path]
+    annotations: list[dict]  # with "label": the 0-based class
+
+
+# Reading a data set
+
+def find_split(root: str | Path, split: str) -> tuple[Path, Path]:
+    """The annotation file and the frames folder of a split, under the names that people have on disk.
+
+    Raises InputError naming every path tried.
+    """
+    root = Path(root)
+    jsons = [root / f"{split}.json", root / split / "instances.json", root / "annotations" / f"{split}.json",
+             root / "annotations" / f"annotations_{split}.json", root / "annotations" / f"instances_{split}.json"]
+    folders = [root / split / "JPEGImages", root / split, root / "JPEGImages"]
+    return first_existing("annotation file", jsons), first_existing("folder of frames", folders)
+
+
+def first_existing(what: str, candidates: list[Path]) -> Path:
+    """The first of the candidates that exists; InputError naming all of them otherwise."""
+    for candidate in candidates:
+        if candidate.exists():
+            return candidate
+    raise InputError(f"no {what} found; tried {', '.join(map(str, candidates))}")
+
+
+def read_json(path: str | Path):
+    """Parsed JSON; InputError if the file is missing or malformed."""
+    path = first_existing("file", [Path(path)])
+    try:
+        return json.loads(path.read_text())
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path} is not a JSON file: {error}") from error
+
+
+class VideoSet:
+    """A data set in the YouTube-VIS format, checked when it is opened.
+
+    categories: [(id, name), ...] in the order of their ids, which is the order of the 0-based labels.
+    """
+
+    def __init__(self, json_path: str | Path, frames_root: str | Path):
+        self.path, root = Path(json_path), first_existing("folder of frames", [Path(frames_root)])
+        self.ground_truth = content = read_json(json_path)
+        for key in ("videos", "categories"):
+            if not isinstance(content, dict) or not isinstance(content.get(key), list) or not content[key]:
+                raise InputError(f"{json_path} has no list of {key}: it is not in the YouTube-VIS format")
+        try:
+            self.categories = sorted((int(category["id"]), str(category["name"])) for category in content["categories"])
+            self.videos = [Video(int(video["id"]), int(video["height"]), int(video["width"]),
+                                 [root / name for name in video["file_names"]], []) for video in content["videos"]]
+            self.videos.sort(key=lambda video: video.id)
+            self.add_annotations(content.get("annotations") or [])
+        except (KeyError, TypeError) as error:
+            raise InputError(f"{json_path} is not in the YouTube-VIS format: {error!r} in an entry") from error
+        for video in self.videos:
+            self.check_frames(video)
+
+    def add_annotations(self, annotations: list[dict]) -> None:
+        """Hand every annotation to its video, with its 0-based label."""
+        labels = {category_id: label for label, (category_id, _) in enumerate(self.categories)}
+        videos = {video.id: video for video in self.videos}
+        for annotation in annotations:
+            where = f"annotation {annotation['id']} of {self.path}"
+            if annotation["video_id"] not in videos:
+                raise InputError(f"{where} belongs to video {annotation['video_id']}, which does not exist")
+            if annotation["category_id"] not in labels:
+                raise InputError(f"{where} has category {annotation['category_id']}, which is not among the categories")
+            video = videos[annotation["video_id"]]
+            if len(annotation["segmentations"]) != len(video.files):
+                raise InputError(f"{where} has {len(annotation['segmentations'])} segmentations, "
+                                 f"its video has {len(video.files)} frames")
+            video.annotations.append(annotation | {"label": labels[annotation["category_id"]]})
+
+    def check_frames(self, video: Video) -> None:
+        """At least one frame, and every file there."""
+        if not video.files:
+            raise InputError(f"video {video.id} of {self.path} has no frames")
+        for file in video.files:
+            if file.name not in folder_names(file.parent):
+                raise InputError(f"frame {file} of video {video.id} is missing")
+
+    def __len__(self) -> int:
+        return len(self.videos)
+
+
+@cache
+def folder_names(folder: Path) -> frozenset[str]:
+    """The names in a folder, listed once: a data set has a hundred thousand frames, but few thousand folders."""
+    return frozenset(os.listdir(folder)) if folder.is_dir() else frozenset()
+
+
+def read_frame(path: Path, height: int, width: int) -> Image.Image:
+    """An RGB picture of the size that the JSON states; InputError if it is damaged or of another size."""
+    try:
+        with Image.open(path) as file:
+            picture = ImageOps.exif_transpose(file).convert("RGB")
+    except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError for some broken headers
+        raise InputError(f"frame {path} cannot be read: {error}") from error
+    if picture.size != (width, height):
+        raise InputError(f"frame {path} is {picture.width}x{picture.height}, its JSON says {width}x{height}")
+    return picture
+
+
+def read_mask(segmentation: dict | list | None, height: int, width: int, where: str) -> numpy.ndarray:
+    """bool (H, W) of one frame's segmentation: null, polygons, uncompressed or compressed RLE; `where` names it in errors."""
+    if isinstance(segmentation, list):
+        segmentation = [polygon for polygon in segmentation if len(polygon) % 2 == 0 and len(polygon) >= 6]
+    if not segmentation:
+        return numpy.zeros((height, width), bool)
+    try:
+        if isinstance(segmentation, list):
+            segmentation = rle.merge(rle.frPyObjects(segmentation, height, width))
+        elif isinstance(segmentation["counts"], list):
+            segmentation = rle.frPyObjects(segmentation, height, width)
+        mask = rle.decode(segmentation).astype(bool)
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{where} has a segmentation that cannot be read: {error!r}") from error
+    if mask.shape != (height, width):
+        raise InputError(f"{where} has a mask of {mask.shape[1]}x{mask.shape[0]}, its video is {width}x{height}")
+    return mask
+
+
+# Frames at test size
+
+def short_side_size(height: int, width: int, short_side: int, max_long_side: int) -> tuple[int, int]:
+    """(height, width) with the short side at `short_side`, unless the long one would exceed `max_long_side`."""
+    scale = short_side / min(height, width)
+    if max(height, width) * scale > max_long_side:
+        scale = max_long_side / max(height, width)
+    return int(height * scale + 0.5), int(width * scale + 0.5)
+
+
+def test_frames(video: Video, short_side: int, max_long_side: int = 1333) -> Iterator[Tensor]:
+    """The frames of a video at test size, uint8 (3, H, W), one by one; bilinear by Pillow, as detectron2 does."""
+    height, width = short_side_size(video.height, video.width, short_side, max_long_side)
+    for file in video.files:
+        picture = read_frame(file, video.height, video.width).resize((width, height), Image.Resampling.BILINEAR)
+        yield torch.from_numpy(numpy.array(picture)).permute(2, 0, 1)
+
+
+test_frames.__test__ = False  # its name is not pytest's business
+
+
+# Training clips
+
+@dataclass
+class Augmentation:
+    """What may happen to a clip, to all of its frames alike.
+
+    With probability one half a crop: resize to one of crop_short_sides, then cut a window of a random size in crop_size
+    that drifts over the clip. Then resize to one of short_sides, then flip left to right in half of the clips.
+    """
+    short_sides: tuple[int, ...]                # pixels
+    max_long_side: int = 1333                   # pixels
+    crop_short_sides: tuple[int, ...] = ()      # pixels; empty = no crop
+    crop_size: tuple[int, int] = (384, 600)     # pixels, smallest and largest side of the window
+    flip: bool = True
+
+    def __call__(self, frames: tv_tensors.Video, masks: tv_tensors.Mask, generator: numpy.random.Generator):
+        """frames uint8 (T, 3, H, W), masks (I, T, H, W) -> the same, augmented alike."""
+        if self.crop_short_sides and generator.random() < 0.5:
+            frames, masks = self.resize(frames, masks, generator.choice(self.crop_short_sides))
+            frames, masks = self.crop(frames, masks, generator)
+        frames, masks = self.resize(frames, masks, generator.choice(self.short_sides))
+        if self.flip and generator.random() < 0.5:
+            frames, masks = transforms.horizontal_flip(frames), transforms.horizontal_flip(masks)
+        return frames, masks
+
+    def resize(self, frames, masks, short_side: int):
+        """Bilinear for frames; for masks the nearest pixel centre, which "nearest" alone would miss by half a pixel."""
+        size = short_side_size(*frames.shape[-2:], short_side, self.max_long_side)
+        return (transforms.resize(frames, size, InterpolationMode.BILINEAR, antialias=True),
+                transforms.resize(masks, size, InterpolationMode.NEAREST_EXACT))
+
+    def crop(self, frames, masks, generator: numpy.random.Generator):
+        """One window size for the clip; its corner moves on a straight line, forwards or backwards."""
+        size = [generator.integers(min(side, self.crop_size[0]), min(side, self.crop_size[1]) + 1)
+                for side in frames.shape[-2:]]
+        room = numpy.array(frames.shape[-2:]) - size
+        start = generator.integers(0, room + 1)
+        end = generator.integers(start, room + 1)
+        progress = numpy.sort(generator.random(len(frames)))[::generator.choice((1, -1))]
+        corners = numpy.rint(start + (end - start) * progress[:, None]).astype(int)
+        windows = [(slice(top, top + size[0]), slice(left, left + size[1])) for top, left in corners]
+        frames = torch.stack([frame[:, rows, columns] for frame, (rows, columns) in zip(frames, windows)])
+        masks = torch.stack([masks[:, t, rows, columns] for t, (rows, columns) in enumerate(windows)], 1)
+        return tv_tensors.Video(frames), tv_tensors.Mask(masks)
+
+
+def sample_frames(length: int, count: int, reach: int, generator: numpy.random.Generator) -> list[int]:
+    """`count` sorted frame numbers: one anywhere, the others within `reach` of it, with replacement (as upstream).
+
+    A video of one frame gives that frame `count` times.
+    """
+    centre = int(generator.integers(length))
+    others = [t for t in range(max(0, centre - reach), min(length, centre + reach + 1)) if t != centre] or [centre]
+    return sorted([centre, *(int(t) for t in generator.choice(others, count - 1))])
+
+
+class ClipDataset(Dataset):
+    """Training clips of a VideoSet by number; there are endlessly many, and number i is always the same one.
+
+    Epochs are permutations of the annotated videos. Crowd annotations are left out.
+    """
+
+    def __init__(self, videos: VideoSet, frames: int, reach: int, augmentation: Augmentation, seed: int = 0):
+        self.videos = [video for video in videos.videos
+                       if any(not annotation.get("iscrowd") for annotation in video.annotations)]
+        if not self.videos:
+            raise InputError(f"{videos.path} has no annotated video to train on")
+        if frames < 1 or reach < 1:
+            raise InputError(f"clips need at least one frame and a reach of one, not {frames} and {reach}")
+        self.frames, self.reach, self.augmentation, self.seed = frames, reach, augmentation, seed
+
+    def __getitem__(self, index: int) -> Clip:
+        epoch, place = divmod(index, len(self.videos))
+        order = numpy.random.default_rng((self.seed, 0, epoch)).permutation(len(self.videos))
+        video, generator = self.videos[order[place]], numpy.random.default_rng((self.seed, 1, index))
+        chosen = sample_frames(len(video.files), self.frames, self.reach, generator)
+        frames = torch.from_numpy(numpy.stack([
+            numpy.array(read_frame(video.files[t], video.height, video.width)) for t in chosen])).permute(0, 3, 1, 2)
+        annotations = [annotation for annotation in video.annotations if not annotation.get("iscrowd")]
+        masks = torch.from_numpy(numpy.stack([[
+            read_mask(annotation["segmentations"][t], video.height, video.width, f"annotation {annotation['id']}, frame {t},")
+            for t in chosen] for annotation in annotations]))
+        frames, masks = self.augmentation(tv_tensors.Video(frames), tv_tensors.Mask(masks), generator)
+        masks = masks.as_subclass(Tensor)
+        numbers = torch.arange(len(annotations))[:, None].expand(-1, len(chosen))
+        ids = torch.where(masks.flatten(2).any(-1), numbers, -1)
+        labels = torch.tensor([annotation["label"] for annotation in annotations])
+        seen = (ids != -1).any(1)
+        return Clip(frames.as_subclass(Tensor), labels[seen], ids[seen], masks[seen])
+
+
+class StepSampler(Sampler):
+    """Clip numbers of one process, batch by batch: step s of W processes trains clips s * W * B and up, in rank order."""
+
+    def __init__(self, first_step: int, last_step: int, batch: int, rank: int = 0, world: int = 1):
+        self.steps, self.batch, self.rank, self.world = range(first_step, last_step), batch, rank, world
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in self.steps:
+            first = (step * self.world + self.rank) * self.batch
+            yield list(range(first, first + self.batch))
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+
+def exit_with_sentence(error: Exception) -> None:
+    """Print an InputError as the one sentence it is, also where a loader's worker has wrapped it, and exit with 2."""
+    sentence = str(error).strip().splitlines()[-1]
+    print(f"error: {sentence.removeprefix('data.InputError: ').removeprefix('InputError: ')}", file=sys.stderr)
+    sys.exit(2)
+
+
+def main() -> None:
+    from synthetic import make_dataset
+    parser = argparse.ArgumentParser(description="Write the synthetic data set: textured shapes that move, cross, occlude one "
+                                     "another, leave and come back, in the YouTube-VIS format.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--root", default="datasets/synthetic", help="folder to write; must not exist yet")
+    parser.add_argument("--videos", type=int, default=240, help="training videos")
+    parser.add_argument("--valid-videos", type=int, default=24, help="held-out videos")
+    parser.add_argument("--frames", type=int, default=20, help="frames a video")
+    parser.add_argument("--height", type=int, default=96, help="pixels")
+    parser.add_argument("--width", type=int, default=160, help="pixels")
+    parser.add_argument("--objects", type=int, nargs=2, default=(1, 4), metavar=("MIN", "MAX"), help="objects a video")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same set, to the last pixel")
+    args = parser.parse_args()
+    try:
+        make_dataset(args.root, args.videos, args.valid_videos, args.frames, args.height, args.width,
+                     tuple(args.objects), args.seed)
+    except (ValueError, OSError) as error:
+        exit_with_sentence(error)
+
+
+if __name__ == "__main__":
+    main()
