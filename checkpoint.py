@@ -1,0 +1,278 @@
+"""Weights in and out: our own checkpoints, the official detectron2 files, torchvision and detector backbones.
+
+    report = load_weights(model, "grattvis_r50_ovis.pth")    # or a .pkl, our .pt, or a state dict; report.missing, ...
+    model, config = model_from_checkpoint("runs/toy/last.pt")
+
+Official files (GRAtt-VIS, GenVIS, VITA, Mask2Former; upstream names as in their state dicts) are translated by the table
+RENAMES. Nothing of a file is executed: .pth goes through torch.load(weights_only=True), .pkl through an unpickler that
+admits arrays and containers alone.
+
+A checkpoint of ours is one .pt: model, optimizer, schedule, scaler, step, and the config (arguments, categories). It needs
+no random states: every training step seeds its generators from (seed, step, rank), see train.py.
+"""
+import json
+import os
+import pickle
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy
+import torch
+from torch import Tensor, nn
+
+from data import InputError
+from model import PRESETS, GRAttVIS, build_model
+
+RENAMES = [(re.compile(pattern), replacement) for pattern, replacement in [
+    # files of Mask2Former's first weight format
+    (r"^sem_seg_head\.(?!predictor|pixel_decoder)", "sem_seg_head.pixel_decoder."),
+    (r"^(sem_seg_head\.predictor\.)static_query", r"\1query_feat"),
+    # ResNet, detectron2 -> torchvision
+    (r"^backbone\.stem\.conv1\.norm\.", "backbone.bn1."),
+    (r"^backbone\.stem\.conv1\.", "backbone.conv1."),
+    (r"^backbone\.res(\d)\.(\d+)\.shortcut\.norm\.", lambda m: f"backbone.layer{int(m[1]) - 1}.{m[2]}.downsample.1."),
+    (r"^backbone\.res(\d)\.(\d+)\.shortcut\.", lambda m: f"backbone.layer{int(m[1]) - 1}.{m[2]}.downsample.0."),
+    (r"^backbone\.res(\d)\.(\d+)\.conv(\d)\.norm\.", lambda m: f"backbone.layer{int(m[1]) - 1}.{m[2]}.bn{m[3]}."),
+    (r"^backbone\.res(\d)\.", lambda m: f"backbone.layer{int(m[1]) - 1}."),
+    # Swin, detector -> torchvision
+    (r"^backbone\.patch_embed\.proj\.", "backbone.features.0.0."),
+    (r"^backbone\.patch_embed\.norm\.", "backbone.features.0.2."),
+    (r"^backbone\.layers\.(\d)\.blocks\.", lambda m: f"backbone.features.{2 * int(m[1]) + 1}."),
+    (r"^backbone\.layers\.(\d)\.downsample\.", lambda m: f"backbone.features.{2 * int(m[1]) + 2}."),
+    (r"^(backbone\.features\.\d\.\d+\.mlp\.)fc1\.", r"\g<1>0."),
+    (r"^(backbone\.features\.\d\.\d+\.mlp\.)fc2\.", r"\g<1>3."),
+    (r"^backbone\.norm(\d)\.", r"backbone.norms.\1."),
+    # pixel decoder
+    (r"^sem_seg_head\.pixel_decoder\.", "pixel_decoder."),
+    (r"^pixel_decoder\.transformer\.level_embed", "pixel_decoder.level_embed"),
+    (r"^pixel_decoder\.transformer\.encoder\.layers\.(\d+)\.self_attn\.", r"pixel_decoder.layers.\1.attention."),
+    (r"^pixel_decoder\.transformer\.encoder\.layers\.(\d+)\.norm1\.", r"pixel_decoder.layers.\1.norm."),
+    (r"^pixel_decoder\.transformer\.encoder\.layers\.(\d+)\.norm2\.", r"pixel_decoder.layers.\1.feed_forward.norm."),
+    (r"^pixel_decoder\.transformer\.encoder\.layers\.(\d+)\.linear", r"pixel_decoder.layers.\1.feed_forward.linear"),
+    (r"^pixel_decoder\.adapter_1\.norm\.", "pixel_decoder.lateral.1."),
+    (r"^pixel_decoder\.adapter_1\.", "pixel_decoder.lateral.0."),
+    (r"^pixel_decoder\.layer_1\.norm\.", "pixel_decoder.output.1."),
+    (r"^pixel_decoder\.layer_1\.", "pixel_decoder.output.0."),
+    # frame decoder and tracker: one family of layers
+    (r"^sem_seg_head\.predictor\.", "frame_decoder."),
+    (r"^vita_module\.", "tracker."),
+    (r"^frame_decoder\.transformer_", "frame_decoder.layers.transformer_"),
+    (r"^tracker\.transformer_", "tracker.decoder.transformer_"),
+    (r"\.transformer_self_attention_layers\.(\d+)\.self_attn\.", r".\1.self_attention.attention."),
+    (r"\.transformer_self_attention_layers\.(\d+)\.", r".\1.self_attention."),
+    (r"\.transformer_cross_attention_layers\.(\d+)\.multihead_attn\.", r".\1.cross_attention.attention."),
+    (r"\.transformer_cross_attention_layers\.(\d+)\.", r".\1.cross_attention."),
+    (r"\.transformer_ffn_layers\.(\d+)\.", r".\1.feed_forward."),
+    (r"^tracker\.enc_self_attn\.(\d+)\.self_attn\.", r"tracker.encoder.\1.self_attention.attention."),
+    (r"^tracker\.enc_self_attn\.(\d+)\.", r"tracker.encoder.\1.self_attention."),
+    (r"^tracker\.enc_ffn\.(\d+)\.", r"tracker.encoder.\1.feed_forward."),
+    (r"^((?:frame_decoder|tracker)\.mask_embed)\.layers\.(\d)\.", lambda m: f"{m[1]}.{2 * int(m[2])}."),
+    (r"^tracker\.vita_mask_features\.", "tracker.mask_features."),
+    (r"^tracker\.fq_pos\.", "tracker.frame_query_embed."),
+    (r"^tracker\.input_proj_dec\.", "tracker.input_proj."),
+    (r"^tracker\.sim_embed_frame\.", "tracker.frame_similarity."),
+    (r"^tracker\.sim_embed_clip\.", "tracker.clip_similarity."),
+    (r"^tracker\.prop_instance\.", "tracker.gate_proj."),
+    (r"^tracker\.pre_memory_embed_k\.", "tracker.memory_key."),
+    (r"^tracker\.pre_memory_embed_v\.", "tracker.memory_value."),
+    (r"^tracker\.pre_query_embed_k\.", "tracker.query_key."),
+    (r"^tracker\.pre_query_embed_v\.", "tracker.query_value."),
+]]
+# Not weights of this model: constants of the losses and of the input, classifiers of ImageNet backbones.
+IGNORED = re.compile(r"(criterion\.empty_weight|num_batches_tracked|attn_mask)$|^pixel_(mean|std)$"
+                     r"|^backbone\.(fc|head|norm|stem\.fc)\.")
+BACKBONE_ROOTS = ("stem.", "res2.", "conv1.", "bn1.", "layer1.", "patch_embed.", "layers.", "features.")
+MODEL_ROOTS = ("backbone.", "pixel_decoder.", "frame_decoder.", "tracker.", "sem_seg_head.", "vita_module.")
+CLASS_LAYERS = ("frame_decoder.class_embed.", "tracker.class_embed.")
+
+
+@dataclass
+class LoadReport:
+    """What load_weights did, by our parameter names (`ignored`: by the file's)."""
+    loaded: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)      # in the model, not in the file: left as they were
+    unexpected: list[str] = field(default_factory=list)   # in the file, not in the model: not used
+    ignored: list[str] = field(default_factory=list)      # constants that no model holds
+    reset: list[str] = field(default_factory=list)        # class layers of another class count, left as they were
+
+    def __str__(self) -> str:
+        parts = [f"{len(self.loaded)} entries loaded"]
+        for name in ("missing", "unexpected", "reset"):
+            entries = getattr(self, name)
+            if entries:
+                shown = ", ".join(entries[:4]) + (", ..." if len(entries) > 4 else "")
+                parts.append(f"{len(entries)} {name} ({shown})")
+        return "; ".join(parts)
+
+
+class ArrayUnpickler(pickle.Unpickler):
+    """Admits numpy arrays, numbers, strings and containers: all that a detectron2 .pkl holds; refuses any other class."""
+    ADMITTED = {("collections", "OrderedDict"), ("_codecs", "encode"), ("numpy", "ndarray"), ("numpy", "dtype")} | {
+        (f"numpy.{core}.{module}", name) for core in ("core", "_core")
+        for module, name in (("multiarray", "_reconstruct"), ("multiarray", "scalar"), ("numeric", "_frombuffer"))}
+
+    def find_class(self, module: str, name: str):
+        if (module, name) not in self.ADMITTED:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is neither an array nor a container")
+        return super().find_class(module, name)
+
+
+def read_file(path: str | Path) -> dict:
+    """The contents of a .pt, .pth or .pkl on the CPU; InputError if it is missing, no checkpoint, or damaged."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"no checkpoint at {path}")
+    try:
+        if path.suffix == ".pkl":
+            with open(path, "rb") as file:
+                contents = ArrayUnpickler(file, encoding="latin1").load()
+        else:
+            contents = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, ValueError, TypeError, AttributeError,
+            IndexError, ImportError) as error:
+        reason = str(error).strip().splitlines()
+        raise InputError(f"{path} is no checkpoint that can be read safely: "
+                         f"{reason[0] if reason else type(error).__name__}") from error
+    if not isinstance(contents, dict):
+        raise InputError(f"{path} is no checkpoint: it holds a {type(contents).__name__}, not named tensors")
+    return contents
+
+
+def translate(contents: dict, source: str = "the state dict") -> tuple[dict[str, Tensor], list[str]]:
+    """A file's contents -> ({our name: tensor}, ignored names); InputError if no entry belongs to this model family."""
+    for wrapper in ("model", "state_dict"):
+        if isinstance(contents.get(wrapper), dict):
+            contents = contents[wrapper]
+    entries = {name.removeprefix("module."): value for name, value in contents.items() if isinstance(name, str)}
+    if not any(name.startswith(MODEL_ROOTS) for name in entries):
+        entries = {f"backbone.{name}" if name.startswith((*BACKBONE_ROOTS, "norm", "head.", "fc.")) else name: value
+                   for name, value in entries.items()}
+    if not any(name.startswith(MODEL_ROOTS) for name in entries):
+        raise InputError(f"{source} is no checkpoint of this model family: none of its entries is known, "
+                         f"the first is {next(iter(entries), 'missing')!r}")
+    translated, ignored = {}, []
+    for name, value in entries.items():
+        if IGNORED.search(name):
+            ignored.append(name)
+            continue
+        if isinstance(value, numpy.ndarray):
+            value = torch.from_numpy(value)
+        if not isinstance(value, Tensor):
+            raise InputError(f"{source}: entry {name} is a {type(value).__name__}, not a tensor")
+        for pattern, replacement in RENAMES:
+            name = pattern.sub(replacement, name)
+        # torchvision keeps this table flat
+        translated[name] = value.flatten() if name.endswith("relative_position_index") else value
+    return translated, ignored
+
+
+def load_weights(model: nn.Module, source: str | Path | dict, reset_classes: bool = False) -> LoadReport:
+    """Load a file (ours, official .pth or .pkl, a backbone alone) or a state dict into `model`, in place.
+
+    What the file lacks keeps its value and is listed in report.missing (a Mask2Former file has no tracker, a VITA file no
+    gate); what the model lacks is listed in report.unexpected. A shape that does not fit is an InputError and changes
+    nothing, except that reset_classes=True leaves class layers of another class count as they were (report.reset).
+    """
+    label = "the state dict" if isinstance(source, dict) else str(source)
+    weights, ignored = translate(source if isinstance(source, dict) else read_file(source), label)
+    report = LoadReport(ignored=ignored)
+    own = model.state_dict()
+    for name in list(weights):
+        if name not in own:
+            report.unexpected.append(name)
+        elif weights[name].shape != own[name].shape:
+            theirs, ours = tuple(weights[name].shape), tuple(own[name].shape)
+            if name.startswith(CLASS_LAYERS) and theirs[1:] == ours[1:]:
+                if not reset_classes:
+                    raise InputError(f"{label} is for {theirs[0] - 1} classes, the model for {ours[0] - 1}: build the model "
+                                     f"with that number, or start the class layers anew with reset_classes")
+                report.reset.append(name)
+            else:
+                raise InputError(f"{label} does not fit the model: {name} is {theirs} there and {ours} here")
+        else:
+            report.loaded.append(name)
+            continue
+        del weights[name]
+    report.missing = [name for name in own if name not in weights and name not in report.reset
+                      and not name.endswith("num_batches_tracked")]
+    if not report.loaded:
+        raise InputError(f"{label}: none of its {len(report.unexpected)} entries is part of this model")
+    model.load_state_dict(weights, strict=False)
+    return report
+
+
+def load_backbone(model: GRAttVIS, source: str, name: str) -> LoadReport:
+    """`source`: a local file, or "imagenet" for torchvision's own weights of backbone `name` (downloaded on first use)."""
+    if source == "imagenet":
+        from torchvision.models import get_model_weights
+        try:
+            weights = get_model_weights(name)["IMAGENET1K_V1"].get_state_dict(progress=True)
+        except (ValueError, KeyError) as error:
+            raise InputError(f"torchvision has no ImageNet weights for {name}") from error
+        except OSError as error:
+            raise InputError(f"torchvision's weights for {name} could not be downloaded ({error}); give a file") from error
+    else:
+        weights = read_file(source)
+    report = load_weights(model, weights)
+    report.missing = [entry for entry in report.missing if entry.startswith("backbone.")]
+    if any("running_mean" in entry for entry in report.unexpected):
+        raise InputError(f"{source} holds batch norms and the model's backbone does not: use norm 'frozen' or 'batch'")
+    return report
+
+
+def read_propagation(names) -> str | None:
+    """The propagation mode that (our) parameter names imply; None where they cannot tell "plain" from "clip"."""
+    gated = "tracker.gate_proj.weight" in names
+    memory = "tracker.memory_key.weight" in names
+    return {(True, True): "gated+memory", (True, False): "gated", (False, True): "memory"}.get((gated, memory))
+
+
+def model_from_checkpoint(path: str | Path, preset: str | None = None, propagation: str | None = None,
+                          **overrides) -> tuple[GRAttVIS, dict]:
+    """Build the model that a file was made by and load it; returns the model (evaluation mode) and the file's config.
+
+    Our files say all of it; official ones need the preset, and the propagation where the names cannot tell ("plain" or
+    "clip"). InputError where an argument contradicts the file, or where anything of the model is missing.
+    """
+    contents = read_file(path)
+    config = contents.get("config") or {}
+    weights, _ = translate(contents, str(path))
+    if "tracker.class_embed.weight" not in weights:
+        raise InputError(f"{path} has no tracker: it can start a training (--init), but segments no videos")
+    preset = stated("preset", preset, config.get("preset"), path)
+    if preset is None:
+        raise InputError(f"{path} does not say its preset: give one of {', '.join(PRESETS)} (--preset)")
+    propagation = stated("propagation", propagation, config.get("propagation") or read_propagation(weights), path)
+    if propagation is None:
+        raise InputError(f'{path} may be "plain" or "clip", its names cannot tell: say which (--propagation)')
+    options = config.get("model_options", {}) | overrides
+    num_classes = len(weights["tracker.class_embed.weight"]) - 1
+    model = build_model(preset, num_classes, propagation, **options).eval()
+    report = load_weights(model, contents)
+    if report.missing or report.unexpected:
+        raise InputError(f"{path} does not fit a {preset} with {propagation} propagation: {report}")
+    return model, config
+
+
+def stated(what: str, asked: str | None, found: str | None, path: str | Path) -> str | None:
+    """The value that was asked for or found in the file; a contradiction between the two is an InputError."""
+    if asked and found and asked != found:
+        raise InputError(f"{path} was made with {what} {found!r}, not {asked!r}")
+    return asked or found
+
+
+def save_checkpoint(path: str | Path, contents: dict) -> None:
+    """Write `contents` (tensors, numbers, strings, containers) under a temporary name, then rename: never half a file."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".part")
+    torch.save(contents, temporary)
+    os.replace(temporary, path)
+
+
+def save_json(path: str | Path, contents) -> None:
+    """The same for JSON."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(json.dumps(contents, indent=1) + "\n")
+    os.replace(temporary, path)
