@@ -1,0 +1,343 @@
+"""The metric: official numbers, small stories, and a second implementation written differently."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+from pycocotools import mask as coco_mask
+
+import metric
+from data import InputError
+
+
+def encode(mask):
+    """Compressed RLE, as in a results.json, of an (H, W) bool array."""
+    rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
+    return {"size": rle["size"], "counts": rle["counts"].decode()}
+
+
+def square(left, side=2):
+    """An 8 x 8 frame's RLE of a square with its top left corner at row 1 and the given column."""
+    mask = np.zeros((8, 8), dtype=bool)
+    mask[1 : 1 + side, left : left + side] = True
+    return encode(mask)
+
+
+def prediction(segmentations, score=0.9, video=1, category=1):
+    return {"video_id": video, "category_id": category, "score": score, "segmentations": segmentations}
+
+
+def annotation(segmentations, number=1, video=1, category=1, crowd=0):
+    areas = [None if rle is None else int(coco_mask.area(rle)) for rle in segmentations]
+    return {
+        "id": number, "video_id": video, "category_id": category, "iscrowd": crowd,
+        "segmentations": segmentations, "areas": areas,
+    }
+
+
+def truth(*annotations, videos=(1,), frames=4, size=(8, 8), categories=(1,)):
+    return {
+        "videos": [{"id": v, "length": frames, "height": size[0], "width": size[1]} for v in videos],
+        "categories": [{"id": category, "name": f"class{category}"} for category in categories],
+        "annotations": list(annotations),
+    }
+
+
+LEFT, RIGHT = [square(0)] * 4, [square(5)] * 4  # two objects that stand still for four frames
+
+
+def test_golden_metric(golden_dir):
+    """The twelve numbers, AP per class and the full curves of the official evaluator."""
+    names = json.loads((golden_dir / "meta.json").read_text())["eval"]
+    ground_truth, results, expected = (
+        json.loads((golden_dir / names[key]).read_text()) for key in ("gt", "results", "stats")
+    )
+    arrays = np.load(golden_dir / names["arrays"])
+
+    metrics = metric.evaluate_results(results, ground_truth)
+
+    order = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+    assert [metrics[name] for name in order] == pytest.approx(expected["stats"], rel=0, abs=1e-9)
+    per_class = {
+        category["name"]: expected["per_category"][str(category["id"])]["AP_all"]
+        for category in ground_truth["categories"]
+    }
+    assert metrics["per_class"] == pytest.approx(per_class, rel=0, abs=1e-9)
+    for name, values in zip(("precision", "recall", "scores"), metric.accumulate(results, ground_truth)):
+        np.testing.assert_allclose(values, arrays[name], rtol=0, atol=1e-12, err_msg=name)
+
+
+def test_perfect_prediction():
+    ground_truth = truth(annotation(LEFT), annotation(RIGHT))
+    metrics = metric.evaluate_results([prediction(LEFT), prediction(RIGHT)], ground_truth)
+    assert list(metrics) == [
+        "AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl", "per_class",
+    ]
+    for name in ("AP", "AP50", "AP75", "APs", "AR10", "AR100", "ARs"):
+        assert metrics[name] == pytest.approx(1)
+    assert metrics["AR1"] == 0.5  # one prediction cannot find two objects
+    assert metrics["APm"] == metrics["APl"] == metrics["ARm"] == metrics["ARl"] == -1
+    assert metrics["per_class"] == {"class1": pytest.approx(1)}
+    assert all(type(value) is float for name, value in metrics.items() if name != "per_class")
+
+
+def test_identity_switch_halfway():
+    """Each frame's masks are perfect, but two objects swap identities: tracks of IoU 1 / 3, none found."""
+    ground_truth = truth(annotation(LEFT), annotation(RIGHT))
+    swapped = [prediction(LEFT[:2] + RIGHT[2:]), prediction(RIGHT[:2] + LEFT[2:])]
+    assert metric.evaluate_results(swapped, ground_truth)["AP"] == 0
+
+
+def test_broken_track():
+    """A track broken into halves of IoU 0.5: the first half is found, at the lowest threshold only."""
+    halves = [prediction(LEFT[:2] + [None] * 2, score=0.9), prediction([None] * 2 + LEFT[2:], score=0.8)]
+    metrics = metric.evaluate_results(halves, truth(annotation(LEFT)))
+    assert metrics["AP50"] == pytest.approx(1)
+    assert metrics["AP"] == pytest.approx(0.1)
+
+
+def test_equal_scores_keep_file_order():
+    right, wrong = prediction(LEFT), prediction(RIGHT)
+    ground_truth = truth(annotation(LEFT))
+    assert metric.evaluate_results([right, wrong], ground_truth)["AP50"] == pytest.approx(1)
+    assert metric.evaluate_results([wrong, right], ground_truth)["AP50"] == pytest.approx(0.5)
+
+
+def test_equal_scores_of_videos_follow_video_id():
+    """Between videos it is the id that counts, wherever videos and predictions stand in their files."""
+    ground_truth = truth(annotation(LEFT, video=2), videos=(2, 1))
+    results = [prediction(LEFT, video=2), prediction(LEFT, video=1)]  # the second is wrong, but comes first
+    assert metric.evaluate_results(results, ground_truth)["AP50"] == pytest.approx(0.5)
+    assert metric.evaluate_results(results[::-1], ground_truth)["AP50"] == pytest.approx(0.5)
+
+
+def test_missing_frame_equals_empty_mask():
+    empty = encode(np.zeros((8, 8), dtype=bool))
+    ground_truth = truth(annotation(LEFT[:3] + [None]), annotation(RIGHT))
+    variants = [
+        [prediction(LEFT[:2] + [nothing] * 2), prediction([nothing] * 4, score=0.95)]
+        for nothing in (None, empty)
+    ]
+    first, second = (metric.evaluate_results(results, ground_truth) for results in variants)
+    assert first == second
+    assert first["AP50"] > 0
+
+
+def test_annotation_id_zero_counts():
+    """The official evaluator uses ids as flags and so never finds the annotation with id 0."""
+    metrics = metric.evaluate_results([prediction(LEFT)], truth(annotation(LEFT, number=0)))
+    assert metrics["AP"] == pytest.approx(1)
+
+
+def test_crowd_is_neither_found_nor_missed():
+    ground_truth = truth(annotation(LEFT, crowd=1), annotation(RIGHT))
+    results = [prediction(LEFT), prediction(LEFT), prediction(RIGHT, score=0.1)]
+    assert metric.evaluate_results(results, ground_truth)["AP"] == pytest.approx(1)
+
+
+def test_real_object_goes_before_ignored_one():
+    """A prediction that overlaps a crowd and, less well, a free ordinary object takes the ordinary one."""
+    ground_truth = truth(annotation(LEFT, crowd=1), annotation(LEFT[:3] + [None]))
+    # The second prediction finds the object taken and goes to the crowd: neither right nor wrong.
+    metrics = metric.evaluate_results([prediction(LEFT), prediction(LEFT)], ground_truth)
+    assert metrics["AP75"] == pytest.approx(1)
+    assert (metrics["AP"], metrics["AR100"]) == pytest.approx((0.6, 0.6))  # IoU 0.75: six of ten thresholds
+
+
+def test_later_ground_truth_wins_equal_overlap():
+    """The first prediction overlaps both objects by 0.5 and takes the later, leaving the other its own."""
+    objects = [LEFT[:2] + [None] * 2, [None] * 2 + LEFT[2:]]
+    for first, second in (objects, objects[::-1]):
+        ground_truth = truth(annotation(first), annotation(second))
+        results = [prediction(LEFT, score=0.9), prediction(first, score=0.8)]
+        assert metric.evaluate_results(results, ground_truth)["AP50"] == pytest.approx(1)
+        results = [prediction(LEFT, score=0.9), prediction(second, score=0.8)]
+        assert metric.evaluate_results(results, ground_truth)["AR100"] == pytest.approx(0.5)
+
+
+def test_no_results():
+    metrics = metric.evaluate_results([], truth(annotation(LEFT), categories=(1, 2)))
+    assert metrics["AP"] == metrics["AR100"] == 0
+    assert metrics["per_class"] == {"class1": 0, "class2": -1}
+
+
+def test_ground_truth_formats_agree_and_inputs_stay():
+    """Polygons, uncompressed and compressed RLE of one square."""
+    polygons = [[[0, 1, 2, 1, 2, 3, 0, 3]]] * 4
+    uncompressed = [{"size": [8, 8], "counts": [1, 2, 6, 2, 53]}] * 4
+    results = [prediction(LEFT)]
+    for segmentations in (polygons, uncompressed, LEFT):
+        ground_truth = truth({**annotation(LEFT), "segmentations": segmentations})
+        before = copy.deepcopy((results, ground_truth))
+        assert metric.evaluate_results(results, ground_truth)["AP"] == pytest.approx(1)
+        assert (results, ground_truth) == before
+
+
+def test_table():
+    metrics = metric.evaluate_results([prediction(LEFT)], truth(annotation(LEFT), categories=(2, 1)))
+    assert metric.format_table(metrics).splitlines() == [
+        "AP 100.0   AP50 100.0   AP75 100.0   AR1 100.0   AR10 100.0",
+        "APs 100.0   APm     -   APl     -",
+        "AP per class",
+        "  class2     -",
+        "  class1 100.0",
+    ]
+
+
+def with_entry(**changes):
+    """A good result list whose second entry has the given changes."""
+    return [prediction(LEFT), {**prediction(RIGHT), **changes}]
+
+
+def without_score():
+    return [{key: value for key, value in prediction(LEFT).items() if key != "score"}]
+
+
+@pytest.mark.parametrize(
+    "results, message",
+    [
+        ({"results": []}, "results is a dict, not a list"),
+        ([prediction(LEFT), None], r"results\[1\] lacks video_id"),
+        (without_score(), r"results\[0\] lacks score"),
+        (with_entry(video_id=7), r"results\[1\] has video_id 7"),
+        (with_entry(video_id=[1]), r"results\[1\] has video_id \[1\]"),
+        (with_entry(category_id=0), r"results\[1\] has category_id 0"),
+        (with_entry(segmentations=RIGHT[:3]), r"results\[1\] has 3 masks for the 4 frames of video 1"),
+        (with_entry(segmentations=RIGHT + [None]), r"results\[1\] has 5 masks for the 4 frames of video 1"),
+        (with_entry(segmentations=None), r"results\[1\] has no list of masks"),
+        (with_entry(segmentations=[None, "1", None, None]), r"results\[1\] has in frame 1 neither None nor"),
+        (with_entry(segmentations=[[[0, 0, 2, 0, 2, 2]]] * 4), r"results\[1\] has in frame 0 neither"),
+        (
+            with_entry(segmentations=[encode(np.ones((4, 16), dtype=bool))] * 4),
+            r"results\[1\] has in frame 0 a mask of \[height, width\] \[4, 16\], not \[8, 8\]",
+        ),
+        (with_entry(score=float("nan")), r"results\[1\] has the score nan"),
+        (with_entry(score=float("inf")), r"results\[1\] has the score inf"),
+        (with_entry(score="0.5"), r"results\[1\] has the score '0.5'"),
+        (with_entry(score=None), r"results\[1\] has the score None"),
+    ],
+)
+def test_bad_results_are_refused(results, message):
+    with pytest.raises(InputError, match=message):
+        metric.check_results(results, truth(annotation(LEFT)))
+
+
+@pytest.mark.parametrize(
+    "ground_truth, message",
+    [
+        ({"videos": [], "categories": []}, "no 'annotations'"),
+        (truth({"id": 1, "video_id": 1}), r"annotations\[0\] lacks category_id, areas, segmentations"),
+        (truth(annotation(LEFT[:3])), r"annotations\[0\] has 3 masks for the 4 frames"),
+        (truth(annotation(LEFT), size=(8, 9)), r"annotations\[0\] has in frame 0 a mask of"),
+    ],
+)
+def test_bad_ground_truth_is_refused(ground_truth, message):
+    with pytest.raises(InputError, match=message):
+        metric.check_results([], ground_truth)
+
+
+# A second implementation, straight from the definition: bool arrays, one setting at a time, plain loops.
+
+
+def naive_iou(first, second):
+    """Overlap of two (L, H, W) bool arrays."""
+    union = (first | second).sum()
+    return (first & second).sum() / union if union else 0.0
+
+
+def naive_size(masks):
+    areas = [frame.sum() for frame in masks if frame.any()]
+    return sum(areas) / len(areas) if areas else 0.0
+
+
+def naive_precision_recall(predictions, truths, threshold, smallest, largest, limit):
+    """(mean precision over recall points, recall) of one category, or None without ground truth.
+
+    predictions: (video, score, masks) in file order; truths: (video, crowd, masks) in file order.
+    """
+
+    def counts(masks):
+        return smallest <= naive_size(masks) <= largest
+
+    ranked = []
+    for video in sorted({entry[0] for entry in predictions}):
+        ranked += sorted((p for p in predictions if p[0] == video), key=lambda p: -p[1])[:limit]
+    ranked.sort(key=lambda p: -p[1])
+    free = list(range(len(truths)))
+    total = sum(not crowd and counts(masks) for _, crowd, masks in truths)
+    if not total:
+        return None
+    outcomes = []  # True: found something; False: error
+    for video, _, masks in ranked:
+        options = []
+        for index, (truth_video, crowd, truth_masks) in enumerate(truths):
+            overlap = naive_iou(masks, truth_masks)
+            if truth_video == video and (crowd or index in free) and overlap >= threshold:
+                options.append((not crowd and counts(truth_masks), overlap, index))
+        if options:
+            regular, _, index = max(options)
+            if index in free:
+                free.remove(index)
+            if regular:
+                outcomes.append(True)
+        elif counts(masks):
+            outcomes.append(False)
+    points = [(sum(outcomes[:n]) / total, sum(outcomes[:n]) / n) for n in range(1, len(outcomes) + 1)]
+    precisions = [
+        max((precision for recall, precision in points if recall >= wanted), default=0.0)
+        for wanted in np.linspace(0, 1, 101)
+    ]
+    return np.mean(precisions), sum(outcomes) / total
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_against_naive_implementation(seed, monkeypatch):
+    """Tiny random videos: ties, empty and missing masks, crowds; areas and limits that matter here."""
+    random = np.random.default_rng(seed)
+    ranges, limits = [(0, 1e10), (0, 9), (9, 12), (12, 1e10)], (1, 3, 6)
+    monkeypatch.setattr(metric, "AREA_RANGES", np.array(ranges))
+    monkeypatch.setattr(metric, "MAX_PREDICTIONS", limits)
+    size, frames, videos, categories = (5, 6), 3, (3, 1, 2), (4, 2, 9)
+
+    truths, predictions = {c: [] for c in categories}, {c: [] for c in categories}
+    annotations, results = [], []
+    for number in range(16):
+        video, category = int(random.choice(videos)), int(random.choice(categories[:2]))
+        crowd = number % 5 == 4
+        masks = random.random((frames, *size)) < random.uniform(0.2, 0.6)
+        masks[random.random(frames) < 0.2] = False
+        rles = [encode(mask) if mask.any() else None for mask in masks]
+        annotations.append(annotation(rles, number, video, category, int(crowd)))
+        truths[category].append((video, crowd, masks))
+        for noise in random.choice([0.0, 0.02, 0.1, 0.3], size=random.integers(0, 5)):
+            noisy = masks ^ (random.random(masks.shape) < noise)
+            noisy[random.random(frames) < 0.1] = False
+            score = int(random.integers(0, 5)) / 4
+            other = category if random.random() < 0.8 else int(random.choice(categories))
+            rles = [encode(mask) if mask.any() or random.random() < 0.5 else None for mask in noisy]
+            results.append(prediction(rles, score, video, other))
+            predictions[other].append((video, score, noisy))
+
+    def naive(thresholds, area, limit):
+        """Mean (AP, AR) over thresholds and the categories that have ground truth."""
+        found = [
+            naive_precision_recall(predictions[category], truths[category], threshold, *ranges[area], limit)
+            for category in categories
+            for threshold in thresholds
+        ]
+        defined = [pair for pair in found if pair is not None]
+        return np.mean(defined, axis=0) if defined else (-1, -1)
+
+    thresholds = np.linspace(0.5, 0.95, 10)
+    expected = {
+        "AP50": naive(thresholds[:1], 0, limits[2])[0],
+        "AP75": naive(thresholds[5:6], 0, limits[2])[0],
+        "AR1": naive(thresholds, 0, limits[0])[1],
+        "AR10": naive(thresholds, 0, limits[1])[1],
+    }
+    for area, names in enumerate((("AP", "AR100"), ("APs", "ARs"), ("APm", "ARm"), ("APl", "ARl"))):
+        expected.update(zip(names, naive(thresholds, area, limits[2])))
+    ground_truth = truth(*annotations, videos=videos, frames=frames, size=size, categories=categories)
+    metrics = metric.evaluate_results(results, ground_truth)
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected, abs=1e-9)
