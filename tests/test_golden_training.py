@@ -1,0 +1,120 @@
+"""Training losses, matches and gradients against the official code: GRAtt-VIS, GenVIS and VITA, every run of the set.
+
+The randomness is replaced as the set's README says: points from the R2 sequence, no Gumbel noise.
+"""
+import re
+
+import numpy
+import pytest
+import torch
+
+import matcher
+import tracker
+from data import Clip
+from golden_set import PROPAGATION, golden_model, make_video, meta, read_arrays, read_json
+
+SECTIONS = [section for section in ("train", "train_genvis", "train_vita", "train_vita_coco") if section in meta()]
+RUNS = [(section, run) for section in SECTIONS for run in meta()[section]["runs"]]
+
+
+def r2_points(count: int, g: float) -> torch.Tensor:
+    """The first `count` points (count, 2) of the R2 sequence, in float64: the float64 runs did not round them."""
+    k = numpy.arange(1, count + 1, dtype=numpy.float64)
+    return torch.from_numpy(numpy.stack(((0.5 + k / g) % 1, (0.5 + k / g ** 2) % 1), 1))
+
+
+@pytest.fixture(autouse=True)
+def no_randomness(monkeypatch):
+    g = meta()["train"]["points"]["g"]
+    monkeypatch.setattr(matcher, "random_points", lambda rows, count, like: r2_points(count, g).to(like).expand(rows, -1, -1))
+    monkeypatch.setattr(tracker, "logistic_noise", torch.zeros_like)
+
+
+def make_clip(video: dict, length: int) -> Clip:
+    """Frames by the set's formula; every instance a rectangle that moves, clipped to the frame, in the frames listed."""
+    height, width, instances = video["H"], video["W"], video["instances"]
+    masks = torch.zeros(len(instances), length, height, width, dtype=torch.bool)
+    ids = torch.full((len(instances), length), -1)
+    for mask, row, instance in zip(masks, ids, instances):
+        for t in instance["frames"]:
+            top, left = instance["y0"] + instance["vy"] * t, instance["x0"] + instance["vx"] * t
+            mask[t, max(top, 0):max(top + instance["h"], 0), max(left, 0):max(left + instance["w"], 0)] = True
+            row[t] = instance["id"]
+    return Clip(make_video(length, height, width, video["salt"]), torch.tensor([i["class"] for i in instances]), ids, masks)
+
+
+def section_model(section: str, run: dict, dtype: torch.dtype):
+    spec = meta()[section]
+    classes, length = run.get("num_classes", spec.get("num_classes")), run.get("T", spec.get("T"))
+    if section.startswith("train_vita"):
+        propagation, options = "clip", {"window": run["enc_window_size"]}
+    elif section == "train_genvis":
+        propagation, options = "memory", {}
+    else:
+        propagation, options = PROPAGATION[run["gated"], run["use_mem"]], {}
+    model = golden_model(run["names_shapes"], "r50", classes, propagation, dtype, **options).train()
+    return model, classes, [make_clip(video, length) for video in spec["videos"]]
+
+
+@pytest.mark.parametrize("section, name", RUNS)
+def test_golden_losses_and_gradients(section, name):
+    spec, run = meta()[section], meta()[section]["runs"][name]
+    golden = read_json(spec["file"])[name + spec["float64_suffix"]]
+    model, classes, clips = section_model(section, run, torch.float64)
+    frozen, whole_video = run["freeze_detector"], section.startswith("train_vita")
+    if frozen:
+        for parameter_name, parameter in model.named_parameters():
+            parameter.requires_grad_(parameter_name.startswith("tracker."))
+    points = spec["points"]
+    options = dict(points=points["match"], oversample=points["candidates"] / points["match"],
+                   importance=1 - points["random_quarter"] / points["match"])
+    output = model([clip.frames for clip in clips])
+
+    # every loss, the gate's in its released form; a frozen detector's are compared too, though they train nothing
+    gate_weight = run.get("gate_weight", 0.0)
+    criterion = matcher.Criterion(classes, gate_weight=gate_weight or 1.0, gate_loss="released", **options)
+    losses, matches = criterion(output, clips, whole_video)
+    for key, value in golden["raw"].items():
+        weight = criterion.loss_weights[re.search("ce|mask|dice|sim|gate", key)[0]]
+        assert losses[key].item() / weight == pytest.approx(value, rel=1e-6), key
+    assert set(losses) == set(golden["raw"])
+
+    check_matches(matches, golden, model, len(clips))
+
+    # what training would sum up, and its gradients
+    criterion = matcher.Criterion(classes, gate_weight=gate_weight, gate_loss="released", freeze_detector=frozen, **options)
+    losses, _ = criterion(output, clips, whole_video)
+    for key, value in losses.items():
+        assert value.item() == pytest.approx(golden["losses"][key], rel=1e-6), key
+    left_out = set(golden["losses"]) - set(losses)   # the gate's at weight 0, a frozen detector's in VITA
+    assert all("gate" in key and gate_weight == 0 or frozen and whole_video for key in left_out), left_out
+    total = sum(losses.values())
+    assert total.item() + sum(golden["losses"][key] for key in left_out) == pytest.approx(golden["total"], rel=1e-6)
+    total.backward()
+    check_gradients(model, golden)
+
+
+def check_matches(matches, golden, model, batch):
+    """The same query for every instance: per frame, and per clip for all instances seen so far."""
+    for layer, frames in enumerate(golden["frame_indices"]):
+        for frame, (queries, instances) in enumerate(frames):
+            ours = matches.frames[layer][frame].tolist()
+            assert ours == [queries[instances.index(i)] for i in range(len(ours))]
+    for ours, clip in zip(matches.clips, golden["clips"], strict=True):
+        for layer, official in zip(ours, [*clip["aux"], clip["main"]], strict=True):
+            for query_of, (queries, instances) in zip(layer, official, strict=True):
+                for instance, query in enumerate(query_of.tolist()):
+                    assert query in (-1, queries[instances.index(instance)])
+
+
+def check_gradients(model, golden):
+    """Gradient norms by the official names; our names follow from translating them."""
+    from checkpoint import translate
+    ours = {name: parameter.grad.norm().item() for name, parameter in model.named_parameters()
+            if parameter.grad is not None}
+    renamed, _ = translate({name: torch.tensor(value, dtype=torch.float64) for name, value in golden["grad_norm"].items()})
+    assert set(renamed) == set(ours)
+    for name, value in renamed.items():
+        # a zero in theory (the softmax over the memory does not see its keys' common shift): rounding noise in both
+        noise = 1e-9 * golden["total_grad_norm"]
+        assert ours[name] == pytest.approx(value.item(), rel=1e-4, abs=noise), name
