@@ -11,11 +11,12 @@ P points. A match is written as `query_of` (I,): the query of each instance, -1 
 """
 from dataclasses import dataclass
 
+import numpy
 import torch
 import torch.distributed
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
-from torch import Tensor
+from torch import Tensor, nn
 
 from data import Clip
 from model import TrainingOutput
@@ -27,10 +28,10 @@ GATE_LOSSES = ("logits", "released")
 
 @dataclass
 class Targets:
-    """Ground truth of one video, padded as the images are."""
+    """Ground truth of one video, padded as the images are. The small tensors stay on the CPU, where matches are kept too."""
     labels: Tensor  # (I,) int64
     ids: Tensor     # (I, T) int64, -1 where the instance is not visible
-    masks: Tensor   # (I, T, H, W) bool
+    masks: Tensor   # (I, T, H, W) bool, on the model's device
 
     @property
     def visible(self) -> Tensor:
@@ -47,11 +48,11 @@ class Matches:
 
 def pad_targets(clip: Clip, size: tuple[int, int], device: torch.device) -> Targets:
     """Pad masks right and bottom to `size`; a frame with an empty mask does not show the instance; drop the never seen."""
-    masks = clip.masks.to(device)
-    masks = F.pad(masks, (0, size[1] - masks.shape[-1], 0, size[0] - masks.shape[-2]))
-    ids = torch.where(masks.flatten(2).any(-1), clip.ids.to(device), -1)
+    ids = torch.where(clip.masks.flatten(2).any(-1), clip.ids, -1)
     seen = (ids != -1).any(1)
-    return Targets(clip.labels.to(device)[seen], ids[seen], masks[seen])
+    masks = clip.masks[seen].to(device)
+    masks = F.pad(masks, (0, size[1] - masks.shape[-1], 0, size[0] - masks.shape[-2]))
+    return Targets(clip.labels[seen], ids[seen], masks)
 
 
 def random_points(rows: int, count: int, like: Tensor) -> Tensor:
@@ -65,27 +66,27 @@ def sample_at(maps: Tensor, points: Tensor) -> Tensor:
 
 
 def match_cost(logits: Tensor, masks: Tensor, labels: Tensor, target_masks: Tensor, weights: dict) -> Tensor:
-    """Cost (Q, I) of every query for every instance: class probability, point BCE and dice.
+    """Cost (..., Q, I) of every query for every instance: class probability, point BCE and dice.
 
-    logits (Q, K + 1); masks (Q, P) logits and target_masks (I, P) 0..1 at the same points; labels (I,).
+    logits (..., Q, K + 1); masks (..., Q, P) logits and target_masks (..., I, P) 0..1 at the same points; labels (..., I).
     """
-    cost_class = -logits.softmax(-1)[:, labels]
-    positive, negative = F.softplus(-masks), F.softplus(masks)                  # BCE against 1 and against 0
-    cost_mask = (positive @ target_masks.T + negative @ (1 - target_masks).T) / masks.shape[1]
-    inside = masks.sigmoid()
-    cost_dice = 1 - (2 * inside @ target_masks.T + 1) / (inside.sum(1)[:, None] + target_masks.sum(1) + 1)
+    probability = logits.softmax(-1)
+    cost_class = -probability.gather(-1, labels[..., None, :].expand(*probability.shape[:-1], -1))
+    truth, inside = target_masks.transpose(-1, -2), masks.sigmoid()
+    cost_mask = (F.softplus(masks).sum(-1, keepdim=True) - masks @ truth) / masks.shape[-1]   # BCE = softplus(x) - x t
+    cost_dice = 1 - (2 * inside @ truth + 1) / (inside.sum(-1, keepdim=True) + truth.sum(-2, keepdim=True) + 1)
     return weights["class"] * cost_class + weights["mask"] * cost_mask + weights["dice"] * cost_dice
 
 
-def assign(cost: Tensor) -> Tensor:
+def assign(cost: numpy.ndarray) -> Tensor:
     """Hungarian assignment of (Q, I) costs -> query_of (I,); FloatingPointError if a cost is not finite."""
-    if not cost.isfinite().all():
+    if not numpy.isfinite(cost).all():
         raise FloatingPointError("a matching cost is not finite: the logits have overflowed; lower the learning rate, "
                                  "or train in bf16 or fp32 instead of fp16")
-    query_of = torch.full((cost.shape[1],), -1, dtype=torch.long)
-    queries, instances = linear_sum_assignment(cost.cpu().numpy())
+    query_of = torch.full((cost.shape[1],), -1)
+    queries, instances = linear_sum_assignment(cost)
     query_of[torch.from_numpy(instances)] = torch.from_numpy(queries)
-    return query_of.to(cost.device)
+    return query_of
 
 
 class Criterion:
@@ -136,110 +137,123 @@ class Criterion:
 
     def frame_losses(self, output: TrainingOutput, targets: list[Targets]) -> tuple[dict[str, Tensor], list[list[Tensor]]]:
         """Losses of all frame decoder predictions, and the matches of the last L of them: [layer][frame] -> query_of."""
-        shown = [(video.labels[visible], video.masks[visible, frame])
-                 for video in targets for frame, visible in enumerate(video.visible.T)]
-        predictions = output.frames.predictions
-        first = len(predictions) - len(output.frames.queries) if self.freeze_detector else 0
-        count = average_over_processes(sum(len(labels) for labels, _ in shown), predictions[0][0])
+        predictions, layers = output.frames.predictions, len(output.frames.queries)
+        first = len(predictions) - layers if self.freeze_detector else 0
+        visible = [shown for video in targets for shown in video.visible.T]                      # [frame] -> (I,)
+        labels = torch.cat([video.labels[shown] for video in targets for shown in video.visible.T])
+        frames = torch.cat([torch.full((int(shown.sum()),), n) for n, shown in enumerate(visible)])
+        true = torch.cat([video.masks[shown, t] for video in targets for t, shown in enumerate(video.visible.T)])
+        count = average_over_processes(len(labels), true)
+        with torch.no_grad():
+            like = full_precision(predictions[0][1][:1, :1])
+            points = random_points(len(visible), self.points, like)
+            point_targets = [sample_at(video.masks.transpose(0, 1).to(like.dtype), own)          # (T, I, P)
+                             for video, own in zip(targets, points.chunk(len(targets)))]
+            point_targets = nn.utils.rnn.pad_sequence([t.transpose(0, 1) for t in point_targets], True)  # (B, I, T, P)
+            point_targets = point_targets.transpose(1, 2).flatten(0, 1)                          # (N, I, P)
         losses, matches = {}, []
         for layer, (logits, masks) in list(enumerate(predictions))[first:]:
             logits, masks = full_precision(logits), full_precision(masks)
-            matches.append([self.match_frame(*frame) for frame in zip(logits, masks, *zip(*shown))])
+            with torch.no_grad():
+                cost = match_cost(logits, sample_at(masks, points), pad_labels(targets, len(visible), logits),
+                                  point_targets, self.weights).cpu().numpy()
+            matches.append([assign(c[:, :len(shown)][:, shown.numpy()]) for c, shown in zip(cost, visible)])
             if self.freeze_detector:
                 continue
-            queries = [query_of.clamp(min=0) for query_of in matches[-1]]
-            matched = [query_of >= 0 for query_of in matches[-1]]
-            classes = torch.full(logits.shape[:2], self.num_classes, device=logits.device)
-            for row, query, keep, (labels, _) in zip(classes, queries, matched, shown):
-                row[query[keep]] = labels[keep]
-            own = torch.cat([mask[query[keep]] for mask, query, keep in zip(masks, queries, matched)])
-            true = torch.cat([mask[keep] for keep, (_, mask) in zip(matched, shown)])
-            parts = {"ce": self.class_loss(logits, classes)} | self.mask_losses(own[:, None], true[:, None], count)
+            queries = torch.cat(matches[-1])
+            kept = queries >= 0
+            index = frames[kept], queries[kept]
             suffix = "" if layer == len(predictions) - 1 else f"_{layer}"
+            parts = {"ce": self.class_loss(logits, index, labels[kept])} | self.mask_losses(
+                masks[index][:, None], true[kept.to(true.device)][:, None], count)
             losses |= {f"loss_{name}{suffix}": self.loss_weights[name] * part for name, part in parts.items()}
-        return losses, matches[-len(output.frames.queries):]
-
-    @torch.no_grad()
-    def match_frame(self, logits: Tensor, masks: Tensor, labels: Tensor, target_masks: Tensor) -> Tensor:
-        """logits (F, K + 1) and masks (F, h, w) of a frame, its labels (I,) and masks (I, H, W) -> query_of (I,)."""
-        points = random_points(1, self.points, masks)
-        target_points = sample_at(target_masks[None].to(masks.dtype), points)[0]
-        return assign(match_cost(logits, sample_at(masks[None], points)[0], labels, target_points, self.weights))
+        return losses, matches[-layers:]
 
     # Clips: identities kept
 
     def clip_losses(self, prediction: ClipPrediction, features: Tensor, targets: list[Targets], frames: slice,
                     previous: list[list[Tensor]] | None, frame_matches: list[list[Tensor]]
                     ) -> tuple[dict[str, Tensor], list[list[Tensor]]]:
-        """Losses of one clip, `frames` of every video; previous and returned: [layer][stream] -> query_of (I,)."""
-        streams = len(prediction.logits[0])                                              # L
-        videos = targets * streams                                                       # layer-major, as the streams
-        valid = [video.visible[:, frames].any(1) for video in videos]                    # visible in this clip
-        before = [video.visible[:, :frames.start].any(1) for video in videos]            # seen in an earlier clip
-        count = average_over_processes(sum(v.sum() for v in valid), features)
-        points = [random_points(1, self.points, features) for _ in targets]
-        point_features, point_targets = self.sample_clip(features, targets, frames, points)
-        last, losses, matches = len(prediction.logits) - 1, {}, []
-        for layer, (logits, embed) in enumerate(zip(prediction.logits, prediction.mask_embed)):
-            logits, embed = full_precision(logits.flatten(0, 1)), full_precision(embed.flatten(0, 1))   # (S, Q, ...)
-            held = previous[layer] if previous else [torch.full_like(video.labels, -1) for video in videos]
-            query_of = [self.match_clip(*stream) for stream in zip(
-                logits, embed, point_features * streams, point_targets * streams, videos, valid, before, held)]
+        """Losses of one clip, `frames` of every video; previous and returned: [layer][stream] -> query_of (I,).
+
+        Matched instances are listed video by video, within a video stream by stream.
+        """
+        depth, (streams, batch) = len(prediction.logits), prediction.logits[0].shape[:2]         # D, L, B
+        valid = [video.visible[:, frames].any(1) for video in targets]                           # visible in this clip
+        new = [now & ~video.visible[:, :frames.start].any(1) for now, video in zip(valid, targets)]
+        count = average_over_processes(streams * sum(int(now.sum()) for now in valid), features)
+        labels = torch.cat([video.labels[now].repeat(streams) for video, now in zip(targets, valid)])
+        true = torch.cat([video.masks[now, frames].repeat(streams, 1, 1, 1) for video, now in zip(targets, valid)])
+        costs = self.clip_costs(prediction, features, targets, frames)
+        last, losses, matches = depth - 1, {}, []
+        for layer in range(depth):
+            logits = full_precision(prediction.logits[layer].flatten(0, 1))                      # (S, Q, K + 1)
+            embed = full_precision(prediction.mask_embed[layer].flatten(0, 1))                   # (S, Q, C)
+            query_of = [self.match_clip(costs[layer, stream], new[stream % batch], valid[stream % batch],
+                                        previous[layer][stream] if previous else None) for stream in range(len(logits))]
             matches.append(query_of)
-            visible = [v & (q >= 0) for v, q in zip(valid, query_of)]
-            chosen = [q[v] for q, v in zip(query_of, visible)]                           # queries of visible instances
-            classes = torch.full(logits.shape[:2], self.num_classes, device=logits.device)
-            for row, query, v, video in zip(classes, chosen, visible, videos):
-                row[query] = video.labels[v]
-            own = torch.cat([torch.einsum("ic,tchw->ithw", e[query], f)
-                             for e, query, f in zip(embed, chosen, features.repeat(streams, 1, 1, 1, 1))])
-            true = torch.cat([video.masks[v, frames] for video, v in zip(videos, visible)])
-            parts = {"ce": self.class_loss(logits, classes)} | self.mask_losses(own, true, count)
+            chosen = [[query_of[level * batch + b][valid[b]] for level in range(streams)] for b in range(batch)]
+            queries = torch.cat([q for video in chosen for q in video])
+            stream = torch.cat([torch.full_like(q, level * batch + b)
+                                for b, video in enumerate(chosen) for level, q in enumerate(video)])
+            kept = queries >= 0
+            index = stream[kept], queries[kept]
+            own = torch.cat([torch.einsum("ic,tchw->ithw", e, f) for e, f in zip(
+                embed[index].split([int((stream[kept] % batch == b).sum()) for b in range(batch)]), features)])
+            parts = {"ce": self.class_loss(logits, index, labels[kept])}
+            parts |= self.mask_losses(own, true[kept.to(true.device)], count)
             if layer == last and self.loss_weights["sim"]:
-                parts["sim"] = self.similarity_loss(prediction, targets, frames, frame_matches, visible, query_of)
+                parts["sim"] = self.similarity_loss(prediction, targets, frames, frame_matches, index, query_of)
             if prediction.gate_soft and self.loss_weights["gate"]:
-                parts["gate"] = self.gate_loss(prediction, layer, chosen)
+                parts["gate"] = self.gate_loss(prediction, layer, index)
             suffix = "" if layer == last else f"_{layer}"
             losses |= {f"{name}{suffix}": self.loss_weights[name] * part for name, part in parts.items()}
         return losses, matches
 
     @torch.no_grad()
-    def sample_clip(self, features: Tensor, targets: list[Targets], frames: slice, points: list[Tensor]
-                    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Features (C, T P) and target masks (I, T P) of every video at its points, the same points in every frame.
+    def clip_costs(self, prediction: ClipPrediction, features: Tensor, targets: list[Targets], frames: slice) -> numpy.ndarray:
+        """Costs (D, S, Q, most instances of a video) at the same points of every frame of a video's clip.
 
         Sampling is linear, so the sampled mask of a query is its embedding times the sampled features: one sampling serves
         all layers, streams and queries.
         """
-        point_features, point_targets = [], []
-        for feature, video, point in zip(features, targets, points):                     # feature (T, C, h, w)
-            sampled = sample_at(feature, point.expand(len(feature), -1, -1))             # (T, C, P)
-            point_features.append(sampled.transpose(0, 1).flatten(1))
-            masks = video.masks[:, frames].flatten(0, 1)[None].to(feature.dtype)         # (1, I T, H, W)
-            point_targets.append(sample_at(masks, point)[0].view(len(video.labels), -1))
-        return point_features, point_targets
+        points = random_points(len(targets), self.points, features)
+        length = features.shape[1]
+        at = points.repeat_interleave(length, 0)                                                 # (B T, P, 2)
+        sampled = sample_at(features.flatten(0, 1), at).unflatten(0, (-1, length))               # (B, T, C, P)
+        sampled = sampled.transpose(1, 2).flatten(2)                                             # (B, C, T P)
+        point_targets = nn.utils.rnn.pad_sequence([
+            sample_at(video.masks[:, frames].flatten(0, 1)[None].to(features.dtype), own[None])[0]
+            .view(len(video.labels), length * self.points) for video, own in zip(targets, points)], True)  # (B, I, T P)
+        costs = []
+        for logits, embed in zip(prediction.logits, prediction.mask_embed):                      # (L, B, Q, ...)
+            masks = full_precision(embed) @ sampled
+            costs.append(match_cost(full_precision(logits), masks, pad_labels(targets, len(targets), masks).expand(
+                len(logits), -1, -1), point_targets.expand(len(logits), -1, -1, -1), self.weights).flatten(0, 1))
+        return torch.stack(costs).cpu().numpy()
 
-    @torch.no_grad()
-    def match_clip(self, logits: Tensor, embed: Tensor, point_features: Tensor, point_targets: Tensor, video: Targets,
-                   valid: Tensor, before: Tensor, held: Tensor) -> Tensor:
+    @staticmethod
+    def match_clip(cost: numpy.ndarray, new: Tensor, valid: Tensor, held: Tensor | None) -> Tensor:
         """One stream: instances that appear now get a query, the others keep the one they hold; returns query_of (I,).
 
         A visible instance's query is not given away. That of an occluded one is, as upstream (grattvis_matcher.py:159).
         """
-        new = valid & ~before
-        cost = match_cost(logits, embed @ point_features, video.labels[new], point_targets[new], self.weights)
-        cost[held[valid & before & (held >= 0)]] = EXCLUDED
-        query_of = held.clone()
+        query_of = torch.full((len(new),), -1) if held is None else held.clone()
+        taken = query_of[valid & ~new]
+        cost = cost[:, :len(new)][:, new.numpy()].copy()
+        cost[taken[taken >= 0].numpy()] = EXCLUDED
         query_of[new] = assign(cost)
         return query_of
 
     # Single losses
 
-    def class_loss(self, logits: Tensor, classes: Tensor) -> Tensor:
-        """Cross-entropy of logits (N, Q, K + 1) against classes (N, Q), a mean weighted by class ("no object" less)."""
+    def class_loss(self, logits: Tensor, index: tuple[Tensor, Tensor], labels: Tensor) -> Tensor:
+        """Cross-entropy of logits (N, Q, K + 1): `labels` at index (row, query), "no object" (which counts less) elsewhere."""
+        classes = torch.full(logits.shape[:2], self.num_classes)
+        classes[index] = labels
         weight = logits.new_ones(self.num_classes + 1)
         weight[-1] = self.no_object_weight
-        return F.cross_entropy(logits.transpose(1, 2), classes, weight)
+        return F.cross_entropy(logits.transpose(1, 2), classes.to(logits.device), weight)
 
     def mask_losses(self, logits: Tensor, targets: Tensor, count: Tensor) -> dict[str, Tensor]:
         """Point BCE and dice of mask logits (I, T, h, w) against bool (I, T, H, W), each summed and divided by count.
@@ -266,43 +280,50 @@ class Criterion:
         return torch.cat((chosen, random_points(len(logits), self.points - self.uncertain, logits)), 1)
 
     def similarity_loss(self, prediction: ClipPrediction, targets: list[Targets], frames: slice,
-                        frame_matches: list[list[Tensor]], visible: list[Tensor], query_of: list[Tensor]) -> Tensor:
-        """In each stream, do two embeddings (of matched frame and clip queries) belong to one instance? BCE over all pairs."""
-        frame_embed, clip_embed = full_precision(prediction.frame_embed), full_precision(prediction.clip_embed)
+                        frame_matches: list[list[Tensor]], index: tuple[Tensor, Tensor], query_of: list[Tensor]) -> Tensor:
+        """Do two embeddings of one stream belong to one instance? BCE over all pairs of its matched frame and clip queries."""
+        frame_embed = full_precision(prediction.frame_embed)                                     # (L, B, T, F, C)
+        clip_embed = full_precision(prediction.clip_embed)                                       # (L, B, Q, C)
         layers, batch, length = frame_embed.shape[:3]
         total_frames = len(frame_matches[0]) // batch
-        loss, pairs = 0.0, 0
-        for layer in range(layers):
-            for index, video in enumerate(targets):
-                stream = layer * batch + index
-                embeds, ids = [], []
-                for offset in range(length):
-                    frame = frames.start + offset
-                    match = frame_matches[layer][index * total_frames + frame]
-                    shown = video.ids[:, frame]
-                    embeds.append(frame_embed[layer, index, offset, match[match >= 0]])
+        rows, queries, streams, ids = [], [], [], []                                             # of matched frame queries
+        clip_ids = []
+        for b, video in enumerate(targets):
+            for layer in range(layers):
+                stream = layer * batch + b
+                for offset, t in enumerate(range(frames.start, frames.stop)):
+                    match, shown = frame_matches[layer][b * total_frames + t], video.ids[:, t]
+                    rows.append(torch.full_like(match, stream * length + offset)[match >= 0])
+                    queries.append(match[match >= 0])
+                    streams.append(torch.full_like(match, stream)[match >= 0])
                     ids.append(shown[shown != -1][match >= 0])
-                keep = visible[stream]
-                embeds.append(clip_embed[layer, index, query_of[stream][keep]])
-                ids.append(video.ids[keep, frames].amax(1))
-                embeds, ids = torch.cat(embeds), torch.cat(ids)
-                same = (ids[:, None] == ids).to(embeds.dtype)
-                loss = loss + F.binary_cross_entropy_with_logits(embeds @ embeds.T, same, reduction="sum")
-                pairs += same.numel()
-        return loss / (pairs + 1e-6)
+                now = video.visible[:, frames].any(1) & (query_of[stream] >= 0)
+                clip_ids.append(video.ids[now, frames].amax(1))
+        embeds = torch.cat((frame_embed.flatten(0, 2)[torch.cat(rows), torch.cat(queries)], clip_embed.flatten(0, 1)[index]))
+        streams = torch.cat((*streams, index[0])).to(embeds.device)
+        ids = torch.cat((*ids, *clip_ids)).to(embeds.device)
+        pairs = (streams[:, None] == streams).to(embeds.dtype)
+        same = (ids[:, None] == ids).to(embeds.dtype)
+        loss = F.binary_cross_entropy_with_logits(embeds @ embeds.T, same, reduction="none")
+        return (loss * pairs).sum() / (pairs.sum() + 1e-6)
 
-    def gate_loss(self, prediction: ClipPrediction, layer: int, chosen: list[Tensor]) -> Tensor:
-        """BCE of the gates (S, Q): open (1) for queries of visible instances, closed (0) for all others.
+    def gate_loss(self, prediction: ClipPrediction, layer: int, index: tuple[Tensor, Tensor]) -> Tensor:
+        """BCE of the gates (S, Q): open (1) for queries of visible instances, at index (stream, query), closed (0) elsewhere.
 
         "released" puts the already sigmoided soft gate through another sigmoid (grattvis_criterion.py:301), so that it
         cannot reach 0; "logits" is the same loss on the gate's logits.
         """
         gates = prediction.gate_soft if self.gate_kind == "released" else prediction.gate_logits
         gates = full_precision(gates[layer].flatten(0, 1))
-        target = torch.zeros_like(gates)
-        for row, queries in zip(target, chosen):
-            row[queries] = 1
-        return F.binary_cross_entropy_with_logits(gates, target)
+        target = torch.zeros(gates.shape, dtype=gates.dtype)
+        target[index] = 1
+        return F.binary_cross_entropy_with_logits(gates, target.to(gates.device))
+
+
+def pad_labels(targets: list[Targets], rows: int, like: Tensor) -> Tensor:
+    """Labels of the B videos, padded to the longest list, each repeated for its share of `rows`: (rows, I) beside `like`."""
+    labels = nn.utils.rnn.pad_sequence([video.labels for video in targets], True)
+    return labels.repeat_interleave(rows // len(targets), 0).to(like.device)
 
 
 def full_precision(x: Tensor) -> Tensor:

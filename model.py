@@ -391,8 +391,8 @@ PRESETS = {  # a model of the paper a line; every value is an argument of GRAttV
     "swin_s": dict(backbone="swin_s"),
     "swin_b": dict(backbone="swin_b"),
     "swin_l": dict(backbone="swin_l", frame_queries=200),
-    "toy": dict(backbone="resnet10", norm="group", channels=128, heads=4, queries=20, frame_queries=20, pixel_layers=2,
-                pixel_feed_forward=256, frame_layers=6, tracker_encoder_layers=2, feed_forward=256),
+    "toy": dict(backbone="resnet10", norm="batch", channels=64, heads=4, queries=20, frame_queries=20, pixel_layers=1,
+                pixel_feed_forward=256, frame_layers=3, tracker_encoder_layers=1, feed_forward=256),
 }
 
 

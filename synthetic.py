@@ -1,10 +1,11 @@
 """Synthetic videos for training and testing where no real data set is at hand.
 
 Each video shows a few textured shapes (disc, square, triangle, star, cross, ring) that move, cross, hide one
-another, leave the frame and come back, over a textured background that drifts slowly. The class of an object
-is its shape alone: colours, texture, size and motion are drawn independently of it. The masks hold the
-visible pixels only, so an object that is hidden or outside the frame has none there. Such gaps are what the
-gated queries of GRAtt-VIS have to survive.
+another, leave the frame and come back, over a textured background that drifts slowly. A class is a shape and
+a hue, so that it is learned in minutes; texture, tone, size and motion are drawn independently of it, so that
+two objects of one class are told apart by little more than their paths. The masks hold the visible pixels
+only: an object that is hidden or outside the frame has none there. Such gaps are what the gated queries of
+GRAtt-VIS have to survive.
 
 A set is written in the YouTube-VIS format, so the rest of the code reads it like the real one:
 
@@ -19,6 +20,7 @@ Launch it through the data module:
 import json
 import math
 import tempfile
+from colorsys import hsv_to_rgb
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -121,25 +123,29 @@ def make_object(rng, frames, height, width, background_colour):
         centres = returning_path(rng, frames, height, width, radius)
     else:
         centres = crossing_path(rng, frames, height, width)
-    first = contrasting_colour(rng, [background_colour])
-    second = contrasting_colour(rng, [background_colour, first])
+    category_id = int(rng.integers(len(CATEGORIES))) + 1
     return MovingObject(
-        category_id=int(rng.integers(len(CATEGORIES))) + 1,
+        category_id=category_id,
         centres=centres,
         radii=radius * (1 + rng.uniform(0, 0.15) * breath),
         angles=rng.uniform(0, 2 * np.pi) + rng.uniform(-0.08, 0.08) * np.arange(frames),
-        colours=np.stack([first, second]),
+        colours=class_colours(rng, category_id, background_colour),
         texture=str(rng.choice(list(TEXTURES))),
         frequency=rng.uniform(5, 9),
         phase=rng.uniform(0, 2 * np.pi, 2),
     )
 
 
-def contrasting_colour(rng, others, candidates=8):
-    """Of some random RGB colours in 0 .. 255, return the one, (3,) float, farthest from all the others."""
-    colours = rng.uniform(0, 255, (candidates, 3))
-    distances = np.linalg.norm(colours[:, None] - np.asarray(others), axis=2)
-    return colours[distances.min(axis=1).argmax()]
+def class_colours(rng, category_id, background_colour, candidates=8):
+    """The two colours of an object, (2, 3) float RGB: a bright and a dark tone of its class's hue.
+
+    Of some random pairs, the one whose bright tone is farthest from the background's colour.
+    """
+    hues = (category_id - 1 + rng.uniform(-0.2, 0.2, candidates)) / len(CATEGORIES)
+    bright = [hsv_to_rgb(hue, rng.uniform(0.7, 1), rng.uniform(0.8, 1)) for hue in hues]
+    dark = [hsv_to_rgb(hue, rng.uniform(0.6, 1), rng.uniform(0.2, 0.45)) for hue in hues]
+    colours = 255 * np.stack((bright, dark), 1)
+    return colours[np.linalg.norm(colours[:, 0] - background_colour, axis=1).argmax()]
 
 
 def make_background(rng, frames, height, width):

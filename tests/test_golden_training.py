@@ -36,7 +36,7 @@ def make_clip(video: dict, length: int) -> Clip:
     masks = torch.zeros(len(instances), length, height, width, dtype=torch.bool)
     ids = torch.full((len(instances), length), -1)
     for mask, row, instance in zip(masks, ids, instances):
-        for t in instance["frames"]:
+        for t in (t for t in instance["frames"] if t < length):
             top, left = instance["y0"] + instance["vy"] * t, instance["x0"] + instance["vx"] * t
             mask[t, max(top, 0):max(top + instance["h"], 0), max(left, 0):max(left + instance["w"], 0)] = True
             row[t] = instance["id"]
