@@ -80,9 +80,9 @@ RENAMES = [(re.compile(pattern), replacement) for pattern, replacement in [
     (r"^tracker\.pre_query_embed_v\.", "tracker.query_value."),
 ]]
 # Not weights of this model: constants of the losses and of the input, classifiers of ImageNet backbones.
-IGNORED = re.compile(r"(criterion\.empty_weight|num_batches_tracked|attn_mask)$|^pixel_(mean|std)$"
+IGNORED = re.compile(r"(criterion\.empty_weight|attn_mask)$|^pixel_(mean|std)$"
                      r"|^backbone\.(fc|head|norm|stem\.fc)\.")
-BACKBONE_ROOTS = ("stem.", "res2.", "conv1.", "bn1.", "layer1.", "patch_embed.", "layers.", "features.")
+BACKBONE_ROOTS = ("stem.", "conv1.", "patch_embed.", "features.")  # a backbone alone, without "backbone." in front
 MODEL_ROOTS = ("backbone.", "pixel_decoder.", "frame_decoder.", "tracker.", "sem_seg_head.", "vita_module.")
 CLASS_LAYERS = ("frame_decoder.class_embed.", "tracker.class_embed.")
 
@@ -145,9 +145,8 @@ def translate(contents: dict, source: str = "the state dict") -> tuple[dict[str,
         if isinstance(contents.get(wrapper), dict):
             contents = contents[wrapper]
     entries = {name.removeprefix("module."): value for name, value in contents.items() if isinstance(name, str)}
-    if not any(name.startswith(MODEL_ROOTS) for name in entries):
-        entries = {f"backbone.{name}" if name.startswith((*BACKBONE_ROOTS, "norm", "head.", "fc.")) else name: value
-                   for name, value in entries.items()}
+    if any(name.startswith(BACKBONE_ROOTS) for name in entries):
+        entries = {f"backbone.{name}": value for name, value in entries.items()}
     if not any(name.startswith(MODEL_ROOTS) for name in entries):
         raise InputError(f"{source} is no checkpoint of this model family: none of its entries is known, "
                          f"the first is {next(iter(entries), 'missing')!r}")
@@ -179,8 +178,8 @@ def load_weights(model: nn.Module, source: str | Path | dict, reset_classes: boo
     report = LoadReport(ignored=ignored)
     own = model.state_dict()
     for name in list(weights):
-        if name not in own:
-            report.unexpected.append(name)
+        if name not in own:  # frozen norms count no batches
+            (report.ignored if name.endswith("num_batches_tracked") else report.unexpected).append(name)
         elif weights[name].shape != own[name].shape:
             theirs, ours = tuple(weights[name].shape), tuple(own[name].shape)
             if name.startswith(CLASS_LAYERS) and theirs[1:] == ours[1:]:

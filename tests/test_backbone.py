@@ -1,0 +1,104 @@
+"""Backbones: ResNet equals torchvision's, Swin equals the detectors' (and torchvision's where the two agree)."""
+import pytest
+import torch
+from torchvision.models import resnet50
+from torchvision.models.swin_transformer import SwinTransformer
+
+from backbone import RESNETS, SWINS, SwinBackbone, build_backbone, shifted_from_afar
+from checkpoint import translate
+from golden_set import make_video, meta, official_weights, read_arrays, subsampled_error
+
+
+@torch.no_grad()
+def test_resnet_is_torchvisions():
+    torch.manual_seed(0)
+    theirs, ours = resnet50(num_classes=2).eval(), build_backbone("resnet50", "batch").eval()
+    ours.load_state_dict({name: value for name, value in theirs.state_dict().items() if not name.startswith("fc.")})
+    images = torch.randn(1, 3, 64, 96)
+    maps = ours(images)
+    assert [tuple(m.shape[1:]) for m in maps] == [(256, 16, 24), (512, 8, 12), (1024, 4, 6), (2048, 2, 3)]
+    torch.testing.assert_close(theirs.fc(maps[-1].mean((2, 3))), theirs(images))
+
+
+def test_norms():
+    """A frozen norm has no parameters and does not move; a learning one does; an unknown name is refused."""
+    for norm in ("frozen", "batch", "group"):
+        network = build_backbone("resnet10", norm).train()
+        before = {name: value.clone() for name, value in network.state_dict().items()}
+        network(torch.randn(2, 3, 64, 64))
+        moved = [name for name, value in network.state_dict().items() if not torch.equal(value, before[name])]
+        assert bool(moved) == (norm == "batch")
+        assert ("bn1.weight" in dict(network.named_parameters())) == (norm != "frozen")
+    with pytest.raises(ValueError, match="frozen, batch, group"):
+        build_backbone("resnet10", "layer")
+    with pytest.raises(ValueError, match="swin_l"):
+        build_backbone("vgg")
+
+
+@torch.no_grad()
+def test_swin_is_torchvisions_where_every_map_holds_a_window():
+    """Same weights, maps larger than the window: torchvision's last stage, before its norm, equals ours, undone of its norm."""
+    torch.manual_seed(0)
+    ours = SwinBackbone(24, [2, 2, 2, 2], [1, 2, 2, 4], 2).eval()
+    theirs = SwinTransformer([4, 4], 24, [2, 2, 2, 2], [1, 2, 2, 4], [2, 2], num_classes=2).eval()
+    ours.load_state_dict({name: value for name, value in theirs.state_dict().items() if name.startswith("features.")}, strict=False)
+    images = torch.randn(1, 3, 160, 192)
+    for norm in ours.norms:
+        norm.weight.copy_(torch.rand_like(norm.weight) + 0.5)
+    expected = ours.norms[-1](theirs.features(images)).permute(0, 3, 1, 2)
+    torch.testing.assert_close(ours(images)[-1], expected)
+
+
+def test_shift_mask_by_hand():
+    """One window row of two, window 2, shift 1: after the roll a window's second column or row may come from afar."""
+    apart = shifted_from_afar(1, 2, 2, 1, torch.device("cpu"))
+    # tokens of a window: (0,0) (0,1) / (1,0) (1,1); rows 0 and 1 never were neighbours, columns only in the first window
+    assert apart[0].tolist() == [[False, False, True, True], [False, False, True, True],
+                                 [True, True, False, False], [True, True, False, False]]
+    assert apart[1].tolist() == [[False, True, True, True], [True, False, True, True],
+                                 [True, True, False, True], [True, True, True, False]]
+
+
+def swin_maps(constructor: dict, window: int, key: str, spec: dict, normalise: dict, dtype: torch.dtype):
+    backbone = SwinBackbone(constructor["embed_dim"], constructor["depths"], constructor["num_heads"], window,
+                            constructor["drop_path_rate"]).eval()
+    weights, _ = translate(official_weights(key))
+    missing, unexpected = backbone.load_state_dict(
+        {name.removeprefix("backbone."): value for name, value in weights.items()}, strict=False)
+    assert not unexpected and all(name.endswith("relative_position_index") for name in missing)
+    frame = make_video(1, spec["H"], spec["W"], spec["salt"]).to(dtype)
+    with torch.no_grad():
+        return backbone.to(dtype)((frame - normalise["subtract"]) / normalise["divide"])
+
+
+SWIN = meta()["swin"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("spec", SWIN["tiny"]["inputs"], ids=lambda spec: f"{spec['H']}x{spec['W']}")
+@pytest.mark.parametrize("window", SWIN["tiny"]["windows"])
+def test_golden_swin_tiny(window, spec, dtype):
+    """Windows larger than the map, sizes that are no multiple of anything: where torchvision's function differs."""
+    maps = swin_maps(SWIN["tiny"]["constructor"], window, SWIN["tiny"]["names_shapes"][str(window)], spec, SWIN["normalise"], dtype)
+    for stage, m in enumerate(maps, 2):
+        key = f"tiny.w{window}.{spec['H']}x{spec['W']}.res{stage}"
+        assert subsampled_error(m, read_arrays(SWIN["file"]), key) < 1e-5, key
+
+
+def test_golden_swin_large():
+    large, golden = SWIN["large"], read_arrays(SWIN["file"])
+    spec, constructor = large["input"], large["constructor"]
+    assert SWINS["swin_l"] == dict(embed_dim=constructor["embed_dim"], depths=constructor["depths"],
+                                   num_heads=constructor["num_heads"], window=constructor["window_size"])
+    maps = swin_maps(constructor, constructor["window_size"], large["names_shapes"], spec, SWIN["normalise"], torch.float32)
+    for stage, m in enumerate(maps, 2):
+        key = f"large.{spec['H']}x{spec['W']}.res{stage}"
+        assert subsampled_error(m, golden, key) < 1e-4, key
+        assert abs(m.flatten()[:64].numpy() - golden[key + "__first64"]).max() < 1e-4
+
+
+def test_strides():
+    for name in [*RESNETS, "swin_t"]:
+        with torch.device("meta"):
+            network = build_backbone(name)
+        assert len(network.channels) == 4 and network.channels[3] == 8 * network.channels[0]

@@ -1,0 +1,314 @@
+"""Bad input ends in one clear sentence: every mistake below is refused, and the message names what is wrong.
+
+A good data set and a good run are made once and copied; each test spoils one thing. The programs are called in this
+process, where the sentence is an InputError; three real command lines show that it is all that is left on stderr, with
+exit code 2.
+"""
+import json
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import evaluate
+import synthetic
+import train
+from data import InputError
+
+# pycocotools' decoder has yet to learn an argument that NumPy 2 passes to __array__; its masks are right all the same.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+SMALL = ["--batch", "1", "--frames", "2", "--points", "64", "--workers", "0", "--short-sides", "64", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    """A folder with a data set, good/set, and a run of one iteration on it, good/run."""
+    folder = tmp_path_factory.mktemp("good")
+    synthetic.make_dataset(folder / "set", train_videos=2, valid_videos=1, frames=3, height=64, width=96, objects=(1, 2))
+    train.main(train.parse_arguments(train_arguments(folder / "set", folder / "run")))
+    return folder
+
+
+@pytest.fixture
+def dataset(good, tmp_path):
+    """A copy of the data set, to spoil."""
+    return Path(shutil.copytree(good / "set", tmp_path / "set"))
+
+
+def train_arguments(dataset, output, *more):
+    return ["--data-root", str(dataset), "--output", str(output), "--iterations", "1", *SMALL, *map(str, more)]
+
+
+def sentence(program, arguments):
+    """What the program refuses its arguments with: an InputError of one line."""
+    with pytest.raises(InputError) as refusal:
+        program.main(program.parse_arguments([str(argument) for argument in arguments]))
+    message = str(refusal.value)
+    assert message and message.splitlines() == [message]
+    return message
+
+
+def refuse_training(dataset, tmp_path, *more):
+    return sentence(train, train_arguments(dataset, tmp_path / "run", *more))
+
+
+def refuse_evaluating(dataset, tmp_path, weights, *more):
+    return sentence(evaluate, ["--data-root", dataset, "--weights", weights, "--short-side", "64", "--device", "cpu",
+                               "--output", tmp_path / "evaluation", *more])
+
+
+def read_files(folder):
+    """All files of a folder, {path inside it: bytes}."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def bug(exception, reason):
+    """Marks a case that the programs have yet to learn; strict, so that it is noticed when they have."""
+    return pytest.mark.xfail(strict=True, raises=exception, reason=reason)
+
+
+# Real command lines
+
+def run(program, *arguments):
+    """Exit code of a command line, and the lines on stderr that are neither empty nor a progress bar."""
+    root = Path(train.__file__).parent
+    ended = subprocess.run([sys.executable, root / program, *map(str, arguments)], capture_output=True, text=True,
+                           env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120)
+    return ended.returncode, [line for line in ended.stderr.splitlines() if line.strip() and "it/s]" not in line]
+
+
+def test_training_without_data_exits_with_one_sentence(tmp_path):
+    code, lines = run("train.py", "--data-root", tmp_path / "nothing", "--output", tmp_path / "run")
+    assert code == 2 and len(lines) == 1
+    assert lines[0].startswith("error: no annotation file found; tried ")
+    assert str(tmp_path / "nothing/train.json") in lines[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_evaluating_without_weights_exits_with_one_sentence(good, tmp_path):
+    code, lines = run("evaluate.py", "--data-root", good / "set", "--weights", tmp_path / "last.pt")
+    assert code == 2 and lines == [f"error: no checkpoint at {tmp_path / 'last.pt'}"]
+
+
+def test_an_error_in_a_loader_process_exits_with_one_sentence(dataset, tmp_path):
+    spoil_frames(dataset, "train", cut_short)
+    code, lines = run("train.py", *train_arguments(dataset, tmp_path / "run"), "--workers", "1")
+    assert code == 2 and len(lines) == 1
+    assert re.match(f"error: frame {dataset}/train/JPEGImages/.*jpg cannot be read: .*truncated", lines[0])
+
+
+# The data set
+
+def edit(dataset, split, change):
+    """Change the parsed JSON of a split, in place."""
+    path = dataset / f"{split}.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def put(value, *place):
+    """A change of a JSON that puts the value at that place."""
+    def change(content):
+        for key in place[:-1]:
+            content = content[key]
+        content[place[-1]] = value
+    return change
+
+
+def test_a_missing_json_names_every_path_tried(dataset, tmp_path):
+    (dataset / "train.json").unlink()
+    message = refuse_training(dataset, tmp_path)
+    for name in ("train.json", "train/instances.json", "annotations/train.json", "annotations/annotations_train.json",
+                 "annotations/instances_train.json"):
+        assert str(dataset / name) in message
+
+
+@pytest.mark.parametrize("text", [b'{"videos": [', b"", b"\xff\xfe\x00"], ids=["cut", "empty", "binary"])
+def test_a_malformed_json(dataset, tmp_path, text):
+    (dataset / "train.json").write_bytes(text)
+    assert refuse_training(dataset, tmp_path).startswith(f"{dataset / 'train.json'} is not a JSON file: ")
+
+
+NO_FORMAT = "train.json is not in the YouTube-VIS format"
+
+
+@pytest.mark.parametrize("change, expected", [
+    (lambda content: content.pop("videos"), "train.json has no list of videos"),
+    (put([], "videos"), "train.json has no list of videos"),
+    (put({}, "categories"), "train.json has no list of categories"),
+    (put([None], "annotations", 0, "segmentations"), "annotation 1 of .* has 1 segmentations, its video has 3 frames"),
+    (put(99, "annotations", 0, "category_id"), "annotation 1 of .* has category 99, which is not among the categories"),
+    (put(99, "annotations", 0, "video_id"), "annotation 1 of .* belongs to video 99, which does not exist"),
+    (lambda content: content["videos"].append({"id": 9, "height": 64, "width": 96, "file_names": []}),
+     "video 9 of .*train.json has no frames"),
+    (put([], "annotations"), "train.json has no annotated video to train on"),
+    (lambda content: content["videos"][0].pop("file_names"), NO_FORMAT + ".*file_names"),
+    (put(None, "videos", 0, "height"), NO_FORMAT),
+    (put("a name", "videos", 0), NO_FORMAT),
+    pytest.param(put("tall", "videos", 0, "height"), NO_FORMAT, marks=bug(ValueError, "a text where a number belongs")),
+], ids=["videos missing", "videos empty", "categories no list", "number of masks", "category", "video", "no frames",
+        "no annotations", "no file names", "no height", "no entry", "height no number"])
+def test_an_impossible_entry_is_named(dataset, tmp_path, change, expected):
+    edit(dataset, "train", change)
+    assert re.search(expected, refuse_training(dataset, tmp_path))
+
+
+# Frames
+
+def spoil_frames(dataset, split, spoil):
+    """Spoil every frame, as a clip begins anywhere."""
+    for path in (dataset / split).rglob("*.jpg"):
+        spoil(path)
+
+
+def cut_short(path):
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+@pytest.mark.parametrize("spoil, expected", [
+    (Path.unlink, "of video 1 is missing"),
+    (cut_short, "cannot be read: .*truncated"),
+    (lambda path: path.write_text("not a picture"), "cannot be read: cannot identify image file"),
+    (lambda path: path.write_bytes(b""), "cannot be read: cannot identify image file"),
+    (lambda path: Image.new("RGB", (40, 30)).save(path), "is 40x30, its JSON says 96x64"),
+], ids=["missing", "truncated", "no picture", "empty", "other size"])
+def test_a_bad_frame_is_named(good, dataset, tmp_path, spoil, expected):
+    spoil_frames(dataset, "train", spoil)
+    spoil_frames(dataset, "valid", spoil)
+    for split, message in (("train", refuse_training(dataset, tmp_path)),
+                           ("valid", refuse_evaluating(dataset, tmp_path, good / "run/last.pt"))):
+        assert re.match(f"frame {dataset}/{split}/JPEGImages/0000./0000..jpg {expected}", message)
+
+
+# Checkpoints
+
+class Shell:
+    """Asks whoever unpickles it to run a command."""
+
+    def __init__(self, command):
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+@pytest.mark.parametrize("option", ["--init", "--resume", "--backbone-weights", "--weights"])
+def test_files_that_are_no_checkpoints_are_refused(good, tmp_path, option):
+    (tmp_path / "text.pth").write_text("hello world\n")
+    (tmp_path / "shell.pkl").write_bytes(pickle.dumps({"model": Shell(f"touch {tmp_path / 'executed'}")}))
+    whole = (good / "run/last.pt").read_bytes()
+    (tmp_path / "truncated.pt").write_bytes(whole[:len(whole) // 2])
+    torch.save(torch.zeros(3), tmp_path / "tensor.pt")
+    for name, expected in (("missing.pt", "no checkpoint at .*missing.pt"), ("text.pth", "text.pth is no checkpoint"),
+                           ("shell.pkl", "shell.pkl is no checkpoint .* it asks for .*system"),
+                           ("truncated.pt", "truncated.pt is no checkpoint"),
+                           ("tensor.pt", "tensor.pt is no checkpoint: it holds a Tensor")):
+        if option == "--weights":
+            message = refuse_evaluating(good / "set", tmp_path, tmp_path / name)
+        else:
+            message = refuse_training(good / "set", tmp_path, option, tmp_path / name)
+        assert re.search(expected, message)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_checkpoint_of_another_class_count(good, dataset, tmp_path):
+    for split in ("train", "valid"):
+        edit(dataset, split, lambda content: content["categories"].append({"id": 7, "name": "heart"}))
+    weights = good / "run/last.pt"
+    assert f"{weights} is for 6 classes, the model for 7" in refuse_training(dataset, tmp_path, "--init", weights)
+    assert refuse_evaluating(dataset, tmp_path, weights) == f"{weights} has 6 classes, {dataset / 'valid.json'} has 7"
+
+
+def test_a_checkpoint_of_other_class_names(good, dataset, tmp_path):
+    edit(dataset, "valid", put("zebra", "categories", 0, "name"))
+    message = refuse_evaluating(dataset, tmp_path, good / "run/last.pt")
+    assert "was trained on other classes" in message and message.endswith(": " + ", ".join(synthetic.CATEGORIES))
+
+
+def test_a_checkpoint_of_another_preset_or_propagation(good, tmp_path):
+    for option, asked, found in (("--preset", "r50", "toy"), ("--propagation", "plain", "gated")):
+        message = refuse_evaluating(good / "set", tmp_path, good / "run/last.pt", option, asked)
+        assert f"was made with {option[2:]} '{found}', not '{asked}'" in message
+
+
+# Runs
+
+def test_a_run_is_not_overwritten(good):
+    before = read_files(good / "run")
+    assert "last.pt" in before
+    message = sentence(train, train_arguments(good / "set", good / "run"))
+    assert message.startswith(f"{good / 'run/last.pt'} exists: resume it")
+    assert read_files(good / "run") == before
+
+
+@bug(pytest.fail.Exception, "a resumed run overwrites any other in --output")
+def test_a_resumed_run_overwrites_no_other_run(good, tmp_path):
+    shutil.copytree(good / "run", tmp_path / "run")
+    with open(tmp_path / "run/last.pt", "ab") as file:
+        file.write(b"another run")
+    refuse_training(good / "set", tmp_path, "--resume", good / "run/last.pt")
+
+
+def test_only_a_training_checkpoint_is_resumed(good, tmp_path):
+    checkpoint = torch.load(good / "run/last.pt", weights_only=True)
+    torch.save(checkpoint["model"], tmp_path / "weights.pt")
+    message = refuse_training(good / "set", tmp_path, "--resume", tmp_path / "weights.pt")
+    assert message == f"{tmp_path / 'weights.pt'} is no checkpoint of a training run: start from it with --init"
+
+
+def test_a_resumed_run_keeps_its_settings(good, tmp_path):
+    message = refuse_training(good / "set", tmp_path, "--resume", good / "run/last.pt", "--lr", "0.125", "--seed", "5")
+    assert re.search(r"was trained with --lr \S+ \(now 0.125\), --seed 0 \(now 5\)$", message)
+
+
+@bug(pytest.fail.Exception, "a resumed run does not look at the names of the classes")
+def test_a_resumed_run_keeps_its_classes(good, dataset, tmp_path):
+    edit(dataset, "train", put("zebra", "categories", 0, "name"))
+    refuse_training(dataset, tmp_path, "--resume", good / "run/last.pt")
+
+
+def test_a_finished_run_is_not_cut_back(good, tmp_path):
+    message = refuse_training(good / "set", tmp_path, "--resume", good / "run/last.pt", "--iterations", "0")
+    assert "is already at iteration 1, past --iterations 0" in message
+
+
+# Options
+
+def test_a_batch_that_cannot_be_shared(good, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "start_processes", lambda asked: (0, 2, torch.device(asked)))  # as if torchrun had started two
+    assert refuse_training(good / "set", tmp_path, "--batch", "3") == "--batch 3 cannot be shared by 2 processes"
+
+
+def test_a_clip_length_that_does_not_divide_the_clip(good, tmp_path):
+    assert "--frames 2 is no multiple of --clip-length 3" in refuse_training(good / "set", tmp_path, "--clip-length", "3")
+
+
+@bug(RuntimeError, "PyTorch's own error for a device that it does not know")
+@pytest.mark.parametrize("program", ["train", "evaluate"])
+def test_an_unknown_device(good, tmp_path, program):
+    if program == "train":
+        message = refuse_training(good / "set", tmp_path, "--device", "abacus")
+    else:
+        message = refuse_evaluating(good / "set", tmp_path, good / "run/last.pt", "--device", "abacus")
+    assert "abacus" in message
+
+
+def test_a_gpu_that_is_not_there(good, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "--device cuda" in refuse_training(good / "set", tmp_path, "--device", "cuda")
+
+
+def test_options_that_go_together(good, tmp_path):
+    files = good / "set/train.json", good / "set/train/JPEGImages"
+    assert refuse_training(good / "set", tmp_path, "--train-json", files[0]) == "--train-json and --train-images go together"
+    assert refuse_evaluating(good / "set", tmp_path, "unread.pt", "--images", files[1]) == "--json and --images go together"
+    assert "--annotations" in refuse_evaluating(good / "set", tmp_path, "unread.pt", "--results", files[0])

@@ -1,0 +1,166 @@
+"""Weights in and out: every official state dict fits, what does not fit is refused, and no file can run code."""
+import pickle
+from collections import OrderedDict
+
+import numpy
+import pytest
+import torch
+
+from backbone import build_backbone
+from checkpoint import (load_backbone, load_weights, model_from_checkpoint, read_propagation, save_checkpoint, translate)
+from data import InputError
+from golden_set import meta, names_shapes
+from model import build_model
+
+TINY = dict(channels=32, heads=2, feed_forward=32, pixel_feed_forward=32)
+
+
+def tiny_model(num_classes=3, propagation="gated"):
+    torch.manual_seed(0)
+    return build_model("toy", num_classes, propagation, **TINY)
+
+
+def official_preset(shapes: dict) -> str:
+    if any("patch_embed" in name for name in shapes):
+        return "swin_l"
+    return "r101" if any("res4.22." in name for name in shapes) else "r50"
+
+
+@pytest.mark.parametrize("key", [key for key in meta()["names_shapes"] if "swin_tiny" not in key])
+def test_golden_official_state_dicts_load(key):
+    """Nothing is missing and nothing unexpected, in the mode that the names imply; only constants are ignored."""
+    rows = names_shapes(key)
+    state = {name: torch.empty(shape, dtype=getattr(torch, dtype.removeprefix("torch.")), device="meta")
+             for name, shape, dtype in rows}
+    shapes = {name: shape for name, shape, _ in rows}
+    whole = "vita_module.class_embed.weight" in shapes
+    propagation = read_propagation(translate(state)[0]) or "plain"
+    with torch.device("meta"):
+        model = build_model(official_preset(shapes), shapes["vita_module.class_embed.weight"][0] - 1 if whole else 3, propagation)
+    report = load_weights(model, state)
+    assert not report.unexpected
+    assert all(not whole and not name.startswith("backbone.") for name in report.missing)
+    assert all(name.endswith("empty_weight") for name in report.ignored)
+    assert len(report.loaded) + len(report.ignored) == len(rows)
+
+
+def test_a_contradicting_mode_is_reported_by_name():
+    gated, plain = tiny_model(), tiny_model(propagation="plain")
+    assert load_weights(plain, gated.state_dict()).unexpected == ["tracker.gate_proj.weight", "tracker.gate_proj.bias"]
+    assert load_weights(gated, plain.state_dict()).missing == ["tracker.gate_proj.weight", "tracker.gate_proj.bias"]
+
+
+def test_detectron2_pickles_load_without_running_anything(tmp_path):
+    """numpy arrays under "model", as the model zoo's .pkl files; protocol 2 is how they were written."""
+    model = tiny_model()
+    arrays = OrderedDict((name, value.numpy()) for name, value in model.state_dict().items())
+    for protocol in (2, 4, 5):
+        path = tmp_path / f"zoo{protocol}.pkl"
+        path.write_bytes(pickle.dumps({"model": arrays, "__author__": "someone", "scale": numpy.float64(1)}, protocol))
+        other = build_model("toy", 3, **TINY)
+        assert not load_weights(other, path).missing
+        assert all(torch.equal(value, model.state_dict()[name]) for name, value in other.state_dict().items())
+
+
+class Malice:
+    def __reduce__(self):
+        import os
+        return os.system, ("echo harm > harm",)
+
+
+@pytest.mark.parametrize("suffix", [".pkl", ".pth"])
+def test_files_that_run_code_are_refused(tmp_path, monkeypatch, suffix):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / f"bad{suffix}"
+    payload = {"model": {"backbone.bn1.weight": Malice()}}
+    path.write_bytes(pickle.dumps(payload)) if suffix == ".pkl" else torch.save(payload, path)
+    with pytest.raises(InputError, match="no checkpoint that can be read safely"):
+        load_weights(tiny_model(), path)
+    assert not (tmp_path / "harm").exists()
+
+
+def test_class_counts():
+    """Another class count is an error that changes nothing; reset_classes keeps the model's own class layers."""
+    source, target = tiny_model(num_classes=5), tiny_model(num_classes=3)
+    before = {name: value.clone() for name, value in target.state_dict().items()}
+    with pytest.raises(InputError, match="is for 5 classes, the model for 3"):
+        load_weights(target, source.state_dict())
+    assert all(torch.equal(value, before[name]) for name, value in target.state_dict().items())
+    source.tracker.query_feat.weight.data.fill_(7)
+    report = load_weights(target, source.state_dict(), reset_classes=True)
+    assert sorted(report.reset) == ["frame_decoder.class_embed.bias", "frame_decoder.class_embed.weight",
+                                    "tracker.class_embed.bias", "tracker.class_embed.weight"] and not report.missing
+    assert (target.tracker.query_feat.weight == 7).all()
+    assert torch.equal(target.tracker.class_embed.weight, before["tracker.class_embed.weight"])
+
+
+def test_other_shapes_are_refused_by_name():
+    state = tiny_model().state_dict()
+    state["tracker.query_feat.weight"] = torch.zeros(4, 32)
+    with pytest.raises(InputError, match=r"tracker\.query_feat\.weight is \(4, 32\) there and \(20, 32\) here"):
+        load_weights(tiny_model(), state)
+
+
+def test_first_mask2former_format():
+    """Files from before the heads were nested, with queries called static_query; a tracker they do not have."""
+    names = names_shapes("r50")
+    state = {}
+    for name, shape, _ in names:
+        if name.startswith("sem_seg_head.pixel_decoder."):
+            state[name.replace("pixel_decoder.", "", 1)] = torch.empty(shape, device="meta")
+        elif name.startswith(("sem_seg_head.predictor.", "backbone.")):
+            state[name.replace("query_feat", "static_query")] = torch.empty(shape, device="meta")
+    with torch.device("meta"):
+        model = build_model("r50", len(dict((n, range(s[0])) for n, s, _ in names)["sem_seg_head.predictor.class_embed.weight"]) - 1)
+    report = load_weights(model, state)
+    assert not report.unexpected and all(name.startswith("tracker.") for name in report.missing)
+
+
+def test_torchvision_backbones(tmp_path):
+    """torchvision's file, its classifier left out; group norms cannot take batch norms."""
+    from torchvision.models.resnet import BasicBlock, ResNet
+    theirs = ResNet(BasicBlock, [1, 1, 1, 1])
+    torch.save(theirs.state_dict(), tmp_path / "resnet.pth")
+    model = build_model("toy", 3, norm="frozen", **TINY)
+    report = load_backbone(model, str(tmp_path / "resnet.pth"), "resnet10")
+    assert not report.missing and not report.unexpected and {"backbone.fc.weight", "backbone.fc.bias"} <= set(report.ignored)
+    assert torch.equal(model.backbone.layer4[0].conv1.weight, theirs.layer4[0].conv1.weight)
+    with pytest.raises(InputError, match="norm 'frozen' or 'batch'"):
+        load_backbone(build_model("toy", 3, norm="group", **TINY), str(tmp_path / "resnet.pth"), "resnet10")
+    with pytest.raises(InputError, match="no ImageNet weights for resnet10"):
+        load_backbone(model, "imagenet", "resnet10")
+
+
+def test_detectron2_backbone_alone():
+    """R-50.pkl of detectron2: names without a "backbone." in front."""
+    state = {name.removeprefix("backbone."): torch.empty(shape, device="meta")
+             for name, shape, _ in names_shapes("r50") if name.startswith("backbone.")}
+    with torch.device("meta"):
+        model = build_model("r50", 3)
+    report = load_weights(model, state | {"stem.fc.weight": torch.empty(1)})
+    assert not report.unexpected and not any(name.startswith("backbone.") for name in report.missing)
+
+
+def test_our_checkpoint_builds_its_model(tmp_path):
+    model = build_model("toy", 3, "gated+memory", gate_mask="blocked", **TINY)
+    config = {"preset": "toy", "propagation": "gated+memory", "model_options": {"gate_mask": "blocked"} | TINY}
+    save_checkpoint(tmp_path / "last.pt", {"model": model.state_dict(), "step": 3, "config": config})
+    assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]          # no temporary left
+    built, found = model_from_checkpoint(tmp_path / "last.pt")
+    assert found == config and built.tracker.gate_mask == "blocked" and not built.training
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in built.state_dict().items())
+    with pytest.raises(InputError, match="was made with propagation 'gated\\+memory', not 'plain'"):
+        model_from_checkpoint(tmp_path / "last.pt", propagation="plain")
+
+
+def test_official_checkpoint_needs_what_its_names_do_not_tell(tmp_path):
+    path = tmp_path / "official.pth"
+    torch.save({"model": tiny_model(propagation="plain").state_dict()}, path)
+    with pytest.raises(InputError, match="does not say its preset"):
+        model_from_checkpoint(path)
+    with pytest.raises(InputError, match='may be "plain" or "clip"'):
+        model_from_checkpoint(path, "toy", **TINY)
+    assert model_from_checkpoint(path, "toy", "plain", **TINY)[0].propagation == "plain"
+    torch.save({"model": build_backbone("resnet10").state_dict()}, path)
+    with pytest.raises(InputError, match="has no tracker"):
+        model_from_checkpoint(path, "toy")

@@ -1,0 +1,283 @@
+"""The assembled model on the toy preset, untrained, in float64: shapes, scores, and `step` against `segment_video`.
+
+Where a formula is simple it is written out again here: the position encoding, the normalisation, the mask score.
+"""
+import math
+
+import numpy
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model import PIXEL_MEAN, PIXEL_STD, PRESETS, FrameDecoder, GRAttVIS, build_model, sine_position
+
+CLASSES, HEIGHT, WIDTH = 3, 40, 56
+STEPPING = ("gated", "plain", "memory", "gated+memory")  # the propagations that go frame by frame
+
+
+def make_model(propagation: str = "gated", **overrides) -> GRAttVIS:
+    torch.manual_seed(0)
+    return build_model("toy", CLASSES, propagation, **overrides).double().eval()
+
+
+def make_frames(count: int, height: int = HEIGHT, width: int = WIDTH, seed: int = 0) -> torch.Tensor:
+    """Noise in large blocks, so that masks have an inside."""
+    generator = torch.Generator().manual_seed(seed)
+    blocks = torch.randint(0, 256, (count, 3, math.ceil(height / 8), math.ceil(width / 8)), generator=generator)
+    return blocks.repeat_interleave(8, 2).repeat_interleave(8, 3)[:, :, :height, :width].to(torch.uint8)
+
+
+@pytest.fixture(scope="module")
+def model() -> GRAttVIS:
+    return make_model()
+
+
+def assert_equal(one, other) -> None:
+    """Two results of one kind, tensor by tensor."""
+    for name, value in vars(one).items():
+        torch.testing.assert_close(value, getattr(other, name), msg=lambda text, name=name: f"{name}: {text}")
+
+
+# Parts
+
+def test_sine_position_is_a_loop():
+    height, width, channels = 3, 5, 8
+    position = sine_position(height, width, channels, torch.zeros((), dtype=torch.float64))
+    assert position.shape == (1, channels, height, width)
+    for channel in range(channels):
+        along_y, number = channel < channels // 2, channel % (channels // 2)
+        frequency = 10000 ** (2 * (number // 2) / (channels // 2))
+        wave = math.cos if number % 2 else math.sin
+        for y in range(height):
+            for x in range(width):
+                place = (y + 1) / (height + 1e-6) if along_y else (x + 1) / (width + 1e-6)
+                expected = wave(2 * math.pi * place / frequency)
+                assert position[0, channel, y, x].item() == pytest.approx(expected, abs=1e-12)
+    assert sine_position(2, 2, 8, torch.zeros((), dtype=torch.float16)).dtype == torch.float32
+
+
+def test_blocked_pixels():
+    """A query reads where its last mask is not background; one whose mask is empty reads everywhere."""
+    masks = torch.tensor([[[[1.0, -1.0], [0.0, -2.0]], [[-1.0, -1.0], [-3.0, -0.1]]]])   # two queries, 2 x 2 pixels
+    blocked = FrameDecoder.blocked_pixels(masks, (2, 2))
+    assert blocked.tolist() == [[[[False, True, False, True], [False] * 4]]]             # (N, 1, F, pixels)
+
+
+def test_prepare_normalises_then_pads(model):
+    """Padding is 0 after normalisation, the mean colour that is, at the right and bottom, to multiples of 32."""
+    frames = [make_frames(1)[0], make_frames(1, 30, 70)[0]]
+    images = model.prepare(frames)
+    assert images.shape == (2, 3, 64, 96)
+    for image, frame in zip(images.numpy(), frames):
+        height, width = frame.shape[1:]
+        for channel in range(3):
+            expected = (frame[channel].numpy() - PIXEL_MEAN[channel]) / PIXEL_STD[channel]
+            numpy.testing.assert_allclose(image[channel, :height, :width], expected, rtol=1e-5, atol=1e-5)
+        assert not image[:, height:].any() and not image[:, :, width:].any()
+    assert model.prepare([make_frames(1, 32, 64)[0]]).shape == (1, 3, 32, 64)           # a multiple stays as it is
+
+
+@pytest.mark.parametrize("frame", [
+    torch.rand(3, HEIGHT, WIDTH), make_frames(1), make_frames(1)[0, :1], make_frames(1)[0, 0],
+    make_frames(1)[0].permute(1, 2, 0)], ids=["float", "4d", "grey", "2d", "channels last"])
+def test_prepare_refuses_other_frames(model, frame):
+    with pytest.raises(ValueError, match=r"uint8 of shape \(3, H, W\)"):
+        model.prepare([frame])
+
+
+# A whole video
+
+@pytest.mark.parametrize("propagation", [*STEPPING, "clip"])
+def test_video_result(propagation):
+    video = make_model(propagation).segment_video(make_frames(3), top_k=15)
+    assert video.scores.shape == video.labels.shape == video.track_ids.shape == (15,)
+    assert video.masks.shape == (15, 3, HEIGHT, WIDTH) and video.masks.dtype == torch.bool
+    assert video.masks.any() and not video.masks.all()
+    assert video.labels.dtype == video.track_ids.dtype == torch.int64
+    assert ((video.scores >= 0) & (video.scores <= 1)).all() and (video.scores.diff() <= 0).all()
+    assert set(video.labels.tolist()) <= set(range(CLASSES)) and set(video.track_ids.tolist()) <= set(range(20))
+    assert len(set(zip(video.track_ids.tolist(), video.labels.tolist()))) == 15          # no pair twice
+    assert video.logits.shape == (1 if propagation == "clip" else 3, 20, CLASSES + 1)
+
+
+def test_frames_may_come_one_by_one(model):
+    """A generator gives what the tensor gives; and no video leaves a trace for the next."""
+    frames = make_frames(3)
+    expected = model.segment_video(frames)
+    model.segment_video(make_frames(2, 24, 30, seed=1))
+    assert_equal(model.segment_video(frame for frame in frames), expected)
+    assert_equal(model.segment_video(list(frames)), expected)
+
+
+def test_all_pairs(model):
+    """top_k larger than queries times classes: all of them, each query once under each label."""
+    video = model.segment_video(make_frames(1), top_k=1000)
+    pairs = sorted(zip(video.track_ids.tolist(), video.labels.tolist()))
+    assert pairs == [(query, label) for query in range(20) for label in range(CLASSES)]
+
+
+def test_output_size(model):
+    """The logits are resized, then cut at 0: not the masks. Scores are taken before, and stay."""
+    frames = make_frames(2)
+    own, large = model.segment_video(frames), model.segment_video(frames, output_size=(2 * HEIGHT, 3 * WIDTH))
+    assert large.masks.shape == (10, 2, 2 * HEIGHT, 3 * WIDTH)
+    assert torch.equal(large.scores, own.scores) and torch.equal(large.track_ids, own.track_ids)
+    nearest = own.masks.repeat_interleave(2, 2).repeat_interleave(3, 3)
+    assert 0.9 < (large.masks == nearest).double().mean() < 1
+    assert_equal(model.segment_video(frames, output_size=(HEIGHT, WIDTH)), own)
+
+
+def test_scores_by_hand(model):
+    """Class score: the largest of both frames. Mask score: the mean probability inside the masks of both frames."""
+    frames = make_frames(2)
+    video = model.segment_video(frames, top_k=1000)
+    class_scores = numpy.exp(video.logits.numpy())
+    class_scores = (class_scores / class_scores.sum(-1, keepdims=True))[..., :-1].max(0)          # (Q, K)
+
+    state, inside = None, [[] for _ in range(20)]
+    for t, frame in enumerate(frames):
+        with torch.no_grad():
+            images = model.prepare([frame])
+            output = model.detect(images)
+            prediction, state = model.tracker(output.queries[:, None], state)
+            torch.testing.assert_close(prediction.logits[-1][0, 0], video.logits[t])
+            logits = (prediction.mask_embed[-1][0, 0] @ output.mask_features[0].flatten(1)).view(1, 20, 16, 16)
+            logits = F.interpolate(logits, images.shape[-2:], mode="bilinear")[0, :, :HEIGHT, :WIDTH].numpy()
+        for query in range(20):
+            inside[query] += [1 / (1 + math.exp(-logit)) for logit in logits[query].flatten() if logit > 0]
+        for mask, query in zip(video.masks[:, t].numpy(), video.track_ids):
+            assert (mask == (logits[query] > 0)).all()
+    assert any(inside) and len({len(pixels) for pixels in inside}) > 10
+    for score, label, query in zip(video.scores.tolist(), video.labels, video.track_ids):
+        expected = class_scores[query, label] * sum(inside[query]) / (len(inside[query]) + 1e-6)
+        assert score == pytest.approx(expected, rel=1e-9)
+
+
+def test_clips_of_several_frames():
+    """Five frames in clips of three: two clips, the last one short, each with one set of queries for its frames."""
+    model = make_model(clip_length=3)
+    frames = make_frames(5)
+    video = model.segment_video(frames)
+    assert video.logits.shape[0] == 2 and video.masks.shape[1] == 5
+    first = model.segment_video(frames[:3])                                             # the future changes nothing
+    torch.testing.assert_close(video.logits[:1], first.logits)
+    output = model([frames])
+    assert [features.shape[1] for features in output.mask_features] == [3, 2] and len(output.clips) == 2
+
+
+def test_what_is_no_video(model):
+    with pytest.raises(ValueError, match="the video has no frames"):
+        model.segment_video([])
+    with pytest.raises(ValueError, match="the video has no frames"):
+        model.segment_video(make_frames(2)[:0])
+    with pytest.raises(ValueError, match=r"must have one size.*\(40, 50\).*\(40, 56\)"):  # though padded to one size
+        model.segment_video([make_frames(1)[0], make_frames(1, 40, 50)[0]])
+
+
+def test_inference_needs_eval():
+    model, frames = make_model().train(), make_frames(1)
+    for inference in (lambda: model.segment_video(frames), lambda: model.step(frames[0])):
+        with pytest.raises(RuntimeError, match=r"model\.eval\(\)"):
+            inference()
+
+
+# Step by step
+
+@pytest.mark.parametrize("propagation", STEPPING)
+def test_last_step_is_the_whole_video(propagation):
+    """Causal scores and labels of the last frame are those of the video; so are its masks, resized or not."""
+    model, frames, state = make_model(propagation), make_frames(4), None
+    for count, frame in enumerate(frames, 1):
+        tracks, state = model.step(frame, state, output_size=(50, 70), top_k=12)
+        video = model.segment_video(frames[:count], output_size=(50, 70), top_k=12)      # the video up to here
+        assert tracks.masks.shape == (12, 50, 70) and tracks.masks.dtype == torch.bool
+        for name in ("scores", "labels", "track_ids"):
+            torch.testing.assert_close(getattr(tracks, name), getattr(video, name))
+        torch.testing.assert_close(tracks.logits, video.logits[-1])
+        assert torch.equal(tracks.masks, video.masks[:, -1])
+
+
+@pytest.mark.parametrize("propagation", STEPPING)
+def test_state_over_steps(propagation):
+    """It stays as large as it was unless there is a memory; and going on from a state leaves it as it is."""
+    model, state, sizes = make_model(propagation), None, []
+    for frame in make_frames(5):
+        tracks, following = model.step(frame, state)
+        assert_equal(model.step(frame, state)[0], tracks)
+        state = following
+        tensors = [*vars(state.tracker).values(), state.class_scores, state.mask_sum, state.mask_area]
+        sizes.append(sum(tensor.numel() for tensor in tensors if tensor is not None))
+    memory = 2 * 20 * 64 if "memory" in propagation else 0                              # key and value of 20 queries
+    assert [size - sizes[0] for size in sizes] == [memory * count for count in range(5)]
+
+
+@pytest.mark.parametrize("propagation, options", [("clip", {}), ("gated", {"clip_length": 2})])
+def test_step_needs_a_model_that_goes_frame_by_frame(propagation, options):
+    with pytest.raises(ValueError, match="frame by frame"):
+        make_model(propagation, **options).step(make_frames(1)[0])
+
+
+# Training
+
+def test_training_forward():
+    """Two videos of different sizes: padded to one, three detector layers as streams, a clip for each of two frames."""
+    model = make_model().train()
+    output = model([make_frames(2), make_frames(2, 24, 90)])
+    assert output.padded_size == (64, 96)
+    assert len(output.frames.predictions) == 4                                          # before and after 3 layers
+    for logits, masks in output.frames.predictions:
+        assert logits.shape == (4, 20, CLASSES + 1) and masks.shape == (4, 20, 16, 24)
+    assert output.frames.queries.shape == (3, 4, 20, 64)
+    assert len(output.clips) == len(output.mask_features) == 2
+    for clip, features in zip(output.clips, output.mask_features):
+        assert features.shape == (2, 1, 64, 16, 24)
+        assert [logits.shape for logits in clip.logits] == [(3, 2, 20, CLASSES + 1)] * 3
+        assert clip.frame_embed.shape == (3, 2, 1, 20, 64)
+        assert all(((soft > 0) & (soft < 1)).all() for soft in clip.gate_soft) and len(clip.gate_soft) == 3
+    with pytest.raises(ValueError, match=r"same number of frames, not \[2, 3\]"):
+        model([make_frames(2), make_frames(3)])
+
+
+@pytest.mark.parametrize("propagation", [*STEPPING, "clip"])
+@torch.no_grad()
+def test_forward_is_segment_video(propagation):
+    """Not training, the batched way of two videos goes through the same states as each video frame by frame."""
+    model, videos = make_model(propagation), [make_frames(3), make_frames(3, seed=1)]
+    output = model(videos)
+    for index, frames in enumerate(videos):
+        logits = torch.stack([clip.logits[-1][-1, index] for clip in output.clips])
+        torch.testing.assert_close(logits, model.segment_video(frames).logits)
+
+
+# Construction
+
+@pytest.mark.parametrize("preset, channels", [
+    ("r50", [256, 512, 1024, 2048]), ("r101", [256, 512, 1024, 2048]), ("swin_t", [96, 192, 384, 768]),
+    ("swin_s", [96, 192, 384, 768]), ("swin_b", [128, 256, 512, 1024]), ("swin_l", [192, 384, 768, 1536]),
+    ("toy", [64, 128, 256, 512])])
+def test_presets(preset, channels):
+    """On the meta device nothing is allocated or drawn."""
+    with torch.device("meta"):
+        model = build_model(preset, 25)
+    assert model.backbone.channels == channels
+    assert [block[0].in_channels for block in model.pixel_decoder.input_proj] == channels[:0:-1]     # res5, res4, res3
+    assert model.tracker.class_embed.out_features == 26 and model.training
+    assert len(model.frame_decoder.query_feat.weight) == {"swin_l": 200, "toy": 20}.get(preset, 100)
+
+
+def test_presets_are_all_tested():
+    tested = test_presets.pytestmark[0].args[1]
+    assert [preset for preset, _ in tested] == list(PRESETS)
+
+
+def test_build_model_refuses():
+    with pytest.raises(ValueError, match="'r18'.*r50, r101"):
+        build_model("r18", CLASSES)
+    with pytest.raises((ValueError, TypeError), match="query_count"):
+        build_model("toy", CLASSES, query_count=5)
+    with pytest.raises(ValueError, match="'gate'.*gated, plain"):
+        build_model("toy", CLASSES, propagation="gate")
+    with pytest.raises(ValueError, match="'mask'.*additive, blocked"):
+        build_model("toy", CLASSES, gate_mask="mask")
+    with pytest.raises(ValueError, match="at least 1, not 0"):
+        build_model("toy", CLASSES, clip_length=0)

@@ -1,0 +1,347 @@
+"""The tracker by its extremes: a gate always open is plain propagation, a gate always closed sees no frame.
+
+Then the parts one by one, each against a loop or numbers written out: the masks of closed queries in both variants, the
+Gumbel-sigmoid and its straight-through gradient, GenVIS' memory, VITA's windows. Tiny random trackers in float64.
+"""
+import math
+
+import pytest
+import torch
+
+import tracker as tracker_module
+from tracker import GATE_MASKS, GUMBEL_TEMPERATURE, PROPAGATIONS, Tracker, TrackerState, logistic_noise
+from transformer import Attention
+
+QUERIES, FRAME_QUERIES, CHANNELS = 5, 4, 16
+OPEN, CLOSED = 100.0, -100.0  # gate biases that no logit of these tests gets across
+
+
+def make_tracker(propagation: str = "gated", gate_mask: str = "additive", window: int = 0, encoder_layers: int = 1,
+                 gate_bias: float | None = None) -> Tracker:
+    """A small random tracker, not training."""
+    torch.manual_seed(0)
+    tracker = Tracker(3, CHANNELS, CHANNELS, QUERIES, FRAME_QUERIES, encoder_layers, decoder_layers=3, heads=2,
+                      feed_forward=32, propagation=propagation, gate_mask=gate_mask, window=window).double().eval()
+    if gate_bias is not None:
+        torch.nn.init.constant_(tracker.gate_proj.bias, gate_bias)
+    return tracker
+
+
+def random_frames(layers: int = 1, batch: int = 1, frames: int = 1, seed: int = 1) -> torch.Tensor:
+    """Frame queries of one clip."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(layers, batch, frames, FRAME_QUERIES, CHANNELS, dtype=torch.float64, generator=generator)
+
+
+def random_queries(rows: int = 1, queries: int = QUERIES, seed: int = 2) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, queries, CHANNELS, dtype=torch.float64, generator=generator)
+
+
+@pytest.fixture
+def no_noise(monkeypatch):
+    monkeypatch.setattr(tracker_module, "logistic_noise", torch.zeros_like)
+
+
+# The gate, forced
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("gate_mask", GATE_MASKS)
+def test_open_gate_is_plain_propagation(gate_mask, training):
+    gated = make_tracker("gated", gate_mask, gate_bias=OPEN).train(training)
+    plain = make_tracker("plain").train(training)
+    missing, unexpected = plain.load_state_dict(gated.state_dict(), strict=False)
+    assert not missing and unexpected == ["gate_proj.weight", "gate_proj.bias"]
+    state = plain_state = None
+    for seed in range(3):
+        prediction, state = gated(random_frames(seed=seed), state)
+        plain_prediction, plain_state = plain(random_frames(seed=seed), plain_state)
+        torch.testing.assert_close(state.query, plain_state.query)
+        torch.testing.assert_close(prediction.logits, plain_prediction.logits)
+    assert not plain_prediction.gate_logits and len(prediction.gate_logits) == 3
+
+
+@pytest.mark.parametrize("gate_mask", GATE_MASKS)
+@torch.no_grad()
+def test_closed_gate_sees_no_frame(gate_mask):
+    """What a clip shows does not reach a closed query, whichever the mask; it reaches an open one."""
+    carried = TrackerState(random_queries())
+    for bias, sees in ((CLOSED, False), (OPEN, True)):
+        tracker = make_tracker("gated", gate_mask, gate_bias=bias)
+        (one, one_state), (other, other_state) = (tracker(random_frames(seed=seed), carried) for seed in (3, 4))
+        assert torch.equal(one_state.query, other_state.query) != sees
+        assert torch.equal(one.logits[0], other.logits[0]) != sees
+
+
+@pytest.mark.parametrize("gate_mask", GATE_MASKS)
+@torch.no_grad()
+def test_closed_queries_depend_on_each_other_with_the_additive_mask_alone(gate_mask):
+    """All gates closed: a query's next state is a function of itself ("blocked") or of all queries ("additive")."""
+    tracker, carried = make_tracker("gated", gate_mask, gate_bias=CLOSED), random_queries()
+    changed = carried.clone()
+    changed[:, 0] += 1
+    before, after = (tracker(random_frames(), TrackerState(query))[1].query for query in (carried, changed))
+    moved = (before != after).any(-1)[0].tolist()
+    assert moved == [True] + [gate_mask == "additive"] * (QUERIES - 1)
+
+
+@torch.no_grad()
+def test_what_enters_self_attention():
+    """In every layer: the carried query where the gate is closed, else what cross-attention made."""
+    tracker, carried, read, entered = make_tracker(), random_queries(), [], []
+    for layer in tracker.decoder:
+        layer.cross_attention.register_forward_hook(lambda module, inputs, output: read.append(output))
+        layer.self_attention.register_forward_pre_hook(lambda module, inputs: entered.append(inputs[0]))
+    prediction, _ = tracker(random_frames(), TrackerState(carried))
+    gates = torch.stack(prediction.gate_logits)[:, 0] >= 0                              # (D, B, Q)
+    assert gates.any() and not gates.all()
+    for layer in range(3):
+        for query in range(QUERIES):
+            source = read[layer] if gates[layer, 0, query] else carried
+            assert torch.equal(entered[layer][0, query], source[0, query]), (layer, query)
+
+
+def test_propagate_interpolates():
+    gate = torch.tensor([0.0, 1.0, 0.25])[:, None]
+    x, carried = torch.tensor([[8.0, 8.0]] * 3), torch.tensor([[4.0, 0.0]] * 3)
+    assert Tracker.propagate(gate, x, carried).tolist() == [[4, 0], [8, 8], [5, 2]]
+
+
+# The masks of closed queries
+
+def test_gate_bias_by_hand():
+    """Queries 1 and 3 are closed: their rows are marked, not their columns, and the diagonal stays free."""
+    gate = torch.tensor([1.0, 0.0, 1.0, 0.0])[None, :, None]
+    rows = [[0, 0, 0, 0],
+            [1, 0, 1, 1],
+            [0, 0, 0, 0],
+            [1, 1, 1, 0]]
+    bias, blocked = make_tracker(gate_mask="additive").gate_bias(gate)
+    assert blocked is None and bias.is_floating_point() and bias.tolist() == [[rows]]   # +1, as released
+    bias, blocked = make_tracker(gate_mask="blocked").gate_bias(gate)
+    assert bias is None and blocked.dtype == torch.bool and blocked.tolist() == [[rows]]  # True = may not attend
+
+
+@torch.no_grad()
+def test_attention_weights_of_a_closed_query():
+    """All logits 0 but for the mask. Open: a quarter for each. Closed: itself alone, or the others e times more."""
+    attention = Attention(4, 1)
+    attention.in_proj_weight.zero_()[8:] = torch.eye(4)                                 # query, key: 0; value: as it is
+    attention.out_proj.weight.copy_(torch.eye(4))
+    x = torch.eye(4)[None]                                                              # so the output is the weights
+    gate = torch.tensor([1.0, 0.0, 1.0, 1.0])[None, :, None]
+    one = torch.tensor([0.25] * 4)
+    for gate_mask, closed in (("blocked", [0, 1, 0, 0]), ("additive", [math.e, 1, math.e, math.e])):
+        bias, blocked = make_tracker(gate_mask=gate_mask).gate_bias(gate)
+        closed = torch.tensor(closed, dtype=torch.float32)
+        weights = attention(x, x, x, bias, blocked)[0]
+        torch.testing.assert_close(weights, torch.stack((one, closed / closed.sum(), one, one)))
+
+
+@torch.no_grad()
+def test_a_blocked_closed_query_does_not_see_the_others():
+    tracker, x = make_tracker(gate_mask="blocked"), random_queries()
+    gate = torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0], dtype=torch.float64)[None, :, None]
+    changed = x.clone()
+    changed[:, [0, 3]] += 1                                                             # an open and a closed query
+    before, after = (tracker.decoder[0].self_attention(y, blocked=tracker.gate_bias(gate)[1]) for y in (x, changed))
+    assert (before != after).any(-1)[0].tolist() == [True, False, True, True, True]
+
+
+# The gate while training
+
+def test_the_last_streams_hard_gate_serves_all():
+    """L = 2 detector layers of B = 2 videos: streams (layer 0: a, b; layer 1: a, b)."""
+    tracker = make_tracker().train()
+    gate, logits, soft = tracker.gate(random_queries(rows=4), layers=2)
+    assert gate.shape == (4, QUERIES, 1) and logits.shape == soft.shape == (4, QUERIES)
+    decided = soft >= 0.5
+    assert not torch.equal(decided[:2], decided[2:])                                    # the layers do not agree
+    assert torch.equal(gate.detach()[..., 0] > 0.5, decided[[2, 3, 2, 3]])
+    closed = gate.detach()[..., 0][~decided[[2, 3, 2, 3]]]
+    opened = gate.detach()[..., 0][decided[[2, 3, 2, 3]]]
+    assert len(closed) and len(opened)
+    assert (closed == 0).all() and ((opened - 1).abs() <= torch.finfo(gate.dtype).eps).all()
+
+
+def test_inference_gate_opens_at_zero():
+    tracker = make_tracker()
+    torch.nn.init.zeros_(tracker.gate_proj.weight)
+    for bias, expected in ((-1e-9, 0), (0.0, 1), (1e-9, 1)):
+        torch.nn.init.constant_(tracker.gate_proj.bias, bias)
+        gate, _, soft = tracker.gate(random_queries(), layers=1)
+        assert (gate == expected).all() and soft is None
+
+
+def test_straight_through_gradient(no_noise):
+    """Hard gates forward, the soft gates' gradient backward, through closed gates as through open ones."""
+    tracker, x = make_tracker().train(), random_queries(rows=4)
+    weight = random_queries(rows=4, seed=5)[..., :1]
+    parameters = list(tracker.gate_proj.parameters())
+    gate, logits, _ = tracker.gate(x, layers=2)
+    assert 0 < gate.sum() < gate.numel()
+    got = torch.autograd.grad((gate * weight).sum(), parameters)
+    soft = torch.sigmoid(tracker.gate_proj(tracker.decoder_norm(x)) / GUMBEL_TEMPERATURE)
+    expected = torch.autograd.grad((soft[[2, 3, 2, 3]] * weight).sum(), parameters)
+    torch.testing.assert_close(got, expected)
+
+    for bias in (-3.0, 3.0):                                                            # all closed, then all open
+        torch.nn.init.constant_(tracker.gate_proj.bias, bias)
+        prediction, state = tracker(random_frames(), TrackerState(random_queries()))
+        assert all(((logits > 0) == (bias > 0)).all() for logits in prediction.gate_logits)
+        assert torch.autograd.grad(prediction.logits[-1].square().sum(), tracker.gate_proj.weight)[0].abs().min() > 0
+
+
+def test_gate_noise_is_logistic():
+    """Mean 0, variance pi^2 / 3 and the logistic distribution function, which is the sigmoid."""
+    torch.manual_seed(0)
+    noise = logistic_noise(torch.zeros(200_000, dtype=torch.float64))
+    assert noise.mean().item() == pytest.approx(0, abs=0.02)                            # five standard errors
+    assert noise.var().item() == pytest.approx(math.pi ** 2 / 3, rel=0.02)
+    for at in (-3.0, -1.0, 0.0, 1.0, 3.0):
+        assert (noise <= at).double().mean().item() == pytest.approx(1 / (1 + math.exp(-at)), abs=0.006)
+
+
+# Memory and state
+
+@torch.no_grad()
+def test_memory_is_a_loop_over_past_clips():
+    tracker, past, query = make_tracker("memory"), 3, random_queries(rows=2)
+    keys, values = (torch.stack([random_queries(2, seed=seed + clip) for clip in range(past)], 1) for seed in (10, 20))
+    read = tracker.read_memory(TrackerState(query, keys, values))
+    for stream in range(2):
+        for index in range(QUERIES):
+            own = query[stream, index]
+            weights = [math.exp(float(tracker.query_key(own) @ keys[stream, clip, index])) for clip in range(past)]
+            expected = own + tracker.query_value(own)
+            for clip in range(past):
+                expected = expected + weights[clip] / sum(weights) * values[stream, clip, index]
+            torch.testing.assert_close(read[stream, index], expected)
+    assert torch.equal(tracker.read_memory(TrackerState(query)), query + tracker.query_value(query))    # nothing past
+
+
+@torch.no_grad()
+def test_a_query_reads_its_own_past_alone():
+    tracker, query = make_tracker("memory"), random_queries()
+    key, value = (random_queries(rows=2, seed=seed)[None] for seed in (3, 4))           # (1, two past clips, Q, C)
+    before = tracker.read_memory(TrackerState(query, key, value))
+    key[:, 0, 1] += 1                                                                   # query 1 in the first clip
+    value[:, 0, 1] += 1
+    after = tracker.read_memory(TrackerState(query, key, value))
+    assert (before != after).any(-1)[0].tolist() == [False, True, False, False, False]
+
+
+@pytest.mark.parametrize("propagation", PROPAGATIONS)
+@torch.no_grad()
+def test_state_size(propagation):
+    """One memory entry a clip where there is a memory; otherwise the queries alone, however long the video."""
+    tracker, state = make_tracker(propagation), None
+    for clip in range(1, 5):
+        before = state
+        _, state = tracker(random_frames(layers=2, seed=clip), state)
+        assert state.query.shape == (2, QUERIES, CHANNELS)
+        if "memory" not in propagation:
+            assert state.memory_key is None and state.memory_value is None
+            continue
+        assert state.memory_key.shape == state.memory_value.shape == (2, clip, QUERIES, CHANNELS)
+        if before:                                                                      # the past is not rewritten
+            assert torch.equal(state.memory_key[:, :-1], before.memory_key)
+        normed = tracker.decoder_norm(state.query)
+        torch.testing.assert_close(state.memory_value[:, -1], tracker.memory_value(normed))
+
+
+def test_first_clip_starts_from_the_learned_queries():
+    tracker = make_tracker()
+    given = TrackerState(tracker.query_feat.weight[None])
+    assert torch.equal(tracker(random_frames())[1].query, tracker(random_frames(), given)[1].query)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("propagation", PROPAGATIONS)
+@torch.no_grad()
+def test_videos_of_a_batch_do_not_meet(propagation, training, no_noise):
+    """Two detector layers of two videos together equal each video alone, over two clips of two frames."""
+    tracker, state = make_tracker(propagation).train(training), None
+    clips, alone = [random_frames(2, 2, 2, seed) for seed in (1, 2)], []
+    for video in range(2):
+        own = None
+        for clip in clips:
+            prediction, own = tracker(clip[:, video:video + 1], own)
+        alone.append((prediction, own))
+    for clip in clips:
+        together, state = tracker(clip, state)
+    for video, (prediction, own) in enumerate(alone):
+        assert len(together.logits) == len(prediction.logits) == (3 if training else 1)
+        for name in ("logits", "mask_embed", "gate_logits", "gate_soft"):
+            for ours, theirs in zip(getattr(together, name), getattr(prediction, name), strict=True):
+                torch.testing.assert_close(ours[:, video], theirs[:, 0])
+        torch.testing.assert_close(together.clip_embed[:, video], prediction.clip_embed[:, 0])
+        torch.testing.assert_close(together.frame_embed[:, video], prediction.frame_embed[:, 0])
+        torch.testing.assert_close(state.query[video::2], own.query)                    # streams are layer-major
+
+
+# The encoder and its windows
+
+@torch.no_grad()
+def test_windows_in_training_are_encoded_alone():
+    tracker, x = make_tracker(window=2, encoder_layers=2).train(), random_frames(frames=6)[0]
+    together = tracker.encode(x)
+    for first in (0, 2, 4):
+        torch.testing.assert_close(together[:, first:first + 2], tracker.encode(x[:, first:first + 2]))
+    tracker.window = 0                                                                  # all frames see all others
+    assert not torch.allclose(together, tracker.encode(x))
+
+
+def group_of(frame: int, frames: int, window: int, shifted: bool) -> tuple:
+    """Frames of equal groups see each other. Shifted windows start half a window earlier; the roll brings the frames of
+    the video's end before the first frame, into its window, but into another group."""
+    if not shifted:
+        return (frame // window,)
+    padded_frames = math.ceil(frames / window) * window
+    place = frame + math.ceil(window / 2)
+    return place % padded_frames // window, place >= padded_frames
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("frames, window", [(4, 3), (5, 3), (6, 3), (7, 3), (5, 2), (3, 6), (3, 1)])
+@torch.no_grad()
+def test_windows_are_a_mask(frames, window, training):
+    """Each layer is attention over all frames under a mask written as a loop, which knows of no padding frames."""
+    tracker = make_tracker(window=window, encoder_layers=3).train(training)
+    frame_queries = random_frames(batch=2, frames=frames)[0]
+    x = tracker.input_proj(frame_queries).flatten(1, 2)
+    for index, layer in enumerate(tracker.encoder):
+        shifted = index == 1 and not training
+        bias = torch.zeros(frames * FRAME_QUERIES, frames * FRAME_QUERIES, dtype=torch.float64)
+        for row in range(len(bias)):
+            for column in range(len(bias)):
+                groups = (group_of(token // FRAME_QUERIES, frames, window, shifted) for token in (row, column))
+                bias[row, column] = 0 if next(groups) == next(groups) else -math.inf
+        x = layer(x, bias)
+    torch.testing.assert_close(tracker.encode(frame_queries).flatten(1, 2), x)
+
+
+def test_shifted_mask_by_hand():
+    """Windows of 2: after a roll by 1 the order is 3 0 | 1 2, and frame 3 comes from afar. Read inside windows only."""
+    tracker = make_tracker(window=2)
+    assert tracker.shifted_mask(torch.tensor([False] * 4), 1).int().tolist() == [[0, 1, 1, 1],
+                                                                                 [1, 0, 0, 0],
+                                                                                 [1, 0, 0, 0],
+                                                                                 [1, 0, 0, 0]]
+    # of windows of 3, with 4 frames and 2 padded: p p 0 | 1 2 3
+    padded = torch.tensor([False] * 4 + [True] * 2)
+    assert tracker.shifted_mask(padded, 2).int().tolist() == [[1, 1, 1, 1, 1, 1],
+                                                              [1, 1, 1, 1, 1, 1],
+                                                              [1, 1, 0, 0, 0, 0],
+                                                              [1, 1, 0, 0, 0, 0],
+                                                              [1, 1, 0, 0, 0, 0],
+                                                              [1, 1, 0, 0, 0, 0]]
+
+
+# Errors
+
+def test_unknown_modes_are_refused():
+    with pytest.raises(ValueError, match="'gate'.*gated, plain, memory"):
+        make_tracker("gate")
+    with pytest.raises(ValueError, match="'mask'.*additive, blocked"):
+        make_tracker(gate_mask="mask")

@@ -1,0 +1,100 @@
+"""Training: an interrupted run resumes exactly, two processes train what one does, the optimiser treats parameters as upstream."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import train
+from backbone import SwinBackbone
+from synthetic import make_dataset
+from train import learning_rate_factor, parameter_groups, parse_arguments
+
+REPOSITORY = Path(__file__).parent.parent
+TINY = ["--frames", "2", "--points", "64", "--short-sides", "64", "--workers", "0", "--lr-steps", "3", "--warmup", "0"]
+
+
+@pytest.fixture(scope="module")
+def data_root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data") / "synthetic"
+    make_dataset(root, train_videos=3, valid_videos=1, frames=4, height=64, width=64, objects=(1, 2))
+    return root
+
+
+def run(data_root, output, *more):
+    train.main(parse_arguments(["--data-root", str(data_root), "--output", str(output), *TINY, *more]))
+    return torch.load(output / "last.pt", weights_only=True)
+
+
+def test_resuming_equals_not_stopping(data_root, tmp_path):
+    """Weights, optimiser, schedule, clips, gate noise and sampled points: all the same after an interruption."""
+    whole = run(data_root, tmp_path / "whole", "--iterations", "4", "--batch", "2")
+    run(data_root, tmp_path / "halves", "--iterations", "2", "--batch", "2")
+    halves = run(data_root, tmp_path / "halves", "--iterations", "4", "--batch", "2", "--resume", str(tmp_path / "halves/last.pt"))
+    assert whole["step"] == halves["step"] == 4
+    for name, value in whole["model"].items():
+        assert torch.equal(value, halves["model"][name]), name
+    assert whole["schedule"] == halves["schedule"]
+    for index, state in whole["optimizer"]["state"].items():
+        assert torch.equal(state["exp_avg"], halves["optimizer"]["state"][index]["exp_avg"])
+
+
+def test_training_learns_something(data_root, tmp_path):
+    """The loss on three tiny videos falls; the log holds every loss by its official name."""
+    run(data_root, tmp_path, "--iterations", "12", "--batch", "1", "--log-every", "1", "--lr", "1e-3", "--lr-steps", "100")
+    records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    losses = [record["loss"] for record in records]
+    assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
+    assert {"step", "lr", "gradient_norm", "iterations_per_second", "data_share", "loss_ce", "loss_genvis_sim_clip1"} <= set(records[0])
+    assert json.loads((tmp_path / "args.json").read_text())["lr"] == 1e-3
+
+
+def test_two_processes_train_what_one_does(data_root, tmp_path):
+    """Same clips, same sums: the gradients of 2 x 1 clip are those of 1 x 2 clips, up to the points each process draws."""
+    common = ["--data-root", str(data_root), "--iterations", "1", "--batch", "2", "--norm", "group", "--propagation", "plain",
+              "--lr", "0.1", *TINY]
+    single = run(data_root, tmp_path / "one", *common[2:])
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29713",
+                    str(REPOSITORY / "train.py"), *common, "--device", "cpu", "--output", str(tmp_path / "two")],
+                   check=True, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, timeout=240)
+    double = torch.load(tmp_path / "two/last.pt", weights_only=True)
+    ours = torch.cat([state["exp_avg"].flatten() for state in single["optimizer"]["state"].values()])
+    theirs = torch.cat([state["exp_avg"].flatten() for state in double["optimizer"]["state"].values()])
+    assert nn.functional.cosine_similarity(ours, theirs, 0) > 0.9
+
+
+@pytest.mark.parametrize("propagation", ["clip", "memory", "gated+memory"])
+def test_other_modes_train(data_root, tmp_path, propagation):
+    checkpoint = run(data_root, tmp_path, "--iterations", "1", "--batch", "1", "--propagation", propagation)
+    assert checkpoint["config"]["propagation"] == propagation
+
+
+def test_a_frozen_detector_does_not_move(data_root, tmp_path):
+    before = run(data_root, tmp_path / "zero", "--iterations", "0")["model"]
+    after = run(data_root, tmp_path / "one", "--iterations", "1", "--batch", "1", "--freeze-detector")["model"]
+    moved = {name.split(".")[0] for name, value in after.items() if not torch.equal(value, before[name]) and "running" not in name
+             and "num_batches" not in name}
+    assert moved == {"tracker"}
+
+
+def test_parameter_groups():
+    """A tenth of the rate for the backbone; no decay for norms, embeddings and position tables, but for biases."""
+    model = nn.ModuleDict({"backbone": SwinBackbone(24, [1, 1, 1, 1], [1, 2, 4, 8], 7), "query_feat": nn.Embedding(3, 4),
+                           "head": nn.Linear(4, 4), "norm": nn.GroupNorm(2, 4)})
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = {names[id(parameter)]: (group["lr"], group["weight_decay"])
+             for group in parameter_groups(model, 1.0, 0.05, 0.1) for parameter in group["params"]}
+    assert len(found) == len(names)
+    assert found["head.weight"] == found["head.bias"] == (1.0, 0.05)
+    assert found["norm.weight"] == found["query_feat.weight"] == (1.0, 0.0)
+    assert found["backbone.norms.0.bias"] == found["backbone.features.1.0.attn.relative_position_bias_table"] == (0.1, 0.0)
+    assert found["backbone.features.1.0.attn.qkv.bias"] == (0.1, 0.05)
+
+
+def test_schedule():
+    factors = [learning_rate_factor(step, 4, [6, 8]) for step in range(10)]
+    assert factors == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1, 0.1, 0.1, 0.01, 0.01])

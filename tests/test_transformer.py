@@ -1,0 +1,116 @@
+"""The shared blocks against PyTorch's own: Attention is nn.MultiheadAttention, whose masks are named for what they do.
+
+An encoder layer made of our post-norm blocks is nn.TransformerEncoderLayer. Everything runs in float64.
+"""
+import pytest
+import torch
+from torch import nn
+
+from transformer import MLP, Attention, CrossAttention, FeedForward, SelfAttention
+
+CHANNELS, HEADS = 12, 3
+
+
+def make_attention(seed: int = 0) -> tuple[Attention, nn.MultiheadAttention]:
+    """Ours, biases drawn too, and PyTorch's with the same weights: the names of the parameters are equal."""
+    torch.manual_seed(seed)
+    ours = Attention(CHANNELS, HEADS).double()
+    for parameter in ours.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    theirs = nn.MultiheadAttention(CHANNELS, HEADS, batch_first=True).double()
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs
+
+
+def random_inputs(tokens: int = 7) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Different query, key and value of two batch rows; 5 queries."""
+    shapes = (2, 5, CHANNELS), (2, tokens, CHANNELS), (2, tokens, CHANNELS)
+    return tuple(torch.randn(shape, dtype=torch.float64) for shape in shapes)
+
+
+def test_without_a_mask():
+    ours, theirs = make_attention()
+    inputs = random_inputs()
+    torch.testing.assert_close(ours(*inputs), theirs(*inputs)[0])
+
+
+def test_blocked_is_a_bool_mask():
+    """One mask a row and head; True = may not attend, as MultiheadAttention reads a bool mask."""
+    ours, theirs = make_attention()
+    inputs = random_inputs()
+    blocked = torch.rand(2, HEADS, 5, 7) < 0.5
+    blocked[..., 0] = False                                             # something is left to attend to
+    expected = theirs(*inputs, attn_mask=blocked.flatten(0, 1))[0]
+    torch.testing.assert_close(ours(*inputs, blocked=blocked), expected)
+    assert not torch.allclose(ours(*inputs), expected)
+
+
+def test_bias_is_added_to_the_logits():
+    """MultiheadAttention adds a float mask; so a "mask" of ones, in float, blocks nothing."""
+    ours, theirs = make_attention()
+    inputs = random_inputs()
+    bias = torch.randn(2, HEADS, 5, 7, dtype=torch.float64)
+    torch.testing.assert_close(ours(*inputs, bias=bias), theirs(*inputs, attn_mask=bias.flatten(0, 1))[0])
+    mask = torch.rand(5, 7) < 0.5
+    mask[:, 0], mask[:, 1] = False, True
+    assert not torch.allclose(ours(*inputs, bias=mask.double()), ours(*inputs, blocked=mask))
+    torch.testing.assert_close(ours(*inputs, bias=torch.ones(5, 7)), ours(*inputs))      # ones everywhere: nothing
+
+
+def test_masks_are_broadcast():
+    """(N, 1, Q, S) serves all heads, (Q, S) all rows too."""
+    attention, _ = make_attention()
+    inputs = random_inputs()
+    blocked = torch.rand(5, 7) < 0.5
+    blocked[:, 0] = False
+    everywhere = attention(*inputs, blocked=blocked.expand(2, HEADS, 5, 7))
+    torch.testing.assert_close(attention(*inputs, blocked=blocked), everywhere)
+    torch.testing.assert_close(attention(*inputs, blocked=blocked.expand(2, 1, 5, 7)), everywhere)
+
+
+def test_heads_must_divide_the_channels():
+    with pytest.raises(ValueError, match=r"channels \(10\) must be divisible by heads \(3\)"):
+        Attention(10, 3)
+
+
+def test_positions_go_to_query_and_key_not_to_value():
+    attention, theirs = make_attention()
+    x, tokens, token_position = random_inputs()
+    position = torch.randn(5, CHANNELS, dtype=torch.float64)
+
+    block = SelfAttention(CHANNELS, HEADS).double()
+    block.attention = attention
+    expected = block.norm(x + theirs(x + position, x + position, x)[0])
+    torch.testing.assert_close(block(x, position), expected)
+    torch.testing.assert_close(block(x), block(x, torch.zeros_like(position)))           # no position is a zero one
+
+    block = CrossAttention(CHANNELS, HEADS).double()
+    block.attention = attention
+    expected = block.norm(x + theirs(x + position, tokens + token_position, tokens)[0])
+    torch.testing.assert_close(block(x, position, tokens, token_position), expected)
+
+
+def test_self_attention_and_feed_forward_are_a_transformer_encoder_layer():
+    torch.manual_seed(0)
+    attend, feed = SelfAttention(CHANNELS, HEADS).double(), FeedForward(CHANNELS, 20).double()
+    theirs = nn.TransformerEncoderLayer(CHANNELS, HEADS, 20, dropout=0, batch_first=True).double()
+    for block in (attend, feed):                                        # all weights random, those of the norms as well
+        for parameter in block.parameters():
+            nn.init.normal_(parameter, std=0.5)
+    theirs.self_attn.load_state_dict(attend.attention.state_dict())
+    theirs.norm1.load_state_dict(attend.norm.state_dict())
+    theirs.norm2.load_state_dict(feed.norm.state_dict())
+    theirs.linear1.load_state_dict(feed.linear1.state_dict())
+    theirs.linear2.load_state_dict(feed.linear2.state_dict())
+    x = torch.randn(2, 5, CHANNELS, dtype=torch.float64)
+    torch.testing.assert_close(feed(attend(x)), theirs(x))
+
+
+def test_mlp_is_three_layers_with_relu_between():
+    torch.manual_seed(0)
+    mlp, x = MLP(CHANNELS, 4).double(), torch.randn(6, CHANNELS, dtype=torch.float64)
+    first, second, third = (layer for layer in mlp if isinstance(layer, nn.Linear))
+    hidden = (x @ first.weight.T + first.bias).clamp(min=0)
+    hidden = (hidden @ second.weight.T + second.bias).clamp(min=0)
+    torch.testing.assert_close(mlp(x), hidden @ third.weight.T + third.bias)
+    assert mlp(x).min() < 0                                             # none after the last
