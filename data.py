@@ -307,6 +307,7 @@ def exit_with_sentence(error: Exception) -> None:
 
 
 def main() -> None:
+    """Write the synthetic set as the command line says."""
     from synthetic import make_dataset
     parser = argparse.ArgumentParser(description="Write the synthetic data set: textured shapes that move, cross, occlude one "
                                      "another, leave and come back, in the YouTube-VIS format.",

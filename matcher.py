@@ -202,7 +202,7 @@ class Criterion:
                 embed[index].split([int((stream[kept] % batch == b).sum()) for b in range(batch)]), features)])
             parts = {"ce": self.class_loss(logits, index, labels[kept])}
             parts |= self.mask_losses(own, true[kept.to(true.device)], count)
-            if layer == last and self.loss_weights["sim"]:
+            if layer == last:  # at weight 0 too: a parameter without a gradient would stall the other processes
                 parts["sim"] = self.similarity_loss(prediction, targets, frames, frame_matches, index, query_of)
             if prediction.gate_soft and self.loss_weights["gate"]:
                 parts["gate"] = self.gate_loss(prediction, layer, index)
@@ -236,7 +236,8 @@ class Criterion:
     def match_clip(cost: numpy.ndarray, new: Tensor, valid: Tensor, held: Tensor | None) -> Tensor:
         """One stream: instances that appear now get a query, the others keep the one they hold; returns query_of (I,).
 
-        A visible instance's query is not given away. That of an occluded one is, as upstream (grattvis_matcher.py:159).
+        A visible instance's query is not given away (unless there are more instances than queries). That of an occluded one
+        is, as upstream (grattvis_matcher.py:159).
         """
         query_of = torch.full((len(new),), -1) if held is None else held.clone()
         taken = query_of[valid & ~new]

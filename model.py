@@ -14,6 +14,7 @@ Shape letters of the whole project:
     L detector layers handed to the tracker (3 in training, the last one otherwise), D decoder layers of the tracker,
     S = L * B streams of the tracker, layer-major
 """
+import inspect
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -64,6 +65,7 @@ class VideoResult:
 @dataclass
 class StepState:
     """What `step` carries from frame to frame. Its size is constant unless the mode has a memory."""
+    size: tuple[int, int] # of the frames, pixels
     tracker: TrackerState
     class_scores: Tensor  # (Q, K) maximum so far
     mask_sum: Tensor      # (Q,) sum of the probabilities inside the masks so far
@@ -225,8 +227,8 @@ class GRAttVIS(nn.Module):
         """clip_length: frames the tracker reads at once (GenVIS semi-online: 3); "clip" propagation reads all.
         window: see Tracker; None = 6 frames for "clip" (VITA), 0 otherwise. Other arguments are sizes."""
         super().__init__()
-        if clip_length < 1:
-            raise ValueError(f"clip_length must be at least 1, not {clip_length}")
+        if clip_length < 1 or num_classes < 1:
+            raise ValueError(f"clip_length and num_classes must be at least 1, not {clip_length} and {num_classes}")
         self.num_classes, self.propagation, self.clip_length = num_classes, propagation, clip_length
         self.backbone = build_backbone(backbone, norm, swin_window)
         self.pixel_decoder = PixelDecoder(self.backbone.channels, channels, heads, pixel_layers, pixel_feed_forward)
@@ -240,7 +242,11 @@ class GRAttVIS(nn.Module):
 
     def prepare(self, frames: list[Tensor]) -> Tensor:
         """uint8 frames (3, H, W), RGB, sizes may differ -> (N, 3, H', W'): normalised, then zero-padded to multiples of 32."""
+        if not frames:
+            raise ValueError("the video has no frames")
         for frame in frames:
+            if not isinstance(frame, Tensor):
+                raise ValueError(f"a frame must be a torch tensor, not {type(frame).__module__}.{type(frame).__name__}")
             if frame.dtype != torch.uint8 or frame.ndim != 3 or len(frame) != 3:
                 raise ValueError(f"a frame must be uint8 of shape (3, H, W), not {frame.dtype} {tuple(frame.shape)}")
         height, width = (math.ceil(max(frame.shape[axis] for frame in frames) / SIZE_DIVISOR) * SIZE_DIVISOR
@@ -259,7 +265,7 @@ class GRAttVIS(nn.Module):
 
     def forward(self, videos: list[Tensor]) -> TrainingOutput:
         """B videos of T frames each, uint8 (T, 3, H, W); T the same for all, H and W may differ."""
-        batch, length = len(videos), len(videos[0])
+        batch, length = len(videos), len(videos[0]) if videos else 0
         if any(len(video) != length for video in videos):
             raise ValueError(f"all videos of a batch need the same number of frames, not {[len(v) for v in videos]}")
         images = self.prepare([frame for video in videos for frame in video])
@@ -281,7 +287,7 @@ class GRAttVIS(nn.Module):
         frames: uint8 (T, 3, H, W) RGB, or an iterable of (3, H, W), all of one size; resized by the caller (data.py).
         output_size: (height, width) of the masks; None = that of the frames. Raises ValueError on an empty video.
         """
-        self.require_eval()
+        self.check_request(output_size, top_k)
         features, queries, logits, embeds, state, sizes = [], [], [], [], None, set()
         for frame in frames:
             images = self.prepare([frame])
@@ -327,14 +333,17 @@ class GRAttVIS(nn.Module):
 
         Scores are those of segment_video for the frames so far; at the last frame the two agree.
         """
-        self.require_eval()
+        self.check_request(output_size, top_k)
         if self.propagation == "clip" or self.clip_length != 1:
             raise ValueError("step needs a model that goes frame by frame, not one that reads clips of several frames")
         images = self.prepare([frame])
+        size = tuple(frame.shape[-2:])
+        if state and state.size != size:
+            raise ValueError(f"all frames of a video must have one size, not {state.size} and {size}")
         output = self.detect(images)
         prediction, tracker_state = self.tracker(output.queries[:, None], state.tracker if state else None)
         logits, embed = prediction.logits[-1][-1, 0], prediction.mask_embed[-1][-1, 0]
-        mask_logits = upsample_masks(embed, output.mask_features[0], tuple(frame.shape[-2:]), tuple(images.shape[-2:]))
+        mask_logits = upsample_masks(embed, output.mask_features[0], size, tuple(images.shape[-2:]))
         class_scores, (mask_sum, mask_area) = class_probabilities(logits), mask_confidence(mask_logits)
         if state:
             class_scores = torch.maximum(class_scores, state.class_scores)
@@ -344,7 +353,7 @@ class GRAttVIS(nn.Module):
         order = scores.argsort(descending=True, stable=True)
         masks = resize_masks(mask_logits[chosen[order]], output_size) > 0
         tracks = FrameTracks(scores[order], labels[order], masks, chosen[order], logits)
-        return tracks, StepState(tracker_state, class_scores, mask_sum, mask_area)
+        return tracks, StepState(size, tracker_state, class_scores, mask_sum, mask_area)
 
     def best_pairs(self, class_scores: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
         """The top_k (query, class) pairs of (Q, K) scores: scores, labels, queries; equal scores keep their order."""
@@ -352,10 +361,14 @@ class GRAttVIS(nn.Module):
         scores, index = scores[:top_k], index[:top_k]
         return scores, index % self.num_classes, index // self.num_classes
 
-    def require_eval(self) -> None:
-        """Inference while training would sample gates and drop paths: refuse instead of returning noise."""
+    def check_request(self, output_size: tuple[int, int] | None, top_k: int) -> None:
+        """Refuse what would return noise (sampled gates, dropped paths) or nothing."""
         if self.training:
             raise RuntimeError("the model is in training mode: call model.eval() first")
+        if top_k < 1:
+            raise ValueError(f"top_k must be at least 1, not {top_k}")
+        if output_size is not None and min(output_size) < 1:
+            raise ValueError(f"output_size must be (height, width) of at least 1 pixel, not {output_size}")
 
 
 def class_probabilities(logits: Tensor) -> Tensor:
@@ -406,4 +419,7 @@ def build_model(preset: str, num_classes: int, propagation: str = "gated", gate_
     """
     if preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}: choose one of {', '.join(PRESETS)}")
+    unknown = overrides.keys() - inspect.signature(GRAttVIS).parameters.keys()
+    if unknown:
+        raise ValueError(f"GRAttVIS has no argument {', '.join(sorted(unknown))}")
     return GRAttVIS(num_classes, propagation=propagation, gate_mask=gate_mask, **(PRESETS[preset] | overrides))

@@ -133,12 +133,13 @@ class Tracker(nn.Module):
         last detector layer serves all L streams of a video, as only that layer exists at inference.
         """
         logits = self.gate_proj(self.decoder_norm(x)).squeeze(-1)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))     # 16 bit noise is no logistic noise
         if not self.training:
             return (logits >= 0).to(x.dtype)[..., None], logits, None
         soft = torch.sigmoid((logits + logistic_noise(logits)) / GUMBEL_TEMPERATURE)
         hard = ((soft >= 0.5).to(soft.dtype) - soft).detach() + soft
         last = hard.unflatten(0, (layers, -1))[-1]                               # (B, Q)
-        return last.repeat(layers, 1)[..., None], logits, soft
+        return last.repeat(layers, 1)[..., None].to(x.dtype), logits, soft
 
     @staticmethod
     def propagate(gate: Tensor, x: Tensor, carried: Tensor) -> Tensor:

@@ -143,7 +143,11 @@ def main(args: argparse.Namespace) -> None:
     if rank == 0:
         output.mkdir(parents=True, exist_ok=True)
         save_json(output / "args.json", vars(args))
-    network = nn.parallel.DistributedDataParallel(model, [device] if device.type == "cuda" else None) if world > 1 else model
+    network = model
+    if world > 1:
+        unread_memory = model.tracker.remembers and args.frames <= args.clip_length  # one clip: written, never read
+        network = nn.parallel.DistributedDataParallel(model, [device] if device.type == "cuda" else None,
+                                                      find_unused_parameters=unread_memory)
     criterion = Criterion(len(videos.categories), points=args.points, no_object_weight=args.no_object_weight,
                           similarity_weight=args.similarity_weight, gate_weight=args.gate_weight, gate_loss=args.gate_loss,
                           freeze_detector=args.freeze_detector)

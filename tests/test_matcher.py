@@ -213,11 +213,32 @@ def test_matches_of_painted_queries():
     assert unhidden < 0.1 < losses["loss_genvis_ce_clip2"]
 
 
+def test_clip_costs_are_a_loop(monkeypatch):
+    """One set of points a video, used in all its frames; the sampled mask of a query is that of all frames, joined."""
+    torch.manual_seed(0)
+    points = torch.rand(2, 9, 2, dtype=torch.float64)
+    monkeypatch.setattr(matcher, "random_points", lambda rows, count, like: points)
+    clips, output = [make_clip([[1, 1, 0]]), make_clip([[0, 1, 1], [1, 1, 1]])], random_output(2, 3, clip_length=2)
+    targets, criterion = [make_targets(clip) for clip in clips], Criterion(CLASSES, points=9)
+    prediction, features, frames = output.clips[0], output.mask_features[0], slice(0, 2)
+    costs = criterion.clip_costs(prediction, features, targets, frames)
+    assert costs.shape == (2, 4, 6, 2)                                  # (D, S, Q, I)
+    for depth, layer, video in itertools.product(range(2), range(2), range(2)):
+        at = points[video:video + 1]
+        masks = torch.einsum("qc,tchw->tqhw", prediction.mask_embed[depth][layer, video], features[video])
+        sampled = torch.cat([sample_at(mask[None], at)[0] for mask in masks], 1)
+        truth = torch.cat([sample_at(targets[video].masks[None, :, t].double(), at)[0] for t in (0, 1)], 1)
+        expected = match_cost(prediction.logits[depth][layer, video], sampled, targets[video].labels, truth, WEIGHTS)
+        instances = len(targets[video].labels)
+        torch.testing.assert_close(torch.from_numpy(costs[depth, 2 * layer + video])[:, :instances], expected)
+
+
 def test_a_batch_is_matched_as_its_videos_alone(no_chance):
     """Three videos, one without instances: matches are those of each video; mask losses add up."""
     torch.manual_seed(0)
     clips = [make_clip(visible) for visible in (
         [[1, 0, 1, 1], [0, 0, 1, 0]], [[0, 0, 0, 0]], [[1, 1, 1, 1], [0, 1, 0, 1], [0, 0, 0, 1]])]
+    clips[2].labels = torch.tensor([2, 0, 0])
     output, criterion = random_output(batch=3, frames=4, clip_length=2), Criterion(CLASSES, points=40)
     losses, matches = criterion(output, clips)
     sums = dict.fromkeys(losses, 0.0)
@@ -241,6 +262,21 @@ def instances_of(clips: list[Clip], name: str) -> int:
         return max(1, sum(int((clip.ids != -1).sum()) for clip in clips))
     frames = slice(2 * int(name[-1]), 2 * int(name[-1]) + 2)
     return max(1, 2 * sum(int((clip.ids[:, frames] != -1).any(1).sum()) for clip in clips))
+
+
+def test_two_equal_streams_cost_as_one(no_chance):
+    """Mask losses are averaged over the instances of all L streams."""
+    torch.manual_seed(0)
+    one, clip = random_output(batch=1, frames=2, clip_length=1, layers=1), make_clip([[1, 1], [0, 1]])
+    doubled = [ClipPrediction(*([torch.cat((x, x)) for x in part] if isinstance(part, list) else torch.cat((part, part))
+                                for part in vars(clip).values())) for clip in one.clips]
+    frames = FrameOutput(one.frames.predictions, torch.cat((one.frames.queries, one.frames.queries)), torch.zeros(0))
+    two = TrainingOutput(frames, doubled, one.mask_features, SIZE)
+    (single, _), (double, matches) = (Criterion(CLASSES, points=40)(output, [clip]) for output in (one, two))
+    assert len(matches.clips[0][0]) == 2
+    for name, loss in double.items():
+        if "sim" not in name:                                           # which sees other frame predictions
+            torch.testing.assert_close(loss, single[name])
 
 
 # Targets
@@ -399,14 +435,21 @@ def test_a_frozen_detector_has_no_frame_losses(toy_output, no_chance):
         [query.tolist() for query in layer] for layer in matches.frames]
 
 
+def gates(losses):
+    """How many gate losses there are."""
+    return sum("gate" in name for name in losses)
+
+
 def test_weights_scale_the_losses(toy_output, no_chance):
-    """With the matching's weights unchanged only sim and gate may differ: half the weight, half the loss."""
-    one = Criterion(CLASSES, points=32, similarity_weight=1.0, gate_weight=1.0)(*toy_output)[0]
-    other = Criterion(CLASSES, points=32, similarity_weight=0.5, gate_weight=0.25)(*toy_output)[0]
+    """Those of matching and losses are the same; all three times as large, they match as before."""
+    weights = dict(class_weight=6.0, mask_weight=15.0, dice_weight=15.0, similarity_weight=1.0, gate_weight=0.25)
+    one = Criterion(CLASSES, points=32, gate_weight=1.0)(*toy_output)[0]
+    other = Criterion(CLASSES, points=32, **weights)(*toy_output)[0]
     for name in one:
-        factor = 0.5 if "sim" in name else 0.25 if "gate" in name else 1.0
+        factor = 2 if "sim" in name else 0.25 if "gate" in name else 3
         torch.testing.assert_close(other[name], factor * one[name])
-    assert not any("sim" in name for name in Criterion(CLASSES, points=32, similarity_weight=0)(*toy_output)[0])
+    unweighted = Criterion(CLASSES, points=32, similarity_weight=0)(*toy_output)[0]
+    assert all(loss == 0 for name, loss in unweighted.items() if "sim" in name) and len(unweighted) == len(one) - gates(one)
 
 
 @pytest.mark.parametrize("propagation", ["gated", "memory", "clip"])

@@ -85,14 +85,16 @@ def test_closed_queries_depend_on_each_other_with_the_additive_mask_alone(gate_m
     assert moved == [True] + [gate_mask == "additive"] * (QUERIES - 1)
 
 
+@pytest.mark.parametrize("propagation", ["gated", "gated+memory"])
 @torch.no_grad()
-def test_what_enters_self_attention():
-    """In every layer: the carried query where the gate is closed, else what cross-attention made."""
-    tracker, carried, read, entered = make_tracker(), random_queries(), [], []
+def test_what_enters_self_attention(propagation):
+    """In every layer: the carried query, its memory read, where the gate is closed; else what cross-attention made."""
+    tracker, state, read, entered = make_tracker(propagation), TrackerState(random_queries()), [], []
+    carried = tracker.read_memory(state) if "memory" in propagation else state.query
     for layer in tracker.decoder:
         layer.cross_attention.register_forward_hook(lambda module, inputs, output: read.append(output))
         layer.self_attention.register_forward_pre_hook(lambda module, inputs: entered.append(inputs[0]))
-    prediction, _ = tracker(random_frames(), TrackerState(carried))
+    prediction, _ = tracker(random_frames(), state)
     gates = torch.stack(prediction.gate_logits)[:, 0] >= 0                              # (D, B, Q)
     assert gates.any() and not gates.all()
     for layer in range(3):
@@ -250,10 +252,32 @@ def test_state_size(propagation):
         torch.testing.assert_close(state.memory_value[:, -1], tracker.memory_value(normed))
 
 
-def test_first_clip_starts_from_the_learned_queries():
-    tracker = make_tracker()
-    given = TrackerState(tracker.query_feat.weight[None])
-    assert torch.equal(tracker(random_frames())[1].query, tracker(random_frames(), given)[1].query)
+def test_what_is_carried():
+    """The learned queries at first, then the raw output of the last layer; decoder_norm stands before the heads."""
+    tracker, raw = make_tracker(), []
+    tracker.decoder[-1].feed_forward.register_forward_hook(lambda module, inputs, output: raw.append(output))
+    prediction, state = tracker(random_frames())
+    _, given = tracker(random_frames(), TrackerState(tracker.query_feat.weight[None]))
+    assert torch.equal(state.query, raw[0]) and torch.equal(state.query, given.query)
+    torch.testing.assert_close(prediction.logits[0][0], tracker.class_embed(tracker.decoder_norm(state.query)))
+
+
+@pytest.mark.parametrize("propagation", PROPAGATIONS)
+def test_a_later_clip_teaches_an_earlier_one(propagation):
+    """Nothing is detached: the gradient of the third clip's logits reaches the first clip's frame queries."""
+    tracker, clips, state = make_tracker(propagation).train(), [random_frames(seed=seed) for seed in range(3)], None
+    clips[0].requires_grad_()
+    for clip in clips:
+        prediction, state = tracker(clip, state)
+    assert torch.autograd.grad(prediction.logits[-1].square().sum(), clips[0])[0].abs().sum() > 0
+
+
+@torch.no_grad()
+def test_a_clip_is_a_set_of_frames():
+    """A frame query's position says which query it is, not of which frame: the order in a clip changes nothing."""
+    tracker, clip = make_tracker(), random_frames(frames=3)
+    torch.testing.assert_close(tracker(clip[:, :, [2, 0, 1]])[1].query, tracker(clip)[1].query)
+    assert not torch.allclose(tracker(clip[:, :, :, [1, 0, 2, 3]])[1].query, tracker(clip)[1].query)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -345,3 +369,13 @@ def test_unknown_modes_are_refused():
         make_tracker("gate")
     with pytest.raises(ValueError, match="'mask'.*additive, blocked"):
         make_tracker(gate_mask="mask")
+
+
+def test_gate_noise_keeps_full_precision_under_autocast():
+    """In bfloat16 a uniform variable has a few hundred values and its logarithm the wrong mean: gates would lean to closed."""
+    torch.manual_seed(0)
+    tracker = Tracker(3, channels=16, mask_channels=16, queries=5, frame_queries=4, encoder_layers=1, decoder_layers=1, heads=2,
+                      feed_forward=32).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        prediction, _ = tracker(torch.randn(3, 1, 1, 4, 16))
+    assert prediction.gate_soft[0].dtype == torch.float32 and prediction.logits[0].dtype == torch.bfloat16
