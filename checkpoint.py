@@ -114,7 +114,7 @@ class ArrayUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str):
         if (module, name) not in self.ADMITTED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is neither an array nor a container")
+            raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
         return super().find_class(module, name)
 
 
@@ -131,9 +131,10 @@ def read_file(path: str | Path) -> dict:
             contents = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, ValueError, TypeError, AttributeError,
             IndexError, ImportError) as error:
-        reason = str(error).strip().splitlines()
-        raise InputError(f"{path} is no checkpoint that can be read safely: "
-                         f"{reason[0] if reason else type(error).__name__}") from error
+        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = (f"it asks for {asked[1]}, which is neither a tensor, an array nor a container" if asked else
+                  "it is damaged, or another kind of file")
+        raise InputError(f"{path} is no checkpoint that can be read safely: {reason}") from error
     if not isinstance(contents, dict):
         raise InputError(f"{path} is no checkpoint: it holds a {type(contents).__name__}, not named tensors")
     return contents
@@ -149,7 +150,7 @@ def translate(contents: dict, source: str = "the state dict") -> tuple[dict[str,
         entries = {f"backbone.{name}": value for name, value in entries.items()}
     if not any(name.startswith(MODEL_ROOTS) for name in entries):
         raise InputError(f"{source} is no checkpoint of this model family: none of its entries is known, "
-                         f"the first is {next(iter(entries), 'missing')!r}")
+                         f"it has {len(entries)}, such as {next(iter(entries), None)!r}")
     translated, ignored = {}, []
     for name, value in entries.items():
         if IGNORED.search(name):
@@ -185,7 +186,7 @@ def load_weights(model: nn.Module, source: str | Path | dict, reset_classes: boo
             if name.startswith(CLASS_LAYERS) and theirs[1:] == ours[1:]:
                 if not reset_classes:
                     raise InputError(f"{label} is for {theirs[0] - 1} classes, the model for {ours[0] - 1}: build the model "
-                                     f"with that number, or start the class layers anew with reset_classes")
+                                     f"with that number, or start the class layers anew (reset_classes, --reset-classes)")
                 report.reset.append(name)
             else:
                 raise InputError(f"{label} does not fit the model: {name} is {theirs} there and {ours} here")
@@ -245,9 +246,14 @@ def model_from_checkpoint(path: str | Path, preset: str | None = None, propagati
     propagation = stated("propagation", propagation, config.get("propagation") or read_propagation(weights), path)
     if propagation is None:
         raise InputError(f'{path} may be "plain" or "clip", its names cannot tell: say which (--propagation)')
-    options = config.get("model_options", {}) | overrides
+    options = config.get("model_options", {})
+    for name, value in overrides.items():
+        options = options | {name: stated(name.replace("_", " "), value, options.get(name), path)}
     num_classes = len(weights["tracker.class_embed.weight"]) - 1
-    model = build_model(preset, num_classes, propagation, **options).eval()
+    try:
+        model = build_model(preset, num_classes, propagation, **options).eval()
+    except ValueError as error:
+        raise InputError(f"{path} asks for a model that cannot be built: {error}") from error
     report = load_weights(model, contents)
     if report.missing or report.unexpected:
         raise InputError(f"{path} does not fit a {preset} with {propagation} propagation: {report}")

@@ -101,11 +101,16 @@ class VideoSet:
             self.videos = [Video(int(video["id"]), int(video["height"]), int(video["width"]),
                                  [root / name for name in video["file_names"]], []) for video in content["videos"]]
             self.videos.sort(key=lambda video: video.id)
+            for what, ids in (("video", [video.id for video in self.videos]), ("category", [i for i, _ in self.categories])):
+                if len(set(ids)) < len(ids):
+                    raise InputError(f"{json_path} has two entries of one {what} id")
+            for video in self.videos:
+                self.check_frames(video)
             self.add_annotations(content.get("annotations") or [])
-        except (KeyError, TypeError) as error:
+        except InputError:
+            raise
+        except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{json_path} is not in the YouTube-VIS format: {error!r} in an entry") from error
-        for video in self.videos:
-            self.check_frames(video)
 
     def add_annotations(self, annotations: list[dict]) -> None:
         """Hand every annotation to its video, with its 0-based label."""
@@ -118,8 +123,9 @@ class VideoSet:
             if annotation["category_id"] not in labels:
                 raise InputError(f"{where} has category {annotation['category_id']}, which is not among the categories")
             video = videos[annotation["video_id"]]
-            if len(annotation["segmentations"]) != len(video.files):
-                raise InputError(f"{where} has {len(annotation['segmentations'])} segmentations, "
+            masks = annotation["segmentations"]
+            if not isinstance(masks, list) or len(masks) != len(video.files):
+                raise InputError(f"{where} has {len(masks) if isinstance(masks, list) else 'no list of'} segmentations, "
                                  f"its video has {len(video.files)} frames")
             video.annotations.append(annotation | {"label": labels[annotation["category_id"]]})
 
@@ -153,23 +159,50 @@ def read_frame(path: Path, height: int, width: int) -> Image.Image:
     return picture
 
 
-def read_mask(segmentation: dict | list | None, height: int, width: int, where: str) -> numpy.ndarray:
-    """bool (H, W) of one frame's segmentation: null, polygons, uncompressed or compressed RLE; `where` names it in errors."""
-    if isinstance(segmentation, list):
-        segmentation = [polygon for polygon in segmentation if len(polygon) % 2 == 0 and len(polygon) >= 6]
-    if not segmentation:
-        return numpy.zeros((height, width), bool)
+def run_lengths(counts: str | bytes) -> list[int]:
+    """The runs of a compressed RLE: five bits a character, each run from the third on less the one before the last."""
+    runs, value, shift = [], 0, 0
+    for byte in counts.encode() if isinstance(counts, str) else counts:
+        value |= (byte - 48 & 31) << shift
+        shift += 5
+        if not byte - 48 & 32:
+            if byte - 48 & 16:
+                value -= 1 << shift
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value = shift = 0
+    return runs
+
+
+def to_rle(segmentation: dict | list | None, height: int, width: int, where: str) -> dict | None:
+    """Compressed RLE of one frame's segmentation: polygons, uncompressed or compressed RLE; None for null and no polygon.
+
+    `where` names it in the InputError that a damaged one gets. Runs that do not fill the frame are one: pycocotools would
+    read on past them, into memory that is not theirs or for ever.
+    """
     try:
         if isinstance(segmentation, list):
-            segmentation = rle.merge(rle.frPyObjects(segmentation, height, width))
-        elif isinstance(segmentation["counts"], list):
-            segmentation = rle.frPyObjects(segmentation, height, width)
-        mask = rle.decode(segmentation).astype(bool)
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{where} has a segmentation that cannot be read: {error!r}") from error
-    if mask.shape != (height, width):
-        raise InputError(f"{where} has a mask of {mask.shape[1]}x{mask.shape[0]}, its video is {width}x{height}")
-    return mask
+            if not all(isinstance(polygon, list) for polygon in segmentation):
+                raise ValueError("a part of it is no list of coordinates")
+            polygons = [polygon for polygon in segmentation if len(polygon) % 2 == 0 and len(polygon) >= 6]
+            return rle.merge(rle.frPyObjects(polygons, height, width)) if polygons else None
+        if not segmentation:
+            return None
+        if list(segmentation["size"]) != [height, width]:
+            raise ValueError(f"its size is {segmentation['size']}, its video's [height, width] {[height, width]}")
+        counts = segmentation["counts"]
+        runs = counts if isinstance(counts, list) else run_lengths(counts)
+        if min(runs, default=0) < 0 or sum(runs) != height * width:
+            raise ValueError("its runs do not fill the frame")
+        return rle.frPyObjects(segmentation, height, width) if isinstance(counts, list) else segmentation
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = error if isinstance(error, ValueError) else repr(error)
+        raise InputError(f"{where} has a segmentation that cannot be read: {reason}") from error
+
+
+def read_mask(segmentation: dict | list | None, height: int, width: int, where: str) -> numpy.ndarray:
+    """bool (H, W) of one frame's segmentation; arguments and InputError as of `to_rle`."""
+    encoded = to_rle(segmentation, height, width, where)
+    return rle.decode(encoded).astype(bool) if encoded else numpy.zeros((height, width), bool)
 
 
 # Frames at test size

@@ -20,10 +20,10 @@ from tqdm import tqdm
 from checkpoint import model_from_checkpoint, save_json
 from data import InputError, Video, VideoSet, exit_with_sentence, find_split, read_frame, read_json, test_frames
 from draw import save_pictures
-from metric import evaluate_results, format_table
+from metric import check_ground_truth, evaluate_results, format_table
 from model import PRESETS, GRAttVIS, VideoResult
 from tracker import PROPAGATIONS
-from train import choose_amp, start_processes
+from train import at_least, choose_amp, start_processes
 
 DRAWN_SCORE = 0.3  # instances below it are left out of the pictures
 
@@ -42,12 +42,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--split", default="valid", help="its split")
     data.add_argument("--json", help="instead of --data-root: the annotation file")
     data.add_argument("--images", help="with --json: the folder that its file names are relative to")
-    data.add_argument("--short-side", type=int, default=96, help="short side of the frames, pixels (official: 360, Swin-L 448)")
-    data.add_argument("--max-long-side", type=int, default=1333, help="pixels")
+    data.add_argument("--short-side", type=at_least(1), default=96, help="short side of the frames, pixels (official: 360, Swin-L 448)")
+    data.add_argument("--max-long-side", type=at_least(1), default=1333, help="pixels")
     result = parser.add_argument_group("result")
-    result.add_argument("--top-k", type=int, default=10, help="instances a video (official: 10, OVIS 20)")
+    result.add_argument("--top-k", type=at_least(1), default=10, help="instances a video (official: 10, OVIS 20)")
     result.add_argument("--output", help="folder to write (default: evaluation/ beside the weights)")
-    result.add_argument("--draw", type=int, default=0, metavar="N", help="draw overlays of the first N videos")
+    result.add_argument("--draw", type=at_least(0), default=0, metavar="N", help="draw overlays of the first N videos")
     result.add_argument("--results", help="score this file instead of running a model")
     result.add_argument("--annotations", help="with --results: the ground truth")
     run = parser.add_argument_group("run")
@@ -66,6 +66,8 @@ def main(args: argparse.Namespace) -> dict | None:
     if bool(args.json) != bool(args.images):
         raise InputError("--json and --images go together")
     videos = VideoSet(*((args.json, args.images) if args.json else find_split(args.data_root, args.split)))
+    if videos.ground_truth.get("annotations"):
+        check_ground_truth(videos.ground_truth)
     options = {"gate_mask": args.gate_mask} if args.gate_mask else {}
     model, config = model_from_checkpoint(args.weights, args.preset, args.propagation, **options)
     check_categories(model, config, videos, args.weights)

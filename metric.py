@@ -24,7 +24,7 @@ from collections import defaultdict
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from data import InputError
+from data import InputError, to_rle
 
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)  # index 0 is AP50, index 5 is AP75
 RECALL_POINTS = np.linspace(0.0, 1.0, 101)
@@ -67,9 +67,7 @@ def check_results(results, ground_truth):
     The official evaluator silently cuts a track that is longer or shorter than its video; that is nearly
     always a mistake in the file, so we refuse it.
     """
-    for key in ("videos", "categories", "annotations"):
-        if key not in ground_truth:
-            raise InputError(f"the ground truth has no {key!r}: this metric needs a file with annotations")
+    check_ground_truth(ground_truth)
     if not isinstance(results, list):
         raise InputError(f"results is a {type(results).__name__}, not a list of predictions")
     videos = {video["id"]: video for video in ground_truth["videos"]}
@@ -84,11 +82,25 @@ def check_results(results, ground_truth):
         if not isinstance(score, (int, float, np.number)) or not abs(score) < np.inf:
             raise InputError(f"{name} has the score {score!r}, which is not a finite number")
         check_track(name, prediction["segmentations"], videos[prediction["video_id"]])
+
+
+def check_ground_truth(ground_truth):
+    """Raise InputError, naming the offending entry, unless a parsed JSON can serve as ground truth."""
+    for key in ("videos", "categories", "annotations"):
+        if not isinstance(ground_truth, dict) or not isinstance(ground_truth.get(key), list):
+            raise InputError(f"the ground truth has no list of {key}: this metric needs a file with annotations")
+    for index, video in enumerate(ground_truth["videos"]):
+        check_keys(f"videos[{index}]", video, ("id", "length", "height", "width"))
+    for index, category in enumerate(ground_truth["categories"]):
+        check_keys(f"categories[{index}]", category, ("id", "name"))
+    videos = {video["id"]: video for video in ground_truth["videos"]}
     for index, annotation in enumerate(ground_truth["annotations"]):
         name = f"annotations[{index}]"
         check_keys(name, annotation, ("video_id", "category_id", "areas", "segmentations"))
         if annotation["video_id"] in videos:  # others are never looked at
             check_track(name, annotation["segmentations"], videos[annotation["video_id"]], polygons=True)
+            if not isinstance(annotation["areas"], list):
+                raise InputError(f"{name} has no list of areas")
 
 
 def check_keys(name, entry, keys):
@@ -99,18 +111,14 @@ def check_keys(name, entry, keys):
 
 
 def check_track(name, segmentations, video, polygons=False):
-    """Raise InputError unless the track called `name` has a mask of the video's size or None per frame."""
+    """Raise InputError unless the track called `name` has a readable mask of the video's size or None per frame."""
     if not isinstance(segmentations, list) or len(segmentations) != video["length"]:
         found = f"{len(segmentations)} masks" if isinstance(segmentations, list) else "no list of masks"
         raise InputError(f"{name} has {found} for the {video['length']} frames of video {video['id']}")
     for frame, segmentation in enumerate(segmentations):
-        if not segmentation or (polygons and isinstance(segmentation, list)):
-            continue
-        if not isinstance(segmentation, dict) or not {"size", "counts"} <= segmentation.keys():
-            raise InputError(f"{name} has in frame {frame} neither None nor an RLE with 'size' and 'counts'")
-        size, expected = segmentation["size"], [video["height"], video["width"]]
-        if size not in (expected, tuple(expected)):
-            raise InputError(f"{name} has in frame {frame} a mask of [height, width] {size}, not {expected}")
+        if isinstance(segmentation, list) and segmentation and not polygons:
+            raise InputError(f"{name} has polygons in frame {frame}; results hold RLEs")
+        to_rle(segmentation, video["height"], video["width"], f"{name}, frame {frame},")
 
 
 def accumulate(results, ground_truth):
@@ -253,17 +261,7 @@ def track_rles(entry, video):
     """Masks of a prediction or annotation as L compressed RLE dicts; None becomes an empty mask."""
     height, width = video["height"], video["width"]
     empty = coco_mask.frPyObjects({"size": [height, width], "counts": [height * width]}, height, width)
-    rles = []
-    for segmentation in entry["segmentations"]:
-        if not segmentation:
-            rles.append(empty)
-        elif isinstance(segmentation, list):  # polygons, the parts of one object
-            rles.append(coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width)))
-        elif isinstance(segmentation["counts"], list):
-            rles.append(coco_mask.frPyObjects(segmentation, height, width))
-        else:
-            rles.append(segmentation)
-    return rles
+    return [to_rle(segmentation, height, width, "a mask") or empty for segmentation in entry["segmentations"]]
 
 
 def outside_ranges(areas):

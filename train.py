@@ -33,6 +33,15 @@ MAY_CHANGE = {"iterations", "output", "resume", "init", "backbone_weights", "res
               "save_every", "data_root", "train_json", "train_images"}  # between a run and its resumption
 
 
+def at_least(minimum: int):
+    """An argparse type: a whole number that is not smaller."""
+    def whole_number(text: str) -> int:
+        if int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"{text} is less than {minimum}")
+        return int(text)
+    return whole_number
+
+
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line; the defaults train the toy preset on the synthetic set."""
     parser = argparse.ArgumentParser(description="Train on clips of videos. The defaults are the toy job; the official "
@@ -43,7 +52,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     model.add_argument("--gate-mask", default="additive", choices=GATE_MASKS, help="as released, or as in the paper")
     model.add_argument("--norm", choices=("frozen", "batch", "group"),
                        help="of a ResNet; frozen suits pretrained weights, group training from scratch (default: the preset's)")
-    model.add_argument("--clip-length", type=int, default=1, help="frames the tracker reads at once")
+    model.add_argument("--clip-length", type=at_least(1), default=1, help="frames the tracker reads at once")
     weights = parser.add_argument_group("weights")
     weights.add_argument("--init", metavar="FILE", help="start from a checkpoint, ours or official; what it lacks starts anew")
     weights.add_argument("--reset-classes", action="store_true", help="with --init: class layers of another class count start anew")
@@ -54,26 +63,26 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--data-root", default="datasets/synthetic", help="data set with a train split")
     data.add_argument("--train-json", help="instead of --data-root: the annotation file")
     data.add_argument("--train-images", help="with --train-json: the folder that its file names are relative to")
-    data.add_argument("--frames", type=int, default=3, help="frames a clip")
-    data.add_argument("--reach", type=int, default=6, help="largest distance of a clip's frames from its first choice, in frames")
-    data.add_argument("--short-sides", type=int, nargs="+", default=[80, 96], help="short side of a clip, drawn from these, pixels")
-    data.add_argument("--max-long-side", type=int, default=768, help="pixels")
-    data.add_argument("--crop-short-sides", type=int, nargs="*", default=[], help="short sides before a crop, pixels; none = no crop")
-    data.add_argument("--crop-size", type=int, nargs=2, default=[384, 600], help="smallest and largest side of a crop, pixels")
+    data.add_argument("--frames", type=at_least(1), default=3, help="frames a clip")
+    data.add_argument("--reach", type=at_least(1), default=6, help="largest distance of a clip's frames from its first choice, in frames")
+    data.add_argument("--short-sides", type=at_least(1), nargs="+", default=[80, 96], help="short side of a clip, drawn from these, pixels")
+    data.add_argument("--max-long-side", type=at_least(1), default=768, help="pixels")
+    data.add_argument("--crop-short-sides", type=at_least(1), nargs="*", default=[], help="short sides before a crop, pixels; none = no crop")
+    data.add_argument("--crop-size", type=at_least(1), nargs=2, default=[384, 600], help="smallest and largest side of a crop, pixels")
     data.add_argument("--no-flip", action="store_true", help="never mirror a clip")
-    data.add_argument("--workers", type=int, default=2, help="loader processes a GPU; 0 = load in the training process")
+    data.add_argument("--workers", type=at_least(0), default=2, help="loader processes a GPU; 0 = load in the training process")
     loss = parser.add_argument_group("loss")
-    loss.add_argument("--points", type=int, default=512, help="points a mask (official: 12544)")
+    loss.add_argument("--points", type=at_least(4), default=512, help="points a mask (official: 12544)")
     loss.add_argument("--no-object-weight", type=float, default=0.1)
     loss.add_argument("--similarity-weight", type=float, default=0.5)
     loss.add_argument("--gate-weight", type=float, default=0.0, help="0 = no gate loss, as in all official recipes")
     loss.add_argument("--gate-loss", default="logits", choices=GATE_LOSSES, help="released = the official double sigmoid")
     optimisation = parser.add_argument_group("optimisation")
-    optimisation.add_argument("--iterations", type=int, default=500)
-    optimisation.add_argument("--batch", type=int, default=4, help="clips a step, over all GPUs together")
+    optimisation.add_argument("--iterations", type=at_least(0), default=500)
+    optimisation.add_argument("--batch", type=at_least(1), default=4, help="clips a step, over all GPUs together")
     optimisation.add_argument("--lr", type=float, default=1e-3, help="learning rate (official: 5e-5 for 8 clips)")
-    optimisation.add_argument("--lr-steps", type=int, nargs="*", default=[420], help="iterations at which the rate is divided by 10")
-    optimisation.add_argument("--warmup", type=int, default=50, help="iterations of linear warm-up; 0 = none")
+    optimisation.add_argument("--lr-steps", type=at_least(0), nargs="*", default=[420], help="iterations at which the rate is divided by 10")
+    optimisation.add_argument("--warmup", type=at_least(0), default=50, help="iterations of linear warm-up; 0 = none")
     optimisation.add_argument("--backbone-lr-factor", type=float, default=1.0, help="official: 0.1, from pretrained weights")
     optimisation.add_argument("--weight-decay", type=float, default=0.05, help="not of norms, embeddings and position tables")
     optimisation.add_argument("--clip-gradient", type=float, default=0.1, help="global norm (official: 0.01); 0 = no clipping")
@@ -81,10 +90,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
                               help="auto = bf16 on a GPU that has it, fp16 on another, off on a CPU")
     run = parser.add_argument_group("run")
     run.add_argument("--output", default="runs/toy", help="folder of the run")
-    run.add_argument("--seed", type=int, default=0)
+    run.add_argument("--seed", type=at_least(0), default=0)
     run.add_argument("--device", default="auto", help="auto, cpu, cuda")
-    run.add_argument("--log-every", type=int, default=20, help="iterations between lines of log.jsonl")
-    run.add_argument("--save-every", type=int, default=500, help="iterations between checkpoints")
+    run.add_argument("--log-every", type=at_least(1), default=20, help="iterations between lines of log.jsonl")
+    run.add_argument("--save-every", type=at_least(1), default=500, help="iterations between checkpoints")
     return parser.parse_args(arguments)
 
 
@@ -96,8 +105,11 @@ def main(args: argparse.Namespace) -> None:
     if args.resume:
         resumed = read_file(args.resume)
         check_resumed(args, resumed)
-    elif (output / "last.pt").exists():
-        raise InputError(f"{output / 'last.pt'} exists: resume it (--resume), or choose another --output")
+    last = output / "last.pt"
+    if last.exists() and not (args.resume and last.samefile(args.resume)):
+        raise InputError(f"{last} exists: resume it (--resume), or choose another --output")
+    if output.exists() and not output.is_dir():
+        raise InputError(f"--output {output} is a file, not a folder")
     if args.batch % world:
         raise InputError(f"--batch {args.batch} cannot be shared by {world} processes")
 
@@ -115,6 +127,8 @@ def main(args: argparse.Namespace) -> None:
     model = build_model(args.preset, len(videos.categories), args.propagation, **options).to(device)
     config = {"preset": args.preset, "propagation": args.propagation, "model_options": options,
               "categories": [list(category) for category in videos.categories], "args": vars(args)}
+    if resumed and resumed["config"].get("categories") != config["categories"]:
+        raise InputError(f"{args.resume} was trained on other classes than {videos.path} has")
     say = print if rank == 0 else (lambda *_: None)
     if args.init and not resumed:
         say(f"init: {load_weights(model, args.init, args.reset_classes)}")
@@ -157,7 +171,7 @@ def main(args: argparse.Namespace) -> None:
 
     def save(step: int) -> None:
         if rank == 0:
-            save_checkpoint(output / "last.pt", {
+            save_checkpoint(last, {
                 "model": model.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(),
                 "scaler": scaler.state_dict(), "step": step, "config": config})
 
@@ -196,7 +210,7 @@ def main(args: argparse.Namespace) -> None:
             save(done)
         mark = time.perf_counter()
     save(args.iterations)
-    say(f"saved {output / 'last.pt'}")
+    say(f"saved {last}")
     if world > 1:
         distributed.destroy_process_group()
 
@@ -208,6 +222,8 @@ def start_processes(asked: str) -> tuple[int, int, torch.device]:
         asked = "cuda" if torch.cuda.is_available() else "cpu"
     if asked.startswith("cuda") and not torch.cuda.is_available():
         raise InputError("--device cuda: PyTorch sees no GPU here")
+    if asked.partition(":")[0] not in ("cpu", "cuda"):
+        raise InputError(f"--device {asked}: give auto, cpu or cuda")
     device = torch.device(asked)
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
@@ -249,7 +265,7 @@ def learning_rate_factor(step: int, warmup: int, milestones: list[int]) -> float
 
 def check_resumed(args: argparse.Namespace, resumed: dict) -> None:
     """A resumed run must be the run that was interrupted: InputError naming what differs."""
-    if not {"step", "optimizer", "config"} <= resumed.keys():
+    if not {"step", "optimizer", "config"} <= resumed.keys() or "args" not in (resumed["config"] or {}):
         raise InputError(f"{args.resume} is no checkpoint of a training run: start from it with --init")
     before = resumed["config"]["args"]
     changed = [name for name, value in vars(args).items() if name not in MAY_CHANGE and before.get(name, value) != value]

@@ -22,9 +22,6 @@ import synthetic
 import train
 from data import InputError
 
-# pycocotools' decoder has yet to learn an argument that NumPy 2 passes to __array__; its masks are right all the same.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-
 SMALL = ["--batch", "1", "--frames", "2", "--points", "64", "--workers", "0", "--short-sides", "64", "--device", "cpu"]
 
 
@@ -32,7 +29,7 @@ SMALL = ["--batch", "1", "--frames", "2", "--points", "64", "--workers", "0", "-
 def good(tmp_path_factory):
     """A folder with a data set, good/set, and a run of one iteration on it, good/run."""
     folder = tmp_path_factory.mktemp("good")
-    synthetic.make_dataset(folder / "set", train_videos=2, valid_videos=1, frames=3, height=64, width=96, objects=(1, 2))
+    synthetic.make_dataset(folder / "set", train_videos=2, valid_videos=1, frames=3, height=64, width=96)
     train.main(train.parse_arguments(train_arguments(folder / "set", folder / "run")))
     return folder
 
@@ -68,11 +65,6 @@ def refuse_evaluating(dataset, tmp_path, weights, *more):
 def read_files(folder):
     """All files of a folder, {path inside it: bytes}."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def bug(exception, reason):
-    """Marks a case that the programs have yet to learn; strict, so that it is noticed when they have."""
-    return pytest.mark.xfail(strict=True, raises=exception, reason=reason)
 
 
 # Real command lines
@@ -154,7 +146,7 @@ NO_FORMAT = "train.json is not in the YouTube-VIS format"
     (lambda content: content["videos"][0].pop("file_names"), NO_FORMAT + ".*file_names"),
     (put(None, "videos", 0, "height"), NO_FORMAT),
     (put("a name", "videos", 0), NO_FORMAT),
-    pytest.param(put("tall", "videos", 0, "height"), NO_FORMAT, marks=bug(ValueError, "a text where a number belongs")),
+    pytest.param(put("tall", "videos", 0, "height"), NO_FORMAT),
 ], ids=["videos missing", "videos empty", "categories no list", "number of masks", "category", "video", "no frames",
         "no annotations", "no file names", "no height", "no entry", "height no number"])
 def test_an_impossible_entry_is_named(dataset, tmp_path, change, expected):
@@ -250,7 +242,6 @@ def test_a_run_is_not_overwritten(good):
     assert read_files(good / "run") == before
 
 
-@bug(pytest.fail.Exception, "a resumed run overwrites any other in --output")
 def test_a_resumed_run_overwrites_no_other_run(good, tmp_path):
     shutil.copytree(good / "run", tmp_path / "run")
     with open(tmp_path / "run/last.pt", "ab") as file:
@@ -272,7 +263,6 @@ def test_a_resumed_run_keeps_its_settings(good, tmp_path):
     assert re.search(r"was trained with --lr \S+ \(now 0.125\), --seed 0 \(now 5\)$", message)
 
 
-@bug(pytest.fail.Exception, "a resumed run does not look at the names of the classes")
 def test_a_resumed_run_keeps_its_classes(good, dataset, tmp_path):
     edit(dataset, "train", put("zebra", "categories", 0, "name"))
     assert "classes" in refuse_training(dataset, tmp_path, "--resume", good / "run/last.pt")
@@ -286,15 +276,16 @@ def test_a_finished_run_is_not_cut_back(good, tmp_path):
 # Options
 
 def test_a_batch_that_cannot_be_shared(good, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "start_processes", lambda asked: (0, 2, torch.device(asked)))  # as if torchrun had started two
+    # As if torchrun had started two.
+    monkeypatch.setattr(train, "start_processes", lambda asked: (0, 2, torch.device(asked)))
     assert refuse_training(good / "set", tmp_path, "--batch", "3") == "--batch 3 cannot be shared by 2 processes"
 
 
 def test_a_clip_length_that_does_not_divide_the_clip(good, tmp_path):
-    assert "--frames 2 is no multiple of --clip-length 3" in refuse_training(good / "set", tmp_path, "--clip-length", "3")
+    message = refuse_training(good / "set", tmp_path, "--clip-length", "3")
+    assert message == "--frames 2 is no multiple of --clip-length 3"
 
 
-@bug(RuntimeError, "PyTorch's own error for a device that it does not know")
 @pytest.mark.parametrize("program", ["train", "evaluate"])
 def test_an_unknown_device(good, tmp_path, program):
     if program == "train":
@@ -310,7 +301,7 @@ def test_a_gpu_that_is_not_there(good, tmp_path, monkeypatch):
 
 
 def test_options_that_go_together(good, tmp_path):
-    files = good / "set/train.json", good / "set/train/JPEGImages"
-    assert refuse_training(good / "set", tmp_path, "--train-json", files[0]) == "--train-json and --train-images go together"
-    assert refuse_evaluating(good / "set", tmp_path, "unread.pt", "--images", files[1]) == "--json and --images go together"
-    assert "--annotations" in refuse_evaluating(good / "set", tmp_path, "unread.pt", "--results", files[0])
+    file = good / "set/train.json"
+    assert "--train-images" in refuse_training(good / "set", tmp_path, "--train-json", file)
+    assert "--images" in refuse_evaluating(good / "set", tmp_path, "unread.pt", "--json", file)
+    assert "--annotations" in refuse_evaluating(good / "set", tmp_path, "unread.pt", "--results", file)

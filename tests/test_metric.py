@@ -206,12 +206,13 @@ def without_score():
         (with_entry(segmentations=RIGHT[:3]), r"results\[1\] has 3 masks for the 4 frames of video 1"),
         (with_entry(segmentations=RIGHT + [None]), r"results\[1\] has 5 masks for the 4 frames of video 1"),
         (with_entry(segmentations=None), r"results\[1\] has no list of masks"),
-        (with_entry(segmentations=[None, "1", None, None]), r"results\[1\] has in frame 1 neither None nor"),
-        (with_entry(segmentations=[[[0, 0, 2, 0, 2, 2]]] * 4), r"results\[1\] has in frame 0 neither"),
+        (with_entry(segmentations=[None, "1", None, None]), r"results\[1\], frame 1, has a segmentation that cannot be read"),
+        (with_entry(segmentations=[[[0, 0, 2, 0, 2, 2]]] * 4), r"results\[1\] has polygons in frame 0"),
         (
             with_entry(segmentations=[encode(np.ones((4, 16), dtype=bool))] * 4),
-            r"results\[1\] has in frame 0 a mask of \[height, width\] \[4, 16\], not \[8, 8\]",
+            r"results\[1\], frame 0, .* its size is \[4, 16\], its video's \[height, width\] \[8, 8\]",
         ),
+        (with_entry(segmentations=[{"size": [8, 8], "counts": [1, 62]}] * 4), "its runs do not fill the frame"),
         (with_entry(score=float("nan")), r"results\[1\] has the score nan"),
         (with_entry(score=float("inf")), r"results\[1\] has the score inf"),
         (with_entry(score="0.5"), r"results\[1\] has the score '0.5'"),
@@ -226,10 +227,12 @@ def test_bad_results_are_refused(results, message):
 @pytest.mark.parametrize(
     "ground_truth, message",
     [
-        ({"videos": [], "categories": []}, "no 'annotations'"),
+        ({"videos": [], "categories": []}, "no list of annotations"),
+        ({"videos": {}, "categories": [], "annotations": []}, "no list of videos"),
+        (truth(annotation(LEFT) | {"areas": None}), r"annotations\[0\] has no list of areas"),
         (truth({"id": 1, "video_id": 1}), r"annotations\[0\] lacks category_id, areas, segmentations"),
         (truth(annotation(LEFT[:3])), r"annotations\[0\] has 3 masks for the 4 frames"),
-        (truth(annotation(LEFT), size=(8, 9)), r"annotations\[0\] has in frame 0 a mask of"),
+        (truth(annotation(LEFT), size=(8, 9)), r"annotations\[0\], frame 0, .* its size is \[8, 8\]"),
     ],
 )
 def test_bad_ground_truth_is_refused(ground_truth, message):
