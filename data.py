@@ -252,10 +252,14 @@ class Augmentation:
         return frames, masks
 
     def resize(self, frames, masks, short_side: int):
-        """Bilinear for frames; for masks the nearest pixel centre, which "nearest" alone would miss by half a pixel."""
+        """Bilinear for frames; for masks the nearest pixel centre, which "nearest" alone would miss by half a pixel.
+
+        As pictures, since some torchvision versions resize a Mask by "nearest" whatever they are asked.
+        """
         size = short_side_size(*frames.shape[-2:], short_side, self.max_long_side)
+        pictures = masks.as_subclass(Tensor).to(torch.uint8)
         return (transforms.resize(frames, size, InterpolationMode.BILINEAR, antialias=True),
-                transforms.resize(masks, size, InterpolationMode.NEAREST_EXACT))
+                tv_tensors.Mask(transforms.resize_image(pictures, size, InterpolationMode.NEAREST_EXACT).bool()))
 
     def crop(self, frames, masks, generator: numpy.random.Generator):
         """One window size for the clip; its corner moves on a straight line, forwards or backwards."""

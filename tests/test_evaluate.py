@@ -37,13 +37,14 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluate")
     make_dataset(folder / "set", train_videos=1, valid_videos=2, frames=3, height=64, width=80, objects=(1, 2))
     train.main(train.parse_arguments(["--data-root", str(folder / "set"), "--output", str(folder / "run"), "--iterations", "1",
-                                      "--batch", "1", "--frames", "2", "--points", "64", "--short-sides", "64", "--workers", "0"]))
+                                      "--batch", "1", "--frames", "2", "--points", "64", "--short-sides", "64", "--workers", "0",
+                                      "--device", "cpu"]))
     return folder
 
 
 def test_from_frames_to_metrics_and_pictures(trained):
     arguments = ["--weights", str(trained / "run/last.pt"), "--data-root", str(trained / "set"), "--short-side", "64", "--top-k", "4",
-                 "--draw", "1"]
+                 "--draw", "1", "--device", "cpu"]
     metrics = evaluate.main(evaluate.parse_arguments(arguments))
     output = trained / "run/evaluation"
     assert json.loads((output / "metrics.json").read_text()) == metrics
@@ -71,6 +72,6 @@ def test_a_set_without_annotations_gets_results_but_no_metrics(trained, tmp_path
     (tmp_path / "hidden.json").write_text(json.dumps(ground_truth))
     assert evaluate.main(evaluate.parse_arguments([
         "--weights", str(trained / "run/last.pt"), "--json", str(tmp_path / "hidden.json"), "--images",
-        str(trained / "set/valid/JPEGImages"), "--output", str(tmp_path / "out"), "--short-side", "64"])) is None
+        str(trained / "set/valid/JPEGImages"), "--output", str(tmp_path / "out"), "--short-side", "64", "--device", "cpu"])) is None
     assert (tmp_path / "out/results.json").exists() and not (tmp_path / "out/metrics.json").exists()
     assert "server" in capsys.readouterr().out

@@ -76,8 +76,13 @@ def test_golden_stages(model, name):
         assert not len(gates) or relative_error(gates, golden["f64.gate_logits"]) < 1e-8
 
 
-def compare_detections(video, golden, prefix, packed=True, tolerance=1e-4):
-    """Scores, labels and masks, matched by score: the official order is that of an unsorted top-k."""
+def compare_detections(video, golden, prefix, packed=True, tolerance=1e-4, pixels=4):
+    """Scores, labels and masks, matched by score: the official order is that of an unsorted top-k.
+
+    Masks: IoU 0.999 over the video, or so many wrong pixels a frame; four are about the official code's own difference
+    between float32 and float64.
+    """
+    pixels *= video.masks.shape[1]
     scores = golden[f"{prefix}scores"]
     order = numpy.argsort(-scores, kind="stable")
     assert abs(video.scores.double().numpy() - scores[order]).max() < tolerance
@@ -86,11 +91,11 @@ def compare_detections(video, golden, prefix, packed=True, tolerance=1e-4):
         masks, ours = unpack_masks(golden, prefix)[order], video.masks.numpy()
         assert ours.shape == masks.shape
         wrong, union = (masks ^ ours).sum((1, 2, 3)), (masks | ours).sum((1, 2, 3))
-        # IoU 0.999; four pixels are the official code's own difference between float32 and float64
-        assert (wrong <= numpy.maximum(0.001 * union, 4)).all()
+        assert (wrong <= numpy.maximum(0.001 * union, pixels)).all()
     else:
         areas = golden[f"{prefix}masks_area"][order]
-        assert (abs(video.masks.sum((2, 3)).numpy() - areas) <= numpy.maximum(0.001 * areas, 4)).all()
+        wrong = abs(video.masks.sum((2, 3)).numpy() - areas).sum(1)
+        assert (wrong <= numpy.maximum(0.001 * areas.sum(1), pixels)).all()
 
 
 @pytest.mark.parametrize("name", VIDEOS)
@@ -103,7 +108,7 @@ def test_golden_detections(model, name, resized):
     video = model.segment_video(make_video(**video_spec), size, spec["topk"])
     compare_detections(video, golden, "out_" if resized else "same_")
     if resized and double:
-        compare_detections(video, golden, "f64.", packed=False, tolerance=1e-6)
+        compare_detections(video, golden, "f64.", packed=False, tolerance=1e-6, pixels=1)
 
 
 @pytest.mark.parametrize("name", VIDEOS)

@@ -15,7 +15,7 @@ from synthetic import make_dataset
 from train import learning_rate_factor, parameter_groups, parse_arguments
 
 REPOSITORY = Path(__file__).parent.parent
-TINY = ["--frames", "2", "--points", "64", "--short-sides", "64", "--workers", "0", "--lr-steps", "3", "--warmup", "0"]
+TINY = ["--device", "cpu", "--frames", "2", "--points", "64", "--short-sides", "64", "--workers", "0", "--lr-steps", "3", "--warmup", "0"]
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_two_processes_train_what_one_does(data_root, tmp_path):
               "--lr", "0.1", *TINY]
     single = run(data_root, tmp_path / "one", *common[2:])
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29713",
-                    str(REPOSITORY / "train.py"), *common, "--device", "cpu", "--output", str(tmp_path / "two")],
+                    str(REPOSITORY / "train.py"), *common, "--output", str(tmp_path / "two")],
                    check=True, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, timeout=240)
     double = torch.load(tmp_path / "two/last.pt", weights_only=True)
     ours = torch.cat([state["exp_avg"].flatten() for state in single["optimizer"]["state"].values()])

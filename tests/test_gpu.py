@@ -1,0 +1,33 @@
+"""The same numbers on a GPU: inference in float64 against the official ones, and training steps in 16 bit."""
+import pytest
+import torch
+
+import train
+from golden_set import PROPAGATION, golden_model, make_video, meta, read_arrays, relative_error
+from synthetic import make_dataset
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that PyTorch sees")
+
+
+def test_golden_logits_on_the_gpu():
+    spec = meta()["infer"]
+    model = golden_model(spec["names_shapes"], "r50", spec["num_classes"], PROPAGATION[spec["gated"], spec["use_mem"]],
+                         torch.float64).eval().cuda()
+    for name, video in spec["videos"].items():
+        result = model.segment_video(make_video(**video), top_k=spec["topk"])
+        assert relative_error(result.logits.cpu(), read_arrays(spec["files"][name])["f64.logits"]) < 1e-8
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16", "off"])
+def test_training_steps(tmp_path, amp):
+    """Some steps in each precision: finite losses, and weights that moved."""
+    make_dataset(tmp_path / "set", train_videos=2, valid_videos=1, frames=4, height=64, width=64, objects=(1, 2))
+    common = ["--data-root", str(tmp_path / "set"), "--frames", "2", "--points", "64", "--short-sides", "64", "--workers", "0",
+              "--batch", "2", "--amp", amp]
+    states = []
+    for iterations in (0, 20):  # in fp16 the first steps only find the scale
+        output = tmp_path / f"run{iterations}"
+        train.main(train.parse_arguments([*common, "--iterations", str(iterations), "--output", str(output)]))
+        states.append(torch.load(output / "last.pt", weights_only=True, map_location="cpu")["model"])
+    assert all(value.isfinite().all() for value in states[1].values())
+    assert not torch.equal(states[0]["tracker.query_feat.weight"], states[1]["tracker.query_feat.weight"])
