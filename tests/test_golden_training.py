@@ -10,8 +10,9 @@ import torch
 
 import matcher
 import tracker
+from checkpoint import translate
 from data import Clip
-from golden_set import PROPAGATION, golden_model, make_video, meta, read_arrays, read_json
+from golden_set import PROPAGATION, golden_model, make_video, meta, read_json
 
 SECTIONS = [section for section in ("train", "train_genvis", "train_vita", "train_vita_coco") if section in meta()]
 RUNS = [(section, run) for section in SECTIONS for run in meta()[section]["runs"]]
@@ -61,8 +62,8 @@ def test_golden_losses_and_gradients(section, name):
     spec, run = meta()[section], meta()[section]["runs"][name]
     golden = read_json(spec["file"])[name + spec["float64_suffix"]]
     model, classes, clips = section_model(section, run, torch.float64)
-    frozen, whole_video = run["freeze_detector"], section.startswith("train_vita")
-    if frozen:
+    whole_video = section.startswith("train_vita")
+    if run["freeze_detector"]:
         for parameter_name, parameter in model.named_parameters():
             parameter.requires_grad_(parameter_name.startswith("tracker."))
     points = spec["points"]
@@ -71,30 +72,25 @@ def test_golden_losses_and_gradients(section, name):
     output = model([clip.frames for clip in clips])
 
     # every loss, the gate's in its released form; a frozen detector's are compared too, though they train nothing
-    gate_weight = run.get("gate_weight", 0.0)
-    criterion = matcher.Criterion(classes, gate_weight=gate_weight or 1.0, gate_loss="released", **options)
+    criterion = matcher.Criterion(classes, gate_weight=1.0, gate_loss="released", **options)
     losses, matches = criterion(output, clips, whole_video)
+    assert set(losses) == set(golden["raw"])
     for key, value in golden["raw"].items():
         weight = criterion.loss_weights[re.search("ce|mask|dice|sim|gate", key)[0]]
         assert losses[key].item() / weight == pytest.approx(value, rel=1e-6), key
-    assert set(losses) == set(golden["raw"])
+    check_matches(matches, golden)
 
-    check_matches(matches, golden, model, len(clips))
-
-    # what training would sum up, and its gradients
-    criterion = matcher.Criterion(classes, gate_weight=gate_weight, gate_loss="released", freeze_detector=frozen, **options)
-    losses, _ = criterion(output, clips, whole_video)
-    for key, value in losses.items():
-        assert value.item() == pytest.approx(golden["losses"][key], rel=1e-6), key
-    left_out = set(golden["losses"]) - set(losses)   # the gate's at weight 0, a frozen detector's in VITA
-    assert all("gate" in key and gate_weight == 0 or frozen and whole_video for key in left_out), left_out
-    total = sum(losses.values())
-    assert total.item() + sum(golden["losses"][key] for key in left_out) == pytest.approx(golden["total"], rel=1e-6)
+    # what training sums up, and its gradients
+    weighted = {key: losses[key] * (run.get("gate_weight", 0.0) if "gate" in key else 1.0) for key in golden["losses"]}
+    for key, value in golden["losses"].items():
+        assert weighted[key].item() == pytest.approx(value, rel=1e-6), key
+    total = sum(weighted.values())
+    assert total.item() == pytest.approx(golden["total"], rel=1e-6)
     total.backward()
     check_gradients(model, golden)
 
 
-def check_matches(matches, golden, model, batch):
+def check_matches(matches, golden):
     """The same query for every instance: per frame, and per clip for all instances seen so far."""
     for layer, frames in enumerate(golden["frame_indices"]):
         for frame, (queries, instances) in enumerate(frames):
@@ -109,7 +105,6 @@ def check_matches(matches, golden, model, batch):
 
 def check_gradients(model, golden):
     """Gradient norms by the official names; our names follow from translating them."""
-    from checkpoint import translate
     ours = {name: parameter.grad.norm().item() for name, parameter in model.named_parameters()
             if parameter.grad is not None}
     renamed, _ = translate({name: torch.tensor(value, dtype=torch.float64) for name, value in golden["grad_norm"].items()})
