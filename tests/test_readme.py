@@ -1,0 +1,26 @@
+"""The README says what is true: its first commands are one line each, and its references to our lines hold."""
+import re
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+README = (REPOSITORY / "README.md").read_text()
+REFERENCES = re.findall(r"`(\w+)`, (\w+\.py):(\d+)", README)
+
+
+@pytest.mark.parametrize("name, file, line", REFERENCES)
+def test_references_point_at_what_they_name(name, file, line):
+    text = (REPOSITORY / file).read_text().splitlines()[int(line) - 1]
+    assert re.search(rf"\b(def|class) {name}\b", text), f"README says {file}:{line} is {name}, there is {text!r}"
+
+
+def test_every_module_is_in_the_table_of_files():
+    table = set(re.findall(r"^\| `(\w+\.py)`", README, re.MULTILINE))
+    assert table == {path.name for path in REPOSITORY.glob("*.py")} and REFERENCES
+
+
+def test_the_first_two_blocks_hold_one_line_each():
+    blocks = re.findall(r"^```\w*\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    assert all(len(block.splitlines()) == 1 for block in blocks[:2])
+    assert "train.py" in blocks[0] and "pytest tests" in blocks[1]
