@@ -299,6 +299,7 @@ class ClipDataset(Dataset):
             raise InputError(f"{videos.path} has no annotated video to train on")
         if frames < 1 or reach < 1:
             raise InputError(f"clips need at least one frame and a reach of one, not {frames} and {reach}")
+        self.categories = videos.categories
         self.frames, self.reach, self.augmentation, self.seed = frames, reach, augmentation, seed
 
     def __getitem__(self, index: int) -> Clip:

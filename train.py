@@ -26,7 +26,7 @@ from tqdm import tqdm
 from checkpoint import load_backbone, load_weights, read_file, save_checkpoint, save_json
 from data import Augmentation, ClipDataset, InputError, StepSampler, VideoSet, exit_with_sentence, find_split
 from matcher import GATE_LOSSES, Criterion
-from model import PRESETS, build_model
+from model import PRESETS, GRAttVIS, build_model
 from tracker import GATE_MASKS, PROPAGATIONS
 
 MAY_CHANGE = {"iterations", "output", "resume", "init", "backbone_weights", "reset_classes", "workers", "device", "log_every",
@@ -101,84 +101,49 @@ def main(args: argparse.Namespace) -> None:
     """One training run, in this process (torchrun starts one a GPU)."""
     rank, world, device = start_processes(args.device)
     amp, reason = choose_amp(args.amp, device)
-    output, resumed = Path(args.output), None
-    if args.resume:
-        resumed = read_file(args.resume)
-        check_resumed(args, resumed)
-    last = output / "last.pt"
-    if last.exists() and not (args.resume and last.samefile(args.resume)):
-        raise InputError(f"{last} exists: resume it (--resume), or choose another --output")
-    if output.exists() and not output.is_dir():
-        raise InputError(f"--output {output} is a file, not a folder")
-    if args.batch % world:
-        raise InputError(f"--batch {args.batch} cannot be shared by {world} processes")
-
-    if bool(args.train_json) != bool(args.train_images):
-        raise InputError("--train-json and --train-images go together")
-    videos = VideoSet(*((args.train_json, args.train_images) if args.train_json else find_split(args.data_root, "train")))
-    augmentation = Augmentation(tuple(args.short_sides), args.max_long_side, tuple(args.crop_short_sides),
-                                tuple(args.crop_size), not args.no_flip)
-    clips = ClipDataset(videos, args.frames, args.reach, augmentation, args.seed)
-    if args.propagation != "clip" and args.frames % args.clip_length:
-        raise InputError(f"--frames {args.frames} is no multiple of --clip-length {args.clip_length}")
-
+    output, last = Path(args.output), Path(args.output) / "last.pt"
+    resumed = read_file(args.resume) if args.resume else None
+    check_run(args, resumed, world, last)
+    clips = open_clips(args)
     torch.manual_seed(args.seed)
-    options = {"gate_mask": args.gate_mask, "clip_length": args.clip_length} | ({"norm": args.norm} if args.norm else {})
-    model = build_model(args.preset, len(videos.categories), args.propagation, **options).to(device)
-    config = {"preset": args.preset, "propagation": args.propagation, "model_options": options,
-              "categories": [list(category) for category in videos.categories], "args": vars(args)}
-    if resumed and resumed["config"].get("categories") != config["categories"]:
-        raise InputError(f"{args.resume} was trained on other classes than {videos.path} has")
-    say = print if rank == 0 else (lambda *_: None)
-    if args.init and not resumed:
-        say(f"init: {load_weights(model, args.init, args.reset_classes)}")
-    if args.backbone_weights and not resumed:
-        say(f"backbone: {load_backbone(model, args.backbone_weights, PRESETS[args.preset]['backbone'])}")
-    if args.freeze_detector:
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name.startswith("tracker."))
+    model, config = make_model(args, clips.categories, resumed, say=print if rank == 0 else lambda *_: None)
+    model.to(device).train()
     optimizer = torch.optim.AdamW(parameter_groups(model, args.lr, args.weight_decay, args.backbone_lr_factor))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, args.warmup, args.lr_steps))
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
-    start = 0
-    if resumed:
-        start = resumed["step"]
-        report = load_weights(model, resumed)
-        if report.missing or report.unexpected:
-            raise InputError(f"{args.resume} does not fit the model: {report}")
-        for part, state in ((optimizer, "optimizer"), (schedule, "schedule"), (scaler, "scaler")):
-            part.load_state_dict(resumed[state])
+    parts = {"optimizer": optimizer, "schedule": schedule, "scaler": scaler}
+    for name, part in parts.items():
+        if resumed:
+            part.load_state_dict(resumed[name])
+    start = resumed["step"] if resumed else 0
 
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    say(f"{args.preset}, {args.propagation} propagation, {trained / 1e6:.1f} M trained parameters; {device.type} x {world}, "
-        f"{str(amp).removeprefix('torch.')} ({reason}); deformable attention: PyTorch path\n"
-        f"{len(clips.videos)} videos of {len(videos.categories)} classes; a step is {args.batch} clips of {args.frames} frames, "
-        f"{args.batch // world} a process; iterations {start} to {args.iterations}; output {output}")
-    if rank == 0:
-        output.mkdir(parents=True, exist_ok=True)
-        save_json(output / "args.json", vars(args))
     network = model
     if world > 1:
         unread_memory = model.tracker.remembers and args.frames <= args.clip_length  # one clip: written, never read
         network = nn.parallel.DistributedDataParallel(model, [device] if device.type == "cuda" else None,
                                                       find_unused_parameters=unread_memory)
-    criterion = Criterion(len(videos.categories), points=args.points, no_object_weight=args.no_object_weight,
+    criterion = Criterion(len(clips.categories), points=args.points, no_object_weight=args.no_object_weight,
                           similarity_weight=args.similarity_weight, gate_weight=args.gate_weight, gate_loss=args.gate_loss,
                           freeze_detector=args.freeze_detector)
     loader = DataLoader(clips, batch_sampler=StepSampler(start, args.iterations, args.batch // world, rank, world),
-                        num_workers=args.workers, collate_fn=list, persistent_workers=False,
-                        pin_memory=False, prefetch_factor=4 if args.workers else None)
+                        num_workers=args.workers, collate_fn=list, prefetch_factor=4 if args.workers else None)
+    if rank == 0:
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        print(f"{args.preset}, {args.propagation} propagation, {trained / 1e6:.1f} M trained parameters; {device.type} x {world}, "
+              f"{str(amp).removeprefix('torch.')} ({reason}); deformable attention: PyTorch path\n"
+              f"{len(clips.videos)} videos of {len(clips.categories)} classes; a step is {args.batch} clips of {args.frames} "
+              f"frames, {args.batch // world} a process; iterations {start} to {args.iterations}; output {output}")
+        output.mkdir(parents=True, exist_ok=True)
+        save_json(output / "args.json", vars(args))
 
     def save(step: int) -> None:
         if rank == 0:
-            save_checkpoint(last, {
-                "model": model.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(),
-                "scaler": scaler.state_dict(), "step": step, "config": config})
+            states = {name: part.state_dict() for name, part in parts.items()}
+            save_checkpoint(last, {"model": model.state_dict(), "step": step, "config": config} | states)
 
-    model.train()
     bar = tqdm(loader, initial=start, total=args.iterations, desc="train", disable=rank > 0, mininterval=1)
-    waited, began = 0.0, time.perf_counter()
-    mark = began
+    waited, mark = 0.0, time.perf_counter()
+    began = mark
     for step, batch in enumerate(bar, start):
         waited += time.perf_counter() - mark
         torch.manual_seed(hash((args.seed, step, rank)) % 2 ** 63)
@@ -199,7 +164,8 @@ def main(args: argparse.Namespace) -> None:
         done = step + 1
         if rank == 0 and done % args.log_every == 0:
             seconds, began = time.perf_counter() - began, time.perf_counter()
-            record = {"step": done, "loss": total.item(), "lr": schedule.get_last_lr()[0], "gradient_norm": gradient.item(),
+            record = {"step": done, "loss": total.item(), "lr": schedule.get_last_lr()[0],
+                      "gradient_norm": gradient.item() if gradient.isfinite() else None,  # fp16 skips such a step
                       "iterations_per_second": args.log_every / seconds, "data_share": waited / seconds,
                       "memory_gib": torch.cuda.max_memory_allocated() / 2 ** 30 if device.type == "cuda" else None}
             with open(output / "log.jsonl", "a") as log:
@@ -210,9 +176,56 @@ def main(args: argparse.Namespace) -> None:
             save(done)
         mark = time.perf_counter()
     save(args.iterations)
-    say(f"saved {last}")
+    if rank == 0:
+        print(f"saved {last}")
     if world > 1:
         distributed.destroy_process_group()
+
+
+def check_run(args: argparse.Namespace, resumed: dict | None, world: int, last: Path) -> None:
+    """InputError for arguments that contradict one another, the checkpoint to resume, or a run that is already there."""
+    if resumed:
+        check_resumed(args, resumed)
+    if last.exists() and not (args.resume and last.samefile(args.resume)):
+        raise InputError(f"{last} exists: resume it (--resume), or choose another --output")
+    if last.parent.exists() and not last.parent.is_dir():
+        raise InputError(f"--output {last.parent} is a file, not a folder")
+    if args.batch % world:
+        raise InputError(f"--batch {args.batch} cannot be shared by {world} processes")
+    if bool(args.train_json) != bool(args.train_images):
+        raise InputError("--train-json and --train-images go together")
+    if args.propagation != "clip" and args.frames % args.clip_length:
+        raise InputError(f"--frames {args.frames} is no multiple of --clip-length {args.clip_length}")
+
+
+def open_clips(args: argparse.Namespace) -> ClipDataset:
+    """The training clips that the arguments describe."""
+    videos = VideoSet(*((args.train_json, args.train_images) if args.train_json else find_split(args.data_root, "train")))
+    augmentation = Augmentation(tuple(args.short_sides), args.max_long_side, tuple(args.crop_short_sides),
+                                tuple(args.crop_size), not args.no_flip)
+    return ClipDataset(videos, args.frames, args.reach, augmentation, args.seed)
+
+
+def make_model(args: argparse.Namespace, categories: list[tuple[int, str]], resumed: dict | None, say) -> tuple[GRAttVIS, dict]:
+    """The model with the weights it starts from, and the config that a checkpoint will carry; `say` prints what was loaded."""
+    options = {"gate_mask": args.gate_mask, "clip_length": args.clip_length} | ({"norm": args.norm} if args.norm else {})
+    model = build_model(args.preset, len(categories), args.propagation, **options)
+    config = {"preset": args.preset, "propagation": args.propagation, "model_options": options,
+              "categories": [list(category) for category in categories], "args": vars(args)}
+    if resumed:
+        if resumed["config"].get("categories") != config["categories"]:
+            raise InputError(f"{args.resume} was trained on other classes than the data set has")
+        report = load_weights(model, resumed)
+        if report.missing or report.unexpected:
+            raise InputError(f"{args.resume} does not fit the model: {report}")
+    else:
+        if args.init:
+            say(f"init: {load_weights(model, args.init, args.reset_classes)}")
+        if args.backbone_weights:
+            say(f"backbone: {load_backbone(model, args.backbone_weights, PRESETS[args.preset]['backbone'])}")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not args.freeze_detector or name.startswith("tracker."))
+    return model, config
 
 
 def start_processes(asked: str) -> tuple[int, int, torch.device]:
