@@ -275,9 +275,9 @@ def save_checkpoint(path: str | Path, contents: dict) -> None:
     os.replace(temporary, path)
 
 
-def save_json(path: str | Path, contents) -> None:
-    """The same for JSON."""
+def save_json(path: str | Path, contents, indent: int | None = 1) -> None:
+    """The same for JSON; indent None = all on one line."""
     path = Path(path)
     temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(contents, indent=1) + "\n")
+    temporary.write_text(json.dumps(contents, indent=indent) + "\n")
     os.replace(temporary, path)

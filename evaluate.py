@@ -93,7 +93,7 @@ def main(args: argparse.Namespace) -> dict | None:
     print(f"{frames} frames in {seconds:.1f} s, {frames / seconds:.1f} a second with reading and encoding{peak}")
 
     output.mkdir(parents=True, exist_ok=True)
-    save_json(output / "results.json", results)
+    save_json(output / "results.json", results, indent=None)
     if not videos.ground_truth.get("annotations"):
         print(f"{videos.path} has no annotations: zip {output / 'results.json'} and submit it to the benchmark's server")
         return None
