@@ -17,7 +17,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -156,7 +156,7 @@ def translate(contents: dict, source: str = "the state dict") -> tuple[dict[str,
         if IGNORED.search(name):
             ignored.append(name)
             continue
-        if isinstance(value, numpy.ndarray):
+        if isinstance(value, np.ndarray):
             value = torch.from_numpy(value)
         if not isinstance(value, Tensor):
             raise InputError(f"{source}: entry {name} is a {type(value).__name__}, not a tensor")

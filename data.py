@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-import numpy
+import numpy as np
 import torch
 from PIL import Image, ImageOps
 from pycocotools import mask as rle
@@ -199,10 +199,10 @@ def to_rle(segmentation: dict | list | None, height: int, width: int, where: str
         raise InputError(f"{where} has a segmentation that cannot be read: {reason}") from error
 
 
-def read_mask(segmentation: dict | list | None, height: int, width: int, where: str) -> numpy.ndarray:
+def read_mask(segmentation: dict | list | None, height: int, width: int, where: str) -> np.ndarray:
     """bool (H, W) of one frame's segmentation; arguments and InputError as of `to_rle`."""
     encoded = to_rle(segmentation, height, width, where)
-    return rle.decode(encoded).astype(bool) if encoded else numpy.zeros((height, width), bool)
+    return rle.decode(encoded).astype(bool) if encoded else np.zeros((height, width), bool)
 
 
 # Frames at test size
@@ -220,7 +220,7 @@ def test_frames(video: Video, short_side: int, max_long_side: int = 1333) -> Ite
     height, width = short_side_size(video.height, video.width, short_side, max_long_side)
     for file in video.files:
         picture = read_frame(file, video.height, video.width).resize((width, height), Image.Resampling.BILINEAR)
-        yield torch.from_numpy(numpy.array(picture)).permute(2, 0, 1)
+        yield torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
 test_frames.__test__ = False  # its name is not pytest's business
@@ -241,7 +241,7 @@ class Augmentation:
     crop_size: tuple[int, int] = (384, 600)     # pixels, smallest and largest side of the window
     flip: bool = True
 
-    def __call__(self, frames: tv_tensors.Video, masks: tv_tensors.Mask, generator: numpy.random.Generator):
+    def __call__(self, frames: tv_tensors.Video, masks: tv_tensors.Mask, generator: np.random.Generator):
         """frames uint8 (T, 3, H, W), masks (I, T, H, W) -> the same, augmented alike."""
         if self.crop_short_sides and generator.random() < 0.5:
             frames, masks = self.resize(frames, masks, generator.choice(self.crop_short_sides))
@@ -261,22 +261,22 @@ class Augmentation:
         return (transforms.resize(frames, size, InterpolationMode.BILINEAR, antialias=True),
                 tv_tensors.Mask(transforms.resize_image(pictures, size, InterpolationMode.NEAREST_EXACT).bool()))
 
-    def crop(self, frames, masks, generator: numpy.random.Generator):
+    def crop(self, frames, masks, generator: np.random.Generator):
         """One window size for the clip; its corner moves on a straight line, forwards or backwards."""
         size = [generator.integers(min(side, self.crop_size[0]), min(side, self.crop_size[1]) + 1)
                 for side in frames.shape[-2:]]
-        room = numpy.array(frames.shape[-2:]) - size
+        room = np.array(frames.shape[-2:]) - size
         start = generator.integers(0, room + 1)
         end = generator.integers(start, room + 1)
-        progress = numpy.sort(generator.random(len(frames)))[::generator.choice((1, -1))]
-        corners = numpy.rint(start + (end - start) * progress[:, None]).astype(int)
+        progress = np.sort(generator.random(len(frames)))[::generator.choice((1, -1))]
+        corners = np.rint(start + (end - start) * progress[:, None]).astype(int)
         windows = [(slice(top, top + size[0]), slice(left, left + size[1])) for top, left in corners]
         frames = torch.stack([frame[:, rows, columns] for frame, (rows, columns) in zip(frames, windows)])
         masks = torch.stack([masks[:, t, rows, columns] for t, (rows, columns) in enumerate(windows)], 1)
         return tv_tensors.Video(frames), tv_tensors.Mask(masks)
 
 
-def sample_frames(length: int, count: int, reach: int, generator: numpy.random.Generator) -> list[int]:
+def sample_frames(length: int, count: int, reach: int, generator: np.random.Generator) -> list[int]:
     """`count` sorted frame numbers: one anywhere, the others within `reach` of it, with replacement (as upstream).
 
     A video of one frame gives that frame `count` times.
@@ -304,13 +304,13 @@ class ClipDataset(Dataset):
 
     def __getitem__(self, index: int) -> Clip:
         epoch, place = divmod(index, len(self.videos))
-        order = numpy.random.default_rng((self.seed, 0, epoch)).permutation(len(self.videos))
-        video, generator = self.videos[order[place]], numpy.random.default_rng((self.seed, 1, index))
+        order = np.random.default_rng((self.seed, 0, epoch)).permutation(len(self.videos))
+        video, generator = self.videos[order[place]], np.random.default_rng((self.seed, 1, index))
         chosen = sample_frames(len(video.files), self.frames, self.reach, generator)
-        frames = torch.from_numpy(numpy.stack([
-            numpy.array(read_frame(video.files[t], video.height, video.width)) for t in chosen])).permute(0, 3, 1, 2)
+        frames = torch.from_numpy(np.stack([
+            np.array(read_frame(video.files[t], video.height, video.width)) for t in chosen])).permute(0, 3, 1, 2)
         annotations = [annotation for annotation in video.annotations if not annotation.get("iscrowd")]
-        masks = torch.from_numpy(numpy.stack([[
+        masks = torch.from_numpy(np.stack([[
             read_mask(annotation["segmentations"][t], video.height, video.width, f"annotation {annotation['id']}, frame {t},")
             for t in chosen] for annotation in annotations]))
         frames, masks = self.augmentation(tv_tensors.Video(frames), tv_tensors.Mask(masks), generator)

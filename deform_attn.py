@@ -44,7 +44,7 @@ def sample_points(value: Tensor, level_shapes: LevelShapes, locations: Tensor, w
     returns    (B, Q, M * D)
     """
     batch, _, heads, channels = value.shape
-    queries, points = locations.shape[1], locations.shape[4]
+    queries = locations.shape[1]
     grids = (2 * locations - 1).transpose(1, 2).flatten(0, 1)                   # (B M, Q, V, P, 2) in -1..1
     weights = weights.transpose(1, 2).flatten(0, 1)                             # (B M, Q, V, P)
     total = value.new_zeros(batch * heads, channels, queries)

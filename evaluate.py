@@ -11,7 +11,7 @@ import argparse
 import time
 from pathlib import Path
 
-import numpy
+import numpy as np
 import torch
 from pycocotools import mask as rle
 from torch import Tensor
@@ -120,7 +120,7 @@ def check_categories(model: GRAttVIS, config: dict, videos: VideoSet, weights: s
 
 def encode_masks(masks: Tensor) -> list[dict]:
     """bool (I, H, W) -> I compressed RLEs with text counts."""
-    columns = numpy.asfortranarray(masks.permute(1, 2, 0).cpu().numpy().astype(numpy.uint8))
+    columns = np.asfortranarray(masks.permute(1, 2, 0).cpu().numpy().astype(np.uint8))
     return [encoded | {"counts": encoded["counts"].decode()} for encoded in rle.encode(columns)]
 
 
@@ -140,7 +140,7 @@ def draw_video(folder: Path, video: Video, found: VideoResult, categories: list[
             first.setdefault(track, index)
     chosen = list(first.values())
     captions = [f"{categories[found.labels[index]][1]} {found.scores[index]:.2f}" for index in chosen]
-    frames = [numpy.array(read_frame(file, video.height, video.width)) for file in video.files]
+    frames = [np.array(read_frame(file, video.height, video.width)) for file in video.files]
     save_pictures(folder, f"{video.id:05d}", frames, found.masks[chosen].cpu(), [tracks[index] for index in chosen], captions)
 
 

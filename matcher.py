@@ -11,7 +11,7 @@ P points. A match is written as `query_of` (I,): the query of each instance, -1 
 """
 from dataclasses import dataclass
 
-import numpy
+import numpy as np
 import torch
 import torch.distributed
 import torch.nn.functional as F
@@ -78,9 +78,9 @@ def match_cost(logits: Tensor, masks: Tensor, labels: Tensor, target_masks: Tens
     return weights["class"] * cost_class + weights["mask"] * cost_mask + weights["dice"] * cost_dice
 
 
-def assign(cost: numpy.ndarray) -> Tensor:
+def assign(cost: np.ndarray) -> Tensor:
     """Hungarian assignment of (Q, I) costs -> query_of (I,); FloatingPointError if a cost is not finite."""
-    if not numpy.isfinite(cost).all():
+    if not np.isfinite(cost).all():
         raise FloatingPointError("a matching cost is not finite: the logits have overflowed; lower the learning rate, "
                                  "or train in bf16 or fp32 instead of fp16")
     query_of = torch.full((cost.shape[1],), -1)
@@ -211,7 +211,7 @@ class Criterion:
         return losses, matches
 
     @torch.no_grad()
-    def clip_costs(self, prediction: ClipPrediction, features: Tensor, targets: list[Targets], frames: slice) -> numpy.ndarray:
+    def clip_costs(self, prediction: ClipPrediction, features: Tensor, targets: list[Targets], frames: slice) -> np.ndarray:
         """Costs (D, S, Q, most instances of a video) at the same points of every frame of a video's clip.
 
         Sampling is linear, so the sampled mask of a query is its embedding times the sampled features: one sampling serves
@@ -233,7 +233,7 @@ class Criterion:
         return torch.stack(costs).cpu().numpy()
 
     @staticmethod
-    def match_clip(cost: numpy.ndarray, new: Tensor, valid: Tensor, held: Tensor | None) -> Tensor:
+    def match_clip(cost: np.ndarray, new: Tensor, valid: Tensor, held: Tensor | None) -> Tensor:
         """One stream: instances that appear now get a query, the others keep the one they hold; returns query_of (I,).
 
         A visible instance's query is not given away (unless there are more instances than queries). That of an occluded one
