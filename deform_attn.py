@@ -3,14 +3,16 @@
 Deformable DETR (arXiv 2010.04159, eq. 3); upstream mask2former/modeling/pixel_decoder/ops. Letters: B frames, S the
 pixels of all levels together, Q queries, M heads, D channels of a head, V levels, P points.
 
-`deformable_attention` is what the pixel decoder calls and the one place where an implementation is chosen.
-`sample_points` is the PyTorch path: it needs no compiler and runs on any device, in any floating point type.
+`deformable_attention` is what the pixel decoder calls and the one place where an implementation is chosen: the fused kernel
+of deform_attn_cuda/ on a GPU, or plain PyTorch (`attend_in_pytorch`), which needs no compiler.
 """
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+import deform_attn_cuda
 
 LevelShapes = list[tuple[int, int]]  # (height, width) of each level, in the order in which their pixels are joined
 
@@ -21,18 +23,36 @@ def deformable_attention(value: Tensor, level_shapes: LevelShapes, offsets: Tens
     value    (B, S, M, D)
     offsets  (B, S, M, V, P, 2) from the pixel's own centre, in pixels of the level that is read, (x, y)
     logits   (B, S, M, V * P), softmaxed here over all points of all levels
-    returns  (B, S, M * D)
+    returns  (B, S, M * D), of the inputs' type; locations, weights and sums are in float32 or better
 
-    This is the dispatch point: a kernel that fuses the lines below is chosen here and nowhere else.
+    Raises ValueError if the levels do not fit. This is the dispatch point: on a GPU the fused kernel of deform_attn_cuda/
+    does the work, elsewhere (or where it cannot be built, or DEFORM_ATTN_CUDA=0) `attend_in_pytorch`.
     """
-    batch, pixels, heads, levels, points, _ = offsets.shape
     if value.shape[1] != sum(height * width for height, width in level_shapes):
         raise ValueError(f"value holds {value.shape[1]} pixels, the levels {level_shapes} another number")
-    weights = logits.softmax(-1).view(batch, pixels, heads, levels, points)
-    sizes = offsets.new_tensor([(width, height) for height, width in level_shapes])  # (V, 2) as (x, y)
-    centres = pixel_centres(level_shapes, offsets)[:, None, None, None]              # (S, 1, 1, 1, 2)
-    locations = centres + offsets / sizes[:, None]
-    return sample_points(value, level_shapes, locations, weights)
+    dtype = torch.promote_types(torch.promote_types(value.dtype, offsets.dtype), logits.dtype)
+    value, offsets, logits = value.to(dtype), offsets.to(dtype), logits.to(dtype)
+    if value.is_cuda and deform_attn_cuda.load():
+        return torch.ops.deform_attn.forward(value, offsets, logits, [size for shape in level_shapes for size in shape])
+    return attend_in_pytorch(value, level_shapes, offsets, logits)
+
+
+def implementation(device: torch.device) -> str:
+    """What `deformable_attention` runs on this device, for people to read; builds the kernel if that has to be done."""
+    return "fused CUDA kernel" if device.type == "cuda" and deform_attn_cuda.load() else "PyTorch path"
+
+
+def attend_in_pytorch(value: Tensor, level_shapes: LevelShapes, offsets: Tensor, logits: Tensor) -> Tensor:
+    """`deformable_attention` in plain PyTorch, on any device and in any floating point type."""
+    dtype = torch.promote_types(value.dtype, torch.float32)   # a place in an image needs more digits than 16 bit has
+    with torch.autocast(value.device.type, enabled=False):
+        batch, pixels, heads, levels, points, _ = offsets.shape
+        offsets = offsets.to(dtype)
+        weights = logits.to(dtype).softmax(-1).view(batch, pixels, heads, levels, points)
+        sizes = offsets.new_tensor([(width, height) for height, width in level_shapes])  # (V, 2) as (x, y)
+        centres = pixel_centres(level_shapes, offsets)[:, None, None, None]              # (S, 1, 1, 1, 2)
+        locations = centres + offsets / sizes[:, None]
+        return sample_points(value.to(dtype), level_shapes, locations, weights).to(value.dtype)
 
 
 def sample_points(value: Tensor, level_shapes: LevelShapes, locations: Tensor, weights: Tensor) -> Tensor:

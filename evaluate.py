@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from checkpoint import model_from_checkpoint, save_json
 from data import InputError, Video, VideoSet, exit_with_sentence, find_split, read_frame, read_json, test_frames
+from deform_attn import implementation
 from draw import save_pictures
 from metric import check_ground_truth, evaluate_results, format_table
 from model import PRESETS, GRAttVIS, VideoResult
@@ -75,8 +76,8 @@ def main(args: argparse.Namespace) -> dict | None:
     amp, reason = choose_amp(args.amp, device)
     output = Path(args.output) if args.output else Path(args.weights).parent / "evaluation"
     print(f"{args.weights}: {model.propagation} propagation, {model.num_classes} classes; {device.type}, "
-          f"{str(amp).removeprefix('torch.')} ({reason}); deformable attention: PyTorch path\n{len(videos)} videos of {videos.path}, "
-          f"{sum(len(video.files) for video in videos.videos)} frames; output {output}")
+          f"{str(amp).removeprefix('torch.')} ({reason}); deformable attention: {implementation(device)}\n"
+          f"{len(videos)} videos of {videos.path}, {sum(len(video.files) for video in videos.videos)} frames; output {output}")
     model.to(device)
 
     results, frames, began = [], 0, time.perf_counter()

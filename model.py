@@ -136,16 +136,15 @@ class PixelDecoder(nn.Module):
             nn.init.kaiming_uniform_(convolution.weight, a=1)
         nn.init.zeros_(self.mask_features.bias)
 
-    @torch.autocast("cuda", enabled=False)
-    @torch.autocast("cpu", enabled=False)
     def forward(self, maps: list[Tensor]) -> tuple[list[Tensor], Tensor]:
         """[res2, res3, res4, res5] -> maps of strides [32, 16, 8] and the FPN map of stride 4, all with C channels.
 
-        Runs in float32 under autocast, as the official code does.
+        Under autocast its products and the deformable attention run in 16 bit (the official code leaves autocast here: its
+        operator has no 16 bit); the residual stream stays in float32.
         """
-        dtype = torch.promote_types(maps[0].dtype, torch.float32)
-        res2, *others = [m.to(dtype) for m in maps]
-        sources = [projection(m) for projection, m in zip(self.input_proj, reversed(others))]
+        res2, *others = maps
+        dtype = torch.promote_types(res2.dtype, torch.float32)
+        sources = [projection(m).to(dtype) for projection, m in zip(self.input_proj, reversed(others))]
         level_shapes = [tuple(source.shape[-2:]) for source in sources]
         position = torch.cat([
             sine_position(*shape, source.shape[1], source).flatten(2).transpose(1, 2) + embed

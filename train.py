@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from checkpoint import load_backbone, load_weights, read_file, save_checkpoint, save_json
 from data import Augmentation, ClipDataset, InputError, StepSampler, VideoSet, exit_with_sentence, find_split
+from deform_attn import implementation
 from matcher import GATE_LOSSES, Criterion
 from model import PRESETS, GRAttVIS, build_model
 from tracker import GATE_MASKS, PROPAGATIONS
@@ -130,7 +131,7 @@ def main(args: argparse.Namespace) -> None:
     if rank == 0:
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         print(f"{args.preset}, {args.propagation} propagation, {trained / 1e6:.1f} M trained parameters; {device.type} x {world}, "
-              f"{str(amp).removeprefix('torch.')} ({reason}); deformable attention: PyTorch path\n"
+              f"{str(amp).removeprefix('torch.')} ({reason}); deformable attention: {implementation(device)}\n"
               f"{len(clips.videos)} videos of {len(clips.categories)} classes; a step is {args.batch} clips of {args.frames} "
               f"frames, {args.batch // world} a process; iterations {start} to {args.iterations}; output {output}")
         output.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,31 @@
+"""Builds the kernel ahead of its first use: python -m pip install --no-build-isolation ./deform_attn_cuda
+
+No GPU is needed. TORCH_CUDA_ARCH_LIST="8.0;9.0" chooses the architectures; else those of the GPUs seen, else 8.0 and 9.0.
+"""
+import importlib.util
+from pathlib import Path
+
+from setuptools import Distribution, setup
+from setuptools.command.build_py import build_py
+
+spec = importlib.util.spec_from_file_location("build_kernel", Path(__file__).with_name("build.py"))
+build = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(build)
+
+
+class BuildWithLibrary(build_py):
+    def run(self) -> None:
+        super().run()
+        architectures = build.wanted_architectures()
+        build.build_library(Path(self.build_lib, "deform_attn_cuda", build.library_name(architectures)).resolve(), architectures)
+
+
+class BinaryDistribution(Distribution):
+    def has_ext_modules(self) -> bool:     # a wheel of this platform, not of any
+        return True
+
+
+setup(name="deform_attn_cuda", version="1.0", description="Multi-scale deformable attention, fused, in 16 and 32 bit",
+      packages=["deform_attn_cuda"], package_dir={"deform_attn_cuda": "."},
+      package_data={"deform_attn_cuda": [*build.SOURCES, *build.HEADERS]}, install_requires=["torch>=2.11"],
+      cmdclass={"build_py": BuildWithLibrary}, distclass=BinaryDistribution)
