@@ -9,11 +9,13 @@ done, a warning says why and what to run, and the PyTorch path does the work. Er
     torch.ops.deform_attn.sample(value, locations, weights, level_shapes)     Deformable-DETR's signature
 
 value (B, S, M, D), offsets and locations (B, Q, M, V, P, 2), logits (B, Q, M, V * P), weights (B, Q, M, V, P), level_shapes
-[h0, w0, h1, w1, ...] -> (B, Q, M * D). float32, float16, bfloat16 or float64, all inputs alike; sums are in float32 or better.
-The value's gradient is summed in an order that varies from run to run, so its last digits do.
+[h0, w0, h1, w1, ...] -> (B, Q, M * D). float32, float16, bfloat16 or float64, all inputs alike; sums are in float32 or
+better. The value's gradient is summed in an order that varies from run to run, so its last digits do. A value that is not
+finite spreads to queries beside those that read it. There are no second derivatives.
 """
 import fcntl
 import os
+import shlex
 import sys
 import time
 import warnings
@@ -24,7 +26,7 @@ from torch import Tensor
 
 from .build import FOLDER, BuildError, build_library, library_name, source_digest, wanted_architectures
 
-INSTALL = f"python -m pip install --no-build-isolation {FOLDER}"
+INSTALL = f"python -m pip install --no-build-isolation {shlex.quote(str(FOLDER))}"
 _loaded: bool | None = None     # None = not tried yet
 
 
@@ -38,11 +40,12 @@ def load() -> bool:
         else:
             try:
                 torch.ops.load_library(str(find_library() or build_in_cache()))
-                _loaded = True
                 declare()
+                _loaded = True
             except (BuildError, OSError) as error:
                 _loaded = False
-                warnings.warn(f"deformable attention runs in PyTorch, many times slower than its CUDA kernel, because: {error}\n"
+                warnings.warn("deformable attention runs in PyTorch, many times slower than its CUDA kernel, because: "
+                              f"{error}\n"
                               f"Once that is mended, build the kernel with: {INSTALL}", stacklevel=3)
     return _loaded
 
@@ -103,6 +106,7 @@ def declare() -> None:
         torch.library.register_fake(f"deform_attn::{backward_name}", fake_backward)
         torch.library.register_autograd(f"deform_attn::{name}", differentiate(getattr(torch.ops.deform_attn, backward_name)),
                                         setup_context=save_inputs)
+        torch.library.register_autograd(f"deform_attn::{backward_name}", refuse_second_derivatives)
 
 
 def fake_forward(value: Tensor, points: Tensor, scores: Tensor, level_shapes: list[int]) -> Tensor:
@@ -116,6 +120,10 @@ def fake_backward(grad: Tensor, value: Tensor, points: Tensor, scores: Tensor, l
 def save_inputs(ctx, inputs, output) -> None:
     *tensors, ctx.level_shapes = inputs
     ctx.save_for_backward(*tensors)
+
+
+def refuse_second_derivatives(ctx, *grads: Tensor):
+    raise NotImplementedError("the CUDA kernel of deformable attention has no second derivatives; DEFORM_ATTN_CUDA=0 has")
 
 
 def differentiate(operator):

@@ -4,6 +4,8 @@
 // also files every point under the pixel to its upper left; the lists were sized and laid out before (bins.cuh). Then each pixel
 // gathers its gradient from the points in the four bins around it, in float32 (value_gradient.cuh). Scattering would move
 // 128 bytes of atomics for every 64 bytes read here, and need a float32 copy of the value to add to.
+#include <algorithm>
+
 #include "instances.cuh"
 #include "point_gradients.cuh"
 #include "value_gradient.cuh"
@@ -13,7 +15,9 @@ namespace deform_attn {
 namespace {
 
 // What points_window_kernel keeps of each point, see there.
-size_t kept_bytes(const Problem& p) { return size_t(p.levels) * ((p.points + 3) / 4) * WINDOW_THREADS * sizeof(float2); }
+size_t kept_bytes(const Problem& p) {
+    return size_t(p.levels) * ((p.points + 3) / 4) * BACKWARD_WINDOW_THREADS * sizeof(float2);
+}
 
 }  // namespace
 
@@ -23,9 +27,9 @@ int window_pixels_that_fit(const Problem& p) {
     cudaDeviceGetAttribute(&available, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     // the tables of levels, and what is larger of points_window_kernel's and forward_window_kernel's own
     const int64_t own = MAX_LEVELS * (sizeof(Cut) + sizeof(Window))
-                        + (kept_bytes(p) + 8 > WINDOW_WARPS * CORNER_BYTES ? kept_bytes(p) + 8 : WINDOW_WARPS * CORNER_BYTES);
+                        + std::max<size_t>(kept_bytes(p) + 8, FORWARD_WINDOW_THREADS / 32 * CORNER_BYTES);
     const int64_t fit = (available - own) / int64_t(ROW_BYTES + sizeof(int));
-    return fit < 0 ? 0 : fit > WINDOW_PIXELS ? WINDOW_PIXELS : int(fit);
+    return std::clamp<int64_t>(fit, 0, WINDOW_PIXELS);
 }
 
 size_t bins_bytes(const Problem& p, int images) { return (size_t(images) * p.heads * p.bins + 1) * sizeof(int); }
@@ -52,7 +56,7 @@ cudaError_t backward(const Problem& p, Type type, const void* grad, const void* 
         size_t count_shared = 0, shared = size_t(p.levels) * ((p.points + lanes - 1) / lanes) * THREADS * sizeof(R);
         if (p.fused && p.window_pixels) {
             count_points = count_window_kernel<T>;
-            count_threads = WINDOW_THREADS;
+            count_threads = BACKWARD_WINDOW_THREADS;
             count_shared = p.window_pixels * sizeof(int);
         }
         if constexpr (sizeof(T) == 2 && D >= 32)
@@ -64,7 +68,7 @@ cudaError_t backward(const Problem& p, Type type, const void* grad, const void* 
             if (p.fused && p.window_pixels && has_tensor_cores()) {
                 differentiate = p.levels == 3 && p.points == 4 ? points_window_kernel<T, 3> : points_window_kernel<T, 0>;
                 heads_at_once = 1;
-                threads = WINDOW_THREADS;
+                threads = BACKWARD_WINDOW_THREADS;
                 shared = size_t(p.window_pixels) * (ROW_BYTES + sizeof(int)) + sizeof(int) + kept_bytes(p);
             }
         if (const cudaError_t error = allow_shared(differentiate, shared)) return error;

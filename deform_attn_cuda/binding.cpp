@@ -148,7 +148,7 @@ Gradients backward(const Tensor& grad, const Tensor& value, const Tensor& points
     Tensor grad_points = torch::stable::new_empty(all_points, all_points.sizes());
     Tensor grad_scores = torch::stable::new_empty(all_scores, all_scores.sizes());
     if (grads.numel() == 0 || scores.numel() == 0) {
-        torch::stable::zero_(grad_value);
+        for (Tensor* nothing : {&grad_value, &grad_points, &grad_scores}) torch::stable::zero_(*nothing);
         return {grad_value, grad_points, grad_scores};
     }
     const Type type = type_of(value);

@@ -50,9 +50,9 @@ template <typename T>
 __device__ void count_in_windows(const Problem& p, const Part& part, const Cut* cuts, const Window* windows, int queries,
                                  const T* points, int* counts, int* bins) {
     using R = typename Computed<T>::type;
-    for (int i = threadIdx.x; i < p.window_pixels; i += WINDOW_THREADS) counts[i] = 0;
+    for (int i = threadIdx.x; i < p.window_pixels; i += BACKWARD_WINDOW_THREADS) counts[i] = 0;
     __syncthreads();
-    for (int place = threadIdx.x; place < queries; place += WINDOW_THREADS) {
+    for (int place = threadIdx.x; place < queries; place += BACKWARD_WINDOW_THREADS) {
         const Query<R, true> query(p, part.region, cuts, place);
         const int64_t item = (int64_t(part.image) * p.queries + query.index) * p.heads + part.head;
         const T* its_points = points + item * p.levels * p.points * 2;
@@ -81,7 +81,7 @@ __device__ void count_in_windows(const Problem& p, const Part& part, const Cut* 
 __device__ void add_to_bins(const Problem& p, const Part& part, const Window* windows, int* counts, int* bins) {
     for (int level = 0; level < p.levels; level++) {
         const Window window = windows[level];
-        for (int y = threadIdx.x / 32; y < window.height - 1; y += WINDOW_WARPS)
+        for (int y = threadIdx.x / 32; y < window.height - 1; y += blockDim.x / 32)
             for (int x = threadIdx.x % 32; x < window.width - 1; x += 32) {
                 int& counted = counts[window.first + y * window.width + x];
                 const Point<float> point{window.left + x, window.top + y, 0, 0};
@@ -91,7 +91,7 @@ __device__ void add_to_bins(const Problem& p, const Part& part, const Window* wi
 }
 
 template <typename T>
-__global__ void __launch_bounds__(WINDOW_THREADS)
+__global__ void __launch_bounds__(BACKWARD_WINDOW_THREADS)
 count_window_kernel(const Problem p, const T* __restrict__ points, int* __restrict__ bins) {
     extern __shared__ __align__(16) char memory[];
     __shared__ Cut cuts[MAX_LEVELS];

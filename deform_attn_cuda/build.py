@@ -1,7 +1,9 @@
-"""Compiles the CUDA sources and binding.cpp into one shared library with nvcc; used by __init__.py (first use) and setup.py (ahead).
+"""Compiles the CUDA sources and binding.cpp into one shared library with nvcc.
 
-Nothing but nvcc and a C++ compiler is needed: no ninja, no GPU. The library names PyTorch's own libraries without their place:
-they are found because the process that loads it has imported torch.
+Used by __init__.py (at the first use) and setup.py (ahead).
+
+Nothing but nvcc and a C++ compiler is needed: no ninja, no GPU. The library names PyTorch's own libraries without their
+place: they are found because the process that loads it has imported torch.
 """
 import hashlib
 import os
@@ -15,7 +17,8 @@ import torch
 
 FOLDER = Path(__file__).resolve().parent
 SOURCES = ("forward.cu", "backward.cu", "binding.cpp")
-HEADERS = ("deform_attn.h", "geometry.cuh", "windows.cuh", "instances.cuh", "bins.cuh", "point_gradients.cuh", "value_gradient.cuh")
+HEADERS = ("deform_attn.h", "geometry.cuh", "windows.cuh", "instances.cuh", "bins.cuh", "point_gradients.cuh",
+           "value_gradient.cuh")
 OLDEST_TORCH = 0x020B000000000000      # 2.11: the stable interface that the library asks for, whatever torch builds it
 
 
@@ -78,22 +81,26 @@ def build_library(target: Path, architectures: list[str]) -> None:
     for name in SOURCES:
         options = [*codes, "--threads=0"] if name.endswith(".cu") else [
             f"-DTORCH_TARGET_VERSION={OLDEST_TORCH}ULL", "-DUSE_CUDA", f"-I{pytorch / 'include'}"]
-        compilers.append([nvcc, "-std=c++17", "-O3", "-Xcompiler=-fPIC", *options, "-c", str(FOLDER / name), "-o", f"{name}.o"])
+        compilers.append([nvcc, "-std=c++17", "-O3", "-Xcompiler=-fPIC", *options,
+                          "-c", str(FOLDER / name), "-o", f"{name}.o"])
     target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+    linker = [nvcc, "-shared", "-Xcompiler=-fPIC", *(f"{name}.o" for name in SOURCES), "-o", str(partial),
+              f"-L{pytorch / 'lib'}", "-ltorch_cpu", "-ltorch_cuda"]
     with tempfile.TemporaryDirectory() as folder:
-        running = [subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-                   for command in compilers]
-        for process in running:
-            finish(process)
-        partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
-        link = [nvcc, "-shared", "-Xcompiler=-fPIC", *(f"{name}.o" for name in SOURCES), "-o", str(partial),
-                f"-L{pytorch / 'lib'}", "-ltorch_cpu", "-ltorch_cuda"]
-        finish(subprocess.Popen(link, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
-        os.replace(partial, target)
+        run_together(compilers, folder)
+        try:
+            run_together([linker], folder)
+            os.replace(partial, target)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
-def finish(process: subprocess.Popen) -> None:
-    """Wait for a compiler; raise BuildError with the end of what it printed if it failed."""
-    output, _ = process.communicate()
-    if process.returncode:
-        raise BuildError(f"{' '.join(process.args)} failed:\n{output[-2000:]}")
+def run_together(commands: list[list[str]], folder: str) -> None:
+    """Run all, wait for all, then raise BuildError with the end of what the first that failed printed."""
+    running = [subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+               for command in commands]
+    outputs = [process.communicate()[0] for process in running]
+    for process, output in zip(running, outputs):
+        if process.returncode:
+            raise BuildError(f"{' '.join(process.args)} failed:\n{output[-2000:]}")

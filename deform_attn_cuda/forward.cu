@@ -100,14 +100,14 @@ __device__ constexpr unsigned corners_of(int pair) { return pair % 2 * 400 + pai
 // 4 g .. 4 g + 3; for the second query 4 (g ^ 4) .., for the sake of the banks.
 // LEVELS: 0, or the number of levels, if each has four points: what a lane reads is then asked for at once, and read once.
 template <typename T, int LEVELS>
-__global__ void __launch_bounds__(WINDOW_THREADS, 2)
+__global__ void __launch_bounds__(FORWARD_WINDOW_THREADS, 2)
 forward_window_kernel(const Problem p, const T* __restrict__ value, const T* __restrict__ points, const T* __restrict__ scores,
                       T* __restrict__ out) {
     constexpr int D = ROW_BYTES / sizeof(T);
     extern __shared__ __align__(16) char memory[];
     // of each warp: pair of queries, pair of points, {rounded, rest} x {first, second query} x {left, right}, point of the pair:
     // the upper corner's place, and the weights of it (low half) and of the corner below
-    __shared__ __align__(16) char all_corners[WINDOW_WARPS * CORNER_BYTES];
+    __shared__ __align__(16) char all_corners[FORWARD_WINDOW_THREADS / 32 * CORNER_BYTES];
     __shared__ Cut cuts[MAX_LEVELS];
     __shared__ Window windows[MAX_LEVELS];
 
@@ -132,7 +132,7 @@ forward_window_kernel(const Problem p, const T* __restrict__ value, const T* __r
                              + own_query % 2 * 32 + own_index % 2 * 8;
     const unsigned reading = corners + (g / 4 * 4 + t) * 16;
 
-    for (int begin = warp * 8; begin < queries; begin += WINDOW_WARPS * 8) {
+    for (int begin = warp * 8; begin < queries; begin += FORWARD_WINDOW_THREADS / 4) {
         const Query<float, true> query(p, part.region, cuts, min(begin + own_query, queries - 1));
         const int64_t item = (int64_t(part.image) * p.queries + query.index) * p.heads + part.head;
         const T* own_points = points + (item * count + own_index) * 2;
@@ -247,7 +247,7 @@ cudaError_t forward(const Problem& p, Type type, const void* value, const void* 
         if constexpr (sizeof(T) == 2 && D == 32)
             if (p.fused && p.window_pixels && has_tensor_cores())
                 return launch(p.levels == 3 && p.points == 4 ? forward_window_kernel<T, 3> : forward_window_kernel<T, 0>,
-                              WINDOW_THREADS, 1, size_t(p.window_pixels) * ROW_BYTES);
+                              FORWARD_WINDOW_THREADS, 1, size_t(p.window_pixels) * ROW_BYTES);
         return p.fused ? launch(forward_kernel<T, D, true>, THREADS, Shape<T, D>::HEADS, 0)
                        : launch(forward_kernel<T, D, false>, THREADS, Shape<T, D>::HEADS, 0);
     });

@@ -129,7 +129,7 @@ points_kernel(const Problem p, const T* __restrict__ grad, const T* __restrict__
 // Lane 4 g + t reads what g stands for of each pair of queries, and keeps the products of pair t: of one side of two of its own
 // query's points, of which it placed one and the lane that reads the other side the other. They swap.
 template <typename T, int LEVELS>
-__global__ void __launch_bounds__(WINDOW_THREADS, 2)
+__global__ void __launch_bounds__(BACKWARD_WINDOW_THREADS, 2)
 points_window_kernel(const Problem p, const T* __restrict__ grad, const T* __restrict__ value, const T* __restrict__ points,
                      const T* __restrict__ scores, T* __restrict__ grad_points, T* __restrict__ grad_scores,
                      int* __restrict__ bins, Entry<float>* __restrict__ entries) {
@@ -139,7 +139,7 @@ points_window_kernel(const Problem p, const T* __restrict__ grad, const T* __res
     __shared__ Cut cuts[MAX_LEVELS];
     __shared__ Window windows[MAX_LEVELS];
     int* next = reinterpret_cast<int*>(memory + p.window_pixels * ROW_BYTES);        // entry of each pixel's bin
-    // of each point that this thread placed, WINDOW_THREADS apart: its weight, its sample times the output's gradient
+    // of each point that this thread placed, BACKWARD_WINDOW_THREADS apart: its weight, its sample times the output's gradient
     float2* kept = reinterpret_cast<float2*>(next + (p.window_pixels + 1) / 2 * 2) + threadIdx.x;
     const int row = p.heads * D, count = p.levels * p.points;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, t = lane % 4, g = lane / 4;
@@ -154,7 +154,7 @@ points_window_kernel(const Problem p, const T* __restrict__ grad, const T* __res
     add_to_bins(p, part, windows, next, bins);
     wait_for_windows();
 
-    for (int begin = warp * 8; begin < queries; begin += WINDOW_WARPS * 8) {
+    for (int begin = warp * 8; begin < queries; begin += BACKWARD_WINDOW_THREADS / 4) {
         const bool valid = begin + own_query < queries;
         const Query<float, true> query(p, part.region, cuts, min(begin + own_query, queries - 1));
         const int64_t item = (int64_t(part.image) * p.queries + query.index) * p.heads + part.head;
@@ -248,7 +248,7 @@ points_window_kernel(const Problem p, const T* __restrict__ grad, const T* __res
                     if (found >= 0) point.column = point.row = 0;  // windows need no care of borders
                     const PointGradient<float> result(point, found >= 0 ? 2 : window.level_height,
                                                       found >= 0 ? 2 : window.level_width, corner);
-                    kept[own++ * WINDOW_THREADS] = {weight, result.sample};
+                    kept[own++ * BACKWARD_WINDOW_THREADS] = {weight, result.sample};
                     weighted += weight * result.sample;
                     if (valid)
                         *reinterpret_cast<Vector<T, 2>*>(grad_point + first * 2) = {
@@ -263,7 +263,7 @@ points_window_kernel(const Problem p, const T* __restrict__ grad, const T* __res
         own = 0;
         for (int level = 0; valid && level < p.levels; level++, grad_score += p.points)
             for (int j = 0; j < p.points - own_index; j += 4) {
-                const float2 its = kept[own++ * WINDOW_THREADS];
+                const float2 its = kept[own++ * BACKWARD_WINDOW_THREADS];
                 grad_score[j] = T(its.x * (its.y - weighted));
             }
     }

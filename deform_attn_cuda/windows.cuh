@@ -10,9 +10,10 @@
 namespace deform_attn {
 namespace {
 
-constexpr int WINDOW_THREADS = 448, WINDOW_WARPS = WINDOW_THREADS / 32, ROW_BYTES = 64;
+constexpr int ROW_BYTES = 64;                   // of a pixel's 32 channels
 constexpr int WINDOW_PIXELS = 1440;              // two blocks of a Hopper multiprocessor then have room
-constexpr unsigned CORNER_BYTES = 1440;          // of a warp, see forward_window_kernel
+constexpr int FORWARD_WINDOW_THREADS = 448, BACKWARD_WINDOW_THREADS = 384;
+constexpr int CORNER_BYTES = 1440;               // of a warp, see forward_window_kernel
 
 struct Window {
     int left, top, width, height;
@@ -25,7 +26,7 @@ __device__ int window_begin(int begin, int cut, int window, int size) {
 }
 
 __device__ void place_windows(const Problem& p, const Cut* cuts, Window* windows) {
-    for (int level = threadIdx.x; level < p.levels; level += WINDOW_THREADS) {
+    for (int level = threadIdx.x; level < p.levels; level += blockDim.x) {
         const int width = p.window_width[level], height = p.window_height[level];
         windows[level] = {window_begin(cuts[level].left, cuts[level].width, width, p.width[level]),
                           window_begin(cuts[level].top, cuts[level].height, height, p.height[level]),
@@ -39,7 +40,7 @@ template <typename T> __device__ void fill_windows(int levels, const Window* win
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     for (int level = 0; level < levels; level++) {
         const Window window = windows[level];
-        for (int y = warp; y < window.height; y += WINDOW_WARPS) {
+        for (int y = warp; y < window.height; y += blockDim.x / 32) {
             const int line = window.top + y;
             const bool beyond = unsigned(line) >= unsigned(window.level_height);
             const T* from = image + (window.level_start + int64_t(beyond ? 0 : line) * window.level_width) * row;
