@@ -13,7 +13,6 @@ value (B, S, M, D), offsets and locations (B, Q, M, V, P, 2), logits (B, Q, M, V
 better. The value's gradient is summed in an order that varies from run to run, so its last digits do. A value that is not
 finite spreads to queries beside those that read it. There are no second derivatives.
 """
-import fcntl
 import os
 import shlex
 import sys
@@ -83,6 +82,9 @@ def serves(architecture: str, capability: tuple[int, int]) -> bool:
 
 def build_in_cache() -> Path:
     """Build for the GPUs seen. Of several processes that come here together, one builds and the others wait for it."""
+    if os.name != "posix":
+        raise BuildError(f"it is built on Linux, not on {sys.platform}")
+    import fcntl                   # not everywhere
     architectures = wanted_architectures()
     if not serves_all(architectures):
         raise BuildError(f"TORCH_CUDA_ARCH_LIST asks for {', '.join(architectures)}, which a GPU here cannot run")

@@ -4,8 +4,6 @@
 // also files every point under the pixel to its upper left; the lists were sized and laid out before (bins.cuh). Then each pixel
 // gathers its gradient from the points in the four bins around it, in float32 (value_gradient.cuh). Scattering would move
 // 128 bytes of atomics for every 64 bytes read here, and need a float32 copy of the value to add to.
-#include <algorithm>
-
 #include "instances.cuh"
 #include "point_gradients.cuh"
 #include "value_gradient.cuh"
@@ -53,6 +51,7 @@ cudaError_t backward(const Problem& p, Type type, const void* grad, const void* 
         constexpr int lanes = Shape<T, D>::LANES;
         int heads_at_once = Shape<T, D>::HEADS, gather_heads = heads_at_once;
         int count_threads = THREADS, threads = THREADS;
+        bool in_windows = false;
         size_t count_shared = 0, shared = size_t(p.levels) * ((p.points + lanes - 1) / lanes) * THREADS * sizeof(R);
         if (p.fused && p.window_pixels) {
             count_points = count_window_kernel<T>;
@@ -67,6 +66,7 @@ cudaError_t backward(const Problem& p, Type type, const void* grad, const void* 
         if constexpr (sizeof(T) == 2 && D == 32)
             if (p.fused && p.window_pixels && has_tensor_cores()) {
                 differentiate = p.levels == 3 && p.points == 4 ? points_window_kernel<T, 3> : points_window_kernel<T, 0>;
+                in_windows = true;
                 heads_at_once = 1;
                 threads = BACKWARD_WINDOW_THREADS;
                 shared = size_t(p.window_pixels) * (ROW_BYTES + sizeof(int)) + sizeof(int) + kept_bytes(p);
@@ -83,15 +83,15 @@ cudaError_t backward(const Problem& p, Type type, const void* grad, const void* 
             Entry<R>* lists = static_cast<Entry<R>*>(entries);
             int* used = bins + size_t(images) * p.heads * p.bins;
             if (const cudaError_t error = cudaMemsetAsync(bins, 0, bins_bytes(p, images), stream)) return error;
-            count_points<<<blocks(regions_of(p), p.heads, 1, images), count_threads, count_shared, stream>>>(
-                p, some_points, bins);
+            count_points<<<parts(regions_of(p), p.heads, 1, images), count_threads, count_shared, stream>>>(p, some_points, bins);
             const int64_t lists_of_rows = int64_t(images) * p.heads * bin_rows * 32;
             allocate_kernel<<<unsigned((lists_of_rows + THREADS - 1) / THREADS), THREADS, 0, stream>>>(p, images, bins, used);
-            differentiate<<<blocks(regions_of(p), p.heads, heads_at_once, images), threads, shared, stream>>>(
+            const unsigned some_parts = parts(regions_of(p), p.heads, heads_at_once, images);
+            differentiate<<<in_windows ? dim3(some_parts) : shared_parts(some_parts), threads, shared, stream>>>(
                 p, grads, static_cast<const T*>(value) + pixels * p.channels, some_points,
                 static_cast<const T*>(scores) + queries * count, static_cast<T*>(grad_points) + queries * count * 2,
                 static_cast<T*>(grad_scores) + queries * count, bins, lists);
-            gather<<<blocks(p.across * p.down, p.heads, gather_heads, images), THREADS, 0, stream>>>(
+            gather<<<shared_parts(parts(p.across * p.down, p.heads, gather_heads, images)), THREADS, 0, stream>>>(
                 p, grads, bins, lists, static_cast<T*>(grad_value) + pixels * p.channels);
             if (const cudaError_t error = cudaGetLastError()) return error;
         }

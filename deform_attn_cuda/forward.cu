@@ -27,7 +27,7 @@ forward_kernel(const Problem p, const T* __restrict__ value, const T* __restrict
     __shared__ Cut cuts[MAX_LEVELS];
     const int queries = cut_queries<FUSED>(p, part.region, cuts);
 
-    for (int begin = threadIdx.x / 32 * S::QUERIES; begin < queries; begin += THREADS / 32 * S::QUERIES) {
+    for (int begin = first_warp() * S::QUERIES; begin < queries; begin += all_warps() * S::QUERIES) {
         const int place = begin + group / S::HEADS;
         const Query<R, FUSED> query(p, part.region, cuts, min(place, queries - 1));
         const int64_t item = (int64_t(part.image) * p.queries + query.index) * p.heads + head;
@@ -237,9 +237,9 @@ cudaError_t forward(const Problem& p, Type type, const void* value, const void* 
     return choose(type, p.channels, [&](auto instance) {
         using T = typename decltype(instance)::Stored;
         constexpr int D = decltype(instance)::CHANNELS;
-        const auto launch = [&](auto kernel, int threads, int heads_at_once, size_t shared) {
+        const auto launch = [&](auto kernel, dim3 grid, int threads, size_t shared) {
             if (const cudaError_t error = allow_shared(kernel, shared)) return error;
-            kernel<<<blocks(regions_of(p), p.heads, heads_at_once, p.images), threads, shared, stream>>>(
+            kernel<<<grid, threads, shared, stream>>>(
                 p, static_cast<const T*>(value), static_cast<const T*>(points), static_cast<const T*>(scores),
                 static_cast<T*>(out));
             return cudaGetLastError();
@@ -247,9 +247,10 @@ cudaError_t forward(const Problem& p, Type type, const void* value, const void* 
         if constexpr (sizeof(T) == 2 && D == 32)
             if (p.fused && p.window_pixels && has_tensor_cores())
                 return launch(p.levels == 3 && p.points == 4 ? forward_window_kernel<T, 3> : forward_window_kernel<T, 0>,
-                              FORWARD_WINDOW_THREADS, 1, size_t(p.window_pixels) * ROW_BYTES);
-        return p.fused ? launch(forward_kernel<T, D, true>, THREADS, Shape<T, D>::HEADS, 0)
-                       : launch(forward_kernel<T, D, false>, THREADS, Shape<T, D>::HEADS, 0);
+                              parts(regions_of(p), p.heads, 1, p.images), FORWARD_WINDOW_THREADS,
+                              size_t(p.window_pixels) * ROW_BYTES);
+        const dim3 grid = shared_parts(parts(regions_of(p), p.heads, Shape<T, D>::HEADS, p.images));
+        return launch(p.fused ? forward_kernel<T, D, true> : forward_kernel<T, D, false>, grid, THREADS, 0);
     });
 }
 

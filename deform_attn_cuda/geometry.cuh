@@ -196,7 +196,8 @@ template <typename T, typename R, bool FUSED> struct Weights {
     }
 };
 
-// The part of the work that a block has: blocks run over regions, then sets of HEADS heads, then images.
+// The part of the work that a block has: blocks run over regions, then sets of HEADS heads, then images. Where these are few,
+// blocks of the same x share one part: their warps take turns at it, see first_warp.
 struct Part {
     int region, head, image;
     __device__ Part(int regions, int heads, int heads_at_once) {
@@ -206,6 +207,9 @@ struct Part {
         image = blockIdx.x / regions / sets;
     }
 };
+
+__device__ int first_warp() { return blockIdx.y * (THREADS / 32) + threadIdx.x / 32; }
+__device__ int all_warps() { return gridDim.y * (THREADS / 32); }
 
 __host__ __device__ int regions_of(const Problem& p) {
     return p.fused ? p.across * p.down : (p.queries + QUERIES_OF_A_REGION - 1) / QUERIES_OF_A_REGION;

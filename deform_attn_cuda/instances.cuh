@@ -1,6 +1,8 @@
 // From types and sizes that are known when running to instances of the kernels.
 #pragma once
 
+#include <algorithm>
+
 #include "geometry.cuh"
 
 namespace deform_attn {
@@ -29,8 +31,15 @@ template <typename Body> cudaError_t choose(Type type, int channels, Body body) 
     }
 }
 
-unsigned blocks(int64_t regions, int heads, int heads_at_once, int images) {
+// Parts of the work, see Part: a block for each,
+unsigned parts(int64_t regions, int heads, int heads_at_once, int images) {
     return unsigned(regions * ((heads + heads_at_once - 1) / heads_at_once) * images);
+}
+
+// or, where there are few, several blocks for each: as many as keep the largest GPUs busy.
+dim3 shared_parts(unsigned parts) {
+    constexpr unsigned ENOUGH = 1024, MOST = 8;
+    return dim3(parts, std::clamp(ENOUGH / parts, 1u, MOST));
 }
 
 bool has_tensor_cores() {                                          // of the shape that `multiply` asks for

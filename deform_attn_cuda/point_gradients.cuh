@@ -39,7 +39,7 @@ points_kernel(const Problem p, const T* __restrict__ grad, const T* __restrict__
     __shared__ Cut cuts[MAX_LEVELS];
     const int queries = cut_queries<FUSED>(p, part.region, cuts);
 
-    for (int begin = threadIdx.x / 32 * S::QUERIES; begin < queries; begin += THREADS / 32 * S::QUERIES) {
+    for (int begin = first_warp() * S::QUERIES; begin < queries; begin += all_warps() * S::QUERIES) {
         const int place = begin + group / S::HEADS;
         const bool valid = place < queries && head_valid;
         const Query<R, FUSED> query(p, part.region, cuts, min(place, queries - 1));

@@ -62,7 +62,7 @@ value_kernel(const Problem p, const T* __restrict__ grad, int* __restrict__ bins
     cut_region(p, part.region, cuts);
     const int pairs = pairs_of(p, cuts), end = min(part.head + S::HEADS, p.heads);
 
-    for (int place = threadIdx.x / 32; place < pairs; place += THREADS / 32) {
+    for (int place = first_warp(); place < pairs; place += all_warps()) {
         const Pixel pixel = pixel_of<2>(p, cuts, place);
         const int pixels = min(2, cuts[pixel.level].left + cuts[pixel.level].width - pixel.column);
         for (int head = part.head; head < end; head++) {
@@ -128,7 +128,7 @@ value_tensor_kernel(const Problem p, const T* __restrict__ grad, int* __restrict
     const int head = min(part.head + t / 2, p.heads - 1);          // as one who reads rows
     const T* rows = grad + (int64_t(part.image) * p.queries * p.heads + head) * D + g * 4 * BLOCKS;
 
-    for (int place = threadIdx.x / 32; place < pairs; place += THREADS / 32) {
+    for (int place = first_warp(); place < pairs; place += all_warps()) {
         const Pixel pixel = pixel_of<2>(p, cuts, place);
         const int pixels = min(2, cuts[pixel.level].left + cuts[pixel.level].width - pixel.column);
         Lists lists(p, bins, part.image, min(own_head, p.heads - 1), pixel, pixels);
