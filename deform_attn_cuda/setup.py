@@ -3,10 +3,14 @@
 No GPU is needed. TORCH_CUDA_ARCH_LIST="8.0;9.0" chooses the architectures; else those of the GPUs seen, else 8.0 and 9.0.
 """
 import importlib.util
+import sys
 from pathlib import Path
 
 from setuptools import Distribution, setup
 from setuptools.command.build_py import build_py
+
+if not any(importlib.util.find_spec(name) for name in ("setuptools.command.bdist_wheel", "wheel")):
+    sys.exit("setuptools before 70.1 makes no wheels; run: python -m pip install --upgrade setuptools")
 
 spec = importlib.util.spec_from_file_location("build_kernel", Path(__file__).with_name("build.py"))
 build = importlib.util.module_from_spec(spec)
@@ -17,7 +21,8 @@ class BuildWithLibrary(build_py):
     def run(self) -> None:
         super().run()
         architectures = build.wanted_architectures()
-        build.build_library(Path(self.build_lib, "deform_attn_cuda", build.library_name(architectures)).resolve(), architectures)
+        target = Path(self.build_lib, "deform_attn_cuda", build.library_name(architectures))
+        build.build_library(target.resolve(), architectures)
 
 
 class BinaryDistribution(Distribution):
