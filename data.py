@@ -5,7 +5,7 @@
 
 A data set is a JSON (videos, categories, annotations with one mask or null a frame: polygons, compressed or uncompressed
 RLE) and a folder of frames; categories are read from the JSON, in the order of their ids. Upstream:
-vita/data/datasets/ytvis.py (reading), vita/data/dataset_mapper.py and augmentation.py (clips).
+vita/data/datasets/ytvis.py (reading), vita/data/dataset_mapper.py (clips).
 
 Everything random about a training clip is drawn from (seed, index of the clip), so a run is the same for any number of
 workers and processes, and resumes exactly. Shape letters: T frames, I instances, H, W.
@@ -26,8 +26,8 @@ from pycocotools import mask as rle
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from torchvision import tv_tensors
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as transforms
+
+from augmentation import Augmentation, short_side_size
 
 
 class InputError(ValueError):
@@ -207,14 +207,6 @@ def read_mask(segmentation: dict | list | None, height: int, width: int, where: 
 
 # Frames at test size
 
-def short_side_size(height: int, width: int, short_side: int, max_long_side: int) -> tuple[int, int]:
-    """(height, width) with the short side at `short_side`, unless the long one would exceed `max_long_side`."""
-    scale = short_side / min(height, width)
-    if max(height, width) * scale > max_long_side:
-        scale = max_long_side / max(height, width)
-    return int(height * scale + 0.5), int(width * scale + 0.5)
-
-
 def test_frames(video: Video, short_side: int, max_long_side: int = 1333) -> Iterator[Tensor]:
     """The frames of a video at test size, uint8 (3, H, W), one by one; bilinear by Pillow, as detectron2 does."""
     height, width = short_side_size(video.height, video.width, short_side, max_long_side)
@@ -227,54 +219,6 @@ test_frames.__test__ = False  # its name is not pytest's business
 
 
 # Training clips
-
-@dataclass
-class Augmentation:
-    """What may happen to a clip, to all of its frames alike.
-
-    With probability one half a crop: resize to one of crop_short_sides, then cut a window of a random size in crop_size
-    that drifts over the clip. Then resize to one of short_sides, then flip left to right in half of the clips.
-    """
-    short_sides: tuple[int, ...]                # pixels
-    max_long_side: int = 1333                   # pixels
-    crop_short_sides: tuple[int, ...] = ()      # pixels; empty = no crop
-    crop_size: tuple[int, int] = (384, 600)     # pixels, smallest and largest side of the window
-    flip: bool = True
-
-    def __call__(self, frames: tv_tensors.Video, masks: tv_tensors.Mask, generator: np.random.Generator):
-        """frames uint8 (T, 3, H, W), masks (I, T, H, W) -> the same, augmented alike."""
-        if self.crop_short_sides and generator.random() < 0.5:
-            frames, masks = self.resize(frames, masks, generator.choice(self.crop_short_sides))
-            frames, masks = self.crop(frames, masks, generator)
-        frames, masks = self.resize(frames, masks, generator.choice(self.short_sides))
-        if self.flip and generator.random() < 0.5:
-            frames, masks = transforms.horizontal_flip(frames), transforms.horizontal_flip(masks)
-        return frames, masks
-
-    def resize(self, frames, masks, short_side: int):
-        """Bilinear for frames; for masks the nearest pixel centre, which "nearest" alone would miss by half a pixel.
-
-        As pictures, since some torchvision versions resize a Mask by "nearest" whatever they are asked.
-        """
-        size = short_side_size(*frames.shape[-2:], short_side, self.max_long_side)
-        pictures = masks.as_subclass(Tensor).to(torch.uint8)
-        return (transforms.resize(frames, size, InterpolationMode.BILINEAR, antialias=True),
-                tv_tensors.Mask(transforms.resize_image(pictures, size, InterpolationMode.NEAREST_EXACT).bool()))
-
-    def crop(self, frames, masks, generator: np.random.Generator):
-        """One window size for the clip; its corner moves on a straight line, forwards or backwards."""
-        size = [generator.integers(min(side, self.crop_size[0]), min(side, self.crop_size[1]) + 1)
-                for side in frames.shape[-2:]]
-        room = np.array(frames.shape[-2:]) - size
-        start = generator.integers(0, room + 1)
-        end = generator.integers(start, room + 1)
-        progress = np.sort(generator.random(len(frames)))[::generator.choice((1, -1))]
-        corners = np.rint(start + (end - start) * progress[:, None]).astype(int)
-        windows = [(slice(top, top + size[0]), slice(left, left + size[1])) for top, left in corners]
-        frames = torch.stack([frame[:, rows, columns] for frame, (rows, columns) in zip(frames, windows)])
-        masks = torch.stack([masks[:, t, rows, columns] for t, (rows, columns) in enumerate(windows)], 1)
-        return tv_tensors.Video(frames), tv_tensors.Mask(masks)
-
 
 def sample_frames(length: int, count: int, reach: int, generator: np.random.Generator) -> list[int]:
     """`count` sorted frame numbers: one anywhere, the others within `reach` of it, with replacement (as upstream).

@@ -23,8 +23,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from augmentation import Augmentation
 from checkpoint import load_backbone, load_weights, read_file, save_checkpoint, save_json
-from data import Augmentation, ClipDataset, InputError, StepSampler, VideoSet, exit_with_sentence, find_split
+from data import ClipDataset, InputError, StepSampler, VideoSet, exit_with_sentence, find_split
 from deform_attn import implementation
 from matcher import GATE_LOSSES, Criterion
 from model import PRESETS, GRAttVIS, build_model
@@ -71,6 +72,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--crop-short-sides", type=at_least(1), nargs="*", default=[], help="before a crop, pixels; none = no crop")
     data.add_argument("--crop-size", type=at_least(1), nargs=2, default=[384, 600], help="smallest and largest side of a crop, pixels")
     data.add_argument("--no-flip", action="store_true", help="never mirror a clip")
+    data.add_argument("--rotation", type=at_least(0), default=0, help="largest angle, which drifts over a clip, degrees")
+    data.add_argument("--jitter", type=at_least(0), default=0, help="large-scale jitter in a square of so many pixels; 0 = none")
     data.add_argument("--workers", type=at_least(0), default=2, help="loader processes a GPU; 0 = load in the training process")
     loss = parser.add_argument_group("loss")
     loss.add_argument("--points", type=at_least(4), default=512, help="points a mask (official: 12544)")
@@ -203,7 +206,7 @@ def open_clips(args: argparse.Namespace) -> ClipDataset:
     """The training clips that the arguments describe."""
     videos = VideoSet(*((args.train_json, args.train_images) if args.train_json else find_split(args.data_root, "train")))
     augmentation = Augmentation(tuple(args.short_sides), args.max_long_side, tuple(args.crop_short_sides),
-                                tuple(args.crop_size), not args.no_flip)
+                                tuple(args.crop_size), not args.no_flip, args.rotation, args.jitter)
     return ClipDataset(videos, args.frames, args.reach, augmentation, args.seed)
 
 

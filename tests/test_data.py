@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 
 import data
-from data import Augmentation, ClipDataset, InputError, StepSampler, VideoSet, find_split, read_mask, sample_frames
+from augmentation import Augmentation
+from data import ClipDataset, InputError, StepSampler, VideoSet, find_split, read_mask, sample_frames
 
 HEIGHT, WIDTH = 48, 64
 RED, GREEN = 7, 3  # category ids, neither contiguous nor in order: green becomes label 0, red label 1

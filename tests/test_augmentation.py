@@ -1,0 +1,103 @@
+"""Rotation and large-scale jitter: masks stay on the pixels they belong to, and a clip shares what it should share.
+
+Flips, resizing and crops are in test_data.py, on the same painted clip: a red and a green rectangle on black.
+"""
+import math
+
+import numpy
+import pytest
+import torch
+from scipy.ndimage import binary_dilation, binary_erosion, center_of_mass
+from torchvision import tv_tensors
+
+from augmentation import Augmentation
+from test_data import GREEN, HEIGHT, RED, is_colour, painted_clip
+
+TURNED = Augmentation(short_sides=(2 * HEIGHT,), flip=False, rotation=15)
+JITTERED = Augmentation(short_sides=(), jitter=64, rotation=15)
+
+
+def generators(count):
+    return [numpy.random.default_rng(seed) for seed in range(count)]
+
+
+@pytest.mark.parametrize("augmentation, outline", [(TURNED, 2), (JITTERED, 4)])
+def test_masks_stay_on_their_pixels(augmentation, outline):
+    """But for `outline` pixels, over which an enlarged picture's colours run into each other."""
+    checked = 0
+    for generator in generators(40):
+        frames, masks = augmentation(*painted_clip(), generator)
+        assert frames.dtype == torch.uint8 and masks.dtype == torch.bool and masks.shape[2:] == frames.shape[2:]
+        for category, instance in zip((RED, GREEN), masks):
+            for frame, mask in zip(frames, instance.numpy(), strict=True):
+                coloured = is_colour(frame, category)
+                inner = binary_erosion(mask, iterations=outline)
+                assert coloured[inner].all()
+                assert binary_dilation(mask, iterations=outline)[coloured].all()
+                checked += inner.sum()
+    assert checked > 5_000
+
+
+def angle_of(mask, upright):
+    """Degrees, counter-clockwise, of a turned elongated shape against the upright one, by its principal axis."""
+    def axis(shape):
+        rows, columns = numpy.nonzero(shape)
+        spread = numpy.cov(columns, -rows)
+        return 0.5 * math.atan2(2 * spread[0, 1], spread[0, 0] - spread[1, 1])
+    return math.degrees(axis(mask) - axis(upright))
+
+
+def test_the_angle_drifts_one_way_about_one_centre():
+    bar = torch.zeros(1, 6, 200, 200, dtype=torch.bool)
+    bar[:, :, 90:110, 30:170] = True
+    frames = bar[0, :, None].expand(6, 3, 200, 200) * torch.tensor(200, dtype=torch.uint8)
+    trends, largest = [], 0
+    for generator in generators(20):
+        turned, masks = TURNED.rotate(tv_tensors.Video(frames), tv_tensors.Mask(bar), generator)
+        angles = [angle_of(mask.numpy(), bar[0, 0].numpy()) for mask in masks[0]]
+        steps = numpy.diff(angles)
+        assert (steps >= -0.3).all() or (steps <= 0.3).all()     # but for the pixels of the outline
+        largest = max(largest, numpy.abs(angles).max())
+        trends.append(numpy.sign(steps.sum()))
+        # the bar's middle moves on a circle about a centre within a tenth of the side: at most 15 degrees' worth
+        middles = numpy.array([center_of_mass(mask.numpy()) for mask in masks[0]])
+        assert numpy.abs(middles - 99.5).max() <= 20 * math.sqrt(2) * math.radians(15) + 1
+        assert (turned[:, 0] > 100)[masks[0]].float().mean() > 0.97
+    assert 10 < largest <= 15.5 and {-1, 1} == set(trends)
+
+
+def test_jitter_fills_a_square():
+    """Small pictures lie at the top left of a grey square, large ones are cut; all frames of a clip share the window."""
+    scales = []
+    for generator in generators(60):
+        white = torch.full((2, 3, 40, 80), 255, dtype=torch.uint8)
+        frames, masks = Augmentation(short_sides=(), jitter=64)(
+            tv_tensors.Video(white), tv_tensors.Mask(torch.ones(1, 2, 40, 80, dtype=torch.bool)), generator)
+        assert frames.shape == (2, 3, 64, 64) and torch.equal(frames[0], frames[1]) and torch.equal(masks[:, 0], masks[:, 1])
+        inside = frames[0, 0] == 255
+        assert torch.equal(inside, masks[0, 0]) and (frames[0][:, ~inside] == 128).all()
+        height, width = int(inside[:, 0].sum()), int(inside[0].sum())
+        assert inside[:height, :width].all() and inside.sum() == height * width
+        scales.append(width / 64)
+        assert height == pytest.approx(min(width / 2, 64), abs=1) or width == 64
+    assert min(scales) < 0.3 and 0.3 < numpy.mean(numpy.array(scales) == 1) < 0.75     # scale above 1: half of 0.1 .. 2
+
+
+def test_where_a_large_picture_is_cut():
+    """Anywhere from its one corner to the other; the mask is cut with it."""
+    ramp = torch.arange(64, dtype=torch.uint8).mul(4).expand(1, 3, 64, 64)
+    first_columns = set()
+    for generator in generators(60):
+        frames, masks = Augmentation(short_sides=(), flip=False, jitter=64)(
+            tv_tensors.Video(ramp), tv_tensors.Mask((ramp[None, :, 0] >= 128)), generator)
+        if masks.shape[-1] == 64 and (frames != 128).all(1).all():
+            first_columns.add(int(frames[0, 0, 0, 0]) // 16)
+            assert ((frames[0, 0] >= 128) == masks[0, 0]).float().mean() > 0.95
+    assert {0, 1, 2} <= first_columns
+
+
+@pytest.mark.parametrize("augmentation", [TURNED, JITTERED])
+def test_a_clip_without_instances(augmentation):
+    frames, masks = painted_clip()
+    frames, masks = augmentation(frames, tv_tensors.Mask(masks[:0]), numpy.random.default_rng(0))
+    assert len(masks) == 0 and masks.shape[1:] == (3, *frames.shape[2:])
