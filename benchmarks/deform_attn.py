@@ -191,11 +191,13 @@ def measure_decoder(preset: str, height: int, width: int, device: str) -> Iterat
 
 
 def print_row(row: dict, columns: tuple[str, ...]) -> None:
+    """One line: microseconds and errors in columns, "-" for what this row has not."""
     print(" ".join(f"{row[key]:<18}" if "_" not in key else f"{'-':>14}" if key not in row else
                    f"{row[key]:>14.1f}" if key.endswith("_us") else f"{row[key]:>14.1e}" for key in columns), flush=True)
 
 
 def main() -> None:
+    """Read the command line, then measure and print row by row; exit with a sentence where there is nothing to measure."""
     parser = argparse.ArgumentParser(description="Time deformable attention on a CUDA GPU and compare it with float64.")
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile of the PyTorch path")
     parser.add_argument("--pixel-decoder", action="store_true", help="time the whole pixel decoder instead of the operator")

@@ -125,7 +125,7 @@ def save_inputs(ctx, inputs, output) -> None:
 
 
 def refuse_second_derivatives(ctx, *grads: Tensor):
-    raise NotImplementedError("the CUDA kernel of deformable attention has no second derivatives; DEFORM_ATTN_CUDA=0 has")
+    raise NotImplementedError("deformable attention has no second derivatives")
 
 
 def differentiate(operator):

@@ -188,8 +188,15 @@ for name, queries, score_shape in (("forward", 14, (8,)), ("sample", 5, (2, 4)))
     inputs = [torch.empty(shape, dtype=torch.float16, device="meta", requires_grad=True) for shape in shapes]
     out = getattr(torch.ops.deform_attn, name)(*inputs, [3, 4, 1, 2])
     assert out.shape == (2, queries, 24) and out.dtype == torch.float16
-    out.sum().backward()
+    out.sum().backward(retain_graph=True)
     assert all(x.grad.shape == x.shape and x.grad.dtype == x.dtype for x in inputs)
+    first, *_ = torch.autograd.grad(out.sum(), inputs, create_graph=True)
+    try:
+        torch.autograd.grad(first.sum(), inputs[2])
+    except NotImplementedError as error:
+        assert "no second derivatives" in str(error)
+    else:
+        raise AssertionError("a second derivative came out")
 """
 
 
