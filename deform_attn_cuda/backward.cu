@@ -19,15 +19,14 @@ size_t kept_bytes(const Problem& p) {
 
 }  // namespace
 
-int window_pixels_that_fit(const Problem& p) {
+int window_pixels_that_fit(const Problem& p, bool backward) {
     int device = 0, available = 0;
     cudaGetDevice(&device);
     cudaDeviceGetAttribute(&available, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    // the tables of levels, and what is larger of points_window_kernel's and forward_window_kernel's own
-    const int64_t own = MAX_LEVELS * (sizeof(Cut) + sizeof(Window))
-                        + std::max<size_t>(kept_bytes(p) + 8, FORWARD_WINDOW_THREADS / 32 * CORNER_BYTES);
-    const int64_t fit = (available - own) / int64_t(ROW_BYTES + sizeof(int));
-    return std::clamp<int64_t>(fit, 0, WINDOW_PIXELS);
+    const int64_t tables = MAX_LEVELS * (sizeof(Cut) + sizeof(Corner));
+    return backward ? std::clamp<int64_t>((available - tables - int64_t(kept_bytes(p)) - 8) / int64_t(ROW_BYTES + sizeof(int)),
+                                          0, BACKWARD_WINDOW_PIXELS)
+                    : std::clamp<int64_t>((available - tables - ASKED_BYTES) / ROW_BYTES, 0, FORWARD_WINDOW_PIXELS);
 }
 
 size_t bins_bytes(const Problem& p, int images) { return (size_t(images) * p.heads * p.bins + 1) * sizeof(int); }

@@ -51,19 +51,22 @@ void check_launch(cudaError_t error) {
 }
 
 // Regions of 16 x 16 pixels of the finest level, or of fewer where that leaves multiprocessors idle or windows too large;
-// windows with WINDOW_MARGIN pixels around. No windows (0 pixels) if they do not fit at all.
-void cut_regions(Problem& p) {
-    const auto window = [](int size, int regions) {
-        return std::min(size + 2, (size + regions - 1) / regions + 2 * WINDOW_MARGIN);
+// windows with WINDOW_MARGIN pixels around; forward has room for one more around coarser levels, whose points leave their small
+// windows more often. No windows (0 pixels) if they do not fit at all.
+void cut_regions(Problem& p, bool backward) {
+    const int widest = *std::max_element(p.width, p.width + p.levels), highest = *std::max_element(p.height, p.height + p.levels);
+    const auto window = [&](int size, int largest, int regions) {
+        const int margin = WINDOW_MARGIN + (!backward && size < largest);
+        return std::min(size + 2, (size + regions - 1) / regions + 2 * margin);
     };
-    const int fit = deform_attn::window_pixels_that_fit(p);
+    const int fit = deform_attn::window_pixels_that_fit(p, backward);
     for (const int side : {16, 12, 8}) {
-        p.across = (*std::max_element(p.width, p.width + p.levels) + side - 1) / side;
-        p.down = (*std::max_element(p.height, p.height + p.levels) + side - 1) / side;
+        p.across = (widest + side - 1) / side;
+        p.down = (highest + side - 1) / side;
         p.window_pixels = 0;
         for (int level = 0; level < p.levels; level++) {
-            p.window_width[level] = window(p.width[level], p.across);
-            p.window_height[level] = window(p.height[level], p.down);
+            p.window_width[level] = window(p.width[level], widest, p.across);
+            p.window_height[level] = window(p.height[level], highest, p.down);
             p.window_start[level] = p.window_pixels;
             p.window_pixels += p.window_width[level] * p.window_height[level];
         }
@@ -74,7 +77,7 @@ void cut_regions(Problem& p) {
 
 // value (B, S, M, D); points (B, Q, M, V, P, 2); scores (B, Q, M, V * P), or (B, Q, M, V, P) if they are weights
 Problem make_problem(const Tensor& value, const Tensor& points, const Tensor& scores, const std::vector<int64_t>& level_shapes,
-                     bool fused) {
+                     bool fused, bool backward) {
     STD_TORCH_CHECK(value.dim() == 4 && points.dim() == 6,
                     "deform_attn: value must be (B, S, M, D) and points (B, Q, M, V, P, 2)");
     STD_TORCH_CHECK(points.size(4) >= 1, "deform_attn: each level must have a point");
@@ -117,7 +120,8 @@ Problem make_problem(const Tensor& value, const Tensor& points, const Tensor& sc
     STD_TORCH_CHECK(!fused || p.queries == p.pixels, "deform_attn: with raw offsets, there must be one query for each pixel");
     STD_TORCH_CHECK(int64_t(p.pixels) * p.heads * p.channels * int64_t(value.element_size()) < (int64_t(1) << 32),
                     "deform_attn: the value of one image must be smaller than 4 GB");
-    cut_regions(p);
+    STD_TORCH_CHECK(int64_t(p.images) * p.queries * p.heads < 0xffffffff, "deform_attn: too many queries");
+    cut_regions(p, backward);
     return p;
 }
 
@@ -125,7 +129,7 @@ template <bool FUSED>
 Tensor forward(const Tensor& value, const Tensor& points, const Tensor& scores, std::vector<int64_t> level_shapes) {
     STD_TORCH_CHECK(value.is_cuda(), "deform_attn: all inputs must be on one GPU");
     const torch::stable::accelerator::DeviceGuard guard(value.get_device_index());
-    const Problem p = make_problem(value, points, scores, level_shapes, FUSED);
+    const Problem p = make_problem(value, points, scores, level_shapes, FUSED, false);
     Tensor out = torch::stable::new_empty(value, {p.images, p.queries, int64_t(p.heads) * p.channels});
     if (out.numel() == 0) return out;
     const Tensor values = prepare(value), all_points = prepare(points), all_scores = prepare(scores);
@@ -139,7 +143,7 @@ Gradients backward(const Tensor& grad, const Tensor& value, const Tensor& points
                    std::vector<int64_t> level_shapes) {
     STD_TORCH_CHECK(value.is_cuda(), "deform_attn: all inputs must be on one GPU");
     const torch::stable::accelerator::DeviceGuard guard(value.get_device_index());
-    const Problem p = make_problem(value, points, scores, level_shapes, FUSED);
+    const Problem p = make_problem(value, points, scores, level_shapes, FUSED, true);
     STD_TORCH_CHECK(grad.numel() == int64_t(p.images) * p.queries * p.heads * p.channels
                     && grad.scalar_type() == value.scalar_type() && grad.get_device_index() == value.get_device_index(),
                     "deform_attn: the gradient must have the output's shape, type and device");

@@ -47,7 +47,7 @@ count_kernel(const Problem p, const T* __restrict__ points, int* __restrict__ bi
 
 // Counts the points of a region by the pixel of the windows they are found at; the others are counted in `bins`, if given.
 template <typename T>
-__device__ void count_in_windows(const Problem& p, const Part& part, const Cut* cuts, const Window* windows, int queries,
+__device__ void count_in_windows(const Problem& p, const Part& part, const Cut* cuts, const Corner* corners, int queries,
                                  const T* points, int* counts, int* bins) {
     using R = typename Computed<T>::type;
     for (int i = threadIdx.x; i < p.window_pixels; i += BACKWARD_WINDOW_THREADS) counts[i] = 0;
@@ -57,7 +57,7 @@ __device__ void count_in_windows(const Problem& p, const Part& part, const Cut* 
         const int64_t item = (int64_t(part.image) * p.queries + query.index) * p.heads + part.head;
         const T* its_points = points + item * p.levels * p.points * 2;
         for (int level = 0; level < p.levels; level++, its_points += p.points * 2) {
-            const Window window = windows[level];
+            const Window window = window_of(p, corners, level);
             const auto count = [&](Vector<T, 2> pair) {
                 const auto point = place_point<T>(query, window.level_height, window.level_width, pair);
                 const int found = find_in_window(window, point);
@@ -78,9 +78,9 @@ __device__ void count_in_windows(const Problem& p, const Part& part, const Cut* 
 }
 
 // Adds what was counted to the bins, and leaves in place of each count where its bin stood before.
-__device__ void add_to_bins(const Problem& p, const Part& part, const Window* windows, int* counts, int* bins) {
+__device__ void add_to_bins(const Problem& p, const Part& part, const Corner* corners, int* counts, int* bins) {
     for (int level = 0; level < p.levels; level++) {
-        const Window window = windows[level];
+        const Window window = window_of(p, corners, level);
         for (int y = threadIdx.x / 32; y < window.height - 1; y += blockDim.x / 32)
             for (int x = threadIdx.x % 32; x < window.width - 1; x += 32) {
                 int& counted = counts[window.first + y * window.width + x];
@@ -95,12 +95,12 @@ __global__ void __launch_bounds__(BACKWARD_WINDOW_THREADS)
 count_window_kernel(const Problem p, const T* __restrict__ points, int* __restrict__ bins) {
     extern __shared__ __align__(16) char memory[];
     __shared__ Cut cuts[MAX_LEVELS];
-    __shared__ Window windows[MAX_LEVELS];
+    __shared__ Corner corners[MAX_LEVELS];
     const Part part(p.across * p.down, p.heads, 1);
     const int queries = cut_region(p, part.region, cuts);
-    place_windows(p, cuts, windows);
-    count_in_windows(p, part, cuts, windows, queries, points, reinterpret_cast<int*>(memory), bins);
-    add_to_bins(p, part, windows, reinterpret_cast<int*>(memory), bins);
+    place_windows(p, cuts, corners);
+    count_in_windows(p, part, cuts, corners, queries, points, reinterpret_cast<int*>(memory), bins);
+    add_to_bins(p, part, corners, reinterpret_cast<int*>(memory), bins);
 }
 
 // One warp for a row of bins; `used` counts the entries given away.

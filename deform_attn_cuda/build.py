@@ -17,8 +17,8 @@ import torch
 
 FOLDER = Path(__file__).resolve().parent
 SOURCES = ("forward.cu", "backward.cu", "binding.cpp")
-HEADERS = ("deform_attn.h", "geometry.cuh", "windows.cuh", "instances.cuh", "bins.cuh", "point_gradients.cuh",
-           "value_gradient.cuh")
+HEADERS = ("deform_attn.h", "geometry.cuh", "windows.cuh", "forward_window.cuh", "instances.cuh", "bins.cuh",
+           "point_gradients.cuh", "value_gradient.cuh")
 OLDEST_TORCH = 0x020B000000000000      # 2.11: the stable interface that the library asks for, whatever torch builds it
 
 

@@ -27,7 +27,7 @@ struct Problem {
 };
 
 // How many pixels windows may have on the current GPU, so that the kernels that use them have room in shared memory.
-int window_pixels_that_fit(const Problem&);
+int window_pixels_that_fit(const Problem&, bool backward);
 
 // All tensors are contiguous, begin at multiples of 64 bytes, and are of one type; a failed launch is returned.
 cudaError_t forward(const Problem&, Type, const void* value, const void* points, const void* scores, void* out,

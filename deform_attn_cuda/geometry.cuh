@@ -34,6 +34,9 @@ template <typename T, int D> struct Shape {
     using Row = Vector<T, WIDTH>;
 };
 
+// This thread's place in its warp, in a way that keeps the compiler from finding it anew, over and over, to save a register.
+__device__ int own_lane() { return __shfl_sync(WARP, threadIdx.x % 32, threadIdx.x % 32); }
+
 // Over the lanes whose numbers differ in these bits alone.
 template <unsigned BITS, typename R> __device__ R sum_over(R x) {
     for (unsigned bit = 1; bit < 32; bit *= 2)
@@ -51,6 +54,12 @@ __device__ float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b
 __device__ double multiply_add(double a, double b, double c) { return __fma_rn(a, b, c); }
 __device__ float exponential(float x) { return __expf(x); }
 __device__ double exponential(double x) { return exp(x); }
+constexpr float LOG2_E = 1.4426950408889634f;
+__device__ float power_of_two(float x) {
+    float result;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
+}
 __device__ float inverse(float x) { return __fdividef(1, x); }
 __device__ double inverse(double x) { return 1 / x; }
 __device__ int floor_to_int(float x) { return __float2int_rd(x); }
@@ -88,7 +97,7 @@ template <int STEP = 1> __device__ Pixel pixel_of(const Problem& p, const Cut* c
         if (place < width * cuts[pixel.level].height) break;
         place -= width * cuts[pixel.level++].height;
     }
-    const int row = place / width;
+    const int row = int((place + 0.5f) * inverse(float(width)));    // right for small integers, as these are
     pixel.row = cuts[pixel.level].top + row;
     pixel.column = cuts[pixel.level].left + (place - row * width) * STEP;
     pixel.index = p.start[pixel.level] + pixel.row * p.width[pixel.level] + pixel.column;

@@ -121,6 +121,28 @@ points_kernel(const Problem p, const T* __restrict__ grad, const T* __restrict__
     }
 }
 
+__device__ Vector<unsigned, 4> load_shared(unsigned at) {
+    Vector<unsigned, 4> words;
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words.at[0]), "=r"(words.at[1]), "=r"(words.at[2]), "=r"(words.at[3]) : "r"(at));
+    return words;
+}
+
+// Rows of a point's left or right corners, one above the other. `place` is even: 2 * pixel of the windows, or odd:
+// 2 * pixel of the image + 1. `memory` and `image` point to this lane's channels in the first row of each.
+template <typename T>
+__device__ void read_corners(unsigned place, unsigned memory, const T* image, int row, const Window& window, bool any_far,
+                             Vector<unsigned, 4>& upper, Vector<unsigned, 4>& lower) {
+    if (any_far && place % 2) {
+        const T* from = image + int64_t(place / 2) * row;
+        upper = *reinterpret_cast<const Vector<unsigned, 4>*>(from);
+        lower = *reinterpret_cast<const Vector<unsigned, 4>*>(from + (window.level_height > 1 ? window.level_width * row : 0));
+    } else {
+        upper = load_shared(memory + place * (ROW_BYTES / 2));
+        lower = load_shared(memory + place * (ROW_BYTES / 2) + window.width * ROW_BYTES);
+    }
+}
+
 // The same with windows, and the products on tensor cores. A warp takes eight queries; each product multiplies the corners of
 // two points of two queries with both queries' gradients:
 //   rows of A     {left, right} x {first, second query} x {one point, another}, rows g above, rows g + 8 below
@@ -137,7 +159,7 @@ points_window_kernel(const Problem p, const T* __restrict__ grad, const T* __res
     constexpr int D = ROW_BYTES / sizeof(T);
     extern __shared__ __align__(16) char memory[];
     __shared__ Cut cuts[MAX_LEVELS];
-    __shared__ Window windows[MAX_LEVELS];
+    __shared__ Corner corners[MAX_LEVELS];
     int* next = reinterpret_cast<int*>(memory + p.window_pixels * ROW_BYTES);        // entry of each pixel's bin
     // of each point that this thread placed, BACKWARD_WINDOW_THREADS apart: its weight, its sample times the output's gradient
     float2* kept = reinterpret_cast<float2*>(next + (p.window_pixels + 1) / 2 * 2) + threadIdx.x;
@@ -148,10 +170,10 @@ points_window_kernel(const Problem p, const T* __restrict__ grad, const T* __res
     const int queries = cut_region(p, part.region, cuts);
     const T* image = value + int64_t(part.image) * p.pixels * row + part.head * D;
     const unsigned rows = unsigned(__cvta_generic_to_shared(memory)) + t * 16;
-    place_windows(p, cuts, windows);
-    fill_windows(p.levels, windows, image, row, memory);
-    count_in_windows(p, part, cuts, windows, queries, points, next, nullptr);
-    add_to_bins(p, part, windows, next, bins);
+    place_windows(p, cuts, corners);
+    fill_windows(p, corners, image, row, memory);
+    count_in_windows(p, part, cuts, corners, queries, points, next, nullptr);
+    add_to_bins(p, part, corners, next, bins);
     wait_for_windows();
 
     for (int begin = warp * 8; begin < queries; begin += BACKWARD_WINDOW_THREADS / 4) {
@@ -185,7 +207,7 @@ points_window_kernel(const Problem p, const T* __restrict__ grad, const T* __res
 
         #pragma unroll
         for (int level = 0; level < (LEVELS ? LEVELS : p.levels); level++) {
-            const Window window = windows[level];
+            const Window window = window_of(p, corners, level);
             for (int first = 0; first < (LEVELS ? 4 : p.points); first += 4) {
                 const bool placing = LEVELS || first + own_index < p.points;
                 Point<float> point{-2, -2, 0, 0};

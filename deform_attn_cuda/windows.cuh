@@ -11,9 +11,12 @@ namespace deform_attn {
 namespace {
 
 constexpr int ROW_BYTES = 64;                   // of a pixel's 32 channels
-constexpr int WINDOW_PIXELS = 1440;              // two blocks of a Hopper multiprocessor then have room
+constexpr int FORWARD_WINDOW_PIXELS = 1650, BACKWARD_WINDOW_PIXELS = 1440;    // two blocks of a Hopper multiprocessor then have room
 constexpr int FORWARD_WINDOW_THREADS = 448, BACKWARD_WINDOW_THREADS = 384;
-constexpr int CORNER_BYTES = 1440;               // of a warp, see forward_window_kernel
+constexpr int ASKED_BYTES = FORWARD_WINDOW_THREADS / 4 * 72;               // at most, see forward_window_kernel
+
+// Where a window of a block begins, in pixels of its level.
+struct Corner { int left, top; };
 
 struct Window {
     int left, top, width, height;
@@ -25,43 +28,63 @@ __device__ int window_begin(int begin, int cut, int window, int size) {
     return min(max((2 * begin + cut - window) / 2, -1), size + 1 - window);
 }
 
-__device__ void place_windows(const Problem& p, const Cut* cuts, Window* windows) {
-    for (int level = threadIdx.x; level < p.levels; level += blockDim.x) {
-        const int width = p.window_width[level], height = p.window_height[level];
-        windows[level] = {window_begin(cuts[level].left, cuts[level].width, width, p.width[level]),
-                          window_begin(cuts[level].top, cuts[level].height, height, p.height[level]),
-                          width, height, p.window_start[level], p.width[level], p.height[level], p.start[level]};
-    }
+// Fills `corners`, which the block shares.
+__device__ void place_windows(const Problem& p, const Cut* cuts, Corner* corners) {
+    for (int level = threadIdx.x; level < p.levels; level += blockDim.x)
+        corners[level] = {window_begin(cuts[level].left, cuts[level].width, p.window_width[level], p.width[level]),
+                          window_begin(cuts[level].top, cuts[level].height, p.window_height[level], p.height[level])};
     __syncthreads();
 }
 
-// Starts copying, in the background; `image` is the head's row of the first pixel, `row` what lies between pixels.
-template <typename T> __device__ void fill_windows(int levels, const Window* windows, const T* image, int row, char* memory) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    for (int level = 0; level < levels; level++) {
-        const Window window = windows[level];
-        for (int y = warp; y < window.height; y += blockDim.x / 32) {
-            const int line = window.top + y;
-            const bool beyond = unsigned(line) >= unsigned(window.level_height);
-            const T* from = image + (window.level_start + int64_t(beyond ? 0 : line) * window.level_width) * row;
-            char* to = memory + (window.first + y * window.width) * ROW_BYTES;
-            for (int x = lane; x < window.width * 4; x += 32) {
-                const int column = window.left + x / 4;
-                const bool zero = beyond || unsigned(column) >= unsigned(window.level_width);
+// What does not depend on the block comes from constant memory, which costs shared memory's pipe nothing.
+__device__ Window window_of(const Problem& p, const Corner* corners, int level) {
+    return {corners[level].left, corners[level].top, p.window_width[level], p.window_height[level], p.window_start[level],
+            p.width[level], p.height[level], p.start[level]};
+}
+
+// Copies, in the background; `from` is not read if `zero`: zeros are written.
+template <int BYTES> __device__ void copy_in_background(void* to, const void* from, bool zero = false) {
 #if __CUDA_ARCH__ >= 800
-                asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-                             :: "r"(unsigned(__cvta_generic_to_shared(to + x * 16))),
-                                "l"(from + (zero ? 0 : column) * row + x % 4 * 8), "r"(zero ? 0 : 16));
+    const unsigned target = unsigned(__cvta_generic_to_shared(to));
+    if constexpr (BYTES == 16)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(target), "l"(from), "r"(zero ? 0 : 16));
+    else
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" :: "r"(target), "l"(from), "n"(BYTES));
 #endif
-            }
+}
+
+// Starts copying; `image` is the head's row of the first pixel, `row` what lies between pixels. Each thread copies the same 16
+// bytes of a line and walks down the lines: windows are less than 90 pixels wide (see cut_regions).
+template <typename T>
+__device__ void fill_windows(const Problem& p, const Corner* corners, const T* image, int row, char* memory) {
+    for (int level = 0; level < p.levels; level++) {
+        const Window window = window_of(p, corners, level);
+        const int pieces = window.width * (ROW_BYTES / 16);
+        const float lines_a_piece = inverse(float(pieces));        // divides small integers well enough, half a unit aside
+        const int lines = int((blockDim.x + 0.5f) * lines_a_piece), y = int((threadIdx.x + 0.5f) * lines_a_piece);
+        const int piece = threadIdx.x - y * pieces;
+        if (y >= lines) continue;
+        const int column = window.left + piece / 4;
+        const bool beyond = unsigned(column) >= unsigned(window.level_width);
+        const T* from = image + (window.level_start + int64_t(window.top + y) * window.level_width + column) * row + piece % 4 * 8;
+        char* to = memory + (window.first + y * window.width) * ROW_BYTES + piece * 16;
+        for (int line = window.top + y; line < window.top + window.height; line += lines) {
+            const bool zero = beyond || unsigned(line) >= unsigned(window.level_height);
+            copy_in_background<16>(to, zero ? image : from, zero);
+            from += int64_t(lines) * window.level_width * row;
+            to += lines * window.width * ROW_BYTES;
         }
     }
 }
 
-__device__ void wait_for_windows() {
+__device__ void wait_for_copies() {
 #if __CUDA_ARCH__ >= 800
     asm volatile("cp.async.wait_all;" ::: "memory");
 #endif
+}
+
+__device__ void wait_for_windows() {
+    wait_for_copies();
     __syncthreads();
 }
 
@@ -78,31 +101,19 @@ __device__ int find_in_level(const Window& window, const Point<float>& point) {
            + Pair<float>(point.column, window.level_width, 0, 0).first;
 }
 
-template <int N> __device__ Vector<unsigned, N> load_shared(unsigned at) {
-    Vector<unsigned, N> words;
-    if constexpr (N == 2) asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(words.at[0]), "=r"(words.at[1]) : "r"(at));
-    else asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                      : "=r"(words.at[0]), "=r"(words.at[1]), "=r"(words.at[2]), "=r"(words.at[3]) : "r"(at));
+// Four matrices of 8 x 8 numbers of 16 bit, each transposed; lane l says where row l % 8 of matrix l / 8 is, 16 bytes.
+__device__ Vector<unsigned, 4> load_transposed(unsigned at) {
+    Vector<unsigned, 4> words;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words.at[0]), "=r"(words.at[1]), "=r"(words.at[2]), "=r"(words.at[3]) : "r"(at));
     return words;
 }
 
-__device__ void store_shared(unsigned at, unsigned low, unsigned high) {
-    asm volatile("st.shared.v2.b32 [%0], {%1, %2};" :: "r"(at), "r"(low), "r"(high) : "memory");
-}
-
-// Rows of a point's left or right corners, one above the other. `place` is even: 2 * pixel of the windows, or odd:
-// 2 * pixel of the image + 1. `memory` and `image` point to this lane's channels in the first row of each.
-template <int N, typename T>
-__device__ void read_corners(unsigned place, unsigned memory, const T* image, int row, const Window& window, bool any_far,
-                             Vector<unsigned, N>& upper, Vector<unsigned, N>& lower) {
-    if (any_far && place % 2) {
-        const T* from = image + int64_t(place / 2) * row;
-        upper = *reinterpret_cast<const Vector<unsigned, N>*>(from);
-        lower = *reinterpret_cast<const Vector<unsigned, N>*>(from + (window.level_height > 1 ? window.level_width * row : 0));
-    } else {
-        upper = load_shared<N>(memory + place * (ROW_BYTES / 2));
-        lower = load_shared<N>(memory + place * (ROW_BYTES / 2) + window.width * ROW_BYTES);
-    }
+// A matrix of 8 x 8 numbers of 16 bit: lane 4 g + t holds columns 2 t and 2 t + 1 of row g, before and after.
+__device__ unsigned transpose(unsigned word) {
+    unsigned transposed;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(word));
+    return transposed;
 }
 
 // ---- products ---------------------------------------------------------------------------------------------------------
