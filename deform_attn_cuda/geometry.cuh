@@ -34,9 +34,6 @@ template <typename T, int D> struct Shape {
     using Row = Vector<T, WIDTH>;
 };
 
-// This thread's place in its warp, in a way that keeps the compiler from finding it anew, over and over, to save a register.
-__device__ int own_lane() { return __shfl_sync(WARP, threadIdx.x % 32, threadIdx.x % 32); }
-
 // Over the lanes whose numbers differ in these bits alone.
 template <unsigned BITS, typename R> __device__ R sum_over(R x) {
     for (unsigned bit = 1; bit < 32; bit *= 2)
