@@ -12,6 +12,7 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
+CROP_LONG_SIDE = 1333                           # pixels, of a picture before a crop
 CENTRE = (0.4, 0.6)                             # of a rotation: anywhere in this part of the picture, both ways
 JITTER = (0.1, 2.0)                             # scales of the large-scale jitter
 PADDING = 128                                   # grey level around a picture that jitter made small
@@ -38,7 +39,8 @@ class Augmentation:
     short_sides: tuple[int, ...]                # pixels
     max_long_side: int = 1333                   # pixels
     crop_short_sides: tuple[int, ...] = ()      # pixels; empty = no crop
-    crop_size: tuple[int, int] = (384, 600)     # pixels, smallest and largest side of the window
+    crop_size: tuple[float, float] = (384, 600) # pixels, smallest and largest side of the window; or see crop_relative
+    crop_relative: bool = False                 # crop_size is the smallest share of height and width instead
     flip: bool = True
     rotation: float = 0                         # degrees at most, either way; 0 = none
     jitter: int = 0                             # pixels; 0 = none
@@ -47,23 +49,26 @@ class Augmentation:
         """frames uint8 (T, 3, H, W), masks (I, T, H, W) -> the same, augmented alike."""
         if not self.jitter:
             if self.crop_short_sides and generator.random() < 0.5:
-                frames, masks = self.resize(frames, masks, generator.choice(self.crop_short_sides))
+                frames, masks = self.resize(frames, masks, generator.choice(self.crop_short_sides), CROP_LONG_SIDE)
                 frames, masks = self.crop(frames, masks, generator)
-            frames, masks = self.resize(frames, masks, generator.choice(self.short_sides))
+            frames, masks = self.resize(frames, masks, generator.choice(self.short_sides), self.max_long_side)
         if self.flip and generator.random() < 0.5:
             frames, masks = transforms.horizontal_flip(frames), transforms.horizontal_flip(masks)
         if self.rotation:
             frames, masks = self.rotate(frames, masks, generator)
         return self.jitter_scale(frames, masks, generator) if self.jitter else (frames, masks)
 
-    def resize(self, frames, masks, short_side: int):
-        return resize_to(frames, masks, short_side_size(*frames.shape[-2:], short_side, self.max_long_side))
+    def resize(self, frames, masks, short_side: int, max_long_side: int):
+        return resize_to(frames, masks, short_side_size(*frames.shape[-2:], short_side, max_long_side))
 
     def crop(self, frames, masks, generator: np.random.Generator):
         """One window size for the clip; its corner moves on a straight line, forwards or backwards."""
-        size = [generator.integers(min(side, self.crop_size[0]), min(side, self.crop_size[1]) + 1)
-                for side in frames.shape[-2:]]
-        room = np.array(frames.shape[-2:]) - size
+        sides = np.array(frames.shape[-2:])
+        if self.crop_relative:
+            size = (sides * generator.uniform(self.crop_size, 1) + 0.5).astype(int)
+        else:
+            size = [generator.integers(min(side, self.crop_size[0]), min(side, self.crop_size[1]) + 1) for side in sides]
+        room = sides - size
         start = generator.integers(0, room + 1)
         end = generator.integers(start, room + 1)
         progress = np.sort(generator.random(len(frames)))[::generator.choice((1, -1))]

@@ -203,8 +203,9 @@ def load_weights(model: nn.Module, source: str | Path | dict, reset_classes: boo
 
 
 def load_backbone(model: GRAttVIS, source: str, name: str) -> LoadReport:
-    """`source`: a local file, or "imagenet" for torchvision's own weights of backbone `name` (downloaded on first use)."""
-    if source == "imagenet":
+    """`source`: a local file, or "imagenet" for torchvision's own weights of backbone `name` (downloaded on first use), which
+    are those of detectron2://ImageNetPretrained/torchvision/; upstream's R-101 recipe names the file of R-50 there."""
+    if source == "imagenet" or source.startswith("detectron2://ImageNetPretrained/torchvision/"):
         from torchvision.models import get_model_weights
         try:
             weights = get_model_weights(name)["IMAGENET1K_V1"].get_state_dict(progress=True)

@@ -1,20 +1,18 @@
-"""Videos in: data sets in the YouTube-VIS format, clips for training, and the built-in synthetic set.
+"""Videos in: data sets in the YouTube-VIS and COCO formats, and the built-in synthetic set.
 
     python data.py                              # writes datasets/synthetic (train and valid), to train and evaluate on
     python data.py --root /data/mine --videos 1000 --height 192 --width 320 --seed 7
 
 A data set is a JSON (videos, categories, annotations with one mask or null a frame: polygons, compressed or uncompressed
-RLE) and a folder of frames; categories are read from the JSON, in the order of their ids. Upstream:
-vita/data/datasets/ytvis.py (reading), vita/data/dataset_mapper.py (clips).
-
-Everything random about a training clip is drawn from (seed, index of the clip), so a run is the same for any number of
-workers and processes, and resumes exactly. Shape letters: T frames, I instances, H, W.
+RLE) and a folder of frames; categories are read from the JSON, in the order of their ids. A COCO JSON (images instead of
+videos) is read as videos of one frame. Upstream: vita/data/datasets/ytvis.py and convert_coco2ytvis.py. Training clips are
+made of them in clips.py. Shape letters: T frames, I instances, H, W.
 """
 import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -24,23 +22,12 @@ import torch
 from PIL import Image, ImageOps
 from pycocotools import mask as rle
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
-from torchvision import tv_tensors
 
-from augmentation import Augmentation, short_side_size
+from augmentation import short_side_size
 
 
 class InputError(ValueError):
     """Something a user gave cannot be used; the message is one clear sentence. The programs print it and exit with 2."""
-
-
-@dataclass
-class Clip:
-    """A training clip and its ground truth."""
-    frames: Tensor  # uint8 (T, 3, H, W), RGB
-    labels: Tensor  # (I,) int64, 0-based
-    ids: Tensor     # (I, T) int64, -1 where the instance is not visible
-    masks: Tensor   # (I, T, H, W) bool, True = instance
 
 
 @dataclass
@@ -55,16 +42,20 @@ class Video:
 
 # Reading a data set
 
+JSON_PATHS = ("{}.json", "{}/instances.json", "instances_{}.json", "annotations_{}.json", "annotations/{}.json",
+              "annotations/annotations_{}.json", "annotations/instances_{}.json")
+FRAMES_PATHS = ("{}/JPEGImages", "JPEGImages/{}", "{}")
+
+
 def find_split(root: str | Path, split: str) -> tuple[Path, Path]:
     """The annotation file and the frames folder of a split, under the names that people have on disk.
 
     Raises InputError naming every path tried.
     """
-    root = Path(root)
-    jsons = [root / f"{split}.json", root / split / "instances.json", root / "annotations" / f"{split}.json",
-             root / "annotations" / f"annotations_{split}.json", root / "annotations" / f"instances_{split}.json"]
-    folders = [root / split / "JPEGImages", root / split, root / "JPEGImages"]
-    return first_existing("annotation file", jsons), first_existing("folder of frames", folders)
+    root, names = Path(root), ("valid", "val") if split in ("valid", "val") else (split,)
+    jsons = [root / path.format(name) for name in names for path in JSON_PATHS]
+    folders = [root / path.format(name) for name in names for path in FRAMES_PATHS]
+    return first_existing("annotation file", jsons), first_existing("folder of frames", [*folders, root / "JPEGImages"])
 
 
 def first_existing(what: str, candidates: list[Path]) -> Path:
@@ -84,50 +75,89 @@ def read_json(path: str | Path):
         raise InputError(f"{path} is not a JSON file: {error}") from error
 
 
+def images_to_videos(content: dict) -> dict:
+    """A COCO JSON as one in the YouTube-VIS format: every image a video of one frame."""
+    videos = [{"id": image["id"], "height": image["height"], "width": image["width"], "file_names": [image["file_name"]]}
+              for image in content["images"]]
+    annotations = [{"id": annotation["id"], "video_id": annotation["image_id"], "category_id": annotation["category_id"],
+                    "iscrowd": annotation.get("iscrowd", 0), "segmentations": [annotation["segmentation"]]}
+                   for annotation in content.get("annotations") or []]
+    return {"videos": videos, "annotations": annotations, "categories": content["categories"]}
+
+
 class VideoSet:
-    """A data set in the YouTube-VIS format, checked when it is opened.
+    """A data set in the YouTube-VIS or the COCO format, checked when it is opened.
 
     categories: [(id, name), ...] in the order of their ids, which is the order of the 0-based labels.
+    skipped: with skip_bad, a sentence for every video and annotation that was left out because something is wrong with it.
     """
 
-    def __init__(self, json_path: str | Path, frames_root: str | Path):
+    def __init__(self, json_path: str | Path, frames_root: str | Path, skip_bad: bool = False,
+                 category_map: dict[int, int] | None = None, categories: list[tuple[int, str]] | None = None):
+        """category_map: from the JSON's category ids to those of `categories`, which another data set has; annotations of a
+        category that is not in it are left out, as convert_coco2ytvis.py does."""
         self.path, root = Path(json_path), first_existing("folder of frames", [Path(frames_root)])
-        self.ground_truth = content = read_json(json_path)
+        self.skip_bad, self.category_map, self.skipped = skip_bad, category_map, []
+        content = read_json(json_path)
+        try:
+            if isinstance(content, dict) and "images" in content and "videos" not in content:
+                content = images_to_videos(content)
+        except (KeyError, TypeError) as error:
+            raise InputError(f"{json_path} is not in the COCO format: {error!r} in an entry") from error
+        self.ground_truth = content
         for key in ("videos", "categories"):
             if not isinstance(content, dict) or not isinstance(content.get(key), list) or not content[key]:
                 raise InputError(f"{json_path} has no list of {key}: it is not in the YouTube-VIS format")
         try:
-            self.categories = sorted((int(category["id"]), str(category["name"])) for category in content["categories"])
+            own = sorted((int(category["id"]), str(category["name"])) for category in content["categories"])
+            self.categories = own if category_map is None else categories
             self.videos = [Video(int(video["id"]), int(video["height"]), int(video["width"]),
                                  [root / name for name in video["file_names"]], []) for video in content["videos"]]
             self.videos.sort(key=lambda video: video.id)
-            for what, ids in (("video", [video.id for video in self.videos]), ("category", [i for i, _ in self.categories])):
+            for what, ids in (("video", [video.id for video in self.videos]), ("category", [i for i, _ in own])):
                 if len(set(ids)) < len(ids):
                     raise InputError(f"{json_path} has two entries of one {what} id")
-            for video in self.videos:
-                self.check_frames(video)
-            self.add_annotations(content.get("annotations") or [])
+            whole = [video for video in self.videos if self.accept(self.check_frames, video)]
+            left_out, self.videos = {video.id for video in self.videos} - {video.id for video in whole}, whole
+            self.add_annotations(content.get("annotations") or [], left_out)
         except InputError:
             raise
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{json_path} is not in the YouTube-VIS format: {error!r} in an entry") from error
 
-    def add_annotations(self, annotations: list[dict]) -> None:
-        """Hand every annotation to its video, with its 0-based label."""
+    def accept(self, check: Callable, *arguments) -> bool:
+        """Whether the check raised no InputError; without skip_bad the error goes on."""
+        try:
+            check(*arguments)
+        except InputError as error:
+            if not self.skip_bad:
+                raise
+            self.skipped.append(str(error))
+            return False
+        return True
+
+    def add_annotations(self, annotations: list[dict], left_out: set[int]) -> None:
+        """Hand every annotation to its video, with its 0-based label; those of videos that were left out are left out too."""
         labels = {category_id: label for label, (category_id, _) in enumerate(self.categories)}
+        if self.category_map is not None:
+            labels = {source: labels[target] for source, target in self.category_map.items()}
+            annotations = [annotation for annotation in annotations if annotation["category_id"] in labels]
         videos = {video.id: video for video in self.videos}
         for annotation in annotations:
-            where = f"annotation {annotation['id']} of {self.path}"
-            if annotation["video_id"] not in videos:
-                raise InputError(f"{where} belongs to video {annotation['video_id']}, which does not exist")
-            if annotation["category_id"] not in labels:
-                raise InputError(f"{where} has category {annotation['category_id']}, which is not among the categories")
-            video = videos[annotation["video_id"]]
-            masks = annotation["segmentations"]
-            if not isinstance(masks, list) or len(masks) != len(video.files):
-                raise InputError(f"{where} has {len(masks) if isinstance(masks, list) else 'no list of'} segmentations, "
-                                 f"its video has {len(video.files)} frames")
-            video.annotations.append(annotation | {"label": labels[annotation["category_id"]]})
+            if annotation["video_id"] not in left_out and self.accept(self.check_annotation, annotation, videos, labels):
+                videos[annotation["video_id"]].annotations.append(annotation | {"label": labels[annotation["category_id"]]})
+
+    def check_annotation(self, annotation: dict, videos: dict[int, Video], labels: dict[int, int]) -> None:
+        """Its video and its category exist, and it has a segmentation or null for every frame."""
+        where = f"annotation {annotation['id']} of {self.path}"
+        if annotation["video_id"] not in videos:
+            raise InputError(f"{where} belongs to video {annotation['video_id']}, which does not exist")
+        if annotation["category_id"] not in labels:
+            raise InputError(f"{where} has category {annotation['category_id']}, which is not among the categories")
+        masks, length = annotation["segmentations"], len(videos[annotation["video_id"]].files)
+        if not isinstance(masks, list) or len(masks) != length:
+            raise InputError(f"{where} has {len(masks) if isinstance(masks, list) else 'no list of'} segmentations, "
+                             f"its video has {length} frames")
 
     def check_frames(self, video: Video) -> None:
         """At least one frame, and every file there."""
@@ -216,69 +246,6 @@ def test_frames(video: Video, short_side: int, max_long_side: int = 1333) -> Ite
 
 
 test_frames.__test__ = False  # its name is not pytest's business
-
-
-# Training clips
-
-def sample_frames(length: int, count: int, reach: int, generator: np.random.Generator) -> list[int]:
-    """`count` sorted frame numbers: one anywhere, the others within `reach` of it, with replacement (as upstream).
-
-    A video of one frame gives that frame `count` times.
-    """
-    centre = int(generator.integers(length))
-    others = [t for t in range(max(0, centre - reach), min(length, centre + reach + 1)) if t != centre] or [centre]
-    return sorted([centre, *(int(t) for t in generator.choice(others, count - 1))])
-
-
-class ClipDataset(Dataset):
-    """Training clips of a VideoSet by number; there are endlessly many, and number i is always the same one.
-
-    Epochs are permutations of the annotated videos. Crowd annotations are left out.
-    """
-
-    def __init__(self, videos: VideoSet, frames: int, reach: int, augmentation: Augmentation, seed: int = 0):
-        self.videos = [video for video in videos.videos
-                       if any(not annotation.get("iscrowd") for annotation in video.annotations)]
-        if not self.videos:
-            raise InputError(f"{videos.path} has no annotated video to train on")
-        if frames < 1 or reach < 1:
-            raise InputError(f"clips need at least one frame and a reach of one, not {frames} and {reach}")
-        self.categories = videos.categories
-        self.frames, self.reach, self.augmentation, self.seed = frames, reach, augmentation, seed
-
-    def __getitem__(self, index: int) -> Clip:
-        epoch, place = divmod(index, len(self.videos))
-        order = np.random.default_rng((self.seed, 0, epoch)).permutation(len(self.videos))
-        video, generator = self.videos[order[place]], np.random.default_rng((self.seed, 1, index))
-        chosen = sample_frames(len(video.files), self.frames, self.reach, generator)
-        frames = torch.from_numpy(np.stack([
-            np.array(read_frame(video.files[t], video.height, video.width)) for t in chosen])).permute(0, 3, 1, 2)
-        annotations = [annotation for annotation in video.annotations if not annotation.get("iscrowd")]
-        masks = torch.from_numpy(np.stack([[
-            read_mask(annotation["segmentations"][t], video.height, video.width, f"annotation {annotation['id']}, frame {t},")
-            for t in chosen] for annotation in annotations]))
-        frames, masks = self.augmentation(tv_tensors.Video(frames), tv_tensors.Mask(masks), generator)
-        masks = masks.as_subclass(Tensor)
-        numbers = torch.arange(len(annotations))[:, None].expand(-1, len(chosen))
-        ids = torch.where(masks.flatten(2).any(-1), numbers, -1)
-        labels = torch.tensor([annotation["label"] for annotation in annotations])
-        seen = (ids != -1).any(1)
-        return Clip(frames.as_subclass(Tensor), labels[seen], ids[seen], masks[seen])
-
-
-class StepSampler(Sampler):
-    """Clip numbers of one process, batch by batch: step s of W processes trains clips s * W * B and up, in rank order."""
-
-    def __init__(self, first_step: int, last_step: int, batch: int, rank: int = 0, world: int = 1):
-        self.steps, self.batch, self.rank, self.world = range(first_step, last_step), batch, rank, world
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for step in self.steps:
-            first = (step * self.world + self.rank) * self.batch
-            yield list(range(first, first + self.batch))
-
-    def __len__(self) -> int:
-        return len(self.steps)
 
 
 def exit_with_sentence(error: Exception) -> None:

@@ -20,11 +20,12 @@ from tqdm import tqdm
 from checkpoint import model_from_checkpoint, save_json
 from data import InputError, Video, VideoSet, exit_with_sentence, find_split, read_frame, read_json, test_frames
 from deform_attn import implementation
+from device import choose_amp, start_processes
 from draw import save_pictures
 from metric import check_ground_truth, evaluate_results, format_table
 from model import PRESETS, GRAttVIS, VideoResult
+from recipes import at_least
 from tracker import PROPAGATIONS
-from train import at_least, choose_amp, start_processes
 
 DRAWN_SCORE = 0.3  # instances below it are left out of the pictures
 
@@ -80,15 +81,9 @@ def main(args: argparse.Namespace) -> dict | None:
           f"{len(videos)} videos of {videos.path}, {sum(len(video.files) for video in videos.videos)} frames; output {output}")
     model.to(device)
 
-    results, frames, began = [], 0, time.perf_counter()
-    for number, video in enumerate(tqdm(videos.videos, desc="evaluate", mininterval=1)):
-        with torch.autocast(device.type, amp, enabled=amp != torch.float32):
-            found = model.segment_video(test_frames(video, args.short_side, args.max_long_side),
-                                        (video.height, video.width), args.top_k)
-        results += encode_results(video, found, videos.categories)
-        frames += len(video.files)
-        if number < args.draw:
-            draw_video(output / "overlays", video, found, videos.categories)
+    began = time.perf_counter()
+    results, frames = segment_set(model, videos, device, amp, args.short_side, args.max_long_side, args.top_k,
+                                  output / "overlays", args.draw)
     seconds = time.perf_counter() - began
     peak = f", {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB of GPU memory" if device.type == "cuda" else ""
     print(f"{frames} frames in {seconds:.1f} s, {frames / seconds:.1f} a second with reading and encoding{peak}")
@@ -99,6 +94,20 @@ def main(args: argparse.Namespace) -> dict | None:
         print(f"{videos.path} has no annotations: zip {output / 'results.json'} and submit it to the benchmark's server")
         return None
     return score(results, videos.ground_truth, output)
+
+
+def segment_set(model: GRAttVIS, videos: VideoSet, device: torch.device, amp: torch.dtype, short_side: int, max_long_side: int,
+                top_k: int, folder: Path | None = None, drawn: int = 0) -> tuple[list[dict], int]:
+    """The entries of results.json for all videos, and the number of frames; draws the first `drawn` videos into the folder."""
+    results, frames = [], 0
+    for number, video in enumerate(tqdm(videos.videos, desc="evaluate", mininterval=1)):
+        with torch.autocast(device.type, amp, enabled=amp != torch.float32):
+            found = model.segment_video(test_frames(video, short_side, max_long_side), (video.height, video.width), top_k)
+        results += encode_results(video, found, videos.categories)
+        frames += len(video.files)
+        if number < drawn:
+            draw_video(folder, video, found, videos.categories)
+    return results, frames
 
 
 def score(results: list[dict], ground_truth: dict, output: Path) -> dict:

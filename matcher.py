@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from data import Clip
+from clips import Clip
 from model import TrainingOutput
 from tracker import ClipPrediction
 

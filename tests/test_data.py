@@ -18,7 +18,8 @@ from torchvision import tv_tensors
 
 import data
 from augmentation import Augmentation
-from data import ClipDataset, InputError, StepSampler, VideoSet, find_split, read_mask, sample_frames
+from clips import ClipDataset, StepSampler, sample_frames
+from data import InputError, VideoSet, find_split, read_mask
 
 HEIGHT, WIDTH = 48, 64
 RED, GREEN = 7, 3  # category ids, neither contiguous nor in order: green becomes label 0, red label 1
@@ -147,9 +148,9 @@ def test_labels_follow_the_order_of_category_ids(tmp_path):
         ["1/0.png", "1/1.png"], ["2/0.png", "2/1.png", "2/2.png"]]
 
 
-NAMES = ["train.json", "train/instances.json", "annotations/train.json", "annotations/annotations_train.json",
-         "annotations/instances_train.json"]
-FOLDERS = ["train/JPEGImages", "train", "JPEGImages"]
+NAMES = ["train.json", "train/instances.json", "instances_train.json", "annotations_train.json", "annotations/train.json",
+         "annotations/annotations_train.json", "annotations/instances_train.json"]
+FOLDERS = ["train/JPEGImages", "JPEGImages/train", "train", "JPEGImages"]
 
 
 @pytest.mark.parametrize("name, folder", [

@@ -11,7 +11,7 @@ import torch
 import matcher
 import tracker
 from checkpoint import translate
-from data import Clip
+from clips import Clip
 from golden_set import PROPAGATION, golden_model, make_video, meta, read_json
 
 SECTIONS = [section for section in ("train", "train_genvis", "train_vita", "train_vita_coco") if section in meta()]

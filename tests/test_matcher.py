@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import matcher
-from data import Clip
+from clips import Clip
 from matcher import Criterion, Targets, assign, average_over_processes, match_cost, pad_targets, sample_at
 from model import FrameOutput, TrainingOutput, build_model
 from tracker import ClipPrediction

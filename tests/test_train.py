@@ -98,3 +98,74 @@ def test_parameter_groups():
 def test_schedule():
     factors = [learning_rate_factor(step, 4, [6, 8]) for step in range(10)]
     assert factors == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1, 0.1, 0.1, 0.01, 0.01])
+
+
+def fixed_points(rows, count, like):
+    """In the place of matcher.random_points: the same for every row, whatever is asked before."""
+    points = torch.rand(1, count, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    return points.to(like).expand(rows, count, 2)
+
+
+def test_parts_of_a_step_add_up(data_root, monkeypatch):
+    """--accumulate 2 gives the mean of both halves' gradients and losses."""
+    monkeypatch.setattr("matcher.random_points", fixed_points)
+    args = parse_arguments(["--data-root", str(data_root), "--batch", "2", "--norm", "group", "--propagation", "plain", *TINY])
+    clips = train.open_clips(args)
+    model, _ = train.make_model(args, clips.categories, None, print)
+    model.double()
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+
+    def gradients(batch, parts):
+        args.accumulate = parts
+        optimizer = torch.optim.SGD(model.parameters(), 0.0)
+        losses = train.train_step(model, train.Criterion(len(clips.categories), points=64), batch, args, torch.device("cpu"),
+                                  torch.float32, optimizer, scaler)
+        return torch.cat([parameter.grad.flatten() for parameter in model.parameters()]), losses
+
+    (first, one), (second, other), (both, mean) = (gradients(batch, parts) for batch, parts in (
+        ([clips[0]], 1), ([clips[1]], 1), ([clips[0], clips[1]], 2)))
+    torch.testing.assert_close(both, (first + second) / 2)
+    assert mean == pytest.approx({name: (one[name] + other[name]) / 2 for name in one})
+
+
+def test_evaluation_keeps_the_best(data_root, tmp_path, monkeypatch):
+    """best.pt holds the weights of the best evaluation, here the second; evaluations are lines of the log."""
+    found = iter([1.0, 3.0, 2.0])
+    monkeypatch.setattr(train, "evaluate_results", lambda results, truth: {"AP": next(found), "per_class": {}})
+    last = run(data_root, tmp_path, "--iterations", "3", "--batch", "1", "--evaluate-every", "1", "--test-short-side", "32",
+               "--save-every", "1", "--ema", "0.5")
+    best = torch.load(tmp_path / "best.pt", weights_only=True)
+    assert (best["step"], best["best"], last["best"]) == (2, 3.0, 3.0)
+    records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [record["AP"] for record in records if "AP" in record] == [1.0, 3.0, 2.0]
+    name = "tracker.class_embed.weight"
+    averaged = last["ema"][f"module.{name}"]
+    assert not torch.equal(averaged, last["model"][name]) and not torch.equal(best["model"][name], last["model"][name])
+
+
+def test_averaged_weights_resume(data_root, tmp_path):
+    whole = run(data_root, tmp_path / "whole", "--iterations", "3", "--batch", "1", "--ema", "0.9")
+    run(data_root, tmp_path / "halves", "--iterations", "1", "--batch", "1", "--ema", "0.9")
+    halves = run(data_root, tmp_path / "halves", "--iterations", "3", "--batch", "1", "--ema", "0.9",
+                 "--resume", str(tmp_path / "halves/last.pt"))
+    assert all(torch.equal(value, halves["ema"][name]) for name, value in whole["ema"].items())
+
+
+def test_a_resumed_log_has_every_step_once(tmp_path):
+    """Steps after the checkpoint, and half a line that a kill left, are taken out before they are done again."""
+    log = tmp_path / "log.jsonl"
+    log.write_text("".join(json.dumps({"step": step}) + "\n" for step in (1, 2, 3, 4)) + '{"step": 5, "lo')
+    train.trim_log(log, 2)
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [1, 2]
+
+
+def test_seed_minus_one_is_drawn_once(data_root, tmp_path):
+    run(data_root, tmp_path, "--iterations", "1", "--batch", "1", "--seed", "-1")
+    seed = json.loads((tmp_path / "args.json").read_text())["seed"]
+    assert seed >= 0
+    run(data_root, tmp_path, "--iterations", "2", "--batch", "1", "--seed", "-1", "--resume", str(tmp_path / "last.pt"))
+    assert json.loads((tmp_path / "args.json").read_text())["seed"] == seed
+
+
+def test_warmup_may_start_anywhere():
+    assert [learning_rate_factor(step, 2, [3], start=1.0, gamma=0.5) for step in range(4)] == [1, 1, 1, 0.5]

@@ -1,0 +1,36 @@
+"""Where a program runs: this process among those of torchrun, its device, and the dtype of autocast, with the reason."""
+import os
+
+import torch
+import torch.distributed as distributed
+
+from data import InputError
+
+
+def start_processes(asked: str) -> tuple[int, int, torch.device]:
+    """(rank, processes, device) of this process; joins the group when torchrun has started several."""
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    if asked == "auto":
+        asked = "cuda" if torch.cuda.is_available() else "cpu"
+    if asked.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError("--device cuda: PyTorch sees no GPU here")
+    if asked.partition(":")[0] not in ("cpu", "cuda"):
+        raise InputError(f"--device {asked}: give auto, cpu or cuda")
+    device = torch.device(asked)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
+        torch.cuda.set_device(device)
+    if world > 1:
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return rank, world, device
+
+
+def choose_amp(asked: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """The dtype of autocast (float32 = off) and why."""
+    if asked != "auto":
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[asked], "asked for"
+    if device.type != "cuda":
+        return torch.float32, "a CPU is not faster in 16 bit"
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16, "the GPU has it"
+    return torch.float16, "the GPU has no bf16"

@@ -1,0 +1,220 @@
+"""The official settings, and the data sets they name: every field, every layout on disk, one training step of each."""
+import json
+import shutil
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from PIL import Image
+from pycocotools import mask as rle
+
+import train
+from data import InputError, VideoSet
+from recipes import COCO_MAPS, RECIPES, find_named_set, official_setting, parse_arguments
+
+OFFICIAL = json.loads((Path(__file__).parent / "recipes.json").read_text())   # of the official repository's 17 configurations
+CLASSES = {"ovis": 25, "ytvis_2019": 40, "ytvis_2021": 40}
+COCO_IDS = [i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)]         # 80 of 90, as in COCO
+HEIGHT, WIDTH, FRAMES = 40, 56, 3
+SMALL = ["--preset", "toy", "--norm", "group", "--device", "cpu", "--workers", "0", "--points", "32", "--short-sides", "32", "48",
+         "--pseudo-short-sides", "32", "--lsj-size", "64", "--crop-size", "24", "36", "--pseudo-crop-size", "24", "36",
+         "--no-crop-relative", "--init", "", "--backbone-weights", "", "--iterations", "1", "--batch", "1", "--lr-steps", "--seed", "3"]
+LAYOUTS = {  # annotation file and frames folder of a split that people have on disk
+    "as upstream, YouTube-VIS": ("train.json", "train/JPEGImages"),
+    "as unpacked, 2021": ("train/instances.json", "train/JPEGImages"),
+    "as upstream, OVIS": ("annotations/train.json", "train"),
+    "as downloaded, OVIS": ("annotations/annotations_train.json", "train"),
+    "flat": ("instances_train.json", "JPEGImages"),
+}
+
+
+# ---- Settings -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_dry_run_prints_the_official_setting(name, capsys):
+    train.main(parse_arguments(["--recipe", name, "--dry-run"]))
+    printed = json.loads(capsys.readouterr().out)
+    assert printed.pop("recipe") == name and printed.pop("stage") in ("detector", "vita", "grattvis")
+    assert printed == OFFICIAL["common"] | OFFICIAL["recipes"][RECIPES[name][0]]
+
+
+def test_every_official_setting_has_one_name():
+    assert sorted(official for official, _ in RECIPES.values()) == sorted(OFFICIAL["recipes"])
+
+
+def test_flags_override_a_recipe_and_its_stage():
+    args = parse_arguments(["--recipe", "grattvis/ovis/r50", "--lr", "1e-4", "--no-freeze-detector", "--no-flip", "--frames", "3",
+                            "--propagation", "memory", "--crop-short-sides"])
+    setting = official_setting(args)
+    changed = {name for name, value in OFFICIAL["recipes"]["grattvis/ovis/grattvis_R50_bs8"].items() if setting[name] != value}
+    assert changed == {"lr", "freeze_detector", "flip", "frames", "use_mem", "gated", "crop", "meta"}
+
+
+def test_a_stage_without_a_recipe():
+    args = parse_arguments(["--stage", "vita"])
+    assert (args.propagation, args.window, args.preset) == ("clip", 6, "toy")
+    assert parse_arguments(["--stage", "genvis"]).propagation == "memory"
+
+
+# ---- Data on disk ---------------------------------------------------------------------------------------------------
+
+def draw_frame(path, generator):
+    """A noisy picture with a bright rectangle; returns the rectangle: left, top, right, bottom."""
+    picture = generator.integers(0, 90, (HEIGHT, WIDTH, 3), dtype=numpy.uint8)
+    left, top = generator.integers(2, 20, 2)
+    picture[top:top + 18, left:left + 22] += 150
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture).save(path, quality=95)
+    return left, top, left + 22, top + 18
+
+
+def filled(left, top, right, bottom):
+    mask = numpy.zeros((HEIGHT, WIDTH), numpy.uint8, order="F")
+    mask[top:bottom, left:right] = 1
+    return rle.encode(mask) | {"counts": rle.encode(mask)["counts"].decode()}
+
+
+def make_videos(root, layout, classes, videos=3):
+    """A set in the YouTube-VIS format: each video one rectangle, of category 1, 2, ..."""
+    json_name, frames_name = layout
+    generator, content = numpy.random.default_rng(0), {"videos": [], "annotations": [], "categories": [
+        {"id": i, "name": f"class {i}"} for i in range(1, classes + 1)]}
+    for video in range(1, videos + 1):
+        files = [f"video{video}/{t:05d}.jpg" for t in range(FRAMES)]
+        boxes = [draw_frame(root / frames_name / file, generator) for file in files]
+        content["videos"].append({"id": video, "height": HEIGHT, "width": WIDTH, "length": FRAMES, "file_names": files})
+        content["annotations"].append({"id": video, "video_id": video, "category_id": video, "iscrowd": 0,
+                                       "segmentations": [filled(*box) for box in boxes]})
+    (root / json_name).parent.mkdir(parents=True, exist_ok=True)
+    (root / json_name).write_text(json.dumps(content))
+    return content
+
+
+def make_coco(root):
+    """Four images with a polygon each, of COCO's categories 1 (person), 3, 8 and 90 (toothbrush, in no map)."""
+    generator, content = numpy.random.default_rng(1), {"images": [], "annotations": [], "categories": [
+        {"id": i, "name": f"coco {i}"} for i in COCO_IDS]}
+    for image, category in enumerate((1, 3, 8, 90), 1):
+        left, top, right, bottom = draw_frame(root / "train2017" / f"{image:012d}.jpg", generator)
+        content["images"].append({"id": image, "height": HEIGHT, "width": WIDTH, "file_name": f"{image:012d}.jpg"})
+        content["annotations"].append({"id": image, "image_id": image, "category_id": category, "iscrowd": 0, "segmentation": [
+            [int(x) for x in (left, top, right, top, right, bottom, left, bottom)]]})
+    (root / "annotations").mkdir()
+    (root / "annotations/instances_train2017.json").write_text(json.dumps(content))
+
+
+@pytest.fixture(scope="module")
+def data_sets(tmp_path_factory):
+    """A folder as $DETECTRON2_DATASETS is, in miniature."""
+    root = tmp_path_factory.mktemp("datasets")
+    make_videos(root / "ovis", LAYOUTS["as downloaded, OVIS"], 25)
+    make_videos(root / "ytvis_2019", LAYOUTS["as upstream, YouTube-VIS"], 40)
+    make_videos(root / "ytvis_2021", LAYOUTS["as unpacked, 2021"], 40)
+    make_coco(root / "coco")
+    return root
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_trains_a_step(name, data_sets, tmp_path, monkeypatch, capsys):
+    """From the sets on disk through its own augmentation, at a toy's size."""
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(data_sets))
+    train.main(parse_arguments(["--recipe", name, "--output", str(tmp_path), "--log-every", "1", *SMALL]))
+    record = json.loads((tmp_path / "log.jsonl").read_text())
+    frozen = "grattvis" in name
+    assert ("loss_ce" in record) != frozen and any(key.startswith("loss_genvis" if frozen else "loss_vita") for key in record)
+    config = torch.load(tmp_path / "last.pt", weights_only=True)["config"]
+    assert len(config["categories"]) == (80 if "coco" in name else 25 if "ovis" in name else 40)
+    batch = RECIPES[name][1]["batch"]
+    assert f"is for {batch} clips a step; for 1, --lr {RECIPES[name][1]["lr"] / batch:g} is usual" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", CLASSES)
+def test_every_layout_is_found(name, layout, tmp_path):
+    make_videos(tmp_path / name, LAYOUTS[layout], CLASSES[name], videos=1)
+    json_path, frames, category_map = find_named_set(tmp_path, f"{name}_train")
+    assert category_map is None and len(VideoSet(json_path, frames).videos[0].files) == FRAMES
+
+
+def test_a_set_that_is_not_there_or_not_known(tmp_path):
+    with pytest.raises(InputError, match="no data set is called ovys_train"):
+        find_named_set(tmp_path, "ovys_train")
+    with pytest.raises(InputError, match="tried .*coco/annotations/instances_train2017.json.*coco2ovis_train.json"):
+        find_named_set(tmp_path, "coco2ovis_train")
+
+
+def open_clips(root, *more):
+    return train.open_clips(parse_arguments(["--recipe", "grattvis/ovis/r50", "--data-root", str(root), *SMALL, *more]))
+
+
+def test_images_become_pseudo_videos_of_the_targets_classes(data_sets):
+    """Categories are mapped, what is in no map is left out, and the picture is the same in all frames but for its drift."""
+    pseudo, real = open_clips(data_sets, "--short-sides", "40", "--pseudo-short-sides", "40", "--crop-short-sides").sources
+    assert [video.annotations[0]["label"] + 1 for video in pseudo.videos] == [COCO_MAPS["ovis"][i] for i in (1, 3, 8)]
+    for index in range(6):
+        clip = pseudo[index]
+        assert clip.frames.shape == (5, 3, 40, 56) and clip.masks.shape == (1, 5, 40, 56) and (clip.ids == 0).all()
+        inside = clip.frames.float().mean(1)[clip.masks[0]]
+        assert inside.mean() > 150 > clip.frames.float().mean(1)[~clip.masks[0]].mean()     # masks turn with the picture
+    turned = [not torch.equal(clip.frames[0], clip.frames[-1]) for clip in (pseudo[index] for index in range(6))]
+    assert all(turned) and len(real.videos) == 3
+
+
+def test_sources_are_mixed_by_ratio(data_sets):
+    """1 : 0.25, as the recipe says; a clip's source depends on its number alone."""
+    mixed = open_clips(data_sets)
+    assert mixed.shares.tolist() == [0.8, 0.2]
+    drawn = [numpy.random.default_rng((mixed.seed, 2, index)).choice(2, p=mixed.shares) for index in range(2000)]
+    assert abs(numpy.mean(drawn) - 0.2) < 0.03
+    for index in (drawn.index(0), drawn.index(1)):
+        assert torch.equal(mixed[index].frames, mixed.sources[drawn[index]][index].frames)
+    with pytest.raises(InputError, match="one share for each of the 2 sets"):
+        open_clips(data_sets, "--train-ratio", "1")
+
+
+def test_other_classes_than_expected_are_refused(data_sets):
+    with pytest.raises(InputError, match="25 categories, not 40"):
+        open_clips(data_sets, "--num-classes", "40")
+
+
+# ---- Broken data ----------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def broken(tmp_path):
+    """Seven videos: one without a folder, one corrupt frame, one annotation too short, one of an unknown category."""
+    content = make_videos(tmp_path, ("train.json", "train/JPEGImages"), 7, videos=7)
+    shutil.rmtree(tmp_path / "train/JPEGImages/video1")
+    for frame in (tmp_path / "train/JPEGImages/video2").iterdir():
+        frame.write_bytes(frame.read_bytes()[:200])
+    content["annotations"][2]["segmentations"].pop()
+    content["annotations"][3]["category_id"] = 77
+    (tmp_path / "train.json").write_text(json.dumps(content))
+    return tmp_path, content
+
+
+def test_broken_data_is_told_by_name(broken):
+    root, content = broken
+    told = ["frame .*video1/00000.jpg of video 1 is missing", "annotation 3 .* has 2 segmentations, its video has 3 frames",
+            "annotation 4 .* has category 77, which is not among the categories"]
+    for sentence in told:
+        with pytest.raises(InputError, match=sentence):
+            VideoSet(root / "train.json", root / "train/JPEGImages")
+        for key in ("videos", "annotations"):                      # mended: the next fault is told
+            wrong = 1 if "video1" in sentence else 3 if "annotation 3" in sentence else 4
+            content[key] = [entry for entry in content[key] if entry["id"] != wrong]
+        (root / "train.json").write_text(json.dumps(content))
+    clips = train.open_clips(parse_arguments(["--data-root", str(root), *SMALL]))
+    with pytest.raises(InputError, match="video2/.* cannot be read"):
+        [clips[index] for index in range(8)]
+
+
+def test_skip_bad_goes_on_and_counts(broken, tmp_path_factory, capsys):
+    root, _ = broken
+    output = tmp_path_factory.mktemp("run")
+    train.main(parse_arguments(["--data-root", str(root), "--output", str(output), "--skip-bad", *SMALL, "--iterations", "4",
+                                "--log-every", "4"]))
+    counted = json.loads((output / "log.jsonl").read_text().splitlines()[-1])["skipped"]
+    printed = capsys.readouterr().out
+    assert printed.count("skipped: ") == counted >= 3 + 1          # three when opened; 4 clips of 4 videos, each seen once
+    assert "video2/" in printed and f"left out {counted} bad" in printed
