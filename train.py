@@ -125,7 +125,7 @@ def main(args: argparse.Namespace) -> None:
             if rank == 0:
                 metrics = evaluate(averaged.module if averaged else model, held_out, args, device, amp)
                 log_line(output, {"step": done} | metrics)
-                bar.write(f"iteration {done}: AP {metrics['AP']:.1f}" + (", the best so far" if metrics["AP"] > best else ""))
+                bar.write(f"iteration {done}: AP {100 * metrics['AP']:.1f}" + (", the best so far" if metrics["AP"] > best else ""))
                 if metrics["AP"] > best:
                     best = metrics["AP"]
                     save_checkpoint(output / "best.pt", {"model": (averaged.module if averaged else model).state_dict(),
@@ -241,7 +241,7 @@ def open_clips(args: argparse.Namespace) -> ClipDataset | MixedClips:
             args.rotation if pseudo else 0.0, args.lsj_size if args.lsj else 0)
         return ClipDataset(videos, args.frames, args.reach, augmentation, args.seed, args.skip_bad)
 
-    if not args.train_sets:
+    if args.train_json or not args.train_sets:
         target = VideoSet(*((args.train_json, args.train_images) if args.train_json else find_split(args.data_root, "train")),
                           skip_bad=args.skip_bad)
         sources = []
