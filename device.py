@@ -1,5 +1,6 @@
 """Where a program runs: this process among those of torchrun, its device, and the dtype of autocast, with the reason."""
 import os
+from datetime import timedelta
 
 import torch
 import torch.distributed as distributed
@@ -21,7 +22,8 @@ def start_processes(asked: str) -> tuple[int, int, torch.device]:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
         torch.cuda.set_device(device)
     if world > 1:
-        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # long enough for one process to evaluate while the others wait
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=3))
     return rank, world, device
 
 

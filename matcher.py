@@ -249,12 +249,17 @@ class Criterion:
     # Single losses
 
     def class_loss(self, logits: Tensor, index: tuple[Tensor, Tensor], labels: Tensor) -> Tensor:
-        """Cross-entropy of logits (N, Q, K + 1): `labels` at index (row, query), "no object" (which counts less) elsewhere."""
+        """Cross-entropy of logits (N, Q, K + 1): `labels` at index (row, query), "no object" (which counts less) elsewhere.
+
+        A weighted mean over the queries of all processes: upstream's is over each process's own.
+        """
         classes = torch.full(logits.shape[:2], self.num_classes)
         classes[index] = labels
         weight = logits.new_ones(self.num_classes + 1)
         weight[-1] = self.no_object_weight
-        return F.cross_entropy(logits.transpose(1, 2), classes.to(logits.device), weight)
+        classes = classes.to(logits.device)
+        total = F.cross_entropy(logits.transpose(1, 2), classes, weight, reduction="sum")
+        return total / mean_over_processes(weight[classes].sum())
 
     def mask_losses(self, logits: Tensor, targets: Tensor, count: Tensor) -> dict[str, Tensor]:
         """Point BCE and dice of mask logits (I, T, h, w) against bool (I, T, H, W), each summed and divided by count.
@@ -306,7 +311,7 @@ class Criterion:
         pairs = (streams[:, None] == streams).to(embeds.dtype)
         same = (ids[:, None] == ids).to(embeds.dtype)
         loss = F.binary_cross_entropy_with_logits(embeds @ embeds.T, same, reduction="none")
-        return (loss * pairs).sum() / (pairs.sum() + 1e-6)
+        return (loss * pairs).sum() / mean_over_processes(pairs.sum() + 1e-6)
 
     def gate_loss(self, prediction: ClipPrediction, layer: int, index: tuple[Tensor, Tensor]) -> Tensor:
         """BCE of the gates (S, Q): open (1) for queries of visible instances, at index (stream, query), closed (0) elsewhere.
@@ -332,10 +337,15 @@ def full_precision(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def mean_over_processes(total: Tensor) -> Tensor:
+    """The mean of a sum over all processes, without gradient: what is divided by it and averaged is one quotient of all sums."""
+    total = total.detach()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(total)
+        total = total / torch.distributed.get_world_size()
+    return total
+
+
 def average_over_processes(count: Tensor | int, like: Tensor) -> Tensor:
     """The mean of a count over all processes, at least 1, as a float tensor beside `like`."""
-    count = torch.as_tensor(count, dtype=torch.float32, device=like.device)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(count)
-        count = count / torch.distributed.get_world_size()
-    return count.clamp(min=1)
+    return mean_over_processes(torch.as_tensor(count, dtype=torch.float32, device=like.device)).clamp(min=1)

@@ -94,6 +94,15 @@ def test_class_counts():
     assert torch.equal(target.tracker.class_embed.weight, before["tracker.class_embed.weight"])
 
 
+@pytest.mark.parametrize("propagation, new", [
+    ("gated", {"gate_proj"}), ("memory", {"memory_key", "memory_value", "query_key", "query_value"}), ("plain", set())])
+def test_a_stage_starts_from_vita(propagation, new):
+    """Only what VITA has not is missing: the gate, or the memory."""
+    vita = build_model("toy", 3, "clip")
+    report = load_weights(build_model("toy", 3, propagation), vita.state_dict())
+    assert {name.split(".")[1] for name in report.missing} == new and not report.unexpected
+
+
 def test_other_shapes_are_refused_by_name():
     state = tiny_model().state_dict()
     state["tracker.query_feat.weight"] = torch.zeros(4, 32)
