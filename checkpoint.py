@@ -272,7 +272,10 @@ def save_checkpoint(path: str | Path, contents: dict) -> None:
     """Write `contents` (tensors, numbers, strings, containers) under a temporary name, then rename: never half a file."""
     path = Path(path)
     temporary = path.with_name(path.name + ".part")
-    torch.save(contents, temporary)
+    with open(temporary, "wb") as file:
+        torch.save(contents, file)
+        file.flush()
+        os.fsync(file.fileno())                                    # or a power cut could keep the name and lose the bytes
     os.replace(temporary, path)
 
 

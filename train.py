@@ -328,8 +328,8 @@ def check_resumed(args: argparse.Namespace, resumed: dict) -> None:
     """A resumed run must be the run that was interrupted: InputError naming what differs."""
     if not {"step", "optimizer", "config"} <= resumed.keys() or "args" not in (resumed["config"] or {}):
         raise InputError(f"{args.resume} is no checkpoint of a training run: start from it with --init")
-    before = resumed["config"]["args"]
-    changed = [name for name, value in vars(args).items() if name not in MAY_CHANGE and before.get(name, value) != value]
+    before = vars(parse_arguments([])) | resumed["config"]["args"]     # what an older version did not know was at its default
+    changed = [name for name, value in vars(args).items() if name not in MAY_CHANGE and before[name] != value]
     if changed:
         raise InputError(f"{args.resume} was trained with " + ", ".join(
             f"--{name.replace('_', '-')} {before[name]} (now {getattr(args, name)})" for name in changed))
