@@ -125,8 +125,8 @@ def test_every_recipe_trains_a_step(name, data_sets, tmp_path, monkeypatch, caps
     assert ("loss_ce" in record) != frozen and any(key.startswith("loss_genvis" if frozen else "loss_vita") for key in record)
     config = torch.load(tmp_path / "last.pt", weights_only=True)["config"]
     assert len(config["categories"]) == (80 if "coco" in name else 25 if "ovis" in name else 40)
-    batch = RECIPES[name][1]["batch"]
-    assert f"is for {batch} clips a step; for 1, --lr {RECIPES[name][1]["lr"] / batch:g} is usual" in capsys.readouterr().out
+    batch, rate = RECIPES[name][1]["batch"], RECIPES[name][1]["lr"]
+    assert f"is for {batch} clips a step; for 1, --lr {rate / batch:g} is usual" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
