@@ -1,6 +1,6 @@
 """What must survive accidents: a run that is killed at any moment, a checkpoint half written, a step shared by processes.
 
-KILLS=10 python -m pytest -s tests/test_interruptions.py kills the training ten times instead of three.
+KILLS=10 python -m pytest -s tests/test_interruptions.py kills the training ten times instead of twice.
 """
 import json
 import os
@@ -21,7 +21,7 @@ from checkpoint import save_checkpoint
 from synthetic import make_dataset
 
 REPOSITORY = Path(__file__).parent.parent
-KILLS = int(os.environ.get("KILLS", 3))
+KILLS = int(os.environ.get("KILLS", 2))
 ENVIRONMENT = {"OMP_NUM_THREADS": "1"} | os.environ | {"PYTHONPATH": str(REPOSITORY)}  # one thread: the cores may be busy
 ITERATIONS = 3 * KILLS + 1  # of the run that is killed: a kill costs it about two
 TINY = ["--device", "cpu", "--frames", "2", "--points", "64", "--short-sides", "64", "--workers", "0", "--lr-steps", "3",
