@@ -207,7 +207,7 @@ def choose_seed(args: argparse.Namespace, resumed: dict | None, world: int) -> N
     if args.seed >= 0:
         return
     if resumed:
-        args.seed = resumed["config"]["args"]["seed"]
+        args.seed = ((resumed.get("config") or {}).get("args") or {}).get("seed", -1)
         return
     drawn = [random.SystemRandom().randrange(2 ** 31)]
     if world > 1:
