@@ -200,6 +200,8 @@ def run_lengths(counts: str | bytes) -> list[int]:
                 value -= 1 << shift
             runs.append(value + (runs[-2] if len(runs) > 2 else 0))
             value = shift = 0
+    if shift:
+        raise ValueError("its last run has no end")
     return runs
 
 

@@ -120,6 +120,7 @@ def test_nothing_gives_an_empty_mask(segmentation):
     pytest.param({"counts": [HEIGHT * WIDTH]}),
     pytest.param({"size": [HEIGHT], "counts": [9]}),
     pytest.param({"size": [HEIGHT, WIDTH], "counts": [-1]}),
+    pytest.param({"size": [HEIGHT, WIDTH], "counts": COMPRESSED["counts"] + b"P"}),      # whole, then a number without an end
 ], ids=str)
 def test_an_unreadable_mask_names_its_annotation(segmentation):
     with pytest.raises(InputError, match="^annotation 5, frame 2, "):
