@@ -122,6 +122,7 @@ def main(args: argparse.Namespace) -> None:
             bar.set_postfix(loss=f"{total:.2f}", data=f"{waited / seconds:.0%}", refresh=False)
             waited = 0.0
         if held_out and done % args.evaluate_every == 0:
+            paused = time.perf_counter()
             if rank == 0:
                 metrics = evaluate(averaged.module if averaged else model, held_out, args, device, amp)
                 log_line(output, {"step": done} | metrics)
@@ -132,6 +133,7 @@ def main(args: argparse.Namespace) -> None:
                                                          "step": done, "best": best, "config": config})
             if world > 1:
                 distributed.barrier()
+            began += time.perf_counter() - paused                  # the log tells the speed of training
         if rank == 0 and done % args.save_every == 0:
             save(last, done)
         mark = time.perf_counter()
@@ -195,7 +197,10 @@ def log_line(output: Path, record: dict) -> None:
 def trim_log(path: Path, step: int) -> None:
     """Leave out what a run that died wrote after its last checkpoint, half a line perhaps: those steps are done again."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    try:
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} holds a line that training did not write: {error!r}") from error
     if len(kept) < len(lines):
         partial = path.with_suffix(".partial")
         partial.write_text("".join(kept))

@@ -7,6 +7,7 @@ from torch import nn
 
 import train
 from backbone import SwinBackbone
+from data import InputError
 from synthetic import make_dataset
 from train import learning_rate_factor, parameter_groups, parse_arguments
 
@@ -138,6 +139,10 @@ def test_a_resumed_log_has_every_step_once(tmp_path):
     log.write_text("".join(json.dumps({"step": step}) + "\n" for step in (1, 2, 3, 4)) + '{"step": 5, "lo')
     train.trim_log(log, 2)
     assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [1, 2]
+    log.write_text("a note of mine\n")
+    with pytest.raises(InputError, match="log.jsonl holds a line that training did not write"):
+        train.trim_log(log, 2)
+    assert log.read_text() == "a note of mine\n"
 
 
 def test_seed_minus_one_is_drawn_once(data_root, tmp_path):
