@@ -24,6 +24,7 @@ from pycocotools import mask as rle
 from torch import Tensor
 
 from augmentation import short_side_size
+from run_length import find_fault
 
 
 class InputError(ValueError):
@@ -189,27 +190,10 @@ def read_frame(path: Path, height: int, width: int) -> Image.Image:
     return picture
 
 
-def run_lengths(counts: str | bytes) -> list[int]:
-    """The runs of a compressed RLE: five bits a character, each run from the third on less the one before the last."""
-    runs, value, shift = [], 0, 0
-    for byte in counts.encode() if isinstance(counts, str) else counts:
-        value |= (byte - 48 & 31) << shift
-        shift += 5
-        if not byte - 48 & 32:
-            if byte - 48 & 16:
-                value -= 1 << shift
-            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-            value = shift = 0
-    if shift:
-        raise ValueError("its last run has no end")
-    return runs
-
-
-def to_rle(segmentation: dict | list | None, height: int, width: int, where: str) -> dict | None:
+def to_rle(segmentation: dict | list | None, height: int, width: int, where: str, checked: bool = False) -> dict | None:
     """Compressed RLE of one frame's segmentation: polygons, uncompressed or compressed RLE; None for null and no polygon.
 
-    `where` names it in the InputError that a damaged one gets. Runs that do not fill the frame are one: pycocotools would
-    read on past them, into memory that is not theirs or for ever.
+    `where` names it in the InputError that a damaged one gets; `checked`: a compressed one is known to be right.
     """
     try:
         if isinstance(segmentation, list):
@@ -222,10 +206,13 @@ def to_rle(segmentation: dict | list | None, height: int, width: int, where: str
         if list(segmentation["size"]) != [height, width]:
             raise ValueError(f"its size is {segmentation['size']}, its video's [height, width] {[height, width]}")
         counts = segmentation["counts"]
-        runs = counts if isinstance(counts, list) else run_lengths(counts)
-        if min(runs, default=0) < 0 or sum(runs) != height * width:
+        if not isinstance(counts, list):
+            if fault := None if checked else find_fault([counts], [height * width]):
+                raise ValueError(fault[1])
+            return segmentation
+        if min(counts, default=0) < 0 or sum(counts) != height * width:
             raise ValueError("its runs do not fill the frame")
-        return rle.frPyObjects(segmentation, height, width) if isinstance(counts, list) else segmentation
+        return rle.frPyObjects(segmentation, height, width)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         reason = error if isinstance(error, ValueError) else repr(error)
         raise InputError(f"{where} has a segmentation that cannot be read: {reason}") from error
@@ -239,12 +226,16 @@ def read_mask(segmentation: dict | list | None, height: int, width: int, where: 
 
 # Frames at test size
 
-def test_frames(video: Video, short_side: int, max_long_side: int = 1333) -> Iterator[Tensor]:
-    """The frames of a video at test size, uint8 (3, H, W), one by one; bilinear by Pillow, as detectron2 does."""
-    height, width = short_side_size(video.height, video.width, short_side, max_long_side)
-    for file in video.files:
-        picture = read_frame(file, video.height, video.width).resize((width, height), Image.Resampling.BILINEAR)
-        yield torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+def test_frames(video: Video, short_side: int, max_long_side: int = 1333, part: slice = slice(None)) -> Iterator[Tensor]:
+    """The frames of a video at test size, uint8 (3, H, W), one by one, or of a part of it."""
+    for file in video.files[part]:
+        yield at_test_size(read_frame(file, video.height, video.width), short_side, max_long_side)
+
+
+def at_test_size(picture: Image.Image, short_side: int, max_long_side: int = 1333) -> Tensor:
+    """An RGB picture -> uint8 (3, H, W) of so many pixels; bilinear by Pillow, as detectron2 does."""
+    height, width = short_side_size(picture.height, picture.width, short_side, max_long_side)
+    return torch.from_numpy(np.array(picture.resize((width, height), Image.Resampling.BILINEAR))).permute(2, 0, 1)
 
 
 test_frames.__test__ = False  # its name is not pytest's business

@@ -3,17 +3,21 @@
 A colour belongs to a track and stays with it over the video; the fill lets half of the frame through, the outline is solid.
 """
 import math
+from collections.abc import Iterable, Iterator
 from colorsys import hsv_to_rgb
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from pycocotools import mask as rle
 from scipy.ndimage import binary_erosion
-from torch import Tensor
+
+from model import EncodedVideo
 
 GOLDEN_RATIO = 0.618034  # steps of it never come back to a hue, and neighbours are far apart
 SMALLEST_HEIGHT = 240  # pixels; smaller frames are enlarged by a whole factor, so that labels can be read
 SHEET_FRAMES = 6
+ANIMATED_FRAMES = 240  # are held in memory until the animation is written
 FRAME_MILLISECONDS = 125
 
 
@@ -45,19 +49,45 @@ def overlay(frame: np.ndarray, masks: np.ndarray, track_ids: list[int], captions
     return picture
 
 
-def save_pictures(folder: Path, name: str, frames: list[np.ndarray], masks: Tensor, track_ids: list[int],
-                  captions: list[str]) -> None:
-    """Write folder/name.webp (all frames) and folder/name.png (a sheet of some), and make the folder if it is not there.
+def best_labels(found: EncodedVideo, least: float) -> list[int]:
+    """Which instances are shown: those that score at least so much, of each track under its best label only; best first."""
+    first = {}
+    for index, (track, score) in enumerate(zip(found.track_ids.tolist(), found.scores.tolist())):
+        if score >= least:
+            first.setdefault(track, index)
+    return list(first.values())
 
-    frames: T of uint8 (H, W, 3); masks bool (I, T, H, W), best first; a track id and a caption for each instance.
+
+def overlays(frames: Iterable[np.ndarray], found: EncodedVideo, names: list[str], least: float) -> Iterator[Image.Image]:
+    """Every frame, uint8 (H, W, 3), with the masks of the instances that score at least so much; names: of the classes."""
+    chosen = best_labels(found, least)
+    tracks = found.track_ids[chosen].tolist()
+    captions = [f"{names[found.labels[index]]} {found.scores[index]:.2f}" for index in chosen]
+    for t, frame in enumerate(frames):
+        codes = [found.segmentations[index][t] for index in chosen]
+        masks = rle.decode(codes).transpose(2, 0, 1).astype(bool) if codes else np.zeros((0, *frame.shape[:2]), bool)
+        yield overlay(frame, masks, tracks, captions)
+
+
+def save_pictures(folder: Path, name: str, pictures: Iterable[Image.Image], count: int,
+                  milliseconds: float = FRAME_MILLISECONDS) -> None:
+    """Write folder/name.webp and folder/name.png (a sheet of some), of `count` pictures; makes the folder if it is not there.
+
+    Of a video of more than ANIMATED_FRAMES, every second frame is in the animation, or every third, and so on.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    pictures = [overlay(frame, masks[:, t].numpy(), track_ids, captions) for t, frame in enumerate(frames)]
-    pictures[0].save(folder / f"{name}.webp", save_all=True, append_images=pictures[1:], duration=FRAME_MILLISECONDS, loop=0)
-    shown = np.unique(np.linspace(0, len(frames) - 1, SHEET_FRAMES).round().astype(int))
-    width, height = pictures[0].size
-    columns = min(3, len(shown))
-    sheet = Image.new("RGB", (columns * width, -(-len(shown) // columns) * height))
-    for place, t in enumerate(shown):
-        sheet.paste(pictures[t], (place % columns * width, place // columns * height))
+    shown = {int(t) for t in np.linspace(0, count - 1, SHEET_FRAMES).round()}
+    step = -(-count // ANIMATED_FRAMES)
+    animated, on_sheet = [], []
+    for t, picture in enumerate(pictures):
+        if t % step == 0:
+            animated.append(picture)
+        if t in shown:
+            on_sheet.append(picture)
+    animated[0].save(folder / f"{name}.webp", save_all=True, append_images=animated[1:], duration=round(step * milliseconds), loop=0)
+    width, height = on_sheet[0].size
+    columns = min(3, len(on_sheet))
+    sheet = Image.new("RGB", (columns * width, -(-len(on_sheet) // columns) * height))
+    for place, picture in enumerate(on_sheet):
+        sheet.paste(picture, (place % columns * width, place // columns * height))
     sheet.save(folder / f"{name}.png")

@@ -2,32 +2,43 @@
 
     python evaluate.py                                                    # runs/toy/last.pt on the held-out synthetic videos
     python evaluate.py --weights grattvis_r50_ovis.pth --preset r50 --data-root ovis --short-side 360 --top-k 20
+    torchrun --nproc-per-node 8 evaluate.py ...                           # the videos shared out to 8 GPUs
     python evaluate.py --results results.json --annotations gt.json --output scores
+    python evaluate.py --results results.json --annotations gt_short.json gt_long.json       # YouTube-VIS 2022: both, and the mean
 
-Writes into --output: results.json (the file that the YouTube-VIS and OVIS servers take, zipped), metrics.json where the
-annotations are at hand, and overlays/ for the first --draw videos. Upstream: vita/data/ytvis_eval.py; the metric is metric.py.
+Writes into --output: results.json, results.json.zip (what the benchmark's server takes), metrics.json where the annotations
+are at hand, overlays/ and plots/ for the first --draw and --plot videos. Killed, the same command goes on with the videos that are
+left. Upstream: vita/data/ytvis_eval.py. The metric is metric.py, the way from frames to results inference.py.
 """
 import argparse
+import os
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
-from pycocotools import mask as rle
-from torch import Tensor
-from tqdm import tqdm
+import torch.distributed as distributed
 
 from checkpoint import model_from_checkpoint, save_json
-from data import InputError, Video, VideoSet, exit_with_sentence, find_split, read_frame, read_json, test_frames
+from data import InputError, Video, VideoSet, exit_with_sentence, find_split, read_frame, read_json
 from deform_attn import implementation
 from device import choose_amp, start_processes
-from draw import save_pictures
-from metric import check_ground_truth, evaluate_results, format_table
-from model import PRESETS, GRAttVIS, VideoResult
+from draw import overlays, save_pictures
+from inference import Unfinished, segment_videos, share, to_entries
+from metric import accumulate, check_ground_truth, check_results, evaluate_results, format_table, mean_metrics
+from model import PRESETS, EncodedVideo, GRAttVIS
+from plots import plot_classes, plot_precision, plot_timeline, require_matplotlib
 from recipes import at_least
 from tracker import PROPAGATIONS
 
 DRAWN_SCORE = 0.3  # instances below it are left out of the pictures
+SERVERS = {        # a class that no other set has, in small letters: the benchmark, and where its results are submitted
+    "vehical": "OVIS: https://codalab.lisn.upsaclay.fr/competitions/4763",
+    "ape": "YouTube-VIS 2019: https://codalab.lisn.upsaclay.fr/competitions/6064",
+    "flying_disc": "YouTube-VIS 2021: https://codalab.lisn.upsaclay.fr/competitions/7680, "
+                   "2022: https://codalab.lisn.upsaclay.fr/competitions/3410",
+}
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -50,20 +61,28 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     result.add_argument("--top-k", type=at_least(1), default=10, help="instances a video (official: 10, OVIS 20)")
     result.add_argument("--output", help="folder to write (default: evaluation/ beside the weights)")
     result.add_argument("--draw", type=at_least(0), default=0, metavar="N", help="draw overlays of the first N videos")
+    result.add_argument("--plot", type=at_least(0), metavar="N", help="plot precision over recall, AP by class, and the tracks and gates "
+                        "of the first N videos over time (needs matplotlib)")
     result.add_argument("--results", help="score this file instead of running a model")
-    result.add_argument("--annotations", help="with --results: the ground truth")
+    result.add_argument("--annotations", nargs="+", metavar="JSON", help="the ground truth, or several parts of it: each is scored, "
+                        "and the mean of all (default: the data set's own, or gt_short.json and gt_long.json beside it)")
     run = parser.add_argument_group("run")
     run.add_argument("--device", default="auto", help="auto, cpu, cuda")
     run.add_argument("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"), help="see train.py; off = float32")
+    run.add_argument("--chunk", type=at_least(1), default=8, help="frames that the detector takes at once on a GPU")
+    run.add_argument("--workers", type=at_least(0), default=min(16, os.cpu_count() or 1),
+                     help="processes that read frames ahead, for each GPU; 0 = none")
     return parser.parse_args(arguments)
 
 
 def main(args: argparse.Namespace) -> dict | None:
     """Evaluate or score as asked; returns the metrics, None where there is no ground truth."""
-    if args.results or args.annotations:
-        if not (args.results and args.annotations and args.output):
-            raise InputError("scoring a file needs --results, --annotations and --output")
-        return score(read_json(args.results), read_json(args.annotations), Path(args.output))
+    if args.plot is not None:
+        require_matplotlib()
+    if args.results:
+        if not args.annotations:
+            raise InputError("scoring a file needs --results and --annotations")
+        return finish(Path(args.results), args.annotations, Path(args.output or Path(args.results).parent), args.plot is not None)
 
     if bool(args.json) != bool(args.images):
         raise InputError("--json and --images go together")
@@ -73,50 +92,105 @@ def main(args: argparse.Namespace) -> dict | None:
     options = {"gate_mask": args.gate_mask} if args.gate_mask else {}
     model, config = model_from_checkpoint(args.weights, args.preset, args.propagation, **options)
     check_categories(model, config, videos, args.weights)
-    _, _, device = start_processes(args.device)
+    rank, world, device = start_processes(args.device)
     amp, reason = choose_amp(args.amp, device)
     output = Path(args.output) if args.output else Path(args.weights).parent / "evaluation"
-    print(f"{args.weights}: {model.propagation} propagation, {model.num_classes} classes; {device.type}, "
-          f"{str(amp).removeprefix('torch.')} ({reason}); deformable attention: {implementation(device)}\n"
-          f"{len(videos)} videos of {videos.path}, {sum(len(video.files) for video in videos.videos)} frames; output {output}")
+    unfinished, remaining = open_unfinished(output, args, str(amp), videos, rank, world)
+    if rank == 0:
+        print(f"{args.weights}: {model.propagation} propagation, {model.num_classes} classes; {device.type} x {world}, "
+              f"{str(amp).removeprefix('torch.')} ({reason}); deformable attention: {implementation(device)}\n"
+              f"{len(videos)} videos of {videos.path}, {sum(len(video.files) for video in videos.videos)} frames"
+              f"{f', {len(videos) - len(remaining)} of them done before' if len(remaining) < len(videos) else ''}; output {output}")
+
+    began, own = time.perf_counter(), share(remaining, rank, world)
     model.to(device)
-
-    began = time.perf_counter()
-    results, frames = segment_set(model, videos, device, amp, args.short_side, args.max_long_side, args.top_k,
-                                  output / "overlays", args.draw)
-    seconds = time.perf_counter() - began
-    peak = f", {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB of GPU memory" if device.type == "cuda" else ""
+    for video, found in segment_videos(model, own, device, amp, args.short_side, args.max_long_side, args.top_k, args.chunk,
+                                       args.workers):
+        number = videos.videos.index(video)
+        if number < args.draw:
+            draw_video(output / "overlays", video, found, videos.categories)
+        if args.plot is not None and number < args.plot:
+            plot_timeline(output / "plots" / f"{video.id:05d}.png", found, [name for _, name in videos.categories], DRAWN_SCORE)
+        unfinished.save(video, to_entries(video, found, videos.categories))
+    frames, seconds = sum(len(video.files) for video in own), time.perf_counter() - began
+    peak = f", {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB of GPU memory" if device.type == "cuda" else ""
     print(f"{frames} frames in {seconds:.1f} s, {frames / seconds:.1f} a second with reading and encoding{peak}")
-
-    output.mkdir(parents=True, exist_ok=True)
-    save_json(output / "results.json", results, indent=None)
-    if not videos.ground_truth.get("annotations"):
-        print(f"{videos.path} has no annotations: zip {output / 'results.json'} and submit it to the benchmark's server")
+    if world > 1:
+        distributed.barrier()
+        distributed.destroy_process_group()
+    if rank:
         return None
-    return score(results, videos.ground_truth, output)
+    unfinished.join(videos.videos, output / "results.json")
+    return finish(output / "results.json", args.annotations or annotations_of(videos), output, args.plot is not None)
 
 
-def segment_set(model: GRAttVIS, videos: VideoSet, device: torch.device, amp: torch.dtype, short_side: int, max_long_side: int,
-                top_k: int, folder: Path | None = None, drawn: int = 0) -> tuple[list[dict], int]:
-    """The entries of results.json for all videos, and the number of frames; draws the first `drawn` videos into the folder."""
-    results, frames = [], 0
-    for number, video in enumerate(tqdm(videos.videos, desc="evaluate", mininterval=1)):
-        with torch.autocast(device.type, amp, enabled=amp != torch.float32):
-            found = model.segment_video(test_frames(video, short_side, max_long_side), (video.height, video.width), top_k)
-        results += encode_results(video, found, videos.categories)
-        frames += len(video.files)
-        if number < drawn:
-            draw_video(folder, video, found, videos.categories)
-    return results, frames
+def open_unfinished(output: Path, args: argparse.Namespace, amp: str, videos: VideoSet, rank: int,
+                    world: int) -> tuple[Unfinished, list[Video]]:
+    """The results so far of this very setting, and the videos that are left: the same for all processes."""
+    weights = os.stat(args.weights)
+    setting = {name: getattr(args, name) for name in ("weights", "preset", "propagation", "gate_mask", "data_root", "split", "json",
+                                                      "images", "short_side", "max_long_side", "top_k")}
+    setting |= {"amp": amp, "weights_bytes": weights.st_size, "weights_changed": weights.st_mtime_ns}
+    if world > 1 and rank:
+        distributed.barrier()                    # until the first process has made the folder
+    unfinished = Unfinished(output / "unfinished", setting)
+    if world > 1 and not rank:
+        distributed.barrier()
+    remaining = unfinished.remaining(videos.videos)
+    if world > 1:
+        distributed.barrier()                    # before any process adds a video
+    return unfinished, remaining
 
 
-def score(results: list[dict], ground_truth: dict, output: Path) -> dict:
-    """Print the table and write output/metrics.json."""
-    metrics = evaluate_results(results, ground_truth)
-    print(format_table(metrics))
+def annotations_of(videos: VideoSet) -> list[Path]:
+    """The ground truth of a data set: its own file, or the short and the long videos of YouTube-VIS 2022 where they are apart."""
+    parts = [videos.path.with_name(name) for name in ("gt_short.json", "gt_long.json")]
+    return parts if not videos.ground_truth.get("annotations") and all(map(Path.exists, parts)) else [videos.path]
+
+
+def finish(results_path: Path, annotations: list[str | Path], output: Path, plot: bool) -> dict | None:
+    """Check a results file, zip it for the server, and score it if the annotations are at hand: prints the tables and writes
+    metrics.json. Several annotation files are parts of one set: each is scored, and the mean is what metrics.json starts with."""
+    results, parts = read_json(results_path), {Path(path).stem: read_json(path) for path in annotations}
+    for path, part in zip(annotations, parts.values()):
+        if not isinstance(part, dict) or not isinstance(part.get("videos"), list):
+            raise InputError(f"{path} has no list of videos: it is not in the YouTube-VIS format")
+    whole = next(iter(parts.values())) | {
+        "videos": [video for part in parts.values() for video in part["videos"]],
+        "annotations": [annotation for part in parts.values() for annotation in part.get("annotations") or []]}
+    check_results(results, whole)
     output.mkdir(parents=True, exist_ok=True)
+    zip_results(results_path, output / "results.json.zip")
+    if not whole["annotations"]:
+        names = {str(category["name"]).lower() for category in whole["categories"]}
+        server = next((server for name, server in SERVERS.items() if name in names), "the benchmark's server")
+        print(f"{annotations[0]} has no annotations: submit {output / 'results.json.zip'} to {server}")
+        return None
+    metrics = {}
+    for name, part in parts.items():
+        inside = {video["id"] for video in part["videos"]}
+        own = [entry for entry in results if entry["video_id"] in inside]
+        metrics[name] = evaluate_results(own, part)
+        print(f"{name}, {len(inside)} videos" if len(parts) > 1 else "", format_table(metrics[name]), sep="\n" if len(parts) > 1 else "")
+        if plot:
+            (output / "plots").mkdir(exist_ok=True)
+            plot_precision(output / "plots" / f"precision_{name}.png", accumulate(own, part)[0])
+            plot_classes(output / "plots" / f"classes_{name}.png", metrics[name]["per_class"])
+    if len(parts) > 1:
+        metrics = mean_metrics(list(metrics.values())) | {"parts": metrics}
+        print("mean", format_table(metrics), sep="\n")
+    else:
+        metrics, = metrics.values()
     save_json(output / "metrics.json", metrics)
     return metrics
+
+
+def zip_results(path: Path, target: Path) -> None:
+    """The file as results.json in an archive, which is written whole or not at all."""
+    temporary = target.with_name(target.name + ".part")
+    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.write(path, "results.json")
+    os.replace(temporary, target)
 
 
 def check_categories(model: GRAttVIS, config: dict, videos: VideoSet, weights: str) -> None:
@@ -128,30 +202,11 @@ def check_categories(model: GRAttVIS, config: dict, videos: VideoSet, weights: s
         raise InputError(f"{weights} was trained on other classes than {videos.path} has: {', '.join(trained)}")
 
 
-def encode_masks(masks: Tensor) -> list[dict]:
-    """bool (I, H, W) -> I compressed RLEs with text counts."""
-    columns = np.asfortranarray(masks.permute(1, 2, 0).cpu().numpy().astype(np.uint8))
-    return [encoded | {"counts": encoded["counts"].decode()} for encoded in rle.encode(columns)]
-
-
-def encode_results(video: Video, found: VideoResult, categories: list[tuple[int, str]]) -> list[dict]:
-    """The entries of results.json for one video: one an instance, with a mask for every frame."""
-    frames = [encode_masks(found.masks[:, t]) for t in range(found.masks.shape[1])]
-    return [{"video_id": video.id, "score": score, "category_id": categories[label][0],
-             "segmentations": [frame[instance] for frame in frames]}
-            for instance, (score, label) in enumerate(zip(found.scores.tolist(), found.labels.tolist()))]
-
-
-def draw_video(folder: Path, video: Video, found: VideoResult, categories: list[tuple[int, str]]) -> None:
-    """Overlays of the instances that score at least DRAWN_SCORE, of each query under its best label only."""
-    tracks, first = found.track_ids.tolist(), {}
-    for index, track in enumerate(tracks):
-        if found.scores[index] >= DRAWN_SCORE:
-            first.setdefault(track, index)
-    chosen = list(first.values())
-    captions = [f"{categories[found.labels[index]][1]} {found.scores[index]:.2f}" for index in chosen]
-    frames = [np.array(read_frame(file, video.height, video.width)) for file in video.files]
-    save_pictures(folder, f"{video.id:05d}", frames, found.masks[chosen].cpu(), [tracks[index] for index in chosen], captions)
+def draw_video(folder: Path, video: Video, found: EncodedVideo, categories: list[tuple[int, str]]) -> None:
+    """Overlays of the instances that score at least DRAWN_SCORE."""
+    frames = (np.array(read_frame(file, video.height, video.width)) for file in video.files)
+    pictures = overlays(frames, found, [name for _, name in categories], DRAWN_SCORE)
+    save_pictures(folder, f"{video.id:05d}", pictures, len(video.files))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from data import InputError, to_rle
+from run_length import find_fault
 
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)  # index 0 is AP50, index 5 is AP75
 RECALL_POINTS = np.linspace(0.0, 1.0, 101)
@@ -72,6 +73,7 @@ def check_results(results, ground_truth):
         raise InputError(f"results is a {type(results).__name__}, not a list of predictions")
     videos = {video["id"]: video for video in ground_truth["videos"]}
     known_ids = {"video_id": videos.keys(), "category_id": set(category_ids(ground_truth))}
+    tracks = []
     for index, prediction in enumerate(results):
         name = f"results[{index}]"
         check_keys(name, prediction, ("video_id", "category_id", "score", "segmentations"))
@@ -81,7 +83,8 @@ def check_results(results, ground_truth):
         score = prediction["score"]
         if not isinstance(score, (int, float, np.number)) or not abs(score) < np.inf:
             raise InputError(f"{name} has the score {score!r}, which is not a finite number")
-        check_track(name, prediction["segmentations"], videos[prediction["video_id"]])
+        tracks.append((name, prediction["segmentations"], videos[prediction["video_id"]]))
+    check_tracks(tracks)
 
 
 def check_ground_truth(ground_truth):
@@ -94,13 +97,15 @@ def check_ground_truth(ground_truth):
     for index, category in enumerate(ground_truth["categories"]):
         check_keys(f"categories[{index}]", category, ("id", "name"))
     videos = {video["id"]: video for video in ground_truth["videos"]}
+    tracks = []
     for index, annotation in enumerate(ground_truth["annotations"]):
         name = f"annotations[{index}]"
         check_keys(name, annotation, ("video_id", "category_id", "areas", "segmentations"))
         if annotation["video_id"] in videos:  # others are never looked at
-            check_track(name, annotation["segmentations"], videos[annotation["video_id"]], polygons=True)
             if not isinstance(annotation["areas"], list):
                 raise InputError(f"{name} has no list of areas")
+            tracks.append((name, annotation["segmentations"], videos[annotation["video_id"]]))
+    check_tracks(tracks, polygons=True)
 
 
 def check_keys(name, entry, keys):
@@ -110,15 +115,27 @@ def check_keys(name, entry, keys):
         raise InputError(f"{name} lacks {', '.join(missing)}")
 
 
-def check_track(name, segmentations, video, polygons=False):
-    """Raise InputError unless the track called `name` has a readable mask of the video's size or None per frame."""
-    if not isinstance(segmentations, list) or len(segmentations) != video["length"]:
-        found = f"{len(segmentations)} masks" if isinstance(segmentations, list) else "no list of masks"
-        raise InputError(f"{name} has {found} for the {video['length']} frames of video {video['id']}")
-    for frame, segmentation in enumerate(segmentations):
-        if isinstance(segmentation, list) and segmentation and not polygons:
-            raise InputError(f"{name} has polygons in frame {frame}; results hold RLEs")
-        to_rle(segmentation, video["height"], video["width"], f"{name}, frame {frame},")
+def check_tracks(tracks, polygons=False):
+    """Raise InputError unless every track has a readable mask of its video's size or None per frame.
+
+    tracks: (name, segmentations, video) each. Compressed codes are read all together, which is a hundred times as fast.
+    """
+    names, codes, pixels = [], [], []
+    for name, segmentations, video in tracks:
+        if not isinstance(segmentations, list) or len(segmentations) != video["length"]:
+            found = f"{len(segmentations)} masks" if isinstance(segmentations, list) else "no list of masks"
+            raise InputError(f"{name} has {found} for the {video['length']} frames of video {video['id']}")
+        for frame, segmentation in enumerate(segmentations):
+            if isinstance(segmentation, list) and segmentation and not polygons:
+                raise InputError(f"{name} has polygons in frame {frame}; results hold RLEs")
+            encoded = to_rle(segmentation, video["height"], video["width"], f"{name}, frame {frame},", checked=True)
+            if encoded is segmentation and encoded is not None:
+                names.append((name, frame))
+                codes.append(encoded["counts"])
+                pixels.append(video["height"] * video["width"])
+    if fault := find_fault(codes, pixels):
+        name, frame = names[fault[0]]
+        raise InputError(f"{name}, frame {frame}, has a segmentation that cannot be read: {fault[1]}")
 
 
 def accumulate(results, ground_truth):
@@ -261,7 +278,7 @@ def track_rles(entry, video):
     """Masks of a prediction or annotation as L compressed RLE dicts; None becomes an empty mask."""
     height, width = video["height"], video["width"]
     empty = coco_mask.frPyObjects({"size": [height, width], "counts": [height * width]}, height, width)
-    return [to_rle(segmentation, height, width, "a mask") or empty for segmentation in entry["segmentations"]]
+    return [to_rle(segmentation, height, width, "a mask", checked=True) or empty for segmentation in entry["segmentations"]]
 
 
 def outside_ranges(areas):
@@ -284,6 +301,17 @@ def mean_defined(values):
     """Mean of the defined entries of an array as a Python float; -1.0 if all are -1."""
     defined = values[values > -1]
     return float(defined.mean()) if defined.size else -1.0
+
+
+def mean_metrics(parts):
+    """The mean of what `evaluate_results` returned for parts of a set, number by number, of those that are defined."""
+    def mean(values):
+        return mean_defined(np.array(values))
+
+    names = [name for name in parts[0] if name != "per_class"]
+    classes = dict.fromkeys(name for part in parts for name in part["per_class"])
+    return {name: mean([part[name] for part in parts]) for name in names} | {
+        "per_class": {name: mean([part["per_class"].get(name, -1.0) for part in parts]) for name in classes}}
 
 
 def format_table(metrics):

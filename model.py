@@ -1,12 +1,13 @@
 """GRAtt-VIS as one model: frames -> backbone -> pixel decoder -> frame decoder -> tracker -> masks of a video.
 
 Paper: GRAtt-VIS (arXiv 2305.17096) on Mask2Former (2112.01527), VITA (2206.04403) and GenVIS (2211.08834). Upstream:
-mask2former/modeling/pixel_decoder/msdeformattn.py, vita/modeling/transformer_decoder/vita_mask2former_transformer_decoder.py
-and grattvis/grattvis_model.py.
+grattvis/grattvis_model.py.
 
     from model import build_model
     model = build_model("r50", num_classes=25).eval()
     video = model.segment_video(frames, output_size=(720, 1280), top_k=20)    # frames: uint8 (T, 3, H, W), RGB
+    video = model.encode_video(batches, (720, 1280), top_k=20)                # the same as run-length codes: any length
+    tracks, state = model.step(frame, state)                                  # the same live, frame by frame
 
 Shape letters of the whole project:
     B videos, T frames, N = B * T frames of all videos, H height, W width (h, w at stride 4)
@@ -16,7 +17,7 @@ Shape letters of the whole project:
 """
 import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -24,15 +25,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbone import build_backbone
-from deform_attn import DeformableAttention
+from detector import FrameDecoder, PixelDecoder
+from run_length import encode_counts
 from tracker import ClipPrediction, Tracker, TrackerState
-from transformer import MLP, CrossAttention, FeedForward, SelfAttention
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)   # RGB, 0..255
 PIXEL_STD = (58.395, 57.12, 57.375)
 SIZE_DIVISOR = 32
-SUPERVISED_LAYERS = 3                    # L in training
 VITA_WINDOW = 6                          # frames an encoder window of VITA spans
+MASK_PIXELS = 2 ** 27                    # of the masks that encode_video has at once
 
 
 @dataclass
@@ -63,13 +64,54 @@ class VideoResult:
 
 
 @dataclass
+class EncodedVideo:
+    """Instances of a whole video, best first, with masks as run-length codes; all on the CPU."""
+    scores: Tensor                   # (K,) float, 0..1, as in VideoResult
+    labels: Tensor                   # (K,) int64, 0-based
+    track_ids: Tensor                # (K,) int64
+    segmentations: list[list[dict]]  # K times T run-length codes, see run_length.py
+    gates: Tensor                    # (K, clips, D) bool, True = open: the clip could change the query; D = 0 without a gate
+
+
+@dataclass
+class RunningScores:
+    """What decides a video's instances, of the frames so far; all queries."""
+    class_scores: Tensor  # (Q, K) maximum
+    mask_sum: Tensor      # (Q,) sum of the probabilities inside the masks
+    mask_area: Tensor     # (Q,) pixels inside the masks
+
+    def joined(self, other: "RunningScores | None") -> "RunningScores":
+        """Those of two stretches of a video; None = nothing before."""
+        if other is None:
+            return self
+        return RunningScores(torch.maximum(self.class_scores, other.class_scores), self.mask_sum + other.mask_sum,
+                             self.mask_area + other.mask_area)
+
+    def best(self, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores, labels and queries of the instances, best first."""
+        scores, labels, chosen = best_pairs(self.class_scores, top_k)
+        scores = scores * self.mask_sum[chosen] / (self.mask_area[chosen] + 1e-6)
+        order = scores.argsort(descending=True, stable=True)
+        return scores[order], labels[order], chosen[order]
+
+
+@dataclass
+class ClipOutput:
+    """What inference knows of one clip of a video, of all queries."""
+    logits: Tensor               # (Q, K + 1)
+    mask_embed: Tensor           # (Q, C)
+    mask_features: Tensor        # (T, C, h, w)
+    gates: Tensor                # (D, Q) bool, True = open; D = 0 without a gate
+    size: tuple[int, int]        # of the frames, pixels
+    padded_size: tuple[int, int]
+
+
+@dataclass
 class StepState:
     """What `step` carries from frame to frame. Its size is constant unless the mode has a memory."""
-    size: tuple[int, int] # of the frames, pixels
+    size: tuple[int, int]   # of the frames, pixels
     tracker: TrackerState
-    class_scores: Tensor  # (Q, K) maximum so far
-    mask_sum: Tensor      # (Q,) sum of the probabilities inside the masks so far
-    mask_area: Tensor     # (Q,) pixels inside the masks so far
+    scores: RunningScores
 
 
 @dataclass
@@ -80,139 +122,7 @@ class FrameTracks:
     masks: Tensor       # (K, H, W) bool, this frame's
     track_ids: Tensor   # (K,) int64: the query, stable over the video
     logits: Tensor      # (Q, K + 1) class logits of every query in this frame
-
-
-def sine_position(height: int, width: int, channels: int, like: Tensor) -> Tensor:
-    """Sine position encoding (1, channels, height, width): y in the first half, x in the second.
-
-    Coordinates run from 1/size to 1 times 2 pi; always computed in at least float32.
-    """
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    half = channels // 2
-    exponent = 2 * torch.div(torch.arange(half, dtype=dtype, device=like.device), 2, rounding_mode="floor") / half
-
-    def encode(size: int) -> Tensor:
-        place = torch.arange(1, size + 1, dtype=dtype, device=like.device) / (size + 1e-6) * (2 * math.pi)
-        phase = place[:, None] / 10000 ** exponent
-        return torch.stack((phase[:, 0::2].sin(), phase[:, 1::2].cos()), 2).flatten(1)   # (size, half)
-
-    y = encode(height)[:, None].expand(height, width, half)
-    x = encode(width)[None].expand(height, width, half)
-    return torch.cat((y, x), 2).permute(2, 0, 1)[None]
-
-
-class DeformableEncoderLayer(nn.Module):
-    """Post-norm encoder layer over the joined pixels of all levels."""
-
-    def __init__(self, channels: int, heads: int, feed_forward: int):
-        super().__init__()
-        self.attention = DeformableAttention(channels, levels=3, heads=heads)
-        self.norm = nn.LayerNorm(channels)
-        self.feed_forward = FeedForward(channels, feed_forward)
-
-    def forward(self, x: Tensor, position: Tensor, level_shapes: list[tuple[int, int]]) -> Tensor:
-        x = self.norm(x + self.attention(x + position, x, level_shapes))
-        return self.feed_forward(x)
-
-
-class PixelDecoder(nn.Module):
-    """Deformable encoder over strides 32, 16, 8 and one FPN step to stride 4 (Mask2Former, section 3.1)."""
-
-    def __init__(self, in_channels: list[int], channels: int, heads: int, layers: int, feed_forward: int):
-        super().__init__()
-        res2, *others = in_channels
-        self.input_proj = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(inputs, channels, 1), nn.GroupNorm(32, channels)) for inputs in reversed(others))
-        self.level_embed = nn.Parameter(torch.randn(3, channels))
-        self.layers = nn.ModuleList(DeformableEncoderLayer(channels, heads, feed_forward) for _ in range(layers))
-        self.lateral = nn.Sequential(nn.Conv2d(res2, channels, 1, bias=False), nn.GroupNorm(32, channels))
-        self.output = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1, bias=False),
-                                    nn.GroupNorm(32, channels), nn.ReLU())
-        self.mask_features = nn.Conv2d(channels, channels, 1)
-        for projection in self.input_proj:
-            nn.init.xavier_uniform_(projection[0].weight)
-            nn.init.zeros_(projection[0].bias)
-        for convolution in (self.lateral[0], self.output[0], self.mask_features):
-            nn.init.kaiming_uniform_(convolution.weight, a=1)
-        nn.init.zeros_(self.mask_features.bias)
-
-    def forward(self, maps: list[Tensor]) -> tuple[list[Tensor], Tensor]:
-        """[res2, res3, res4, res5] -> maps of strides [32, 16, 8] and the FPN map of stride 4, all with C channels.
-
-        Under autocast its products and the deformable attention run in 16 bit (the official code leaves autocast here: its
-        operator has no 16 bit); the residual stream stays in float32.
-        """
-        res2, *others = maps
-        dtype = torch.promote_types(res2.dtype, torch.float32)
-        sources = [projection(m).to(dtype) for projection, m in zip(self.input_proj, reversed(others))]
-        level_shapes = [tuple(source.shape[-2:]) for source in sources]
-        position = torch.cat([
-            sine_position(*shape, source.shape[1], source).flatten(2).transpose(1, 2) + embed
-            for shape, source, embed in zip(level_shapes, sources, self.level_embed)], 1)
-        x = torch.cat([source.flatten(2).transpose(1, 2) for source in sources], 1)      # (N, pixels, C)
-        for layer in self.layers:
-            x = layer(x, position, level_shapes)
-        levels = x.transpose(1, 2).split([height * width for height, width in level_shapes], 2)
-        levels = [level.unflatten(2, shape) for level, shape in zip(levels, level_shapes)]
-        upsampled = F.interpolate(levels[-1], size=res2.shape[-2:], mode="bilinear", align_corners=False)
-        return levels, self.output(self.lateral(res2) + upsampled)
-
-
-class FrameDecoderLayer(nn.Module):
-    """Masked cross-attention, self-attention, feed-forward."""
-
-    def __init__(self, channels: int, heads: int, feed_forward: int):
-        super().__init__()
-        self.cross_attention = CrossAttention(channels, heads)
-        self.self_attention = SelfAttention(channels, heads)
-        self.feed_forward = FeedForward(channels, feed_forward)
-
-    def forward(self, x: Tensor, position: Tensor, tokens: Tensor, token_position: Tensor, blocked: Tensor) -> Tensor:
-        x = self.cross_attention(x, position, tokens, token_position, blocked=blocked)
-        return self.feed_forward(self.self_attention(x, position))
-
-
-class FrameDecoder(nn.Module):
-    """Mask2Former's decoder: learned queries read the levels in turn, each inside its own last mask (section 3.2)."""
-
-    def __init__(self, num_classes: int, channels: int, queries: int, heads: int, layers: int, feed_forward: int):
-        super().__init__()
-        self.layers = nn.ModuleList(FrameDecoderLayer(channels, heads, feed_forward) for _ in range(layers))
-        self.decoder_norm = nn.LayerNorm(channels)
-        self.query_feat = nn.Embedding(queries, channels)
-        self.query_embed = nn.Embedding(queries, channels)
-        self.level_embed = nn.Embedding(3, channels)
-        self.class_embed = nn.Linear(channels, num_classes + 1)
-        self.mask_embed = MLP(channels, channels)
-
-    def forward(self, levels: list[Tensor], mask_features: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-        """levels of strides [32, 16, 8], mask_features (N, C, h, w) -> predictions before and after each layer, queries."""
-        tokens = [level.flatten(2).transpose(1, 2) + embed for level, embed in zip(levels, self.level_embed.weight)]
-        positions = [sine_position(*level.shape[-2:], level.shape[1], level).flatten(2).transpose(1, 2)
-                     for level in levels]
-        x = self.query_feat.weight.expand(len(mask_features), -1, -1)
-        normed = [self.decoder_norm(x)]
-        predictions = [self.predict(normed[0], mask_features)]
-        for index, layer in enumerate(self.layers):
-            level = index % len(levels)
-            blocked = self.blocked_pixels(predictions[-1][1], levels[level].shape[-2:])
-            x = layer(x, self.query_embed.weight, tokens[level], positions[level], blocked)
-            normed.append(self.decoder_norm(x))
-            predictions.append(self.predict(normed[-1], mask_features))
-        handed_on = SUPERVISED_LAYERS if self.training else 1
-        return predictions, torch.stack(normed[1:][-handed_on:])
-
-    def predict(self, x: Tensor, mask_features: Tensor) -> tuple[Tensor, Tensor]:
-        """Class logits (N, F, K + 1) and mask logits (N, F, h, w) of normed queries (N, F, C)."""
-        return self.class_embed(x), torch.einsum("nfc,nchw->nfhw", self.mask_embed(x), mask_features)
-
-    @staticmethod
-    @torch.no_grad()
-    def blocked_pixels(masks: Tensor, size: tuple[int, int]) -> Tensor:
-        """Where the last masks say background: bool (N, 1, F, pixels), True = may not attend; an all-True row is opened."""
-        masks = F.interpolate(masks, size=size, mode="bilinear", align_corners=False)
-        blocked = masks.sigmoid().flatten(2) < 0.5
-        return (blocked & ~blocked.all(-1, keepdim=True))[:, None]
+    gates: Tensor       # (K, D) bool, True = open: this frame could change the query; D = 0 without a gate
 
 
 class GRAttVIS(nn.Module):
@@ -239,21 +149,20 @@ class GRAttVIS(nn.Module):
         self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN)[:, None, None], persistent=False)
         self.register_buffer("pixel_std", torch.tensor(PIXEL_STD)[:, None, None], persistent=False)
 
-    def prepare(self, frames: list[Tensor]) -> Tensor:
+    def prepare(self, frames: Tensor | list[Tensor]) -> Tensor:
         """uint8 frames (3, H, W), RGB, sizes may differ -> (N, 3, H', W'): normalised, then zero-padded to multiples of 32."""
-        if not frames:
+        if not len(frames):
             raise ValueError("the video has no frames")
         for frame in frames:
-            if not isinstance(frame, Tensor):
-                raise ValueError(f"a frame must be a torch tensor, not {type(frame).__module__}.{type(frame).__name__}")
-            if frame.dtype != torch.uint8 or frame.ndim != 3 or len(frame) != 3:
-                raise ValueError(f"a frame must be uint8 of shape (3, H, W), not {frame.dtype} {tuple(frame.shape)}")
-        height, width = (math.ceil(max(frame.shape[axis] for frame in frames) / SIZE_DIVISOR) * SIZE_DIVISOR
-                         for axis in (1, 2))
-        images = self.pixel_mean.new_zeros(len(frames), 3, height, width)
-        for image, frame in zip(images, frames):
+            check_frame(frame)
+        sizes = [tuple(frame.shape[1:]) for frame in frames]
+        images = self.pixel_mean.new_zeros(len(frames), 3, *padded(*map(max, zip(*sizes))))
+        # frames of one size go to the device together
+        groups = [(images, frames if isinstance(frames, Tensor) else torch.stack(frames))] if len(set(sizes)) == 1 else [
+            (image, frame) for image, frame in zip(images, frames)]
+        for image, frame in groups:
             frame = frame.to(image.device, non_blocking=True)
-            image[:, :frame.shape[1], :frame.shape[2]] = (frame - self.pixel_mean) / self.pixel_std
+            image[..., :frame.shape[-2], :frame.shape[-1]] = (frame - self.pixel_mean) / self.pixel_std
         return images
 
     def detect(self, images: Tensor) -> FrameOutput:
@@ -279,56 +188,101 @@ class GRAttVIS(nn.Module):
         return TrainingOutput(frames, clips, list(mask_features.split(clip_length, 1)), tuple(images.shape[-2:]))
 
     @torch.no_grad()
+    def follow(self, batches: Iterable[Tensor]) -> Iterator[ClipOutput]:
+        """The clips of a video, as soon as their frames are there; upstream grattvis_model.py, `inference`.
+
+        batches: uint8 (N, 3, H, W), RGB, all frames of one size; the detector takes each at once, on a CPU frame by frame:
+        there, more at once are no faster and round otherwise. Nothing is kept of a clip but the tracker's state ("clip"
+        propagation has one clip, the whole video).
+        """
+        queries, features, state, sizes = [], [], None, set()
+        clip_length = math.inf if self.propagation == "clip" else self.clip_length
+        for batch in batches:
+            for part in batch.split(1) if self.pixel_mean.device.type == "cpu" else [batch]:
+                images = self.prepare(part)
+                sizes.add(tuple(part.shape[-2:]))
+                if len(sizes) > 1:
+                    raise ValueError(f"all frames of a video must have one size, not {sorted(sizes)}")
+                output = self.detect(images)
+                queries += output.queries.unbind(1)                                      # each (L, F, C)
+                features += output.mask_features
+            while len(queries) >= clip_length:
+                clip, state = self.track(queries[:clip_length], features[:clip_length], state, *sizes)
+                queries, features = queries[clip_length:], features[clip_length:]
+                yield clip
+        if queries:
+            yield self.track(queries, features, state, *sizes)[0]
+        if not sizes:
+            raise ValueError("the video has no frames")
+
+    def track(self, queries: list[Tensor], features: list[Tensor], state: TrackerState | None,
+              size: tuple[int, int]) -> tuple[ClipOutput, TrackerState]:
+        """Hand one clip's frame queries, each (1, F, C), to the tracker."""
+        prediction, state = self.tracker(torch.stack(queries, 1)[:, None], state)        # (1, 1, T, F, C)
+        logits = prediction.logits[-1][-1, 0]
+        gates = torch.stack([gate[-1, 0] >= 0 for gate in prediction.gate_logits]) if prediction.gate_logits else (
+            torch.empty(0, len(logits), dtype=torch.bool, device=logits.device))
+        return ClipOutput(logits, prediction.mask_embed[-1][-1, 0], torch.stack(features), gates, size, padded(*size)), state
+
+    @torch.no_grad()
     def segment_video(self, frames: Tensor | Iterable[Tensor], output_size: tuple[int, int] | None = None,
-                      top_k: int = 10) -> VideoResult:
-        """Segment and track a whole video (upstream grattvis_model.py, `inference`).
+                      top_k: int = 10, chunk: int = 1) -> VideoResult:
+        """Segment and track a whole video, all masks of which fit into memory; `encode_video` is for any other.
 
         frames: uint8 (T, 3, H, W) RGB, or an iterable of (3, H, W), all of one size; resized by the caller (data.py).
-        output_size: (height, width) of the masks; None = that of the frames. Raises ValueError on an empty video.
+        output_size: (height, width) of the masks; None = that of the frames. chunk: frames the detector takes at once.
+        Raises ValueError on an empty video.
         """
         self.check_request(output_size, top_k)
-        features, queries, logits, embeds, state, sizes = [], [], [], [], None, set()
-        for frame in frames:
-            images = self.prepare([frame])
-            sizes.add((tuple(frame.shape[-2:]), tuple(images.shape[-2:])))
-            if len(sizes) > 1:
-                raise ValueError(f"all frames of a video must have one size, not {sorted(size for size, _ in sizes)}")
-            output = self.detect(images)
-            features.append(output.mask_features[0])
-            queries.append(output.queries)
-            if self.propagation != "clip" and len(queries) == self.clip_length:
-                state = self.track_clip(queries, state, logits, embeds)
-        if not features:
-            raise ValueError("the video has no frames")
-        if queries:
-            self.track_clip(queries, state, logits, embeds)
-        clip_length = len(features) if self.propagation == "clip" else self.clip_length
-        logits, embeds = torch.stack(logits), torch.stack(embeds)                        # (clips, Q, ...)
-
-        scores, labels, chosen = self.best_pairs(class_probabilities(logits).amax(0), top_k)
-        (size, padded_size), = sizes
+        clips = list(self.follow(in_batches(frames, chunk)))
+        logits = torch.stack([clip.logits for clip in clips])                            # (clips, Q, K + 1)
+        scores, labels, chosen = best_pairs(class_probabilities(logits).amax(0), top_k)
         mask_sum, mask_area, masks = 0, 0, []
-        for index, feature in enumerate(features):
-            mask_logits = upsample_masks(embeds[index // clip_length, chosen], feature, size, padded_size)
-            frame_sum, frame_area = mask_confidence(mask_logits)
-            mask_sum, mask_area = mask_sum + frame_sum, mask_area + frame_area
-            masks.append(resize_masks(mask_logits, output_size) > 0)
+        for clip in clips:
+            for feature in clip.mask_features:
+                mask_logits = upsample_masks(clip.mask_embed[chosen], feature, clip.size, clip.padded_size)
+                frame_sum, frame_area = mask_confidence(mask_logits)
+                mask_sum, mask_area = mask_sum + frame_sum, mask_area + frame_area
+                masks.append(resize_masks(mask_logits, output_size) > 0)
         scores = scores * mask_sum / (mask_area + 1e-6)
         order = scores.argsort(descending=True, stable=True)
         return VideoResult(scores[order], labels[order], torch.stack(masks, 1)[order], chosen[order], logits)
 
-    def track_clip(self, queries: list[Tensor], state: TrackerState | None, logits: list, embeds: list) -> TrackerState:
-        """Hand the frame queries gathered so far to the tracker as one clip; empties `queries`, extends the other lists."""
-        prediction, state = self.tracker(torch.stack(queries, 2), state)                 # (L, 1, T, F, C)
-        queries.clear()
-        logits.append(prediction.logits[-1][-1, 0])
-        embeds.append(prediction.mask_embed[-1][-1, 0])
-        return state
+    @torch.no_grad()
+    def encode_video(self, batches: Iterable[Tensor], output_size: tuple[int, int] | None = None,
+                     top_k: int = 10) -> EncodedVideo:
+        """What `segment_video` does, of a video of any length: nothing is kept of a frame but codes and scores.
+
+        batches: as for `follow`. Which queries are among the best is known at the end alone, since a class score is a
+        maximum over all frames: until then every query's masks are kept, as codes on the CPU.
+        """
+        self.check_request(output_size, top_k)
+        scores, codes, gates, size = None, [], [], output_size
+        for clip in self.follow(batches):
+            size = output_size or clip.size
+            part = max(1, MASK_PIXELS // max(math.prod(size), math.prod(clip.padded_size)))
+            mask_sum, mask_area = [], []
+            for feature in clip.mask_features:
+                frame_sum, frame_area, frame_codes = [], [], []
+                for embed in clip.mask_embed.split(part):
+                    mask_logits = upsample_masks(embed, feature, clip.size, clip.padded_size)
+                    for found, total in zip(mask_confidence(mask_logits), (frame_sum, frame_area)):
+                        total.append(found)
+                    frame_codes += encode_counts(resize_masks(mask_logits, size) > 0)
+                mask_sum.append(torch.cat(frame_sum))
+                mask_area.append(torch.cat(frame_area))
+                codes.append(frame_codes)
+            found = RunningScores(class_probabilities(clip.logits), sum(mask_sum), sum(mask_area))
+            scores = found.joined(scores)
+            gates.append(clip.gates.cpu())
+        scores, labels, chosen = (values.cpu() for values in scores.best(top_k))
+        segmentations = [[{"size": list(size), "counts": frame[query].decode()} for frame in codes] for query in chosen.tolist()]
+        return EncodedVideo(scores, labels, chosen, segmentations, torch.stack(gates).permute(2, 0, 1)[chosen])
 
     @torch.no_grad()
     def step(self, frame: Tensor, state: StepState | None = None, output_size: tuple[int, int] | None = None,
              top_k: int = 10) -> tuple[FrameTracks, StepState]:
-        """One frame (3, H, W) uint8 of a live video, causally; state is None at its start.
+        """One frame (3, H, W) uint8 of a live video, causally; state is None at its start, see `reset`.
 
         Scores are those of segment_video for the frames so far; at the last frame the two agree.
         """
@@ -340,25 +294,19 @@ class GRAttVIS(nn.Module):
         if state and state.size != size:
             raise ValueError(f"all frames of a video must have one size, not {state.size} and {size}")
         output = self.detect(images)
-        prediction, tracker_state = self.tracker(output.queries[:, None], state.tracker if state else None)
-        logits, embed = prediction.logits[-1][-1, 0], prediction.mask_embed[-1][-1, 0]
-        mask_logits = upsample_masks(embed, output.mask_features[0], size, tuple(images.shape[-2:]))
-        class_scores, (mask_sum, mask_area) = class_probabilities(logits), mask_confidence(mask_logits)
-        if state:
-            class_scores = torch.maximum(class_scores, state.class_scores)
-            mask_sum, mask_area = mask_sum + state.mask_sum, mask_area + state.mask_area
-        scores, labels, chosen = self.best_pairs(class_scores, top_k)
-        scores = scores * mask_sum[chosen] / (mask_area[chosen] + 1e-6)
-        order = scores.argsort(descending=True, stable=True)
-        masks = resize_masks(mask_logits[chosen[order]], output_size) > 0
-        tracks = FrameTracks(scores[order], labels[order], masks, chosen[order], logits)
-        return tracks, StepState(size, tracker_state, class_scores, mask_sum, mask_area)
+        clip, tracker_state = self.track([output.queries[:, 0]], [output.mask_features[0]], state.tracker if state else None, size)
+        mask_logits = upsample_masks(clip.mask_embed, clip.mask_features[0], size, clip.padded_size)
+        found = RunningScores(class_probabilities(clip.logits), *mask_confidence(mask_logits))
+        running = found.joined(state.scores if state else None)
+        scores, labels, chosen = running.best(top_k)
+        masks = resize_masks(mask_logits[chosen], output_size) > 0
+        tracks = FrameTracks(scores, labels, masks, chosen, clip.logits, clip.gates.T[chosen])
+        return tracks, StepState(size, tracker_state, running)
 
-    def best_pairs(self, class_scores: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The top_k (query, class) pairs of (Q, K) scores: scores, labels, queries; equal scores keep their order."""
-        scores, index = class_scores.flatten().sort(descending=True, stable=True)
-        scores, index = scores[:top_k], index[:top_k]
-        return scores, index % self.num_classes, index // self.num_classes
+    @staticmethod
+    def reset() -> None:
+        """The state before a video's first frame, to start `step` on another one: tracks, scores and memory are forgotten."""
+        return None
 
     def check_request(self, output_size: tuple[int, int] | None, top_k: int) -> None:
         """Refuse what would return noise (sampled gates, dropped paths) or nothing."""
@@ -368,6 +316,41 @@ class GRAttVIS(nn.Module):
             raise ValueError(f"top_k must be at least 1, not {top_k}")
         if output_size is not None and min(output_size) < 1:
             raise ValueError(f"output_size must be (height, width) of at least 1 pixel, not {output_size}")
+
+
+def padded(height: int, width: int) -> tuple[int, int]:
+    """A size rounded up to multiples of 32."""
+    return math.ceil(height / SIZE_DIVISOR) * SIZE_DIVISOR, math.ceil(width / SIZE_DIVISOR) * SIZE_DIVISOR
+
+
+def check_frame(frame: Tensor) -> None:
+    """ValueError unless it is uint8 (3, H, W)."""
+    if not isinstance(frame, Tensor):
+        raise ValueError(f"a frame must be a torch tensor, not {type(frame).__module__}.{type(frame).__name__}")
+    if frame.dtype != torch.uint8 or frame.ndim != 3 or len(frame) != 3:
+        raise ValueError(f"a frame must be uint8 of shape (3, H, W), not {frame.dtype} {tuple(frame.shape)}")
+
+
+def in_batches(frames: Tensor | Iterable[Tensor], count: int) -> Iterator[Tensor]:
+    """Frames (3, H, W) -> batches of up to `count` of one size."""
+    if count < 1:
+        raise ValueError(f"a batch needs at least one frame, not {count}")
+    batch = []
+    for frame in frames:
+        check_frame(frame)
+        if batch and (len(batch) == count or frame.shape != batch[0].shape):
+            yield torch.stack(batch)
+            batch = []
+        batch.append(frame)
+    if batch:
+        yield torch.stack(batch)
+
+
+def best_pairs(class_scores: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The top_k (query, class) pairs of (Q, K) scores: scores, labels, queries; equal scores keep their order."""
+    scores, index = class_scores.flatten().sort(descending=True, stable=True)
+    scores, index = scores[:top_k], index[:top_k]
+    return scores, index % class_scores.shape[1], index // class_scores.shape[1]
 
 
 def class_probabilities(logits: Tensor) -> Tensor:

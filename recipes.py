@@ -15,7 +15,8 @@ from augmentation import JITTER
 from backbone import SwinBackbone
 from data import InputError, find_split, first_existing
 from matcher import GATE_LOSSES, Criterion
-from model import PIXEL_MEAN, PIXEL_STD, PRESETS, SIZE_DIVISOR, SUPERVISED_LAYERS, GRAttVIS
+from detector import SUPERVISED_LAYERS
+from model import PIXEL_MEAN, PIXEL_STD, PRESETS, SIZE_DIVISOR, GRAttVIS
 from tracker import GATE_MASKS, PROPAGATIONS
 
 # What a stage trains: a detector on single images, VITA on videos, GenVIS, GRAtt-VIS.

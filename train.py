@@ -32,8 +32,8 @@ from clips import ClipDataset, MixedClips, StepSampler
 from data import InputError, VideoSet, exit_with_sentence, find_split
 from deform_attn import implementation
 from device import choose_amp, start_processes
-from evaluate import segment_set
 from matcher import Criterion
+from inference import segment_videos, to_entries
 from metric import check_ground_truth, evaluate_results
 from model import PRESETS, GRAttVIS, build_model
 from recipes import RECIPES, find_named_set, official_setting, parse_arguments
@@ -167,7 +167,9 @@ def train_step(network: nn.Module, criterion: Criterion, batch: list, args: argp
 def evaluate(model: GRAttVIS, videos: VideoSet, args: argparse.Namespace, device: torch.device, amp: torch.dtype) -> dict:
     """The metrics of the model on held-out videos; leaves it in training mode."""
     model.eval()
-    results, _ = segment_set(model, videos, device, amp, args.test_short_side, args.test_max_long_side, args.top_k)
+    results = [entry for video, found in segment_videos(model, videos.videos, device, amp, args.test_short_side,
+                                                        args.test_max_long_side, args.top_k, workers=args.workers)
+               for entry in to_entries(video, found, videos.categories)]
     model.train()
     return {name: value for name, value in evaluate_results(results, videos.ground_truth).items() if isinstance(value, float)}
 

@@ -5,7 +5,9 @@ import torch
 from PIL import Image
 
 import draw
-from draw import colour_of, overlay, save_pictures
+from draw import best_labels, colour_of, overlay, overlays, save_pictures
+from model import EncodedVideo
+from run_length import encode
 
 HEIGHT, WIDTH = 240, 320  # high enough not to be enlarged
 
@@ -105,8 +107,16 @@ def test_small_frames_are_enlarged_by_a_whole_factor(height, factor):
     assert numpy.array_equal(changed(picture, expected), numpy.kron(mask, numpy.ones((factor, factor), bool)))
 
 
+def video_of(masks, tracks, scores=None):
+    """Masks bool (I, T, H, W), a track each -> what the model finds in a video."""
+    count = len(tracks)
+    scores = torch.linspace(0.9, 0.5, count) if scores is None else torch.tensor(scores)
+    return EncodedVideo(scores, torch.arange(count), torch.tensor(tracks, dtype=torch.int64), [encode(track) for track in masks],
+                        torch.zeros(count, masks.shape[1], 3, dtype=torch.bool))
+
+
 def moving(length):
-    """frames and masks (2, T, H, W) of two instances that go down, one on the left and one on the right."""
+    """Frames and masks (2, T, H, W) of two instances that go down, one on the left and one on the right."""
     masks = [[rectangle(20 + 15 * t, left) for t in range(length)] for left in (20, 200)]
     return [grey() for _ in range(length)], torch.from_numpy(numpy.array(masks))
 
@@ -123,25 +133,30 @@ def read_animation(path):
 @pytest.mark.parametrize("length, columns, rows", [(1, 1, 1), (2, 2, 1), (4, 3, 2), (9, 3, 2)])
 def test_a_sheet_and_an_animation_of_every_frame_are_written(tmp_path, length, columns, rows):
     frames, masks = moving(length)
-    save_pictures(tmp_path / "new/folder", "00007", frames, masks, [5, 8], ["left", "right"])
+    pictures = overlays(frames, video_of(masks, [5, 8]), ["left", "right"], 0.3)
+    save_pictures(tmp_path / "new/folder", "00007", pictures, length)
     assert sorted(path.name for path in (tmp_path / "new/folder").iterdir()) == ["00007.png", "00007.webp"]
     pictures = read_animation(tmp_path / "new/folder/00007.webp")
     assert len(pictures) == length and pictures[0].shape == (HEIGHT, WIDTH, 3)
     with Image.open(tmp_path / "new/folder/00007.png") as sheet:
         assert sheet.format == "PNG" and sheet.size == (columns * WIDTH, rows * HEIGHT)
-        first = overlay(frames[0], masks[:, 0].numpy(), [5, 8], ["left", "right"])
+        first = overlay(frames[0], masks[:, 0].numpy(), [5, 8], ["left 0.90", "right 0.50"])
         assert numpy.array_equal(numpy.asarray(sheet)[:HEIGHT, :WIDTH], first)
+
+
+def test_a_track_is_shown_once_under_its_best_label_if_its_score_is_high_enough():
+    _, masks = moving(1)
+    found = video_of(masks[[0, 0, 1, 1]], [5, 5, 8, 9], [0.9, 0.8, 0.4, 0.2])
+    assert best_labels(found, 0.3) == [0, 2] and best_labels(found, 0.0) == [0, 2, 3] and best_labels(found, 0.95) == []
 
 
 def test_a_track_keeps_its_colour_over_the_video(tmp_path):
     frames, masks = moving(4)
-    # A third entry of the track of the first: it hides below, and has its colour where it is alone.
-    masks = torch.cat([masks, masks[:1].roll(100, 3)])
-    save_pictures(tmp_path, "video", frames, masks, [5, 8, 5], ["", "", ""])
+    save_pictures(tmp_path, "video", overlays(frames, video_of(masks, [5, 8]), ["", ""], 0.0), 4)
     casts = [[middle(picture, mask.numpy()) for mask in masks[:, t]]
              for t, picture in enumerate(read_animation(tmp_path / "video.webp"))]
-    left, right, third = numpy.swapaxes(casts, 0, 1)
-    for cast in (*left[1:], *third):  # 4 grey levels: WebP is lossy
+    left, right = numpy.swapaxes(casts, 0, 1)
+    for cast in left[1:]:  # 4 grey levels: WebP is lossy; and a caption lies on the first row of the others
         assert numpy.allclose(cast, left[0], atol=4)
     for cast in right:
         assert numpy.allclose(cast, right[0], atol=4) and numpy.linalg.norm(cast - left[0]) > 40
@@ -149,16 +164,19 @@ def test_a_track_keeps_its_colour_over_the_video(tmp_path):
 
 def test_no_instances_leave_the_frames_as_they_are(tmp_path):
     frames, masks = moving(1)
-    save_pictures(tmp_path, "empty", frames, masks[[]], [], [])
+    save_pictures(tmp_path, "empty", overlays(frames, video_of(masks, [5, 8]), ["", ""], 0.99), 1)
     with Image.open(tmp_path / "empty.png") as sheet:
         assert numpy.array_equal(numpy.asarray(sheet), frames[0])
     assert len(read_animation(tmp_path / "empty.webp")) == 1
 
 
-def test_long_videos_are_shown_from_the_first_to_the_last_frame(tmp_path):
-    frames = [numpy.full((HEIGHT, 8, 3), 10 * t, numpy.uint8) for t in range(21)]
-    save_pictures(tmp_path, "long", frames, torch.zeros(0, 21, HEIGHT, 8, dtype=torch.bool), [], [])
+def test_long_videos_are_shown_from_the_first_to_the_last_frame(tmp_path, monkeypatch):
+    """The sheet has frames of all parts; an animation that would be too long has every second, third... frame."""
+    monkeypatch.setattr(draw, "ANIMATED_FRAMES", 10)
+    pictures = (Image.new("RGB", (8, HEIGHT), (10 * t, 10 * t, 10 * t)) for t in range(21))
+    save_pictures(tmp_path, "long", pictures, 21)
     with Image.open(tmp_path / "long.png") as sheet:
         pixels = numpy.asarray(sheet)[::HEIGHT, ::8, 0]
     assert pixels.shape == (2, 3) and draw.SHEET_FRAMES == 6
     assert pixels.flatten().tolist() == [0, 40, 80, 120, 160, 200]
+    assert [int(picture[0, 0, 0]) for picture in read_animation(tmp_path / "long.webp")] == pytest.approx(range(0, 201, 30), abs=3)

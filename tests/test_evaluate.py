@@ -3,12 +3,12 @@ import json
 
 import numpy
 import pytest
-import torch
 from PIL import Image
 from pycocotools import mask as rle
 
 import evaluate
 import train
+from data import test_frames
 from golden_set import meta, read_json
 from synthetic import make_dataset
 
@@ -21,14 +21,6 @@ def test_golden_results_file_scored_from_the_command_line(golden_dir, tmp_path):
     names = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]
     assert [metrics[name] for name in names] == pytest.approx(read_json(spec["stats"])["stats"], abs=1e-9)
     assert set(metrics) == {*names, "per_class"}
-
-
-def test_masks_survive_encoding():
-    masks = torch.rand(3, 5, 7, generator=torch.Generator().manual_seed(0)) > 0.5
-    encoded = evaluate.encode_masks(masks)
-    assert all(isinstance(entry["counts"], str) and entry["size"] == [5, 7] for entry in encoded)
-    assert all((rle.decode(entry) == mask.numpy()).all() for entry, mask in zip(encoded, masks))
-    assert evaluate.encode_masks(masks[:0]) == []
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +54,7 @@ def test_from_frames_to_metrics_and_pictures(trained):
     # the results are the model's: the same masks, from segment_video alone
     model, _ = evaluate.model_from_checkpoint(trained / "run/last.pt")
     videos = evaluate.VideoSet(trained / "set/valid.json", trained / "set/valid/JPEGImages")
-    found = model.segment_video(evaluate.test_frames(videos.videos[0], 64), (64, 80), 4)
+    found = model.segment_video(test_frames(videos.videos[0], 64), (64, 80), 4)
     assert numpy.array_equal(rle.decode(results[0]["segmentations"][1]).astype(bool), found.masks[0, 1].numpy())
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from detector import DeformableEncoderLayer, FrameDecoder, sine_position
 from golden_set import relative_error
-from model import (PIXEL_MEAN, PIXEL_STD, PRESETS, DeformableEncoderLayer, FrameDecoder, GRAttVIS, build_model,
-                   sine_position)
+from model import PIXEL_MEAN, PIXEL_STD, PRESETS, GRAttVIS, build_model
 
 CLASSES, HEIGHT, WIDTH = 3, 40, 56
 STEPPING = ("gated", "plain", "memory", "gated+memory")  # the propagations that go frame by frame
@@ -229,7 +229,7 @@ def test_state_over_steps(propagation):
         if len(sizes) == 2:
             assert_equal(model.step(frame, state)[0], tracks)
         state = following
-        tensors = [*vars(state.tracker).values(), state.class_scores, state.mask_sum, state.mask_area]
+        tensors = [*vars(state.tracker).values(), *vars(state.scores).values()]
         sizes.append(sum(tensor.numel() for tensor in tensors if tensor is not None))
     memory = 2 * 20 * 64 if "memory" in propagation else 0                              # key and value of 20 queries
     assert [size - sizes[0] for size in sizes] == [memory * count for count in range(5)]

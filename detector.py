@@ -1,0 +1,149 @@
+"""The detector: what one frame shows, without a thought of the others. Feature maps -> pixel decoder -> frame decoder.
+
+Paper: Mask2Former (2112.01527), sections 3.1 and 3.2; Deformable DETR (2010.04159) for the encoder. Upstream:
+mask2former/modeling/pixel_decoder/msdeformattn.py and vita/modeling/transformer_decoder/vita_mask2former_transformer_decoder.py.
+Shape letters are declared in model.py, which puts the backbone before it and the tracker behind.
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deform_attn import DeformableAttention
+from transformer import MLP, CrossAttention, FeedForward, SelfAttention
+
+SUPERVISED_LAYERS = 3                    # L in training
+
+
+def sine_position(height: int, width: int, channels: int, like: Tensor) -> Tensor:
+    """Sine position encoding (1, channels, height, width): y in the first half, x in the second.
+
+    Coordinates run from 1/size to 1 times 2 pi; always computed in at least float32.
+    """
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    half = channels // 2
+    exponent = 2 * torch.div(torch.arange(half, dtype=dtype, device=like.device), 2, rounding_mode="floor") / half
+
+    def encode(size: int) -> Tensor:
+        place = torch.arange(1, size + 1, dtype=dtype, device=like.device) / (size + 1e-6) * (2 * math.pi)
+        phase = place[:, None] / 10000 ** exponent
+        return torch.stack((phase[:, 0::2].sin(), phase[:, 1::2].cos()), 2).flatten(1)   # (size, half)
+
+    y = encode(height)[:, None].expand(height, width, half)
+    x = encode(width)[None].expand(height, width, half)
+    return torch.cat((y, x), 2).permute(2, 0, 1)[None]
+
+
+class DeformableEncoderLayer(nn.Module):
+    """Post-norm encoder layer over the joined pixels of all levels."""
+
+    def __init__(self, channels: int, heads: int, feed_forward: int):
+        super().__init__()
+        self.attention = DeformableAttention(channels, levels=3, heads=heads)
+        self.norm = nn.LayerNorm(channels)
+        self.feed_forward = FeedForward(channels, feed_forward)
+
+    def forward(self, x: Tensor, position: Tensor, level_shapes: list[tuple[int, int]]) -> Tensor:
+        x = self.norm(x + self.attention(x + position, x, level_shapes))
+        return self.feed_forward(x)
+
+
+class PixelDecoder(nn.Module):
+    """Deformable encoder over strides 32, 16, 8 and one FPN step to stride 4 (Mask2Former, section 3.1)."""
+
+    def __init__(self, in_channels: list[int], channels: int, heads: int, layers: int, feed_forward: int):
+        super().__init__()
+        res2, *others = in_channels
+        self.input_proj = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(inputs, channels, 1), nn.GroupNorm(32, channels)) for inputs in reversed(others))
+        self.level_embed = nn.Parameter(torch.randn(3, channels))
+        self.layers = nn.ModuleList(DeformableEncoderLayer(channels, heads, feed_forward) for _ in range(layers))
+        self.lateral = nn.Sequential(nn.Conv2d(res2, channels, 1, bias=False), nn.GroupNorm(32, channels))
+        self.output = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+                                    nn.GroupNorm(32, channels), nn.ReLU())
+        self.mask_features = nn.Conv2d(channels, channels, 1)
+        for projection in self.input_proj:
+            nn.init.xavier_uniform_(projection[0].weight)
+            nn.init.zeros_(projection[0].bias)
+        for convolution in (self.lateral[0], self.output[0], self.mask_features):
+            nn.init.kaiming_uniform_(convolution.weight, a=1)
+        nn.init.zeros_(self.mask_features.bias)
+
+    def forward(self, maps: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+        """[res2, res3, res4, res5] -> maps of strides [32, 16, 8] and the FPN map of stride 4, all with C channels.
+
+        Under autocast its products and the deformable attention run in 16 bit (the official code leaves autocast here: its
+        operator has no 16 bit); the residual stream stays in float32.
+        """
+        res2, *others = maps
+        dtype = torch.promote_types(res2.dtype, torch.float32)
+        sources = [projection(m).to(dtype) for projection, m in zip(self.input_proj, reversed(others))]
+        level_shapes = [tuple(source.shape[-2:]) for source in sources]
+        position = torch.cat([
+            sine_position(*shape, source.shape[1], source).flatten(2).transpose(1, 2) + embed
+            for shape, source, embed in zip(level_shapes, sources, self.level_embed)], 1)
+        x = torch.cat([source.flatten(2).transpose(1, 2) for source in sources], 1)      # (N, pixels, C)
+        for layer in self.layers:
+            x = layer(x, position, level_shapes)
+        levels = x.transpose(1, 2).split([height * width for height, width in level_shapes], 2)
+        levels = [level.unflatten(2, shape) for level, shape in zip(levels, level_shapes)]
+        upsampled = F.interpolate(levels[-1], size=res2.shape[-2:], mode="bilinear", align_corners=False)
+        return levels, self.output(self.lateral(res2) + upsampled)
+
+
+class FrameDecoderLayer(nn.Module):
+    """Masked cross-attention, self-attention, feed-forward."""
+
+    def __init__(self, channels: int, heads: int, feed_forward: int):
+        super().__init__()
+        self.cross_attention = CrossAttention(channels, heads)
+        self.self_attention = SelfAttention(channels, heads)
+        self.feed_forward = FeedForward(channels, feed_forward)
+
+    def forward(self, x: Tensor, position: Tensor, tokens: Tensor, token_position: Tensor, blocked: Tensor) -> Tensor:
+        x = self.cross_attention(x, position, tokens, token_position, blocked=blocked)
+        return self.feed_forward(self.self_attention(x, position))
+
+
+class FrameDecoder(nn.Module):
+    """Mask2Former's decoder: learned queries read the levels in turn, each inside its own last mask (section 3.2)."""
+
+    def __init__(self, num_classes: int, channels: int, queries: int, heads: int, layers: int, feed_forward: int):
+        super().__init__()
+        self.layers = nn.ModuleList(FrameDecoderLayer(channels, heads, feed_forward) for _ in range(layers))
+        self.decoder_norm = nn.LayerNorm(channels)
+        self.query_feat = nn.Embedding(queries, channels)
+        self.query_embed = nn.Embedding(queries, channels)
+        self.level_embed = nn.Embedding(3, channels)
+        self.class_embed = nn.Linear(channels, num_classes + 1)
+        self.mask_embed = MLP(channels, channels)
+
+    def forward(self, levels: list[Tensor], mask_features: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+        """levels of strides [32, 16, 8], mask_features (N, C, h, w) -> predictions before and after each layer, queries."""
+        tokens = [level.flatten(2).transpose(1, 2) + embed for level, embed in zip(levels, self.level_embed.weight)]
+        positions = [sine_position(*level.shape[-2:], level.shape[1], level).flatten(2).transpose(1, 2)
+                     for level in levels]
+        x = self.query_feat.weight.expand(len(mask_features), -1, -1)
+        normed = [self.decoder_norm(x)]
+        predictions = [self.predict(normed[0], mask_features)]
+        for index, layer in enumerate(self.layers):
+            level = index % len(levels)
+            blocked = self.blocked_pixels(predictions[-1][1], levels[level].shape[-2:])
+            x = layer(x, self.query_embed.weight, tokens[level], positions[level], blocked)
+            normed.append(self.decoder_norm(x))
+            predictions.append(self.predict(normed[-1], mask_features))
+        handed_on = SUPERVISED_LAYERS if self.training else 1
+        return predictions, torch.stack(normed[1:][-handed_on:])
+
+    def predict(self, x: Tensor, mask_features: Tensor) -> tuple[Tensor, Tensor]:
+        """Class logits (N, F, K + 1) and mask logits (N, F, h, w) of normed queries (N, F, C)."""
+        return self.class_embed(x), torch.einsum("nfc,nchw->nfhw", self.mask_embed(x), mask_features)
+
+    @staticmethod
+    @torch.no_grad()
+    def blocked_pixels(masks: Tensor, size: tuple[int, int]) -> Tensor:
+        """Where the last masks say background: bool (N, 1, F, pixels), True = may not attend; an all-True row is opened."""
+        masks = F.interpolate(masks, size=size, mode="bilinear", align_corners=False)
+        blocked = masks.sigmoid().flatten(2) < 0.5
+        return (blocked & ~blocked.all(-1, keepdim=True))[:, None]

@@ -1,0 +1,128 @@
+"""A model over the videos of a data set: frames decoded ahead, any length, shared out to processes, resumed after a kill.
+
+    for video, found in segment_videos(model, videos.videos, device, amp, short_side=360, max_long_side=1333, top_k=20):
+        ...                                               # found: EncodedVideo, see model.py
+
+The results of a video go to a file of their own as soon as it is done (`Unfinished`), and all of them into one results.json at the
+end, in the order of the videos' ids: so it is the same file for any number of processes, and however often the run was killed.
+Upstream: vita/data/ytvis_eval.py. Shape letters as in model.py.
+"""
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from checkpoint import save_json
+from data import InputError, Video, read_json, test_frames
+from model import EncodedVideo, GRAttVIS
+
+
+class FrameBatches(Dataset):
+    """The frames of some videos at test size, `chunk` at a time; no batch holds frames of two videos."""
+
+    def __init__(self, videos: list[Video], short_side: int, max_long_side: int, chunk: int):
+        self.short_side, self.max_long_side, self.chunk = short_side, max_long_side, chunk
+        self.parts = [(video, first) for video in videos for first in range(0, len(video.files), chunk)]
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __getitem__(self, index: int) -> Tensor:
+        """uint8 (N, 3, H, W)."""
+        video, first = self.parts[index]
+        files = slice(first, first + self.chunk)
+        return torch.stack(list(test_frames(video, self.short_side, self.max_long_side, files)))
+
+
+def segment_videos(model: GRAttVIS, videos: list[Video], device: torch.device, amp: torch.dtype, short_side: int,
+                   max_long_side: int, top_k: int, chunk: int = 8, workers: int = 0) -> Iterator[tuple[Video, EncodedVideo]]:
+    """Every video with its instances, one after the other, with a progress bar.
+
+    chunk: frames the detector takes at once. workers: processes that decode ahead, 0 = none. Memory does not grow with the length
+    of a video but for its masks' codes.
+    """
+    batches = FrameBatches(videos, short_side, max_long_side, chunk)
+    loader = DataLoader(batches, batch_size=None, num_workers=workers, pin_memory=device.type == "cuda")
+    bar = tqdm(total=sum(len(video.files) for video in videos), desc="segment", unit="frame", mininterval=1)
+    loaded = timed(loader, bar)
+    for video in videos:
+        with torch.autocast(device.type, amp, enabled=amp != torch.float32):
+            found = model.encode_video(islice(loaded, -(-len(video.files) // chunk)), (video.height, video.width), top_k)
+        yield video, found
+    bar.close()
+
+
+def timed(loader: DataLoader, bar: tqdm) -> Iterator[Tensor]:
+    """The loader's batches; the bar counts their frames and tells the share of time spent waiting for them."""
+    began = mark = time.perf_counter()
+    waited = 0.0
+    for batch in loader:
+        waited += time.perf_counter() - mark
+        yield batch
+        bar.update(len(batch))
+        mark = time.perf_counter()
+        bar.set_postfix(waiting=f"{waited / (mark - began):.0%}", refresh=False)
+
+
+def share(videos: list[Video], rank: int, world: int) -> list[Video]:
+    """The videos of one process: the longest first, each to the process that has the fewest frames so far."""
+    frames, shares = [0] * world, [[] for _ in range(world)]
+    for video in sorted(videos, key=lambda video: (-len(video.files), video.id)):
+        least = frames.index(min(frames))
+        frames[least] += len(video.files)
+        shares[least].append(video)
+    return shares[rank]
+
+
+def to_entries(video: Video, found: EncodedVideo, categories: list[tuple[int, str]]) -> list[dict]:
+    """The entries of results.json for one video: one an instance, with a mask for every frame."""
+    return [{"video_id": video.id, "score": score, "category_id": categories[label][0], "segmentations": codes}
+            for score, label, codes in zip(found.scores.tolist(), found.labels.tolist(), found.segmentations)]
+
+
+class Unfinished:
+    """The results so far, a file a video, in a folder that is gone once they are joined."""
+
+    def __init__(self, folder: Path, setting: dict):
+        """setting: all that the results depend on. InputError if the folder has results of another one."""
+        self.folder = folder
+        if (folder / "setting.json").exists():
+            if (found := read_json(folder / "setting.json")) != setting:
+                differing = [name for name in setting | found if setting.get(name) != found.get(name)]
+                raise InputError(f"{folder} holds unfinished results of another setting ({', '.join(differing)} differ): finish "
+                                 "that run, remove the folder, or give another --output")
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_json(folder / "setting.json", setting)
+
+    def remaining(self, videos: list[Video]) -> list[Video]:
+        """The videos that have no results yet."""
+        return [video for video in videos if not self.path(video).exists()]
+
+    def path(self, video: Video) -> Path:
+        return self.folder / f"{video.id}.json"
+
+    def save(self, video: Video, entries: list[dict]) -> None:
+        """A video's results, whole or not at all."""
+        save_json(self.path(video), entries, indent=None)
+
+    def join(self, videos: list[Video], path: Path) -> None:
+        """Write the results of all videos into one file, a video at a time, and remove the folder."""
+        temporary = path.with_name(path.name + ".part")
+        with open(temporary, "w") as file:
+            start = "["
+            for video in videos:
+                for entry in read_json(self.path(video)):
+                    file.write(start + json.dumps(entry))
+                    start = ",\n"
+            file.write("[]\n" if start == "[" else "]\n")
+        os.replace(temporary, path)
+        shutil.rmtree(self.folder)
