@@ -76,6 +76,15 @@ def read_json(path: str | Path):
         raise InputError(f"{path} is not a JSON file: {error}") from error
 
 
+def read_categories(path: str | Path) -> list[tuple[int, str]]:
+    """The categories of a data set's JSON, in the order of their ids; InputError if it has none."""
+    content = read_json(path)
+    try:
+        return sorted((int(category["id"]), str(category["name"])) for category in content["categories"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path} has no list of categories") from error
+
+
 def images_to_videos(content: dict) -> dict:
     """A COCO JSON as one in the YouTube-VIS format: every image a video of one frame."""
     videos = [{"id": image["id"], "height": image["height"], "width": image["width"], "file_names": [image["file_name"]]}
@@ -178,13 +187,18 @@ def folder_names(folder: Path) -> frozenset[str]:
     return frozenset(os.listdir(folder)) if folder.is_dir() else frozenset()
 
 
-def read_frame(path: Path, height: int, width: int) -> Image.Image:
-    """An RGB picture of the size that the JSON states; InputError if it is damaged or of another size."""
+def read_picture(path: Path) -> Image.Image:
+    """An RGB picture, turned as it says itself; InputError if it is damaged."""
     try:
         with Image.open(path) as file:
-            picture = ImageOps.exif_transpose(file).convert("RGB")
+            return ImageOps.exif_transpose(file).convert("RGB")
     except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError for some broken headers
         raise InputError(f"frame {path} cannot be read: {error}") from error
+
+
+def read_frame(path: Path, height: int, width: int) -> Image.Image:
+    """An RGB picture of the size that the JSON states; InputError if it is damaged or of another size."""
+    picture = read_picture(path)
     if picture.size != (width, height):
         raise InputError(f"frame {path} is {picture.width}x{picture.height}, its JSON says {width}x{height}")
     return picture

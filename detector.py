@@ -89,7 +89,7 @@ class PixelDecoder(nn.Module):
         levels = x.transpose(1, 2).split([height * width for height, width in level_shapes], 2)
         levels = [level.unflatten(2, shape) for level, shape in zip(levels, level_shapes)]
         upsampled = F.interpolate(levels[-1], size=res2.shape[-2:], mode="bilinear", align_corners=False)
-        return levels, self.output(self.lateral(res2) + upsampled)
+        return levels, self.output(upsampled.add_(self.lateral(res2)))                   # in place: it is large
 
 
 class FrameDecoderLayer(nn.Module):
@@ -120,7 +120,10 @@ class FrameDecoder(nn.Module):
         self.mask_embed = MLP(channels, channels)
 
     def forward(self, levels: list[Tensor], mask_features: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-        """levels of strides [32, 16, 8], mask_features (N, C, h, w) -> predictions before and after each layer, queries."""
+        """levels of strides [32, 16, 8], mask_features (N, C, h, w) -> predictions before and after each layer, queries.
+
+        While not training the last prediction alone: ten times all masks are a quarter of a gigabyte for eight frames.
+        """
         tokens = [level.flatten(2).transpose(1, 2) + embed for level, embed in zip(levels, self.level_embed.weight)]
         positions = [sine_position(*level.shape[-2:], level.shape[1], level).flatten(2).transpose(1, 2)
                      for level in levels]
@@ -132,7 +135,7 @@ class FrameDecoder(nn.Module):
             blocked = self.blocked_pixels(predictions[-1][1], levels[level].shape[-2:])
             x = layer(x, self.query_embed.weight, tokens[level], positions[level], blocked)
             normed.append(self.decoder_norm(x))
-            predictions.append(self.predict(normed[-1], mask_features))
+            predictions = [*(predictions if self.training else []), self.predict(normed[-1], mask_features)]
         handed_on = SUPERVISED_LAYERS if self.training else 1
         return predictions, torch.stack(normed[1:][-handed_on:])
 

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from pycocotools import mask as rle
 from scipy.ndimage import binary_erosion
 
-from model import EncodedVideo
+from results import EncodedVideo
 
 GOLDEN_RATIO = 0.618034  # steps of it never come back to a hue, and neighbours are far apart
 SMALLEST_HEIGHT = 240  # pixels; smaller frames are enlarged by a whole factor, so that labels can be read

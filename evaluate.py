@@ -27,9 +27,10 @@ from device import choose_amp, start_processes
 from draw import overlays, save_pictures
 from inference import Unfinished, segment_videos, share, to_entries
 from metric import accumulate, check_ground_truth, check_results, evaluate_results, format_table, mean_metrics
-from model import PRESETS, EncodedVideo, GRAttVIS
+from model import PRESETS, GRAttVIS
 from plots import plot_classes, plot_precision, plot_timeline, require_matplotlib
 from recipes import at_least
+from results import EncodedVideo
 from tracker import PROPAGATIONS
 
 DRAWN_SCORE = 0.3  # instances below it are left out of the pictures
@@ -151,7 +152,8 @@ def annotations_of(videos: VideoSet) -> list[Path]:
 def finish(results_path: Path, annotations: list[str | Path], output: Path, plot: bool) -> dict | None:
     """Check a results file, zip it for the server, and score it if the annotations are at hand: prints the tables and writes
     metrics.json. Several annotation files are parts of one set: each is scored, and the mean is what metrics.json starts with."""
-    results, parts = read_json(results_path), {Path(path).stem: read_json(path) for path in annotations}
+    results, names = read_json(results_path), [Path(path).stem for path in annotations]
+    parts = dict(zip(names if len(set(names)) == len(names) else map(str, annotations), map(read_json, annotations)))
     for path, part in zip(annotations, parts.values()):
         if not isinstance(part, dict) or not isinstance(part.get("videos"), list):
             raise InputError(f"{path} has no list of videos: it is not in the YouTube-VIS format")
@@ -162,8 +164,8 @@ def finish(results_path: Path, annotations: list[str | Path], output: Path, plot
     output.mkdir(parents=True, exist_ok=True)
     zip_results(results_path, output / "results.json.zip")
     if not whole["annotations"]:
-        names = {str(category["name"]).lower() for category in whole["categories"]}
-        server = next((server for name, server in SERVERS.items() if name in names), "the benchmark's server")
+        classes = {str(category["name"]).lower() for category in whole["categories"]}
+        server = next((server for name, server in SERVERS.items() if name in classes), "the benchmark's server")
         print(f"{annotations[0]} has no annotations: submit {output / 'results.json.zip'} to {server}")
         return None
     metrics = {}

@@ -5,6 +5,7 @@
 
 The results of a video go to a file of their own as soon as it is done (`Unfinished`), and all of them into one results.json at the
 end, in the order of the videos' ids: so it is the same file for any number of processes, and however often the run was killed.
+(To the last bit where sums are made in the same order: on a CPU with as many threads a process, on a GPU with the same chunk.)
 Upstream: vita/data/ytvis_eval.py. Shape letters as in model.py.
 """
 import json
@@ -22,7 +23,8 @@ from tqdm import tqdm
 
 from checkpoint import save_json
 from data import InputError, Video, read_json, test_frames
-from model import EncodedVideo, GRAttVIS
+from model import GRAttVIS
+from results import EncodedVideo
 
 
 class FrameBatches(Dataset):
@@ -65,11 +67,12 @@ def timed(loader: DataLoader, bar: tqdm) -> Iterator[Tensor]:
     began = mark = time.perf_counter()
     waited = 0.0
     for batch in loader:
-        waited += time.perf_counter() - mark
+        now = time.perf_counter()
+        waited += now - mark
+        bar.set_postfix(waiting=f"{waited / (now - began):.0%}", refresh=False)
+        bar.update(len(batch))                                # before they are done: nobody comes back here after the last
         yield batch
-        bar.update(len(batch))
         mark = time.perf_counter()
-        bar.set_postfix(waiting=f"{waited / (mark - began):.0%}", refresh=False)
 
 
 def share(videos: list[Video], rank: int, world: int) -> list[Video]:
@@ -125,4 +128,8 @@ class Unfinished:
                     start = ",\n"
             file.write("[]\n" if start == "[" else "]\n")
         os.replace(temporary, path)
-        shutil.rmtree(self.folder)
+        done = self.folder.with_name(self.folder.name + ".done")
+        if done.exists():
+            shutil.rmtree(done)
+        self.folder.rename(done)                              # a folder half removed would be taken for unfinished
+        shutil.rmtree(done)

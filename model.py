@@ -21,11 +21,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbone import build_backbone
 from detector import FrameDecoder, PixelDecoder
+from graph import Replay
+from results import (EncodedVideo, FrameTracks, RunningScores, VideoResult, best_pairs, class_probabilities, mask_confidence,
+                     resize_masks, upsample_masks)
 from run_length import encode_counts
 from tracker import ClipPrediction, Tracker, TrackerState
 
@@ -33,13 +35,13 @@ PIXEL_MEAN = (123.675, 116.28, 103.53)   # RGB, 0..255
 PIXEL_STD = (58.395, 57.12, 57.375)
 SIZE_DIVISOR = 32
 VITA_WINDOW = 6                          # frames an encoder window of VITA spans
-MASK_PIXELS = 2 ** 27                    # of the masks that encode_video has at once
+MASK_PIXELS = 2 * 10 ** 8                   # of the masks that encode_video has at once
 
 
 @dataclass
 class FrameOutput:
     """What the detector (backbone, pixel decoder, frame decoder) knows of N frames."""
-    predictions: list[tuple[Tensor, Tensor]]  # of each decoder layer: logits (N, F, K + 1), mask logits (N, F, h, w)
+    predictions: list[tuple[Tensor, Tensor]]  # of each decoder layer (not training: the last): logits (N, F, K + 1), masks (N, F, h, w)
     queries: Tensor                           # (L, N, F, C), decoder_norm'ed
     mask_features: Tensor                     # (N, C, h, w), the tracker's
 
@@ -51,48 +53,6 @@ class TrainingOutput:
     clips: list[ClipPrediction]
     mask_features: list[Tensor]               # of each clip: (B, T of the clip, C, h, w)
     padded_size: tuple[int, int]              # pixels, the size that masks are normalised by
-
-
-@dataclass
-class VideoResult:
-    """Instances of a whole video, best first."""
-    scores: Tensor      # (K,) float, 0..1: class score (maximum over frames) times mask score of the whole video
-    labels: Tensor      # (K,) int64, 0-based
-    masks: Tensor       # (K, T, H, W) bool
-    track_ids: Tensor   # (K,) int64: the query; one query may appear under several labels
-    logits: Tensor      # (clips, Q, K + 1) class logits of every query, clip by clip
-
-
-@dataclass
-class EncodedVideo:
-    """Instances of a whole video, best first, with masks as run-length codes; all on the CPU."""
-    scores: Tensor                   # (K,) float, 0..1, as in VideoResult
-    labels: Tensor                   # (K,) int64, 0-based
-    track_ids: Tensor                # (K,) int64
-    segmentations: list[list[dict]]  # K times T run-length codes, see run_length.py
-    gates: Tensor                    # (K, clips, D) bool, True = open: the clip could change the query; D = 0 without a gate
-
-
-@dataclass
-class RunningScores:
-    """What decides a video's instances, of the frames so far; all queries."""
-    class_scores: Tensor  # (Q, K) maximum
-    mask_sum: Tensor      # (Q,) sum of the probabilities inside the masks
-    mask_area: Tensor     # (Q,) pixels inside the masks
-
-    def joined(self, other: "RunningScores | None") -> "RunningScores":
-        """Those of two stretches of a video; None = nothing before."""
-        if other is None:
-            return self
-        return RunningScores(torch.maximum(self.class_scores, other.class_scores), self.mask_sum + other.mask_sum,
-                             self.mask_area + other.mask_area)
-
-    def best(self, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Scores, labels and queries of the instances, best first."""
-        scores, labels, chosen = best_pairs(self.class_scores, top_k)
-        scores = scores * self.mask_sum[chosen] / (self.mask_area[chosen] + 1e-6)
-        order = scores.argsort(descending=True, stable=True)
-        return scores[order], labels[order], chosen[order]
 
 
 @dataclass
@@ -112,17 +72,6 @@ class StepState:
     size: tuple[int, int]   # of the frames, pixels
     tracker: TrackerState
     scores: RunningScores
-
-
-@dataclass
-class FrameTracks:
-    """Instances of one frame, best first by what is known so far."""
-    scores: Tensor      # (K,) float, causal: of the frames up to this one
-    labels: Tensor      # (K,) int64, 0-based
-    masks: Tensor       # (K, H, W) bool, this frame's
-    track_ids: Tensor   # (K,) int64: the query, stable over the video
-    logits: Tensor      # (Q, K + 1) class logits of every query in this frame
-    gates: Tensor       # (K, D) bool, True = open: this frame could change the query; D = 0 without a gate
 
 
 class GRAttVIS(nn.Module):
@@ -197,8 +146,10 @@ class GRAttVIS(nn.Module):
         """
         queries, features, state, sizes = [], [], None, set()
         clip_length = math.inf if self.propagation == "clip" else self.clip_length
+        on_cpu = self.pixel_mean.device.type == "cpu"
+        replay = None if on_cpu or clip_length > 1 or self.tracker.remembers else Replay(self.track_queries)
         for batch in batches:
-            for part in batch.split(1) if self.pixel_mean.device.type == "cpu" else [batch]:
+            for part in batch.split(1) if on_cpu else [batch]:
                 images = self.prepare(part)
                 sizes.add(tuple(part.shape[-2:]))
                 if len(sizes) > 1:
@@ -206,8 +157,9 @@ class GRAttVIS(nn.Module):
                 output = self.detect(images)
                 queries += output.queries.unbind(1)                                      # each (L, F, C)
                 features += output.mask_features
+                del images, output                                                       # the masks of all layers are large
             while len(queries) >= clip_length:
-                clip, state = self.track(queries[:clip_length], features[:clip_length], state, *sizes)
+                clip, state = self.track(queries[:clip_length], features[:clip_length], state, *sizes, replay)
                 queries, features = queries[clip_length:], features[clip_length:]
                 yield clip
         if queries:
@@ -215,14 +167,30 @@ class GRAttVIS(nn.Module):
         if not sizes:
             raise ValueError("the video has no frames")
 
-    def track(self, queries: list[Tensor], features: list[Tensor], state: TrackerState | None,
-              size: tuple[int, int]) -> tuple[ClipOutput, TrackerState]:
-        """Hand one clip's frame queries, each (1, F, C), to the tracker."""
-        prediction, state = self.tracker(torch.stack(queries, 1)[:, None], state)        # (1, 1, T, F, C)
+    def track(self, queries: list[Tensor], features: list[Tensor], state: TrackerState | None, size: tuple[int, int],
+              replay: Replay | None = None) -> tuple[ClipOutput, TrackerState]:
+        """Hand one clip's frame queries, each (1, F, C), to the tracker; by a CUDA graph of `track_queries` if there is one."""
+        frame_queries = torch.stack(queries, 1)[:, None]                                 # (1, 1, T, F, C)
+        if replay is None:
+            prediction, state = self.tracker(frame_queries, state)
+            outputs = self.last_of(prediction)
+        else:
+            state = state or self.tracker.initial_state(1)
+            *outputs, query = replay(frame_queries, state.query)
+            state = TrackerState(query)
+        return ClipOutput(*outputs[:2], torch.stack(features), outputs[2], size, padded(*size)), state
+
+    def track_queries(self, frame_queries: Tensor, query: Tensor) -> tuple[Tensor, ...]:
+        """Without a memory, all that a clip gives is a function of its frame queries (1, 1, T, F, C) and the carried ones (1, Q, C)."""
+        prediction, state = self.tracker(frame_queries, TrackerState(query))
+        return *self.last_of(prediction), state.query
+
+    @staticmethod
+    def last_of(prediction: ClipPrediction) -> tuple[Tensor, Tensor, Tensor]:
+        """What counts of one video's prediction: logits (Q, K + 1), mask embeddings (Q, C), gates (D, Q) bool, True = open."""
         logits = prediction.logits[-1][-1, 0]
-        gates = torch.stack([gate[-1, 0] >= 0 for gate in prediction.gate_logits]) if prediction.gate_logits else (
-            torch.empty(0, len(logits), dtype=torch.bool, device=logits.device))
-        return ClipOutput(logits, prediction.mask_embed[-1][-1, 0], torch.stack(features), gates, size, padded(*size)), state
+        gates = [gate[-1, 0] >= 0 for gate in prediction.gate_logits]
+        return logits, prediction.mask_embed[-1][-1, 0], torch.stack(gates) if gates else logits.new_empty(0, len(logits)).bool()
 
     @torch.no_grad()
     def segment_video(self, frames: Tensor | Iterable[Tensor], output_size: tuple[int, int] | None = None,
@@ -257,26 +225,35 @@ class GRAttVIS(nn.Module):
         maximum over all frames: until then every query's masks are kept, as codes on the CPU.
         """
         self.check_request(output_size, top_k)
-        scores, codes, gates, size = None, [], [], output_size
+        scores, codes, gates, recent, buffer = None, [], [], [], None
+
+        def keep() -> None:
+            """Bring what the last frames gave to the CPU."""
+            codes.extend(encode_counts(buffer[:len(recent)].flatten(0, 1)))
+            gates.extend(torch.stack(recent).cpu())
+            recent.clear()
+
         for clip in self.follow(batches):
-            size = output_size or clip.size
-            part = max(1, MASK_PIXELS // max(math.prod(size), math.prod(clip.padded_size)))
-            mask_sum, mask_area = [], []
+            size, count = output_size or clip.size, len(clip.logits)
+            part = max(1, MASK_PIXELS // 2 // max(math.prod(size), math.prod(clip.padded_size)))
+            if buffer is None:
+                frames = max(1, MASK_PIXELS // (count * math.prod(size)))                # encoded together: fewer waits for the GPU
+                buffer = torch.empty(frames, count, *size, dtype=torch.bool, device=clip.logits.device)
             for feature in clip.mask_features:
-                frame_sum, frame_area, frame_codes = [], [], []
-                for embed in clip.mask_embed.split(part):
+                confidence = []
+                for embed, masks in zip(clip.mask_embed.split(part), buffer[len(recent)].split(part)):
                     mask_logits = upsample_masks(embed, feature, clip.size, clip.padded_size)
-                    for found, total in zip(mask_confidence(mask_logits), (frame_sum, frame_area)):
-                        total.append(found)
-                    frame_codes += encode_counts(resize_masks(mask_logits, size) > 0)
-                mask_sum.append(torch.cat(frame_sum))
-                mask_area.append(torch.cat(frame_area))
-                codes.append(frame_codes)
-            found = RunningScores(class_probabilities(clip.logits), sum(mask_sum), sum(mask_area))
-            scores = found.joined(scores)
-            gates.append(clip.gates.cpu())
+                    confidence.append(mask_confidence(mask_logits))
+                    torch.gt(resize_masks(mask_logits, size), 0, out=masks)
+                found = RunningScores(class_probabilities(clip.logits), *map(torch.cat, zip(*confidence)))
+                scores = found.joined(scores)
+                recent.append(clip.gates)
+                if len(recent) == len(buffer):
+                    keep()
+        if recent:
+            keep()
         scores, labels, chosen = (values.cpu() for values in scores.best(top_k))
-        segmentations = [[{"size": list(size), "counts": frame[query].decode()} for frame in codes] for query in chosen.tolist()]
+        segmentations = [[{"size": list(size), "counts": code.decode()} for code in codes[query::count]] for query in chosen.tolist()]
         return EncodedVideo(scores, labels, chosen, segmentations, torch.stack(gates).permute(2, 0, 1)[chosen])
 
     @torch.no_grad()
@@ -344,39 +321,6 @@ def in_batches(frames: Tensor | Iterable[Tensor], count: int) -> Iterator[Tensor
         batch.append(frame)
     if batch:
         yield torch.stack(batch)
-
-
-def best_pairs(class_scores: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The top_k (query, class) pairs of (Q, K) scores: scores, labels, queries; equal scores keep their order."""
-    scores, index = class_scores.flatten().sort(descending=True, stable=True)
-    scores, index = scores[:top_k], index[:top_k]
-    return scores, index % class_scores.shape[1], index // class_scores.shape[1]
-
-
-def class_probabilities(logits: Tensor) -> Tensor:
-    """(..., K + 1) logits -> (..., K) probabilities, "no object" left out."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)[..., :-1]
-
-
-def upsample_masks(embed: Tensor, features: Tensor, size: tuple[int, int], padded_size: tuple[int, int]) -> Tensor:
-    """Mask logits (Q, *size) of one frame: embeddings (Q, C) times features (C, h, w), bilinear to the padded frame, cropped."""
-    masks = torch.einsum("qc,chw->qhw", embed, features)[None]
-    masks = F.interpolate(masks, size=padded_size, mode="bilinear", align_corners=False)[0]
-    return masks[:, :size[0], :size[1]]
-
-
-def mask_confidence(mask_logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of the probabilities above one half and their number, each (Q,): their ratio over a video is the mask score."""
-    soft = mask_logits.to(torch.promote_types(mask_logits.dtype, torch.float32)).sigmoid()
-    hard = soft > 0.5
-    return (soft * hard).sum((1, 2)), hard.sum((1, 2))
-
-
-def resize_masks(mask_logits: Tensor, size: tuple[int, int] | None) -> Tensor:
-    """Bilinear resize of (Q, H, W) mask logits; None or the same size returns them as they are."""
-    if size is None or tuple(size) == tuple(mask_logits.shape[-2:]):
-        return mask_logits
-    return F.interpolate(mask_logits[None], size=tuple(size), mode="bilinear", align_corners=False)[0]
 
 
 PRESETS = {  # a model of the paper a line; every value is an argument of GRAttVIS and can be overridden in build_model

@@ -13,7 +13,7 @@ from pycocotools import mask as rle
 from data import InputError
 from draw import best_labels, colour_of
 from metric import IOU_THRESHOLDS, RECALL_POINTS
-from model import EncodedVideo
+from results import EncodedVideo
 
 BAR = "#2f7d4f"
 
@@ -69,11 +69,10 @@ def plot_timeline(path: Path, found: EncodedVideo, names: list[str], least: floa
         seen = rle.area(found.segmentations[index]) > 0
         colour = tuple(part / 255 for part in colour_of(int(found.track_ids[index])))
         axes.broken_barh([(t, 1) for t in np.flatnonzero(seen)], (row + 0.1, 0.5), color=colour)
-        openness = found.gates[index].double().mean(1).numpy()                           # (clips,), NaN without a gate
-        length = frames / len(openness)
         if found.gates.shape[2]:
-            axes.imshow(openness[None], extent=(0, length * len(openness), row + 0.85, row + 0.65), aspect="auto", cmap="Greys",
-                        vmin=0, vmax=1, interpolation="nearest")
+            openness = found.gates[index].double().mean(1).numpy()                       # (T,)
+            axes.imshow(openness[None], extent=(0, frames, row + 0.85, row + 0.65), aspect="auto", cmap="Greys", vmin=0, vmax=1,
+                        interpolation="nearest")
     axes.set(xlabel="frame", xlim=(0, frames), ylim=(max(1, len(chosen)), 0), title="seen (colour) and gate open (dark)" if chosen else
              f"no instance scores {least} or more")
     axes.set_yticks(np.arange(len(chosen)) + 0.4, [f"{names[found.labels[index]]} #{found.track_ids[index]} {found.scores[index]:.2f}"

@@ -8,6 +8,7 @@ run from the fourth on is written as its difference to the one before the last, 
 cocoapi, common/maskApi.c, whose codes these are to the last character (tests/test_run_length.py). Only codes leave a GPU, no pixels.
 """
 import math
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -16,7 +17,9 @@ from torch import Tensor
 
 ENCODED_AT_ONCE = 2 ** 28                           # pixels
 SEARCHED_AT_ONCE = {np: 2 ** 20, torch: 2 ** 28}    # pixels; fewer stay in a CPU's cache
+THREADS = 2                                         # more wait for one another, at the lock of the interpreter
 CHECKED_AT_ONCE = 256                               # codes
+LONG_RUN = re.compile(rb"[P-o]{7}")                 # characters that are not a run's last: over 2 ** 34 pixels
 Array = Tensor | np.ndarray
 
 
@@ -33,9 +36,10 @@ def encode_counts(masks: Tensor) -> list[bytes]:
     if not masks.numel():
         return [b"0"] * len(masks)
     if masks.is_cuda:
-        with masks.device:
-            return [code for part in masks.split(-(-ENCODED_AT_ONCE // masks[0].numel())) for code in encode_part(part.contiguous())]
-    parts = masks.chunk(torch.get_num_threads())              # NumPy is twice as fast as PyTorch on a CPU, but with one thread
+        masks = masks.contiguous() if masks.storage_offset() % 8 == 0 else masks.clone(memory_format=torch.contiguous_format)
+        with masks.device:                                    # aligned, to be read as words
+            return [code for part in masks.split(-(-ENCODED_AT_ONCE // masks[0].numel())) for code in encode_part(part)]
+    parts = masks.chunk(THREADS)                              # NumPy is twice as fast as PyTorch on a CPU, but with one thread
     with ThreadPoolExecutor(len(parts)) as pool:
         return [code for codes in pool.map(encode_part, map(np.ascontiguousarray, parts)) for code in codes]
 
@@ -161,19 +165,21 @@ def decode_runs(codes: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def find_fault(codes: list[str | bytes], pixels: list[int]) -> tuple[int, str] | None:
-    """The first of N codes that is not one of a mask of so many pixels, and what is wrong; None if all are right.
+    """One of N codes that is not that of a mask of so many pixels, and what is wrong; None if all are right.
 
     pycocotools reads on past the end of a wrong code, into memory that is not its own or for ever.
     """
     for begin in range(0, len(codes), CHECKED_AT_ONCE):
-        some = [code.encode() if isinstance(code, str) else code for code in codes[begin:begin + CHECKED_AT_ONCE]]
+        some = [code.encode() if isinstance(code, str) and code.isascii() else code for code in codes[begin:begin + CHECKED_AT_ONCE]]
         for index, code in enumerate(some):
-            if not isinstance(code, bytes):
+            if not isinstance(code, (bytes, str)):
                 return begin + index, f"its counts are a {type(code).__name__}"
+            if isinstance(code, str) or code and (min(code) < 48 or max(code) > 111):
+                return begin + index, "it holds a character that no code has"
             if not code or code[-1] - 48 & 32:
                 return begin + index, "its last run has no end"
-            if min(code) < 48 or max(code) > 111:
-                return begin + index, "it holds a character that no code has"
+            if LONG_RUN.search(code):
+                return begin + index, "its runs do not fill the frame"
         runs, runs_each = decode_runs(some)
         first = np.cumsum(runs_each) - runs_each
         wrong = (np.minimum.reduceat(runs, first) < 0) | (np.add.reduceat(runs, first) != pixels[begin:begin + CHECKED_AT_ONCE])

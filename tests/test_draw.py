@@ -6,7 +6,7 @@ from PIL import Image
 
 import draw
 from draw import best_labels, colour_of, overlay, overlays, save_pictures
-from model import EncodedVideo
+from results import EncodedVideo
 from run_length import encode
 
 HEIGHT, WIDTH = 240, 320  # high enough not to be enlarged

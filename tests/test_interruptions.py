@@ -22,7 +22,8 @@ from synthetic import make_dataset
 
 REPOSITORY = Path(__file__).parent.parent
 KILLS = int(os.environ.get("KILLS", 2))
-ENVIRONMENT = {"OMP_NUM_THREADS": "1"} | os.environ | {"PYTHONPATH": str(REPOSITORY)}  # one thread: the cores may be busy
+ENVIRONMENT = {"OMP_NUM_THREADS": "1"} | os.environ | {  # one thread: the cores may be busy
+    "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])}
 ITERATIONS = 3 * KILLS + 1  # of the run that is killed: a kill costs it about two
 TINY = ["--device", "cpu", "--frames", "2", "--points", "64", "--short-sides", "64", "--workers", "0", "--lr-steps", "3",
         "--warmup", "0", "--log-every", "1"]

@@ -1,0 +1,218 @@
+"""What evaluation costs: encoding masks, memory over the length of a video, frames a second and where they go, chunks.
+
+    python benchmarks/inference.py                      # all parts; --parts encoding memory speed chunks
+
+Encoding: 28,800 masks of 360x640 (60 videos of 40 frames, 12 predictions), against pycocotools mask by mask as the official code
+does it (vita/data/ytvis_eval.py). Memory: peaks of the GPU and of the process at several lengths. Speed: JPEG files of 720x1280 to
+results.json, each stage alone and all together. Chunks: what changes with the number of frames that the detector takes at once.
+The model is R-50 with random weights, as good as any other for all of this.
+"""
+import argparse
+import json
+import resource
+import sys
+import tempfile
+import time
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from pycocotools import mask as rle
+from torch.utils.data import DataLoader
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from data import VideoSet  # noqa: E402
+from deform_attn import implementation  # noqa: E402
+from inference import FrameBatches, segment_videos, to_entries  # noqa: E402
+from model import build_model  # noqa: E402
+from results import mask_confidence, resize_masks, upsample_masks  # noqa: E402
+from run_length import encode, encode_counts  # noqa: E402
+
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+HEIGHT, WIDTH, OUTPUT = 360, 640, (720, 1280)
+
+
+def seconds(function, repeat: int = 3) -> float:
+    """The median time of a call, the GPU's work included; one call before to warm up."""
+    times = []
+    for _ in range(repeat + 1):
+        began = time.perf_counter()
+        function()
+        if CUDA:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return sorted(times[1:])[repeat // 2]
+
+
+def make_masks(count: int, device: torch.device) -> torch.Tensor:
+    """bool (count, 360, 640): ellipses with wavy outlines."""
+    generator = torch.Generator().manual_seed(0)
+    y, x = torch.arange(HEIGHT, device=device)[:, None], torch.arange(WIDTH, device=device)
+    draws = torch.rand(count, 6, generator=generator).to(device)[:, :, None, None]
+    down, right = (y - 60 - 240 * draws[:, 0]) / (20 + 60 * draws[:, 2]), (x - 100 - 440 * draws[:, 1]) / (20 + 80 * draws[:, 3])
+    angle = torch.atan2(down, right)
+    return down ** 2 + right ** 2 < 1 + 0.2 * torch.sin(5 * angle + 6 * draws[:, 4]) + 0.05 * torch.sin(17 * angle + 6 * draws[:, 5])
+
+
+def encoding() -> None:
+    """28,800 masks: pycocotools one by one, ours on the CPU and on the GPU; 2,880 of them measured on the CPU."""
+    masks = make_masks(2880, torch.device("cpu"))
+    arrays = masks.numpy()
+
+    def official() -> list[bytes]:
+        return [rle.encode(np.array(mask[:, :, None], order="F", dtype="uint8"))[0]["counts"] for mask in arrays]
+
+    assert official() == encode_counts(masks)
+    theirs, ours = 10 * seconds(official), 10 * seconds(lambda: [encode(part) for part in masks.split(480)])
+    characters = np.mean([len(code) for code in encode_counts(masks)])
+    print(f"encoding 28,800 masks of {HEIGHT}x{WIDTH}, {characters:.0f} characters each: pycocotools {theirs:.2f} s; "
+          f"ours on the CPU with {torch.get_num_threads()} threads {ours:.2f} s ({theirs / ours:.1f} times as fast)", end="")
+    if CUDA:
+        on_gpu = make_masks(480, DEVICE)
+        assert encode_counts(on_gpu) == encode_counts(on_gpu.cpu())
+        there = 60 * seconds(lambda: encode(on_gpu))
+        print(f", on the GPU {there:.3f} s ({theirs / there:.0f} times)", end="")
+    print()
+
+
+def make_model() -> torch.nn.Module:
+    """R-50 on the device, with random weights."""
+    torch.manual_seed(0)
+    return build_model("r50", 25).eval().to(DEVICE)
+
+
+def autocast() -> torch.autocast:
+    return torch.autocast(DEVICE.type, torch.bfloat16, enabled=CUDA)
+
+
+def make_batches(frames: int, chunk: int):
+    """Batches of a video of noise, made as they are asked for."""
+    generator = torch.Generator().manual_seed(0)
+    for first in range(0, frames, chunk):
+        small = torch.randint(0, 256, (min(chunk, frames - first), 3, HEIGHT // 20, WIDTH // 20), generator=generator)
+        yield small.repeat_interleave(20, 2).repeat_interleave(20, 3).to(torch.uint8)
+
+
+def memory(lengths: list[int], chunk: int) -> None:
+    """Peaks while a video of each length is encoded; the process must not grow by more than the codes it returns."""
+    model = make_model()
+    for frames in [8, *lengths]:                              # the first warms up
+        if CUDA:
+            torch.cuda.reset_peak_memory_stats()
+        before, began = resident(), time.perf_counter()
+        with autocast():
+            found = model.encode_video(make_batches(frames, chunk), OUTPUT, 20)
+        codes = sum(len(code["counts"]) for track in found.segmentations for code in track)
+        peak = f"{torch.cuda.max_memory_allocated() / 1e9:.3f} GB of GPU memory, " if CUDA else ""
+        print(f"memory at {frames} frames: {peak}the process from {before:.0f} to {resident():.0f} MB, "
+              f"{codes / 1e6:.2f} MB of codes in the result, {frames / (time.perf_counter() - began):.0f} frames a second")
+        del found
+
+
+def resident() -> float:
+    """The memory of this process, MB; what encode_video kept of all queries is still in it, freed but not given back."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
+
+
+def make_set(root: Path, videos: int, frames: int) -> VideoSet:
+    """Videos of JPEG files of 720x1280, about 250 kB each."""
+    random = np.random.default_rng(0)
+    texture = Image.fromarray(random.integers(0, 256, (180, 320, 3), dtype=np.uint8)).resize((1480, 920), Image.Resampling.BICUBIC)
+    content = {"categories": [{"id": 1 + number, "name": f"class {number}"} for number in range(25)], "videos": []}
+    for video in range(videos):
+        names = [f"{video}/{frame:05d}.jpg" for frame in range(frames)]
+        (root / str(video)).mkdir(parents=True)
+        for frame, name in enumerate(names):
+            texture.crop((frame % 200, frame % 199, 1280 + frame % 200, 720 + frame % 199)).save(root / name, quality=90)
+        content["videos"].append({"id": video + 1, "height": 720, "width": 1280, "length": frames, "file_names": names})
+    (root / "valid.json").write_text(json.dumps(content))
+    return VideoSet(root / "valid.json", root)
+
+
+def speed(videos: int, frames: int, chunk: int, workers: int) -> None:
+    """Frames a second of each stage alone, and of all together."""
+    model = make_model()
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad(), autocast():
+        found = make_set(Path(folder), videos, frames)
+        size = sum(file.stat().st_size for file in found.videos[0].files) / frames / 1e3
+        batches = FrameBatches(found.videos, HEIGHT, 1333, chunk)
+        loader = DataLoader(batches, batch_size=None, num_workers=workers, pin_memory=CUDA)
+        began = time.perf_counter()
+        one = [batches[number] for number in range(4)]
+        alone = 4 * chunk / (time.perf_counter() - began)
+        began = time.perf_counter()
+        total = sum(len(batch) for batch in loader)
+        decode = total / (time.perf_counter() - began)
+
+        images = model.prepare(one[0])
+        output = model.detect(images)
+        queries, features = list(output.queries.unbind(1)), list(output.mask_features)
+        clip, state = model.track(queries[:1], features[:1], None, (HEIGHT, WIDTH))
+
+        def masks() -> None:
+            for feature in features:
+                logits = upsample_masks(clip.mask_embed, feature, (HEIGHT, WIDTH), clip.padded_size)
+                mask_confidence(logits)
+                encode_counts(resize_masks(logits, OUTPUT) > 0)
+
+        stages = {f"decoding ({workers} workers; {alone:.0f} a core)": 1 / decode,
+                  "detector": seconds(lambda: model.detect(model.prepare(one[0])), 9) / chunk,
+                  "tracker": seconds(lambda: [model.track([query], [feature], state, (HEIGHT, WIDTH))
+                                              for query, feature in zip(queries, features)], 9) / chunk,
+                  "masks and codes of 100 queries": seconds(masks, 9) / chunk}
+        print(f"{videos} videos of {frames} JPEG files of 720x1280, {size:.0f} kB each; {implementation(DEVICE)}")
+        for name, each in stages.items():
+            print(f"  {name}: {1e3 * each:.2f} ms a frame, {1 / each:.0f} frames a second")
+        for _ in range(2):
+            began = time.perf_counter()
+            entries = [entry for video, result in segment_videos(model, found.videos, DEVICE, torch.bfloat16 if CUDA else torch.float32,
+                                                                 HEIGHT, 1333, 20, chunk, workers)
+                       for entry in to_entries(video, result, found.categories)]
+            (Path(folder) / "results.json").write_text(json.dumps(entries))
+            print(f"  from files to results.json: {videos * frames / (time.perf_counter() - began):.1f} frames a second")
+
+
+def chunks(frames: int) -> None:
+    """The same video in chunks of 1, 4 and 32, in float32 and in 16 bit."""
+    model = make_model()
+    for enabled in (False, True) if CUDA else (False,):
+        results = {}
+        for chunk in (1, 4, 32):
+            with torch.autocast(DEVICE.type, torch.bfloat16, enabled=enabled):
+                results[chunk] = model.encode_video(islice(make_batches(frames, chunk), frames), OUTPUT, 20)
+        for chunk in (4, 32):
+            one, other = results[1], results[chunk]
+            same = one.track_ids.tolist() == other.track_ids.tolist() and one.labels.tolist() == other.labels.tolist()
+            different = sum(a != b for first, second in zip(one.segmentations, other.segmentations) for a, b in zip(first, second))
+            print(f"chunks of {chunk} against 1, {'bfloat16' if enabled else 'float32'}: same instances {same}, scores differ by up to "
+                  f"{(one.scores - other.scores).abs().max():.1e}, {different} of {20 * frames} masks differ")
+
+
+def main() -> None:
+    """The parts that the command line asks for."""
+    parser = argparse.ArgumentParser(description="Measure inference.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--parts", nargs="+", default=["encoding", "memory", "speed", "chunks"],
+                        choices=("encoding", "memory", "speed", "chunks"))
+    parser.add_argument("--lengths", type=int, nargs="+", default=[36, 200, 2000], help="frames, of the memory part")
+    parser.add_argument("--videos", type=int, default=6)
+    parser.add_argument("--frames", type=int, default=100)
+    parser.add_argument("--chunk", type=int, default=8)
+    parser.add_argument("--workers", type=int, default=15)
+    args = parser.parse_args()
+    print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if CUDA else 'CPU'}")
+    if "encoding" in args.parts:
+        encoding()
+    if "memory" in args.parts:
+        memory(args.lengths, args.chunk)
+    if "speed" in args.parts:
+        speed(args.videos, args.frames, args.chunk, args.workers)
+    if "chunks" in args.parts:
+        chunks(32)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,220 @@
+"""Any video in, pictures out: segment and track a video of your own, or follow a live one.
+
+    python demo.py clip.mp4 --weights grattvis_r50_ovis.pth --preset r50 --short-side 360 --categories ovis/annotations/valid.json
+    python demo.py "frames/*.jpg"                  # or a folder of pictures, or an animated WebP or GIF; no ffmpeg needed
+    python demo.py /dev/video0 --live              # prints the tracks of every frame as it comes (ffmpeg opens cameras)
+    ffmpeg -i rtsp://... -f image2pipe -c:v ppm - | python demo.py - --live
+
+Writes into --output: frames/ (overlays as PNG), overlay.webp, overlay.png (a sheet), overlay.mp4 where ffmpeg is installed,
+masks/ (a folder of PNGs for each track) and results.json. Scores are of the whole video; with --live, of the frames so far.
+"""
+import argparse
+import glob
+import shutil
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from PIL import Image, ImageSequence
+from pycocotools import mask as rle
+from tqdm import tqdm
+
+from checkpoint import model_from_checkpoint, save_json
+from data import InputError, at_test_size, exit_with_sentence, read_categories, read_picture
+from deform_attn import implementation
+from device import choose_amp, start_processes
+from draw import best_labels, overlays, save_pictures
+from model import PRESETS, GRAttVIS, in_batches
+from plots import plot_timeline, require_matplotlib
+from recipes import at_least
+from results import EncodedVideo
+from tracker import PROPAGATIONS
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line; the default weights are the toy run's."""
+    parser = argparse.ArgumentParser(description="Segment and track the objects of a video, and draw them.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("source", help="a folder of pictures, a pattern such as 'frames/*.jpg', an animated WebP or GIF, a video file, a "
+                        "camera (/dev/video0), or - for PPM pictures on standard input")
+    parser.add_argument("--weights", default="runs/toy/last.pt", help="checkpoint, ours or official")
+    parser.add_argument("--preset", choices=PRESETS, help="of an official checkpoint (ours say it themselves)")
+    parser.add_argument("--propagation", choices=PROPAGATIONS, help="where the checkpoint does not tell it")
+    parser.add_argument("--categories", metavar="JSON", help="a data set's annotation file, for the names of an official checkpoint's classes")
+    parser.add_argument("--short-side", type=at_least(1), default=96, help="of the frames in the model, pixels (official: 360, Swin-L 448)")
+    parser.add_argument("--max-long-side", type=at_least(1), default=1333, help="pixels")
+    parser.add_argument("--top-k", type=at_least(1), default=20, help="instances a video, before --score")
+    parser.add_argument("--score", type=float, default=0.3, help="leave out instances that score less")
+    parser.add_argument("--output", help="folder to write, which must not be there yet (default: demo/ and the source's name)")
+    parser.add_argument("--fps", type=float, default=8.0, help="of the animation and the mp4, frames a second")
+    parser.add_argument("--plot", action="store_true", help="draw when each track is seen and its gates are open (needs matplotlib)")
+    parser.add_argument("--live", action="store_true", help="print the tracks of every frame as it comes; nothing is written")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
+    parser.add_argument("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"), help="see train.py; off = float32")
+    parser.add_argument("--chunk", type=at_least(1), default=8, help="frames that the detector takes at once on a GPU")
+    return parser.parse_args(arguments)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Follow the source live, or segment it and write the pictures."""
+    if args.plot:
+        require_matplotlib()
+    if args.source == "-" and not args.live:
+        raise InputError("standard input can be read only once: follow it with --live")
+    model, config = model_from_checkpoint(args.weights, args.preset, args.propagation)
+    names = class_names(args, config, model.num_classes)
+    _, _, device = start_processes(args.device)
+    amp, reason = choose_amp(args.amp, device)
+    model.to(device)
+    print(f"{args.weights}: {model.propagation} propagation, {model.num_classes} classes; {device.type}, "
+          f"{str(amp).removeprefix('torch.')} ({reason}); deformable attention: {implementation(device)}", file=sys.stderr)
+    with torch.autocast(device.type, amp, enabled=amp != torch.float32), closing(read_frames(args.source)) as pictures:
+        if args.live:
+            return follow(model, pictures, names, args)
+        output = Path(args.output or Path("demo") / (Path(args.source.replace("*", "")).stem or "frames"))
+        if output.exists():
+            raise InputError(f"{output} is there already: give another --output")
+        found, size, count = segment(model, pictures, args)
+    write(output, found, size, count, names, args)
+
+
+def class_names(args: argparse.Namespace, config: dict, count: int) -> list[str]:
+    """Of the checkpoint, or of --categories; numbers where neither tells them."""
+    categories = read_categories(args.categories) if args.categories else config.get("categories", [])
+    if categories and len(categories) != count:
+        raise InputError(f"{args.weights} has {count} classes, {args.categories or 'its config'} has {len(categories)}")
+    return [name for _, name in categories] or [f"class {label}" for label in range(count)]
+
+
+# Frames from anywhere
+
+def read_frames(source: str) -> Iterator[Image.Image]:
+    """The frames of a source one after the other, RGB; InputError naming what was tried if there are none."""
+    path = Path(source)
+    if source == "-":
+        yield from read_ppm(sys.stdin.buffer, "standard input")
+    elif path.exists() and stat.S_ISCHR(path.stat().st_mode):
+        yield from read_with_ffmpeg(source, ["-f", "v4l2"])
+    elif path.is_dir() or not path.exists():
+        known = Image.registered_extensions()
+        files = sorted(file for file in (path.iterdir() if path.is_dir() else map(Path, glob.glob(source)))
+                       if file.suffix.lower() in known and file.is_file())
+        if not files:
+            raise InputError(f"no frames at {source}: it is no file, no camera, and neither a folder nor a pattern of pictures")
+        for file in files:
+            yield read_picture(file)
+    elif path.suffix.lower() in Image.registered_extensions() and path.suffix.lower() not in (".mpg", ".mpeg"):
+        read_picture(path)                                    # InputError if it is damaged
+        with Image.open(path) as file:
+            yield from (frame.convert("RGB") for frame in ImageSequence.Iterator(file))
+    else:
+        yield from read_with_ffmpeg(source)
+
+
+def read_with_ffmpeg(source: str, options: list[str] | None = None) -> Iterator[Image.Image]:
+    """The frames of a video file or camera."""
+    if not shutil.which("ffmpeg"):
+        raise InputError(f"{source} is read with ffmpeg, which is not on PATH: install it, or give a folder of pictures")
+    command = ["ffmpeg", "-nostdin", "-loglevel", "fatal", *(options or []), "-i", source, "-f", "image2pipe", "-c:v", "ppm", "-"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        yield from read_ppm(process.stdout, source)
+        said = process.stderr.read().decode(errors="replace").strip()
+    if process.returncode:
+        raise InputError(f"ffmpeg cannot read {source}: {said.splitlines()[-1] if said else f'exit status {process.returncode}'}")
+
+
+def read_ppm(stream: BinaryIO, name: str) -> Iterator[Image.Image]:
+    """Binary PPM pictures, one behind the other, until the stream ends."""
+    while header := stream.readline():
+        size, depth = stream.readline().split(), stream.readline().strip()
+        if header.strip() != b"P6" or len(size) != 2 or depth != b"255":
+            raise InputError(f"{name} is no stream of PPM pictures: make one with ffmpeg -i ... -f image2pipe -c:v ppm -")
+        width, height = map(int, size)
+        pixels = stream.read(3 * width * height)
+        if len(pixels) < 3 * width * height:
+            raise InputError(f"{name} ends in the middle of a picture")
+        yield Image.frombytes("RGB", (width, height), pixels)
+
+
+# Live
+
+def follow(model: GRAttVIS, pictures: Iterator[Image.Image], names: list[str], args: argparse.Namespace) -> None:
+    """Print the tracks of every frame as it comes: class, track, score so far, and the box that holds the mask."""
+    state = model.reset()
+    for number, picture in enumerate(pictures):
+        tracks, state = model.step(at_test_size(picture, args.short_side, args.max_long_side), state, picture.size[::-1], args.top_k)
+        shown = []
+        for index in best_labels(tracks, args.score):
+            if tracks.masks[index].any():
+                rows, columns = (tracks.masks[index].any(axis).nonzero().flatten().tolist() for axis in (1, 0))
+                shown.append(f"{names[tracks.labels[index]]} #{tracks.track_ids[index]} {tracks.scores[index]:.2f} at "
+                             f"{columns[0]},{rows[0]} to {columns[-1]},{rows[-1]}")
+        print(f"frame {number}: {'; '.join(shown) or 'nothing'}", flush=True)
+
+
+# A whole video
+
+def segment(model: GRAttVIS, pictures: Iterator[Image.Image], args: argparse.Namespace) -> tuple[EncodedVideo, tuple[int, int], int]:
+    """What is in the video, the size of its frames (height, width), and how many they are."""
+    first = next(pictures, None)
+    if first is None:
+        raise InputError(f"{args.source} has no frames")
+    size, count = first.size[::-1], 0
+
+    def frames() -> Iterator[torch.Tensor]:
+        nonlocal count
+        yield at_test_size(first, args.short_side, args.max_long_side)
+        for count, picture in enumerate(tqdm(pictures, desc="segment", unit="frame", initial=1), 1):
+            if picture.size[::-1] != size:
+                raise InputError(f"frame {count} of {args.source} is {picture.width}x{picture.height}, the first {size[1]}x{size[0]}")
+            yield at_test_size(picture, args.short_side, args.max_long_side)
+
+    return model.encode_video(in_batches(frames(), args.chunk), size, args.top_k), size, count + 1
+
+
+def write(output: Path, found: EncodedVideo, size: tuple[int, int], count: int, names: list[str], args: argparse.Namespace) -> None:
+    """The folder of results; see the top of this file."""
+    (output / "frames").mkdir(parents=True)
+    chosen = best_labels(found, args.score)
+    tracks = []
+    for index in chosen:
+        label, track = names[found.labels[index]], int(found.track_ids[index])
+        folder = output / "masks" / f"{track:03d}_{label}".replace("/", "_")
+        folder.mkdir(parents=True)
+        for t, code in enumerate(found.segmentations[index]):
+            Image.fromarray(rle.decode(code) * 255).save(folder / f"{t:05d}.png")
+        tracks.append({"track_id": track, "category": label, "score": float(found.scores[index]),
+                       "segmentations": found.segmentations[index], "gates_open": found.gates[index].tolist()})
+    save_json(output / "results.json", {"source": args.source, "height": size[0], "width": size[1], "frames": count, "tracks": tracks})
+
+    with closing(read_frames(args.source)) as pictures:
+        drawn = overlays((np.array(picture) for picture in tqdm(pictures, desc="draw", unit="frame", total=count)), found, names, args.score)
+        save_pictures(output, "overlay", saved(drawn, output / "frames"), count, 1000 / args.fps)
+    if shutil.which("ffmpeg"):
+        command = ["ffmpeg", "-loglevel", "error", "-framerate", str(args.fps), "-i", str(output / "frames" / "%05d.png"),
+                   "-vf", "pad=ceil(iw/2)*2:ceil(ih/2)*2", "-pix_fmt", "yuv420p", str(output / "overlay.mp4")]
+        subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
+    if args.plot:
+        plot_timeline(output / "timeline.png", found, names, args.score)
+    best = "; ".join(f"{track['category']} #{track['track_id']} {track['score']:.2f}" for track in tracks)
+    print(f"{count} frames, {len(tracks)} tracks that score {args.score} or more{': ' if best else ''}{best}\nwritten to {output}")
+
+
+def saved(pictures: Iterator[Image.Image], folder: Path) -> Iterator[Image.Image]:
+    """The pictures, each written as a PNG on its way."""
+    for t, picture in enumerate(pictures):
+        picture.save(folder / f"{t:05d}.png")
+        yield picture
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_arguments())
+    except InputError as error:
+        exit_with_sentence(error)

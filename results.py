@@ -1,0 +1,97 @@
+"""The instances of a video: what inference returns, and how scores and masks come about.
+
+Paper: VITA (2206.04403) and GenVIS (2211.08834), inference; upstream grattvis/grattvis_model.py, `inference`.
+A score is a class score, the maximum over all frames, times a mask score, the mean probability inside the masks of all frames: it
+is known at the end of the video. Shape letters are declared in model.py.
+"""
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass
+class VideoResult:
+    """Instances of a whole video, best first."""
+    scores: Tensor      # (K,) float, 0..1: class score (maximum over frames) times mask score of the whole video
+    labels: Tensor      # (K,) int64, 0-based
+    masks: Tensor       # (K, T, H, W) bool
+    track_ids: Tensor   # (K,) int64: the query; one query may appear under several labels
+    logits: Tensor      # (clips, Q, K + 1) class logits of every query, clip by clip
+
+
+@dataclass
+class EncodedVideo:
+    """Instances of a whole video, best first, with masks as run-length codes; all on the CPU."""
+    scores: Tensor                   # (K,) float, 0..1, as in VideoResult
+    labels: Tensor                   # (K,) int64, 0-based
+    track_ids: Tensor                # (K,) int64
+    segmentations: list[list[dict]]  # K times T run-length codes, see run_length.py
+    gates: Tensor                    # (K, T, D) bool, True = open: the frame's clip could change the query; D = 0 without a gate
+
+
+@dataclass
+class RunningScores:
+    """What decides a video's instances, of the frames so far; all queries."""
+    class_scores: Tensor  # (Q, K) maximum
+    mask_sum: Tensor      # (Q,) sum of the probabilities inside the masks
+    mask_area: Tensor     # (Q,) pixels inside the masks
+
+    def joined(self, other: "RunningScores | None") -> "RunningScores":
+        """Those of two stretches of a video; None = nothing before."""
+        if other is None:
+            return self
+        return RunningScores(torch.maximum(self.class_scores, other.class_scores), self.mask_sum + other.mask_sum,
+                             self.mask_area + other.mask_area)
+
+    def best(self, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores, labels and queries of the instances, best first."""
+        scores, labels, chosen = best_pairs(self.class_scores, top_k)
+        scores = scores * self.mask_sum[chosen] / (self.mask_area[chosen] + 1e-6)
+        order = scores.argsort(descending=True, stable=True)
+        return scores[order], labels[order], chosen[order]
+
+
+@dataclass
+class FrameTracks:
+    """Instances of one frame, best first by what is known so far."""
+    scores: Tensor      # (K,) float, causal: of the frames up to this one
+    labels: Tensor      # (K,) int64, 0-based
+    masks: Tensor       # (K, H, W) bool, this frame's
+    track_ids: Tensor   # (K,) int64: the query, stable over the video
+    logits: Tensor      # (Q, K + 1) class logits of every query in this frame
+    gates: Tensor       # (K, D) bool, True = open: this frame could change the query; D = 0 without a gate
+
+
+def best_pairs(class_scores: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The top_k (query, class) pairs of (Q, K) scores: scores, labels, queries; equal scores keep their order."""
+    scores, index = class_scores.flatten().sort(descending=True, stable=True)
+    scores, index = scores[:top_k], index[:top_k]
+    return scores, index % class_scores.shape[1], index // class_scores.shape[1]
+
+
+def class_probabilities(logits: Tensor) -> Tensor:
+    """(..., K + 1) logits -> (..., K) probabilities, "no object" left out."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)[..., :-1]
+
+
+def upsample_masks(embed: Tensor, features: Tensor, size: tuple[int, int], padded_size: tuple[int, int]) -> Tensor:
+    """Mask logits (Q, *size) of one frame: embeddings (Q, C) times features (C, h, w), bilinear to the padded frame, cropped."""
+    masks = torch.einsum("qc,chw->qhw", embed, features)[None]
+    masks = F.interpolate(masks, size=padded_size, mode="bilinear", align_corners=False)[0]
+    return masks[:, :size[0], :size[1]]
+
+
+def mask_confidence(mask_logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of the probabilities above one half and their number, each (Q,): their ratio over a video is the mask score."""
+    soft = mask_logits.to(torch.promote_types(mask_logits.dtype, torch.float32)).sigmoid()
+    hard = soft > 0.5
+    return soft.mul_(hard).sum((1, 2)), hard.sum((1, 2))
+
+
+def resize_masks(mask_logits: Tensor, size: tuple[int, int] | None) -> Tensor:
+    """Bilinear resize of (Q, H, W) mask logits; None or the same size returns them as they are."""
+    if size is None or tuple(size) == tuple(mask_logits.shape[-2:]):
+        return mask_logits
+    return F.interpolate(mask_logits[None], size=tuple(size), mode="bilinear", align_corners=False)[0]

@@ -1,0 +1,396 @@
+"""Videos of any length, shared out to processes and resumed after a kill: always what `segment_video` gives, in one results.json.
+
+Results are compared byte for byte, so everything here runs with one thread: a CPU rounds differently with several.
+"""
+import json
+import signal
+import subprocess
+import sys
+import zipfile
+from itertools import accumulate
+from pathlib import Path
+
+import pytest
+import torch
+from pycocotools import mask as rle
+
+import evaluate
+import model as model_file
+import train
+from data import InputError, Video, VideoSet, test_frames
+from inference import FrameBatches, Unfinished, share
+from metric import evaluate_results
+from synthetic import make_dataset
+from test_interruptions import ENVIRONMENT, REPOSITORY, free_port, wait_until
+from test_model import HEIGHT, WIDTH, make_frames, make_model
+
+LENGTHS = (5, 2, 4, 3, 2, 2, 3, 2)                  # frames of the videos
+SIZES = ["--short-side", "48", "--top-k", "4"]      # the frames are shrunk, so that masks are enlarged again
+ONE_THREAD = ENVIRONMENT | {"OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with set/, whose held-out videos have LENGTHS frames, and run/last.pt, a model of one training step."""
+    folder = tmp_path_factory.mktemp("inference")
+    make_dataset(folder / "set", train_videos=1, valid_videos=len(LENGTHS), frames=max(LENGTHS), height=64, width=80,
+                 objects=(1, 3))
+    content = json.loads((folder / "set/valid.json").read_text())
+    for entry in content["videos"] + content["annotations"]:
+        entry["length"] = LENGTHS[entry.get("video_id", entry["id"]) - 1]
+        for name in {"file_names", "segmentations", "bboxes", "areas"} & entry.keys():
+            entry[name] = entry[name][:entry["length"]]
+    for name in ("segmentations", "bboxes", "areas"):
+        content["annotations"][0][name][0] = None   # an object that comes later
+    (folder / "set/valid.json").write_text(json.dumps(content))
+    train.main(train.parse_arguments(["--data-root", str(folder / "set"), "--output", str(folder / "run"), "--iterations", "1",
+                                      "--batch", "1", "--frames", "2", "--points", "64", "--short-sides", "64", "--workers", "0",
+                                      "--device", "cpu"]))
+    return folder
+
+
+def arguments(trained, output, *more):
+    """The command line of an evaluation; without --workers in `more`, this process reads the frames itself."""
+    return ["--weights", str(trained / "run/last.pt"), "--data-root", str(trained / "set"), *SIZES, "--device", "cpu",
+            "--output", str(output), "--workers", "0", *more]
+
+
+def run(*given):
+    return evaluate.main(evaluate.parse_arguments([str(argument) for argument in given]))
+
+
+@pytest.fixture(scope="module")
+def whole(trained):
+    """The folder of an evaluation that nothing disturbed."""
+    run(*arguments(trained, trained / "whole"))
+    return trained / "whole"
+
+
+@pytest.fixture(scope="module")
+def ground_truth(trained):
+    return json.loads((trained / "set/valid.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def videos(trained):
+    return VideoSet(trained / "set/valid.json", trained / "set/valid/JPEGImages").videos
+
+
+# A video as codes
+
+MODES = {"gated": {}, "memory": {}, "clip": {}, "two frames": {"propagation": "gated", "clip_length": 2}}
+
+
+def make(mode):
+    return make_model(**({"propagation": mode} | MODES.get(mode, {})))
+
+
+def assert_same(found, expected, layers):
+    """An EncodedVideo and a VideoResult of one video; layers: of the tracker, that have gates."""
+    for name in ("scores", "labels", "track_ids"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name))
+    masks = [torch.from_numpy(rle.decode(codes)).permute(2, 0, 1).bool() for codes in found.segmentations]
+    assert torch.equal(torch.stack(masks), expected.masks)
+    assert found.gates.shape == (len(masks), expected.masks.shape[1], layers) and found.gates.dtype == torch.bool
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_codes_are_the_masks_of_segment_video(mode):
+    """However the frames come in: one by one, two at once, so that the last batch is short, and all at once."""
+    model, frames = make(mode), make_frames(3)
+    layers = 0 if mode in ("memory", "clip") else 3
+    expected = model.segment_video(frames, (50, 70), top_k=12)
+    assert expected.masks.any() and not expected.masks.all()
+    for count in (1, 2, 3):
+        assert_same(model.encode_video(frames.split(count), (50, 70), top_k=12), expected, layers)
+
+
+# less than a mask; 3 and 6 masks of 64 x 64 pixels, of 20 a frame; two frames with their 20 masks each, of three frames
+@pytest.mark.parametrize("pixels", [1, 3 * 64 * 64, 6 * 64 * 64, 2 * 20 * HEIGHT * WIDTH])
+def test_however_few_masks_are_there_at_once(monkeypatch, pixels):
+    model, frames = make("two frames"), make_frames(3)
+    expected = model.segment_video(frames, top_k=12)
+    monkeypatch.setattr(model_file, "MASK_PIXELS", pixels)
+    assert_same(model.encode_video([frames], top_k=12), expected, layers=3)
+
+
+def test_all_pairs_are_encoded():
+    """top_k larger than queries times classes, and a generator of batches of different lengths."""
+    model, frames = make("gated"), make_frames(4)
+    found = model.encode_video((part for part in (frames[:1], frames[1:])), top_k=1000)
+    assert_same(found, model.segment_video(frames, top_k=1000), layers=3)
+    assert all(code["size"] == [HEIGHT, WIDTH] for codes in found.segmentations for code in codes)
+
+
+@pytest.mark.parametrize("mode", ["gated", "gated+memory"])
+def test_gates_are_those_of_every_step(mode):
+    """Open where the tracker's logit is not negative; `step` and a look at the tracker itself agree on it."""
+    model, frames, state, seen, logits = make(mode), make_frames(4), None, [], []
+    model.tracker.register_forward_hook(lambda module, given, output: logits.append(torch.stack(output[0].gate_logits)[:, -1, 0]))
+    for frame in frames:
+        tracks, state = model.step(frame, state, top_k=1000)
+        seen.append(dict(zip(tracks.track_ids.tolist(), tracks.gates)))
+    by_frame = torch.stack(logits) >= 0                                     # (T, D, Q)
+    assert 0 < by_frame.double().mean() < 1
+
+    found = model.encode_video([frames], top_k=12)
+    for track, gates in zip(found.track_ids.tolist(), found.gates, strict=True):
+        assert torch.equal(gates, torch.stack([tracks[track] for tracks in seen]))
+        assert torch.equal(gates, by_frame[..., track])
+
+
+def test_a_plain_tracker_has_no_gates():
+    assert make("plain").encode_video([make_frames(2)], top_k=5).gates.shape == (5, 2, 0)
+
+
+def test_what_is_no_video_is_not_encoded():
+    model = make("gated")
+    with pytest.raises(ValueError, match="the video has no frames"):
+        model.encode_video([])
+    with pytest.raises(ValueError, match=r"must have one size.*\(40, 50\).*\(40, 56\)"):
+        model.encode_video([make_frames(1), make_frames(1, 40, 50)])
+    with pytest.raises(RuntimeError, match=r"model\.eval\(\)"):
+        model.train().encode_video([make_frames(1)])
+
+
+# Frames and shares
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 32])
+def test_batches_hold_all_frames_in_order(videos, chunk):
+    batches = FrameBatches(videos, 48, 1333, chunk)
+    found = [batches[index] for index in range(len(batches))]
+    assert all(0 < len(batch) <= chunk for batch in found)
+    ends = set(accumulate(len(batch) for batch in found))
+    assert ends >= set(accumulate(LENGTHS))                                 # a batch ends where a video ends
+    assert len(found) == sum(-(-length // chunk) for length in LENGTHS)     # and no earlier than it must
+    expected = torch.stack([frame for video in videos for frame in test_frames(video, 48, 1333)])
+    assert expected.shape[2:] == (48, 60) and torch.equal(torch.cat(found), expected)
+
+
+def blank_videos(*lengths):
+    """Videos of so many frames that are on no disk."""
+    return [Video(number, 4, 4, [Path(f"{frame}.jpg") for frame in range(length)], []) for number, length in enumerate(lengths, 1)]
+
+
+@pytest.mark.parametrize("lengths", [(5, 2, 4, 3, 2, 2, 3, 2), (1, 1, 1), (100, 1, 1, 1, 1, 1), (7,), ()], ids=str)
+@pytest.mark.parametrize("world", range(1, 6))
+def test_every_video_has_one_process_and_none_has_much_more_than_another(lengths, world):
+    everything = blank_videos(*lengths)
+    shares = [share(everything, rank, world) for rank in range(world)]
+    assert sorted(video.id for own in shares for video in own) == [video.id for video in everything]
+    frames = [sum(len(video.files) for video in own) for own in shares]
+    assert max(frames) <= min(frames) + max(lengths, default=0)
+
+
+# Unfinished results
+
+SETTING = {"weights": "last.pt", "top_k": 10, "amp": "torch.float32"}
+ENTRIES = [{"video_id": 1, "score": 0.25, "category_id": 3, "segmentations": [{"size": [4, 4], "counts": "`0"}]},
+           {"video_id": 1, "score": 1e-7, "category_id": 1, "segmentations": [{"size": [4, 4], "counts": "4\\<"}]}]
+
+
+def entries_of(video):
+    """Two entries for a video of odd id, none for the others."""
+    return [entry | {"video_id": video.id} for entry in ENTRIES] if video.id % 2 else []
+
+
+def test_what_is_done_is_not_done_again(tmp_path):
+    everything, folder = blank_videos(3, 2, 4, 1), tmp_path / "out/unfinished"
+    assert Unfinished(folder, SETTING).remaining(everything) == everything
+    for done in (everything[2], everything[0]):
+        Unfinished(folder, SETTING).save(done, entries_of(done))
+    assert Unfinished(folder, SETTING).remaining(everything) == [everything[1], everything[3]]
+
+
+@pytest.mark.parametrize("change, named", [
+    ({"top_k": 20}, "top_k"), ({"short_side": 360}, "short_side"), ({"weights": "best.pt", "amp": "off"}, "weights, amp")])
+def test_results_of_another_setting_are_refused(tmp_path, change, named):
+    everything = blank_videos(3)
+    Unfinished(tmp_path, SETTING).save(everything[0], [])
+    with pytest.raises(InputError, match=rf"of another setting \({named} differ\)") as refusal:
+        Unfinished(tmp_path, SETTING | change)
+    assert str(tmp_path) in str(refusal.value)
+    assert Unfinished(tmp_path, SETTING).remaining(everything) == []        # and stay as they were
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 5])
+def test_joined_results_are_one_list_in_the_order_of_the_videos(tmp_path, count):
+    everything = blank_videos(*[1] * count)
+    unfinished = Unfinished(tmp_path / "unfinished", SETTING)
+    for video in reversed(everything):
+        unfinished.save(video, entries_of(video))
+    unfinished.join(everything, tmp_path / "results.json")
+    expected = [entry for video in everything for entry in entries_of(video)]
+    assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(expected))
+    assert list(tmp_path.iterdir()) == [tmp_path / "results.json"]          # no folder, and no part of a file
+
+
+# The whole evaluation
+
+def assert_equal_results(folder, whole):
+    """The same results.json to the last byte, and nothing unfinished beside it."""
+    assert (folder / "results.json").read_bytes() == (whole / "results.json").read_bytes()
+    assert not (folder / "unfinished").exists()
+
+
+def test_results_are_those_of_segment_video(trained, whole, videos):
+    model, _ = evaluate.model_from_checkpoint(trained / "run/last.pt")
+    results, areas = json.loads((whole / "results.json").read_text()), []
+    assert [entry["video_id"] for entry in results] == [video.id for video in videos for _ in range(4)]
+    for video in videos:
+        expected = model.segment_video(test_frames(video, 48), (video.height, video.width), 4)
+        own = [entry for entry in results if entry["video_id"] == video.id]
+        assert [entry["score"] for entry in own] == pytest.approx(expected.scores.tolist(), rel=1e-5)
+        assert [entry["category_id"] for entry in own] == [label + 1 for label in expected.labels.tolist()]
+        for entry, masks in zip(own, expected.masks, strict=True):
+            assert torch.equal(torch.from_numpy(rle.decode(entry["segmentations"])).permute(2, 0, 1).bool(), masks)
+            areas += rle.area(entry["segmentations"]).tolist()
+    assert len(set(areas)) > 10                                             # not the same few masks all the time
+
+
+@pytest.mark.parametrize("more", [("--chunk", "1"), ("--chunk", "4", "--workers", "2"), ("--chunk", "32")], ids=" ".join)
+def test_chunks_and_workers_change_no_byte(trained, whole, tmp_path, more):
+    run(*arguments(trained, tmp_path, *more))
+    assert_equal_results(tmp_path, whole)
+
+
+def test_two_processes_write_what_one_writes(trained, whole, tmp_path):
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port()]
+    process = subprocess.run([sys.executable, *launcher, str(REPOSITORY / "evaluate.py"), *arguments(trained, tmp_path)],
+                             env=ONE_THREAD, capture_output=True, text=True, timeout=240)
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert_equal_results(tmp_path, whole)
+    frames = [int(line.split()[0]) for line in process.stdout.splitlines() if " frames in " in line]
+    assert len(frames) == 2 and sum(frames) == sum(LENGTHS) and min(frames) > 0
+    assert (tmp_path / "metrics.json").read_text() == (whole / "metrics.json").read_text()
+
+
+def test_a_killed_evaluation_goes_on_where_it_was(trained, whole, tmp_path, capsys):
+    """kill -9 as soon as a video is done; then the same command does the others, and nobody can tell."""
+    def done():
+        return [path for path in (tmp_path / "unfinished").glob("*.json") if path.stem.isdecimal()]
+
+    process = subprocess.Popen([sys.executable, str(REPOSITORY / "evaluate.py"), *arguments(trained, tmp_path)], env=ONE_THREAD,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    try:
+        wait_until(done, process)
+    finally:
+        process.kill()
+    _, printed = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL, f"it ended before it was killed, give it more videos: {printed.decode()[-3000:]}"
+    count = len(done())
+    assert 0 < count < len(LENGTHS), f"it was killed with {count} of {len(LENGTHS)} videos done, not amid them"
+    assert not (tmp_path / "results.json").exists()
+
+    with pytest.raises(InputError, match="short_side differ"):
+        run(*arguments(trained, tmp_path, "--short-side", "64"))
+    assert len(done()) == count
+    capsys.readouterr()
+    run(*arguments(trained, tmp_path))
+    assert f"{count} of them done before" in capsys.readouterr().out
+    assert_equal_results(tmp_path, whole)
+
+
+def test_the_archive_holds_the_results_and_nothing_else(whole):
+    with zipfile.ZipFile(whole / "results.json.zip") as archive:
+        assert archive.namelist() == ["results.json"]
+        assert archive.read("results.json") == (whole / "results.json").read_bytes()
+
+
+# A results file scored alone
+
+def perfect(ground_truth):
+    """The ground truth as results, with null where an object is not seen."""
+    return [{"video_id": annotation["video_id"], "category_id": annotation["category_id"], "score": 1,
+             "segmentations": annotation["segmentations"]} for annotation in ground_truth["annotations"]]
+
+
+def write(path, content):
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_the_ground_truth_scores_one(trained, ground_truth, tmp_path):
+    results = write(tmp_path / "own.json", perfect(ground_truth))
+    metrics = run("--results", results, "--annotations", trained / "set/valid.json", "--output", tmp_path / "out")
+    assert [metrics[name] for name in ("AP", "AP50", "AP75", "AR10", "AR100")] == pytest.approx([1] * 5)
+    assert all(value == pytest.approx(1) for value in metrics["per_class"].values())    # this set has all classes
+    with zipfile.ZipFile(tmp_path / "out/results.json.zip") as archive:     # under the name that the server takes
+        assert archive.namelist() == ["results.json"] and archive.read("results.json") == results.read_bytes()
+
+
+def in_two_parts(ground_truth, folder):
+    """The first three videos and the others, each with their annotations, as two files."""
+    def part(keep):
+        return ground_truth | {"videos": [video for video in ground_truth["videos"] if keep(video["id"])],
+                               "annotations": [entry for entry in ground_truth["annotations"] if keep(entry["video_id"])]}
+
+    parts = {"short": part(lambda number: number <= 3), "long": part(lambda number: number > 3)}
+    return parts, [write(folder / f"{name}.json", content) for name, content in parts.items()]
+
+
+def test_two_parts_are_scored_each_and_averaged(ground_truth, tmp_path):
+    parts, paths = in_two_parts(ground_truth, tmp_path)
+    results = perfect(ground_truth)
+    for number, entry in enumerate(results):                                # some in the wrong class, so that scores differ
+        entry["score"] = 1 - number / 100
+        entry["category_id"] = entry["category_id"] % 6 + 1 if number % 3 == 0 else entry["category_id"]
+    run("--results", write(tmp_path / "r.json", results), "--annotations", *paths, "--output", tmp_path / "out")
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+
+    own = {"short": [entry for entry in results if entry["video_id"] <= 3]}
+    own["long"] = [entry for entry in results if entry not in own["short"]]
+    expected = {name: evaluate_results(own[name], part) for name, part in parts.items()}
+    assert metrics.pop("parts") == expected and expected["short"] != expected["long"]
+    assert 0 < expected["short"]["AP"] < 1 and 0 < expected["long"]["AP"] < 1
+
+    def mean(values):
+        defined = [value for value in values if value >= 0]
+        return pytest.approx(sum(defined) / len(defined) if defined else -1)
+
+    def both(select):
+        return mean([select(part) for part in expected.values()])
+
+    per_class = metrics.pop("per_class")
+    assert list(per_class) == [category["name"] for category in ground_truth["categories"]]
+    assert all(value == both(lambda part: part["per_class"][name]) for name, value in per_class.items())
+    assert list(metrics) == ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]
+    assert all(value == both(lambda part: part[name]) for name, value in metrics.items())
+
+
+def test_results_of_an_unknown_video_are_not_even_zipped(ground_truth, tmp_path):
+    _, paths = in_two_parts(ground_truth, tmp_path)
+    results = perfect(ground_truth)
+    results[-1]["video_id"] = 999
+    with pytest.raises(InputError, match=rf"results\[{len(results) - 1}\] has video_id 999"):
+        run("--results", write(tmp_path / "r.json", results), "--annotations", *paths, "--output", tmp_path / "out")
+    assert not list(tmp_path.glob("**/*.zip*"))
+
+
+def test_parts_of_one_name_are_both_scored(whole, ground_truth, tmp_path):
+    """a/gt.json and b/gt.json are two files."""
+    for name, half in (("a", ground_truth["videos"][:4]), ("b", ground_truth["videos"][4:])):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "gt.json").write_text(json.dumps(ground_truth | {"videos": half}))
+    metrics = run("--results", whole / "results.json", "--annotations", tmp_path / "a/gt.json", tmp_path / "b/gt.json", "--output", tmp_path)
+    assert len(metrics["parts"]) == 2
+
+
+def test_what_a_kill_left_of_a_removed_folder_is_not_taken_for_unfinished(tmp_path, videos):
+    """Joining moves the folder away before it removes the files in it, one by one."""
+    unfinished = Unfinished(tmp_path / "unfinished", {"top_k": 10})
+    for video in videos:
+        unfinished.save(video, [])
+    (tmp_path / "unfinished.done").mkdir()
+    (tmp_path / "unfinished.done/7.json").write_text("[]")
+    unfinished.join(videos, tmp_path / "results.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+    assert Unfinished(tmp_path / "unfinished", {"top_k": 20}).remaining(videos) == videos

@@ -1,0 +1,135 @@
+"""Plots of an evaluation: pictures that open and show something, and a timeline that is coloured where a track is seen."""
+from dataclasses import replace
+
+import numpy
+import pytest
+import torch
+from PIL import Image
+
+import plots
+from data import InputError
+from draw import colour_of
+from metric import accumulate
+from plots import plot_classes, plot_precision, plot_timeline, require_matplotlib
+from test_draw import video_of
+from test_metric import encode
+
+pytest.importorskip("matplotlib", reason="plots need matplotlib")
+
+NAMES = ["disc", "square", "star"]
+
+
+def pixels_of(path):
+    """The pixels of a picture (H, W, 3), which must be a PNG of some size that is not of one colour."""
+    with Image.open(path) as file:
+        assert file.format == "PNG"
+        pixels = numpy.asarray(file.convert("RGB"))
+    assert pixels.shape[0] > 100 and pixels.shape[1] > 300
+    assert (pixels != pixels[0, 0]).any()
+    return pixels
+
+
+def seen_in(*frames):
+    """A track's masks (T, H, W), something or nothing in each frame."""
+    masks = torch.zeros(len(frames), 6, 8, dtype=torch.bool)
+    masks[:, 1:4, 2:5] = torch.tensor(frames, dtype=torch.bool)[:, None, None]
+    return masks
+
+
+def draw_timeline(path, found, least=0.3):
+    plot_timeline(path, found, NAMES, least)
+    return pixels_of(path)
+
+
+def coloured(pixels, colour):
+    """Which pixels have the colour, bool (H, W); a picture may round it."""
+    return (numpy.abs(pixels.astype(int) - colour) <= 2).all(2)
+
+
+def extent(pixels, chosen):
+    """Where the columns of the chosen pixels (H, W) begin and end: 0 is the left end of the axes and of the video, 1 the right."""
+    lines = (pixels < 60).all(2).mean(0) > 0.5              # the columns of the dark frame around the axes
+    left, right = lines.nonzero()[0][[0, -1]]
+    columns = chosen.any(0).nonzero()[0]
+    return (columns[0] - left) / (right - left), (columns[-1] + 1 - left) / (right - left)
+
+
+# Precision and classes
+
+def test_a_plot_of_precision(tmp_path):
+    square = numpy.zeros((8, 8), bool)
+    square[2:6, 2:6] = True
+    truth = {"videos": [{"id": 1, "length": 1, "height": 8, "width": 8}],
+             "categories": [{"id": 1, "name": "disc"}, {"id": 2, "name": "star"}],
+             "annotations": [{"video_id": 1, "category_id": 1, "areas": [16], "segmentations": [encode(square)]}]}
+    results = [{"video_id": 1, "category_id": 1, "score": 0.9, "segmentations": [encode(square)]}]
+    perfect, nothing = (accumulate(found, truth)[0] for found in (results, []))
+    drawn = []
+    for name, precision in (("perfect", perfect), ("nothing", nothing)):
+        plot_precision(tmp_path / f"{name}.png", precision)
+        drawn.append(pixels_of(tmp_path / f"{name}.png"))
+    assert drawn[0].shape == drawn[1].shape and (drawn[0] != drawn[1]).any()
+
+
+def test_a_bar_for_each_class(tmp_path):
+    """As long as its AP, and none for a class that the ground truth does not have."""
+    pictures = []
+    for number, more in enumerate(({}, {"star": -1.0}, {"star": 0.4})):
+        plot_classes(tmp_path / f"{number}.png", {"disc": 0.8, **more})
+        pictures.append(pixels_of(tmp_path / f"{number}.png"))
+    one, undefined, two = pictures
+    assert numpy.array_equal(one, undefined)
+    lengths = coloured(two, [int(plots.BAR[place:place + 2], 16) for place in (1, 3, 5)]).sum(1)
+    assert sorted(set(lengths[lengths > 0].tolist())) == pytest.approx([lengths.max() / 2, lengths.max()], abs=2)
+
+
+# The timeline of a video
+
+@pytest.mark.parametrize("side, frames", [(0, (1, 1, 1, 1, 0, 0, 0, 0, 0, 0)), (1, (0, 0, 0, 0, 0, 0, 1, 1, 1, 1))])
+def test_a_track_is_coloured_in_the_half_it_is_seen_in(tmp_path, side, frames):
+    pixels = draw_timeline(tmp_path / "new/folder/00001.png", video_of(seen_in(*frames)[None], [7], [0.9]))
+    halves = numpy.array_split(coloured(pixels, colour_of(7)), 2, axis=1)
+    assert halves[side].any() and not halves[1 - side].any()
+
+
+def test_frames_lie_side_by_side(tmp_path):
+    """A track in the second and third of five frames, one that is there all the time, and one in the last frame."""
+    masks = torch.stack([seen_in(0, 1, 1, 0, 0), seen_in(1, 1, 1, 1, 1), seen_in(0, 0, 0, 0, 1)])
+    pixels = draw_timeline(tmp_path / "tracks.png", video_of(masks, [3, 4, 9], [0.9, 0.8, 0.7]))
+    for track, expected in ((3, (0.2, 0.6)), (4, (0, 1)), (9, (0.8, 1))):
+        assert extent(pixels, coloured(pixels, colour_of(track))) == pytest.approx(expected, abs=0.01)
+
+
+def test_a_gap_in_a_track_stays_empty(tmp_path):
+    found = video_of(seen_in(1, 0, 0, 1)[None], [5], [0.9])
+    columns = coloured(draw_timeline(tmp_path / "gap.png", found), colour_of(5)).any(0).nonzero()[0]
+    assert len(columns) / (columns[-1] + 1 - columns[0]) == pytest.approx(0.5, abs=0.02)
+
+
+def test_a_gate_is_dark_where_it_is_open(tmp_path):
+    """Three layers' gates, all open in the first half and all closed in the second; without a gate there is no line."""
+    closed = video_of(seen_in(1, 1, 1, 1)[None], [5], [0.9])
+    half = torch.tensor([True, True, False, False])[None, :, None].expand(1, 4, 3)
+    without = torch.zeros(1, 4, 0, dtype=torch.bool)
+    found = {"closed": closed, "half": replace(closed, gates=half), "without": replace(closed, gates=without)}
+    pixels = {name: draw_timeline(tmp_path / f"{name}.png", video) for name, video in found.items()}
+    dark = (pixels["half"] < 30).all(2) & (pixels["closed"] > 220).all(2)
+    assert extent(pixels["half"], dark) == pytest.approx((0, 0.5), abs=0.01)
+    assert numpy.array_equal(pixels["without"], pixels["closed"])           # white on white
+
+
+def test_nothing_over_the_threshold_still_makes_a_picture(tmp_path):
+    found = video_of(seen_in(1, 1, 1)[None], [7], [0.2])
+    assert not coloured(draw_timeline(tmp_path / "high.png", found), colour_of(7)).any()
+    assert coloured(draw_timeline(tmp_path / "low.png", found, 0.1), colour_of(7)).any()
+
+
+# Without matplotlib
+
+def test_a_sentence_where_matplotlib_is_missing(tmp_path, monkeypatch):
+    require_matplotlib()
+    monkeypatch.setattr(plots, "find_spec", lambda name: None)
+    for wanted in (require_matplotlib, lambda: plot_classes(tmp_path / "classes.png", {"disc": 0.5})):
+        with pytest.raises(InputError, match="matplotlib"):
+            wanted()
+    assert not list(tmp_path.iterdir())
