@@ -121,7 +121,7 @@ def read_with_ffmpeg(source: str, options: list[str] | None = None) -> Iterator[
     """The frames of a video file or camera."""
     if not shutil.which("ffmpeg"):
         raise InputError(f"{source} is read with ffmpeg, which is not on PATH: install it, or give a folder of pictures")
-    command = ["ffmpeg", "-nostdin", "-loglevel", "fatal", *(options or []), "-i", source, "-f", "image2pipe", "-c:v", "ppm", "-"]
+    command = ["ffmpeg", "-nostdin", "-loglevel", "error", *(options or []), "-i", source, "-f", "image2pipe", "-c:v", "ppm", "-"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         yield from read_ppm(process.stdout, source)
         said = process.stderr.read().decode(errors="replace").strip()

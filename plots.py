@@ -75,6 +75,7 @@ def plot_timeline(path: Path, found: EncodedVideo, names: list[str], least: floa
                         interpolation="nearest")
     axes.set(xlabel="frame", xlim=(0, frames), ylim=(max(1, len(chosen)), 0), title="seen (colour) and gate open (dark)" if chosen else
              f"no instance scores {least} or more")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_yticks(np.arange(len(chosen)) + 0.4, [f"{names[found.labels[index]]} #{found.track_ids[index]} {found.scores[index]:.2f}"
                                                    for index in chosen])
     figure.savefig(path)
