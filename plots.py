@@ -59,7 +59,7 @@ def plot_classes(path: Path, per_class: dict[str, float]) -> None:
 def plot_timeline(path: Path, found: EncodedVideo, names: list[str], least: float) -> None:
     """A row for each instance that scores at least so much: the frames it is seen in, and below, how open its gates are.
 
-    The lower line is dark where all decoder layers' gates are open, pale where all are closed; it is missing without a gate.
+    The lower line is black where all decoder layers' gates are open, pale grey where all are closed; it is missing without a gate.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     chosen = best_labels(found, least)
@@ -71,9 +71,9 @@ def plot_timeline(path: Path, found: EncodedVideo, names: list[str], least: floa
         axes.broken_barh([(t, 1) for t in np.flatnonzero(seen)], (row + 0.1, 0.5), color=colour)
         if found.gates.shape[2]:
             openness = found.gates[index].double().mean(1).numpy()                       # (T,)
-            axes.imshow(openness[None], extent=(0, frames, row + 0.85, row + 0.65), aspect="auto", cmap="Greys", vmin=0, vmax=1,
+            axes.imshow(openness[None], extent=(0, frames, row + 0.85, row + 0.65), aspect="auto", cmap="Greys", vmin=-0.25, vmax=1,
                         interpolation="nearest")
-    axes.set(xlabel="frame", xlim=(0, frames), ylim=(max(1, len(chosen)), 0), title="seen (colour) and gate open (dark)" if chosen else
+    axes.set(xlabel="frame", xlim=(0, frames), ylim=(max(1, len(chosen)), 0), title="seen (colour), gates open (black) or closed (pale)" if chosen else
              f"no instance scores {least} or more")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_yticks(np.arange(len(chosen)) + 0.4, [f"{names[found.labels[index]]} #{found.track_ids[index]} {found.scores[index]:.2f}"
