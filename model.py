@@ -35,7 +35,7 @@ PIXEL_MEAN = (123.675, 116.28, 103.53)   # RGB, 0..255
 PIXEL_STD = (58.395, 57.12, 57.375)
 SIZE_DIVISOR = 32
 VITA_WINDOW = 6                          # frames an encoder window of VITA spans
-MASK_PIXELS = 2 * 10 ** 8                   # of the masks that encode_video has at once
+MASK_PIXELS = 2 * 10 ** 8                # of the masks that encode_video has at once
 
 
 @dataclass
@@ -146,10 +146,10 @@ class GRAttVIS(nn.Module):
         """
         queries, features, state, sizes = [], [], None, set()
         clip_length = math.inf if self.propagation == "clip" else self.clip_length
-        on_cpu = self.pixel_mean.device.type == "cpu"
-        replay = None if on_cpu or clip_length > 1 or self.tracker.remembers else Replay(self.track_queries)
+        device = self.pixel_mean.device.type
+        replay = Replay(self.track_queries) if device == "cuda" and clip_length == 1 and not self.tracker.remembers else None
         for batch in batches:
-            for part in batch.split(1) if on_cpu else [batch]:
+            for part in batch.split(1) if device == "cpu" else [batch]:
                 images = self.prepare(part)
                 sizes.add(tuple(part.shape[-2:]))
                 if len(sizes) > 1:
@@ -237,7 +237,7 @@ class GRAttVIS(nn.Module):
             size, count = output_size or clip.size, len(clip.logits)
             part = max(1, MASK_PIXELS // 2 // max(math.prod(size), math.prod(clip.padded_size)))
             if buffer is None:
-                frames = max(1, MASK_PIXELS // (count * math.prod(size)))                # encoded together: fewer waits for the GPU
+                frames = min(8, max(1, MASK_PIXELS // (count * math.prod(size))))        # encoded together: fewer waits for the GPU
                 buffer = torch.empty(frames, count, *size, dtype=torch.bool, device=clip.logits.device)
             for feature in clip.mask_features:
                 confidence = []
