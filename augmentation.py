@@ -74,7 +74,8 @@ class Augmentation:
         progress = np.sort(generator.random(len(frames)))[::generator.choice((1, -1))]
         corners = np.rint(start + (end - start) * progress[:, None]).astype(int)
         windows = [(slice(top, top + size[0]), slice(left, left + size[1])) for top, left in corners]
-        frames = torch.stack([frame[:, rows, columns] for frame, (rows, columns) in zip(frames, windows)])
+        pictures = frames.permute(0, 2, 3, 1)                      # a pixel's bytes side by side, which resizes faster
+        frames = torch.stack([picture[window] for picture, window in zip(pictures, windows)]).permute(0, 3, 1, 2)
         masks = torch.stack([masks[:, t, rows, columns] for t, (rows, columns) in enumerate(windows)], 1)
         return tv_tensors.Video(frames), tv_tensors.Mask(masks)
 

@@ -84,7 +84,7 @@ class ClipDataset(Dataset):
         annotations = [annotation for annotation in video.annotations if not annotation.get("iscrowd")]
         pictures, outlines = {}, {}
         for t in set(chosen):                                      # a frame may be chosen more than once
-            pictures[t] = np.array(read_frame(video.files[t], video.height, video.width))
+            pictures[t] = np.asarray(read_frame(video.files[t], video.height, video.width))
             outlines[t] = np.stack([read_mask(annotation["segmentations"][t], video.height, video.width,
                                               f"annotation {annotation['id']}, frame {t},") for annotation in annotations])
         frames = torch.from_numpy(np.stack([pictures[t] for t in chosen])).permute(0, 3, 1, 2)
@@ -92,7 +92,7 @@ class ClipDataset(Dataset):
         frames, masks = self.augmentation(tv_tensors.Video(frames), tv_tensors.Mask(masks), generator)
         masks = masks.as_subclass(Tensor)
         numbers = torch.arange(len(annotations))[:, None].expand(-1, len(chosen))
-        ids = torch.where(masks.flatten(2).any(-1), numbers, -1)
+        ids = torch.where(torch.from_numpy(masks.numpy().any((2, 3))), numbers, -1)
         labels = torch.tensor([annotation["label"] for annotation in annotations])
         seen = (ids != -1).any(1)
         return Clip(frames.as_subclass(Tensor), labels[seen], ids[seen], masks[seen])

@@ -191,7 +191,10 @@ def read_picture(path: Path) -> Image.Image:
     """An RGB picture, turned as it says itself; InputError if it is damaged."""
     try:
         with Image.open(path) as file:
-            return ImageOps.exif_transpose(file).convert("RGB")
+            ImageOps.exif_transpose(file, in_place=True)
+            picture = file if file.mode == "RGB" else file.convert("RGB")                # no copy of what is RGB already
+            picture.load()
+            return picture
     except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError for some broken headers
         raise InputError(f"frame {path} cannot be read: {error}") from error
 

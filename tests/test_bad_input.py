@@ -58,7 +58,7 @@ def refuse_training(dataset, tmp_path, *more):
 
 
 def refuse_evaluating(dataset, tmp_path, weights, *more):
-    return sentence(evaluate, ["--data-root", dataset, "--weights", weights, "--short-side", "64", "--device", "cpu",
+    return sentence(evaluate, ["--data-root", dataset, "--weights", weights, "--short-side", "64", "--device", "cpu", "--workers", "0",
                                "--output", tmp_path / "evaluation", *more])
 
 

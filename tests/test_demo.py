@@ -147,7 +147,7 @@ def test_ppm_pictures_one_behind_the_other(pictures):
     ids=["garbage", "PNG", "grey", "one side", "16 bit"])
 def test_what_is_no_stream_of_ppm_pictures_is_refused(content):
     with pytest.raises(InputError, match="^the camera is no stream of PPM pictures"):
-        read_ppm(content)
+        next(demo.read_ppm(io.BytesIO(content), "the camera"))              # the first picture, whatever comes behind it
 
 
 @pytest.mark.parametrize("missing", [1, 14, 6 * 5 * 3])
@@ -303,7 +303,7 @@ def test_class_names_are_the_checkpoints_or_of_categories_or_numbers(tmp_path):
 
 def test_class_names_are_in_the_results(tmp_path, weights, pictures, model):
     """Of one frame, which is shrunk further by its long side."""
-    names = ["a/b", *"cdefg"]                                               # with what no folder's name can have
+    names = [f"one/{letter}" for letter in "abcdef"]                        # with what no folder's name can have
     (tmp_path / "names.json").write_text(json.dumps({"categories": [{"id": i, "name": name} for i, name in enumerate(names)]}))
     pictures[0].save(tmp_path / "one.png")
     run(tmp_path / "one.png", weights, "--score", 0, "--categories", tmp_path / "names.json", "--output", tmp_path / "out",
@@ -389,9 +389,10 @@ def box_of(mask):
 
 def test_standard_input_is_followed_picture_by_picture(tmp_path, weights, pictures, model):
     """The line of a frame comes before the next frame is sent; it has the class, number, score and box of every track of `step`."""
+    # as many threads as here, since others round otherwise; and Python itself must not hand on what is printed
+    environment = ENVIRONMENT | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONUNBUFFERED": ""}
     process = subprocess.Popen([sys.executable, str(REPOSITORY / "demo.py"), *command("-", weights, "--live", "--score", "0.0")],
-                               env=ENVIRONMENT | {"OMP_NUM_THREADS": str(torch.get_num_threads())},    # others round otherwise
-                               cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                               env=environment, cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     guard = threading.Timer(60, process.kill)                              # rather than wait for a line that does not come
     guard.start()
     try:
