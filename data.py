@@ -80,9 +80,12 @@ def read_categories(path: str | Path) -> list[tuple[int, str]]:
     """The categories of a data set's JSON, in the order of their ids; InputError if it has none."""
     content = read_json(path)
     try:
-        return sorted((int(category["id"]), str(category["name"])) for category in content["categories"])
+        categories = sorted((int(category["id"]), str(category["name"])) for category in content["categories"])
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path} has no list of categories") from error
+    if not categories:
+        raise InputError(f"{path} has an empty list of categories")
+    return categories
 
 
 def images_to_videos(content: dict) -> dict:

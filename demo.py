@@ -3,19 +3,25 @@
     python demo.py clip.mp4 --weights grattvis_r50_ovis.pth --preset r50 --short-side 360 --categories ovis/annotations/valid.json
     python demo.py "frames/*.jpg"                  # or a folder of pictures, or an animated WebP or GIF; no ffmpeg needed
     python demo.py /dev/video0 --live              # prints the tracks of every frame as it comes (ffmpeg opens cameras)
-    ffmpeg -i rtsp://... -f image2pipe -c:v ppm - | python demo.py - --live
+    ffmpeg -i rtsp://... -f image2pipe -c:v ppm -pix_fmt rgb24 - | python demo.py - --live
 
-Writes into --output: frames/ (overlays as PNG), overlay.webp, overlay.png (a sheet), overlay.mp4 where ffmpeg is installed,
-masks/ (a folder of PNGs for each track) and results.json. Scores are of the whole video; with --live, of the frames so far.
+Video files and cameras are read with ffmpeg 5.1 or newer. Writes into --output: frames/ (overlays as PNG), overlay.webp,
+overlay.png (a sheet), overlay.mp4 where ffmpeg is installed, masks/ (a folder of PNGs for each track) and results.json. Scores
+are of the whole video; with --live, of the frames so far.
 """
 import argparse
 import glob
+import math
+import os
+import re
 import shutil
 import stat
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import closing
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
@@ -36,24 +42,26 @@ from recipes import at_least
 from results import EncodedVideo
 from tracker import PROPAGATIONS
 
+LARGEST_SIDE = 2 ** 15  # pixels, of a picture on standard input
+
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line; the default weights are the toy run's."""
     parser = argparse.ArgumentParser(description="Segment and track the objects of a video, and draw them.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("source", help="a folder of pictures, a pattern such as 'frames/*.jpg', an animated WebP or GIF, a video file, a "
-                        "camera (/dev/video0), or - for PPM pictures on standard input")
+    parser.add_argument("source", help="a folder of pictures, a pattern such as 'frames/*.jpg', an animated WebP or GIF, a video "
+                        "file, a camera (/dev/video0), or - for PPM pictures on standard input")
     parser.add_argument("--weights", default="runs/toy/last.pt", help="checkpoint, ours or official")
     parser.add_argument("--preset", choices=PRESETS, help="of an official checkpoint (ours say it themselves)")
     parser.add_argument("--propagation", choices=PROPAGATIONS, help="where the checkpoint does not tell it")
-    parser.add_argument("--categories", metavar="JSON", help="a data set's annotation file, for the names of an official checkpoint's classes")
-    parser.add_argument("--short-side", type=at_least(1), default=96, help="of the frames in the model, pixels (official: 360, Swin-L 448)")
+    parser.add_argument("--categories", metavar="JSON", help="a data set's annotation file: names of an official model's classes")
+    parser.add_argument("--short-side", type=at_least(1), default=96, help="of the frames, pixels (official: 360, Swin-L 448)")
     parser.add_argument("--max-long-side", type=at_least(1), default=1333, help="pixels")
     parser.add_argument("--top-k", type=at_least(1), default=20, help="instances a video, before --score")
     parser.add_argument("--score", type=float, default=0.3, help="leave out instances that score less")
     parser.add_argument("--output", help="folder to write, which must not be there yet (default: demo/ and the source's name)")
-    parser.add_argument("--fps", type=float, default=8.0, help="of the animation and the mp4, frames a second")
-    parser.add_argument("--plot", action="store_true", help="draw when each track is seen and its gates are open (needs matplotlib)")
+    parser.add_argument("--fps", type=at_least(1), default=8, help="of the animation and the mp4, frames a second")
+    parser.add_argument("--plot", action="store_true", help="draw when each track is seen and its gates open (needs matplotlib)")
     parser.add_argument("--live", action="store_true", help="print the tracks of every frame as it comes; nothing is written")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
     parser.add_argument("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"), help="see train.py; off = float32")
@@ -65,9 +73,14 @@ def main(args: argparse.Namespace) -> None:
     """Follow the source live, or segment it and write the pictures."""
     if args.plot:
         require_matplotlib()
-    if args.source == "-" and not args.live:
-        raise InputError("standard input can be read only once: follow it with --live")
+    if not args.live and (args.source == "-" or is_camera(Path(args.source))):
+        raise InputError(f"{'standard input' if args.source == '-' else args.source} can be read only once: follow it with --live")
+    output = Path(args.output or Path("demo") / default_name(args.source))
+    if not args.live:
+        check_output(output)
     model, config = model_from_checkpoint(args.weights, args.preset, args.propagation)
+    if args.live and (model.propagation == "clip" or model.clip_length != 1):
+        raise InputError(f"{args.weights} reads clips of several frames: it cannot follow a video live")
     names = class_names(args, config, model.num_classes)
     _, _, device = start_processes(args.device)
     amp, reason = choose_amp(args.amp, device)
@@ -77,11 +90,23 @@ def main(args: argparse.Namespace) -> None:
     with torch.autocast(device.type, amp, enabled=amp != torch.float32), closing(read_frames(args.source)) as pictures:
         if args.live:
             return follow(model, pictures, names, args)
-        output = Path(args.output or Path("demo") / (Path(args.source.replace("*", "")).stem or "frames"))
-        if output.exists():
-            raise InputError(f"{output} is there already: give another --output")
         found, size, count = segment(model, pictures, args)
     write(output, found, size, count, names, args)
+
+
+def default_name(source: str) -> str:
+    """Of a clip.mp4, clip; of a pattern, the folder that it looks into."""
+    path = Path(source)
+    return (path.parent.name if glob.escape(source) != source else path.stem) or "frames"
+
+
+def check_output(output: Path) -> None:
+    """InputError unless the folder is not there yet and can be made; nothing is made here."""
+    if output.exists():
+        raise InputError(f"{output} is there already: give another --output")
+    parent = next(parent for parent in output.absolute().parents if parent.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise InputError(f"{output} cannot be made: {parent} is {'not writable' if parent.is_dir() else 'no folder'}")
 
 
 def class_names(args: argparse.Namespace, config: dict, count: int) -> list[str]:
@@ -94,61 +119,92 @@ def class_names(args: argparse.Namespace, config: dict, count: int) -> list[str]
 
 # Frames from anywhere
 
+def is_camera(path: Path) -> bool:
+    """Whether it is a device such as /dev/video0."""
+    return path.exists() and stat.S_ISCHR(path.stat().st_mode)
+
+
+def is_picture(path: Path) -> bool:
+    """Whether Pillow reads files of that name, as a picture or an animation."""
+    name = Image.registered_extensions().get(path.suffix.lower())
+    return name in Image.OPEN and name != "MPEG"
+
+
+def by_number(path: Path) -> list[str | int]:
+    """Sorts 2.png before 10.png."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
+
+
 def read_frames(source: str) -> Iterator[Image.Image]:
     """The frames of a source one after the other, RGB; InputError naming what was tried if there are none."""
     path = Path(source)
     if source == "-":
         yield from read_ppm(sys.stdin.buffer, "standard input")
-    elif path.exists() and stat.S_ISCHR(path.stat().st_mode):
-        yield from read_with_ffmpeg(source, ["-f", "v4l2"])
+    elif is_camera(path):
+        yield from read_with_ffmpeg(["-f", "v4l2", "-i", source], source)
     elif path.is_dir() or not path.exists():
-        known = Image.registered_extensions()
-        files = sorted(file for file in (path.iterdir() if path.is_dir() else map(Path, glob.glob(source)))
-                       if file.suffix.lower() in known and file.is_file())
+        files = path.iterdir() if path.is_dir() else map(Path, glob.glob(source))
+        files = sorted((file for file in files if is_picture(file) and file.is_file()), key=by_number)
         if not files:
             raise InputError(f"no frames at {source}: it is no file, no camera, and neither a folder nor a pattern of pictures")
         for file in files:
             yield read_picture(file)
-    elif path.suffix.lower() in Image.registered_extensions() and path.suffix.lower() not in (".mpg", ".mpeg"):
-        read_picture(path)                                    # InputError if it is damaged
-        with Image.open(path) as file:
-            yield from (frame.convert("RGB") for frame in ImageSequence.Iterator(file))
+    elif is_picture(path):
+        yield read_picture(path)                              # which turns a photograph as it says itself
+        try:
+            with Image.open(path) as file:
+                yield from (frame.convert("RGB") for frame in islice(ImageSequence.Iterator(file), 1, None))
+        except (OSError, SyntaxError) as error:
+            raise InputError(f"a frame of {path} cannot be read: {error}") from error
     else:
-        yield from read_with_ffmpeg(source)
+        yield from read_with_ffmpeg(["-i", f"file:{source}"], source)
 
 
-def read_with_ffmpeg(source: str, options: list[str] | None = None) -> Iterator[Image.Image]:
-    """The frames of a video file or camera."""
+def read_with_ffmpeg(opened: list[str], name: str) -> Iterator[Image.Image]:
+    """The frames of a video file or camera, each of them once."""
     if not shutil.which("ffmpeg"):
-        raise InputError(f"{source} is read with ffmpeg, which is not on PATH: install it, or give a folder of pictures")
-    command = ["ffmpeg", "-nostdin", "-loglevel", "error", *(options or []), "-i", source, "-f", "image2pipe", "-c:v", "ppm", "-"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        yield from read_ppm(process.stdout, source)
-        said = process.stderr.read().decode(errors="replace").strip()
-    if process.returncode:
-        raise InputError(f"ffmpeg cannot read {source}: {said.splitlines()[-1] if said else f'exit status {process.returncode}'}")
+        raise InputError(f"{name} is read with ffmpeg, which is not on PATH: install it, or give a folder of pictures")
+    command = ["ffmpeg", "-nostdin", "-loglevel", "error", *opened, "-fps_mode", "passthrough", "-f", "image2pipe", "-c:v", "ppm",
+               "-pix_fmt", "rgb24", "-"]
+    with tempfile.TemporaryFile("w+", errors="replace") as said:             # a pipe would be full when a damaged file says a lot
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said) as process:
+            yield from read_ppm(process.stdout, name)
+        said.seek(0)
+        if process.returncode:
+            *_, last = said.read().strip().splitlines() or [f"exit status {process.returncode}"]
+            raise InputError(f"ffmpeg cannot read {name}: {last}")
 
 
 def read_ppm(stream: BinaryIO, name: str) -> Iterator[Image.Image]:
     """Binary PPM pictures, one behind the other, until the stream ends."""
-    while header := stream.readline():
-        size, depth = stream.readline().split(), stream.readline().strip()
-        if header.strip() != b"P6" or len(size) != 2 or depth != b"255":
-            raise InputError(f"{name} is no stream of PPM pictures: make one with ffmpeg -i ... -f image2pipe -c:v ppm -")
-        width, height = map(int, size)
-        pixels = stream.read(3 * width * height)
-        if len(pixels) < 3 * width * height:
+    while header := stream.readline(8):
+        size, depth = stream.readline(32).split(), stream.readline(8).strip()
+        sides = [int(side) for side in size if side.isdigit() and 0 < int(side) <= LARGEST_SIDE]
+        if header.strip() != b"P6" or len(size) != 2 or len(sides) != 2 or depth != b"255":
+            raise InputError(f"{name} is no stream of PPM pictures: make one with ffmpeg -i ... -f image2pipe -c:v ppm "
+                             "-pix_fmt rgb24 -")
+        pixels = stream.read(3 * math.prod(sides))
+        if len(pixels) < 3 * math.prod(sides):
             raise InputError(f"{name} ends in the middle of a picture")
-        yield Image.frombytes("RGB", (width, height), pixels)
+        yield Image.frombytes("RGB", sides, pixels)
+
+
+def check_size(picture: Image.Image, size: tuple[int, int], number: int, source: str) -> None:
+    """InputError unless a frame has the size (width, height) of the first one."""
+    if picture.size != size:
+        raise InputError(f"frame {number} of {source} is {picture.width}x{picture.height}, the first {size[0]}x{size[1]}")
 
 
 # Live
 
 def follow(model: GRAttVIS, pictures: Iterator[Image.Image], names: list[str], args: argparse.Namespace) -> None:
     """Print the tracks of every frame as it comes: class, track, score so far, and the box that holds the mask."""
-    state = model.reset()
+    state, size = model.reset(), None
     for number, picture in enumerate(pictures):
-        tracks, state = model.step(at_test_size(picture, args.short_side, args.max_long_side), state, picture.size[::-1], args.top_k)
+        size = size or picture.size
+        check_size(picture, size, number, args.source)
+        frame = at_test_size(picture, args.short_side, args.max_long_side)
+        tracks, state = model.step(frame, state, size[::-1], args.top_k)
         shown = []
         for index in best_labels(tracks, args.score):
             if tracks.masks[index].any():
@@ -160,7 +216,8 @@ def follow(model: GRAttVIS, pictures: Iterator[Image.Image], names: list[str], a
 
 # A whole video
 
-def segment(model: GRAttVIS, pictures: Iterator[Image.Image], args: argparse.Namespace) -> tuple[EncodedVideo, tuple[int, int], int]:
+def segment(model: GRAttVIS, pictures: Iterator[Image.Image],
+            args: argparse.Namespace) -> tuple[EncodedVideo, tuple[int, int], int]:
     """What is in the video, the size of its frames (height, width), and how many they are."""
     first = next(pictures, None)
     if first is None:
@@ -171,8 +228,7 @@ def segment(model: GRAttVIS, pictures: Iterator[Image.Image], args: argparse.Nam
         nonlocal count
         yield at_test_size(first, args.short_side, args.max_long_side)
         for count, picture in enumerate(tqdm(pictures, desc="segment", unit="frame", initial=1), 1):
-            if picture.size[::-1] != size:
-                raise InputError(f"frame {count} of {args.source} is {picture.width}x{picture.height}, the first {size[1]}x{size[0]}")
+            check_size(picture, first.size, count, args.source)
             yield at_test_size(picture, args.short_side, args.max_long_side)
 
     return model.encode_video(in_batches(frames(), args.chunk), size, args.top_k), size, count + 1
@@ -191,15 +247,17 @@ def write(output: Path, found: EncodedVideo, size: tuple[int, int], count: int, 
             Image.fromarray(rle.decode(code) * 255).save(folder / f"{t:05d}.png")
         tracks.append({"track_id": track, "category": label, "score": float(found.scores[index]),
                        "segmentations": found.segmentations[index], "gates_open": found.gates[index].tolist()})
-    save_json(output / "results.json", {"source": args.source, "height": size[0], "width": size[1], "frames": count, "tracks": tracks})
+    save_json(output / "results.json", {"source": args.source, "height": size[0], "width": size[1], "frames": count,
+                                        "tracks": tracks})
 
     with closing(read_frames(args.source)) as pictures:
-        drawn = overlays((np.array(picture) for picture in tqdm(pictures, desc="draw", unit="frame", total=count)), found, names, args.score)
+        frames = (np.array(picture) for picture in tqdm(pictures, desc="draw", unit="frame", total=count))
+        drawn = overlays(frames, found, names, args.score)
         save_pictures(output, "overlay", saved(drawn, output / "frames"), count, 1000 / args.fps)
     if shutil.which("ffmpeg"):
-        command = ["ffmpeg", "-loglevel", "error", "-framerate", str(args.fps), "-i", str(output / "frames" / "%05d.png"),
-                   "-vf", "pad=ceil(iw/2)*2:ceil(ih/2)*2", "-pix_fmt", "yuv420p", str(output / "overlay.mp4")]
-        subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
+        command = ["ffmpeg", "-loglevel", "error", "-framerate", str(args.fps), "-i", "frames/%05d.png",
+                   "-vf", "pad=ceil(iw/2)*2:ceil(ih/2)*2", "-pix_fmt", "yuv420p", "overlay.mp4"]
+        subprocess.run(command, check=True, stdin=subprocess.DEVNULL, cwd=output)        # the folder's name may have a %
     if args.plot:
         plot_timeline(output / "timeline.png", found, names, args.score)
     best = "; ".join(f"{track['category']} #{track['track_id']} {track['score']:.2f}" for track in tracks)

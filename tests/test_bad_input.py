@@ -58,8 +58,8 @@ def refuse_training(dataset, tmp_path, *more):
 
 
 def refuse_evaluating(dataset, tmp_path, weights, *more):
-    return sentence(evaluate, ["--data-root", dataset, "--weights", weights, "--short-side", "64", "--device", "cpu", "--workers", "0",
-                               "--output", tmp_path / "evaluation", *more])
+    return sentence(evaluate, ["--data-root", dataset, "--weights", weights, "--short-side", "64", "--device", "cpu",
+                               "--workers", "0", "--output", tmp_path / "evaluation", *more])
 
 
 def read_files(folder):

@@ -171,7 +171,7 @@ def test_a_camera_is_opened_by_ffmpeg(tmp_path, monkeypatch, pictures):
     (tmp_path / "seen.ppm").write_bytes(ppm(*pictures))
     fake_ffmpeg(tmp_path, monkeypatch, f"cat {tmp_path}/seen.ppm")
     assert numpy.array_equal(pixels_of("/dev/null"), stacked(pictures))
-    assert " -f v4l2 -i /dev/null -f image2pipe " in (tmp_path / "given").read_text()
+    assert " -f v4l2 -i /dev/null -fps_mode passthrough " in (tmp_path / "given").read_text()
 
 
 @pytest.mark.parametrize("script, reason", [("echo one >&2; echo no light >&2; exit 1", "no light"), ("exit 3", "exit status 3")])
@@ -393,7 +393,7 @@ def test_standard_input_is_followed_picture_by_picture(tmp_path, weights, pictur
     environment = ENVIRONMENT | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONUNBUFFERED": ""}
     process = subprocess.Popen([sys.executable, str(REPOSITORY / "demo.py"), *command("-", weights, "--live", "--score", "0.0")],
                                env=environment, cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    guard = threading.Timer(60, process.kill)                              # rather than wait for a line that does not come
+    guard = threading.Timer(60, process.kill)                               # rather than wait for a line that does not come
     guard.start()
     try:
         lines = []

@@ -380,7 +380,8 @@ def test_parts_of_one_name_are_both_scored(whole, ground_truth, tmp_path):
     for name, half in (("a", ground_truth["videos"][:4]), ("b", ground_truth["videos"][4:])):
         (tmp_path / name).mkdir()
         (tmp_path / name / "gt.json").write_text(json.dumps(ground_truth | {"videos": half}))
-    metrics = run("--results", whole / "results.json", "--annotations", tmp_path / "a/gt.json", tmp_path / "b/gt.json", "--output", tmp_path)
+    metrics = run("--results", whole / "results.json", "--annotations", tmp_path / "a/gt.json", tmp_path / "b/gt.json",
+                  "--output", tmp_path)
     assert len(metrics["parts"]) == 2
 
 

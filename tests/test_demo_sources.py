@@ -1,0 +1,104 @@
+"""Sources that a demo meets in the wild: each is read right, or refused with one sentence before anything is written."""
+import io
+import shutil
+import subprocess
+from types import SimpleNamespace
+
+import pytest
+from PIL import Image
+
+import demo
+from data import InputError
+
+needs_ffmpeg = pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="video files are made and read with ffmpeg")
+
+
+def shades(source):
+    """The red of the first pixel of every frame."""
+    return [picture.getpixel((0, 0))[0] for picture in demo.read_frames(str(source))]
+
+
+def grey(shade, size=(8, 6)):
+    return Image.new("RGB", size, (shade,) * 3)
+
+
+def test_numbers_without_leading_zeros_are_in_order(tmp_path):
+    for number in (10, 2, 1, 11, 20):
+        grey(number).save(tmp_path / f"{number}.png")
+    assert shades(tmp_path) == shades(tmp_path / "*.png") == [1, 2, 10, 11, 20]
+
+
+def test_a_photograph_is_turned_as_in_a_folder(tmp_path):
+    orientation = Image.Exif()
+    orientation[0x0112] = 6                                   # a quarter turn
+    grey(7).save(tmp_path / "photo.jpg", exif=orientation)
+    sizes = [[picture.size for picture in demo.read_frames(str(source))] for source in (tmp_path, tmp_path / "photo.jpg")]
+    assert sizes == [[(6, 8)], [(6, 8)]]
+
+
+def test_an_animation_that_is_cut_off_is_refused(tmp_path):
+    frames = [Image.effect_noise((40, 30), 80) for _ in range(3)]
+    frames[0].save(tmp_path / "cut.gif", save_all=True, append_images=frames[1:])
+    content = (tmp_path / "cut.gif").read_bytes()
+    (tmp_path / "cut.gif").write_bytes(content[:len(content) // 2])
+    with pytest.raises(InputError, match="cut.gif cannot be read"):
+        list(demo.read_frames(str(tmp_path / "cut.gif")))
+
+
+@pytest.mark.parametrize("size", ["a b", "-1 4", "0 0", f"{10 ** 9} {10 ** 9}", "9" * 60])
+def test_a_size_that_no_picture_has_is_refused(size):
+    with pytest.raises(InputError, match="^the pipe is no stream of PPM pictures"):
+        list(demo.read_ppm(io.BytesIO(f"P6\n{size}\n255\n".encode() + bytes(100)), "the pipe"))
+
+
+def test_a_live_frame_of_another_size_is_refused(monkeypatch):
+    """By a model that sees nothing."""
+    monkeypatch.setattr(demo, "best_labels", lambda found, least: [])
+    model = SimpleNamespace(reset=lambda: None, step=lambda *given: (None, None))
+    with pytest.raises(InputError, match="^frame 1 of - is 5x5, the first 8x6$"):
+        demo.follow(model, iter([grey(1), grey(2, (5, 5))]), [], demo.parse_arguments(["-", "--live"]))
+
+
+@pytest.mark.parametrize("source, name", [("clip.mp4", "clip"), ("frames/*.jpg", "frames"), ("a/b/0[1-3]*.png", "b"),
+                                          ("*.jpg", "frames"), ("a/b", "b"), (".", "frames")])
+def test_the_folder_of_results_is_named_after_the_source(source, name):
+    assert demo.default_name(source) == name
+
+
+def test_an_output_that_cannot_be_made_is_refused_first(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="file is no folder$"):
+        demo.check_output(tmp_path / "file/out")
+    with pytest.raises(InputError, match="is there already"):
+        demo.check_output(tmp_path)
+    demo.check_output(tmp_path / "new/out")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def make_video(path, *options):
+    """A test picture that moves; its size, rate and duration are among the options."""
+    subprocess.run(["ffmpeg", "-loglevel", "error", "-f", "lavfi", "-i", *options, str(path)], check=True)
+
+
+@needs_ffmpeg
+@pytest.mark.parametrize("name, options, frames", [
+    ("ten bit.mp4", ("-c:v", "libx264", "-pix_fmt", "yuv420p10le"), 10),
+    ("12:30.mp4", ("-c:v", "mpeg4"), 10),
+    ("uneven.mkv", ("-c:v", "mpeg4", "-vf", "select=eq(n\\,0)+eq(n\\,3)+eq(n\\,9)", "-fps_mode", "vfr"), 3)])
+def test_videos_of_all_kinds_give_the_frames_they_store(tmp_path, monkeypatch, name, options, frames):
+    """More than 8 bit, a name like a protocol's, pauses between the frames."""
+    make_video(tmp_path / "made.mkv", "testsrc2=s=64x48:r=5:d=2", *options)
+    (tmp_path / "made.mkv").rename(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    assert len(list(demo.read_frames(name))) == frames
+
+
+@needs_ffmpeg
+def test_a_damaged_video_that_ffmpeg_says_much_about_comes_to_an_end(tmp_path):
+    """More than a pipe holds."""
+    make_video(tmp_path / "long.avi", "testsrc2=s=64x64:r=25:d=60", "-c:v", "mpeg4", "-g", "12")
+    content = bytearray((tmp_path / "long.avi").read_bytes())
+    for place in range(20000, len(content) - 30000, 37):
+        content[place] = place * 7919 % 256
+    (tmp_path / "long.avi").write_bytes(content)
+    assert len(list(demo.read_frames(str(tmp_path / "long.avi")))) > 100
