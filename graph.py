@@ -1,6 +1,6 @@
 """CUDA graphs: a function of tensors that launches hundreds of small kernels, captured once and replayed as one.
 
-The tracker is such a function: a frame's worth of it is 0.3 ms of work for the GPU and 5 ms of launching for the CPU.
+The tracker is such a function: launched kernel by kernel, a frame takes it 5 ms on an H200, most of which the GPU is idle.
 
     replay = Replay(function)
     outputs = replay(*tensors)                   # captures at the first call; all calls need the same shapes and dtypes
