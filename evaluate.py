@@ -26,7 +26,7 @@ from deform_attn import implementation
 from device import choose_amp, start_processes
 from draw import overlays, save_pictures
 from inference import Unfinished, segment_videos, share, to_entries
-from metric import accumulate, check_ground_truth, check_results, evaluate_results, format_table, mean_metrics
+from metric import accumulate, check_ground_truth, check_results, format_table, mean_metrics, summarize
 from model import PRESETS, GRAttVIS
 from plots import plot_classes, plot_precision, plot_timeline, require_matplotlib
 from recipes import at_least
@@ -154,12 +154,14 @@ def finish(results_path: Path, annotations: list[str | Path], output: Path, plot
     metrics.json. Several annotation files are parts of one set: each is scored, and the mean is what metrics.json starts with."""
     results, names = read_json(results_path), [Path(path).stem for path in annotations]
     parts = dict(zip(names if len(set(names)) == len(names) else map(str, annotations), map(read_json, annotations)))
+    first = next(iter(parts.values()))
     for path, part in zip(annotations, parts.values()):
         if not isinstance(part, dict) or not isinstance(part.get("videos"), list):
             raise InputError(f"{path} has no list of videos: it is not in the YouTube-VIS format")
-    whole = next(iter(parts.values())) | {
-        "videos": [video for part in parts.values() for video in part["videos"]],
-        "annotations": [annotation for part in parts.values() for annotation in part.get("annotations") or []]}
+        if part.get("categories") != first.get("categories"):
+            raise InputError(f"{path} has other categories than {annotations[0]}: they are not parts of one set")
+        part["annotations"] = part.get("annotations") or []
+    whole = first | {name: [entry for part in parts.values() for entry in part[name]] for name in ("videos", "annotations")}
     check_results(results, whole)
     output.mkdir(parents=True, exist_ok=True)
     zip_results(results_path, output / "results.json.zip")
@@ -172,11 +174,12 @@ def finish(results_path: Path, annotations: list[str | Path], output: Path, plot
     for name, part in parts.items():
         inside = {video["id"] for video in part["videos"]}
         own = [entry for entry in results if entry["video_id"] in inside]
-        metrics[name] = evaluate_results(own, part)
+        precision, recall, _ = accumulate(own, part)          # which have been checked above
+        metrics[name] = summarize(precision, recall, part)
         print(f"{name}, {len(inside)} videos" if len(parts) > 1 else "", format_table(metrics[name]), sep="\n" if len(parts) > 1 else "")
         if plot:
             (output / "plots").mkdir(exist_ok=True)
-            plot_precision(output / "plots" / f"precision_{name}.png", accumulate(own, part)[0])
+            plot_precision(output / "plots" / f"precision_{name}.png", precision)
             plot_classes(output / "plots" / f"classes_{name}.png", metrics[name]["per_class"])
     if len(parts) > 1:
         metrics = mean_metrics(list(metrics.values())) | {"parts": metrics}

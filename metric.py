@@ -47,6 +47,11 @@ def evaluate_results(results, ground_truth):
     """
     check_results(results, ground_truth)
     precision, recall, _ = accumulate(results, ground_truth)
+    return summarize(precision, recall, ground_truth)
+
+
+def summarize(precision, recall, ground_truth):
+    """The numbers of `evaluate_results` from the arrays of `accumulate`."""
     selections = {
         "AP": precision[..., 0, 2], "AP50": precision[0, ..., 0, 2], "AP75": precision[5, ..., 0, 2],
         "APs": precision[..., 1, 2], "APm": precision[..., 2, 2], "APl": precision[..., 3, 2],

@@ -27,7 +27,7 @@ from backbone import build_backbone
 from detector import FrameDecoder, PixelDecoder
 from graph import Replay
 from results import (EncodedVideo, FrameTracks, RunningScores, VideoResult, best_pairs, class_probabilities, mask_confidence,
-                     resize_masks, upsample_masks)
+                     resize_masks, upsample_masks, with_mask_scores)
 from run_length import encode_counts
 from tracker import ClipPrediction, Tracker, TrackerState
 
@@ -212,9 +212,8 @@ class GRAttVIS(nn.Module):
                 frame_sum, frame_area = mask_confidence(mask_logits)
                 mask_sum, mask_area = mask_sum + frame_sum, mask_area + frame_area
                 masks.append(resize_masks(mask_logits, output_size) > 0)
-        scores = scores * mask_sum / (mask_area + 1e-6)
-        order = scores.argsort(descending=True, stable=True)
-        return VideoResult(scores[order], labels[order], torch.stack(masks, 1)[order], chosen[order], logits)
+        scores, order = with_mask_scores(scores, mask_sum, mask_area)
+        return VideoResult(scores, labels[order], torch.stack(masks, 1)[order], chosen[order], logits)
 
     @torch.no_grad()
     def encode_video(self, batches: Iterable[Tensor], output_size: tuple[int, int] | None = None,

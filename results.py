@@ -48,9 +48,8 @@ class RunningScores:
     def best(self, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
         """Scores, labels and queries of the instances, best first."""
         scores, labels, chosen = best_pairs(self.class_scores, top_k)
-        scores = scores * self.mask_sum[chosen] / (self.mask_area[chosen] + 1e-6)
-        order = scores.argsort(descending=True, stable=True)
-        return scores[order], labels[order], chosen[order]
+        scores, order = with_mask_scores(scores, self.mask_sum[chosen], self.mask_area[chosen])
+        return scores, labels[order], chosen[order]
 
 
 @dataclass
@@ -69,6 +68,13 @@ def best_pairs(class_scores: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor
     scores, index = class_scores.flatten().sort(descending=True, stable=True)
     scores, index = scores[:top_k], index[:top_k]
     return scores, index % class_scores.shape[1], index // class_scores.shape[1]
+
+
+def with_mask_scores(scores: Tensor, mask_sum: Tensor, mask_area: Tensor) -> tuple[Tensor, Tensor]:
+    """Class scores (K,) times the mean probabilities inside the masks, best first, and their order; equal ones keep theirs."""
+    scores = scores * mask_sum / (mask_area + 1e-6)
+    order = scores.argsort(descending=True, stable=True)
+    return scores[order], order
 
 
 def class_probabilities(logits: Tensor) -> Tensor:

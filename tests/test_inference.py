@@ -395,3 +395,15 @@ def test_what_a_kill_left_of_a_removed_folder_is_not_taken_for_unfinished(tmp_pa
     unfinished.join(videos, tmp_path / "results.json")
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
     assert Unfinished(tmp_path / "unfinished", {"top_k": 20}).remaining(videos) == videos
+
+
+def test_parts_of_other_categories_are_refused(whole, ground_truth, tmp_path):
+    """And where annotations are missing in a part, the numbers of that part are undefined."""
+    (tmp_path / "one.json").write_text(json.dumps(ground_truth))
+    for name, change in (("other", {"categories": ground_truth["categories"][1:]}), ("bare", {"annotations": None})):
+        (tmp_path / f"{name}.json").write_text(json.dumps(ground_truth | change))
+    given = ("--results", whole / "results.json", "--output", tmp_path / "scores", "--annotations", tmp_path / "one.json")
+    with pytest.raises(InputError, match="other.json has other categories than"):
+        run(*given, tmp_path / "other.json")
+    assert not (tmp_path / "scores").exists()
+    assert run(*given, tmp_path / "bare.json")["parts"]["bare"]["AP"] == -1
