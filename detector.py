@@ -122,31 +122,34 @@ class FrameDecoder(nn.Module):
     def forward(self, levels: list[Tensor], mask_features: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
         """levels of strides [32, 16, 8], mask_features (N, C, h, w) -> predictions before and after each layer, queries.
 
-        While not training the last prediction alone: ten times all masks are a quarter of a gigabyte for eight frames.
+        A prediction is class logits (N, F, K + 1) and mask embeddings (N, F, C); an embedding times the mask features is a mask. While
+        not training the last prediction alone. A layer reads inside the masks resized to its level: resizing is linear, so the features
+        are resized instead, once a level, and a mask of full size is nowhere made.
         """
         tokens = [level.flatten(2).transpose(1, 2) + embed for level, embed in zip(levels, self.level_embed.weight)]
         positions = [sine_position(*level.shape[-2:], level.shape[1], level).flatten(2).transpose(1, 2)
                      for level in levels]
+        with torch.no_grad():
+            small = [F.interpolate(mask_features, size=level.shape[-2:], mode="bilinear", align_corners=False).flatten(2)
+                     for level in levels]
         x = self.query_feat.weight.expand(len(mask_features), -1, -1)
-        normed = [self.decoder_norm(x)]
-        predictions = [self.predict(normed[0], mask_features)]
+        normed, embeds = [self.decoder_norm(x)], []
         for index, layer in enumerate(self.layers):
             level = index % len(levels)
-            blocked = self.blocked_pixels(predictions[-1][1], levels[level].shape[-2:])
+            embeds.append(self.mask_embed(normed[-1]))
+            blocked = self.blocked_pixels(embeds[-1], small[level])
             x = layer(x, self.query_embed.weight, tokens[level], positions[level], blocked)
             normed.append(self.decoder_norm(x))
-            predictions = [*(predictions if self.training else []), self.predict(normed[-1], mask_features)]
+        embeds.append(self.mask_embed(normed[-1]))
+        first = 0 if self.training else -1
+        predictions = [(self.class_embed(x), embed) for x, embed in zip(normed[first:], embeds[first:])]
         handed_on = SUPERVISED_LAYERS if self.training else 1
         return predictions, torch.stack(normed[1:][-handed_on:])
 
-    def predict(self, x: Tensor, mask_features: Tensor) -> tuple[Tensor, Tensor]:
-        """Class logits (N, F, K + 1) and mask logits (N, F, h, w) of normed queries (N, F, C)."""
-        return self.class_embed(x), torch.einsum("nfc,nchw->nfhw", self.mask_embed(x), mask_features)
-
     @staticmethod
     @torch.no_grad()
-    def blocked_pixels(masks: Tensor, size: tuple[int, int]) -> Tensor:
-        """Where the last masks say background: bool (N, 1, F, pixels), True = may not attend; an all-True row is opened."""
-        masks = F.interpolate(masks, size=size, mode="bilinear", align_corners=False)
-        blocked = masks.sigmoid().flatten(2) < 0.5
+    def blocked_pixels(embed: Tensor, features: Tensor) -> Tensor:
+        """Where the masks of embeddings (N, F, C) say background in features (N, C, pixels): bool (N, 1, F, pixels), True = may not
+        attend; an all-True row is opened."""
+        blocked = embed @ features < 0                                                   # a probability below one half
         return (blocked & ~blocked.all(-1, keepdim=True))[:, None]

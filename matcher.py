@@ -152,8 +152,9 @@ class Criterion:
             point_targets = nn.utils.rnn.pad_sequence([t.transpose(0, 1) for t in point_targets], True)  # (B, I, T, P)
             point_targets = point_targets.transpose(1, 2).flatten(0, 1)                          # (N, I, P)
         losses, matches = {}, []
-        for layer, (logits, masks) in list(enumerate(predictions))[first:]:
-            logits, masks = full_precision(logits), full_precision(masks)
+        for layer, (logits, embed) in list(enumerate(predictions))[first:]:
+            logits = full_precision(logits)
+            masks = torch.einsum("nfc,nchw->nfhw", full_precision(embed), full_precision(output.frames.features))
             with torch.no_grad():
                 cost = match_cost(logits, sample_at(masks, points), pad_labels(targets, len(visible), logits),
                                   point_targets, self.weights).cpu().numpy()

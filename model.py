@@ -41,7 +41,8 @@ MASK_PIXELS = 2 * 10 ** 8                # of the masks that encode_video has at
 @dataclass
 class FrameOutput:
     """What the detector (backbone, pixel decoder, frame decoder) knows of N frames."""
-    predictions: list[tuple[Tensor, Tensor]]  # of each decoder layer (not training: the last): logits (N, F, K + 1), masks (N, F, h, w)
+    predictions: list[tuple[Tensor, Tensor]]  # of each decoder layer (not training: the last): logits (N, F, K + 1), embeddings (N, F, C)
+    features: Tensor                          # (N, C, h, w): times an embedding, a frame's mask
     queries: Tensor                           # (L, N, F, C), decoder_norm'ed
     mask_features: Tensor                     # (N, C, h, w), the tracker's
 
@@ -117,8 +118,9 @@ class GRAttVIS(nn.Module):
     def detect(self, images: Tensor) -> FrameOutput:
         """images (N, 3, H, W) from `prepare`."""
         levels, features = self.pixel_decoder(self.backbone(images))
-        predictions, queries = self.frame_decoder(levels, self.pixel_decoder.mask_features(features))
-        return FrameOutput(predictions, queries, self.tracker.mask_features(features))
+        frame_features = self.pixel_decoder.mask_features(features)
+        predictions, queries = self.frame_decoder(levels, frame_features)
+        return FrameOutput(predictions, frame_features, queries, self.tracker.mask_features(features))
 
     def forward(self, videos: list[Tensor]) -> TrainingOutput:
         """B videos of T frames each, uint8 (T, 3, H, W); T the same for all, H and W may differ."""

@@ -35,7 +35,8 @@ def run_stages(model, frames):
         stages = {f"backbone.res{i + 2}": m for i, m in enumerate(maps)}
         stages |= {f"pixdec.ms{i}": level for i, level in enumerate(levels)}
         stages |= {"pixdec.clip_mask_features": features, "pixdec.mask_features": mask_features,
-                   "m2f.pred_logits": predictions[-1][0], "m2f.pred_masks": predictions[-1][1],
+                   "m2f.pred_logits": predictions[-1][0],
+                   "m2f.pred_masks": torch.einsum("nfc,nchw->nfhw", predictions[-1][1], mask_features),
                    "m2f.frame_queries_last": queries[-1]}
         yield stages, prediction, state
 

@@ -62,9 +62,10 @@ def random_output(batch: int, frames: int, clip_length: int, layers: int = 2, de
                               random(*streams, length, queries, channels), gates, [gate.sigmoid() for gate in gates])
 
     height, width = SIZE[0] // 4, SIZE[1] // 4
-    predictions = [(random(batch * frames, queries, CLASSES + 1), random(batch * frames, queries, height, width))
+    predictions = [(random(batch * frames, queries, CLASSES + 1), random(batch * frames, queries, channels))
                    for _ in range(layers + 1)]
-    frame_output = FrameOutput(predictions, random(layers, batch * frames, queries, channels), random(1))
+    frame_output = FrameOutput(predictions, random(batch * frames, channels, height, width),
+                               random(layers, batch * frames, queries, channels), random(1))
     lengths = [min(clip_length, frames - first) for first in range(0, frames, clip_length)]
     return TrainingOutput(frame_output, [clip(length) for length in lengths],
                           [random(batch, length, channels, height, width) for length in lengths], SIZE)
@@ -75,8 +76,8 @@ def only_video(output: TrainingOutput, video: int, batch: int) -> TrainingOutput
     own, one = slice(video, video + 1), slice(None)
     frames = len(output.frames.predictions[0][0]) // batch
     rows = slice(video * frames, (video + 1) * frames)
-    frame_output = FrameOutput([(logits[rows], masks[rows]) for logits, masks in output.frames.predictions],
-                               output.frames.queries[:, rows], output.frames.mask_features)
+    frame_output = FrameOutput([(logits[rows], embeds[rows]) for logits, embeds in output.frames.predictions],
+                               output.frames.features[rows], output.frames.queries[:, rows], output.frames.mask_features)
     clips = [ClipPrediction(*([x[one, own] for x in part] if isinstance(part, list) else part[one, own]
                               for part in vars(clip).values())) for clip in output.clips]
     return TrainingOutput(frame_output, clips, [features[own] for features in output.mask_features], output.padded_size)
@@ -180,7 +181,7 @@ def painted_output(clip: Clip, plan: list[list[int]], queries: int = 4) -> Train
     instances, frames = clip.ids.shape
     signs = torch.where(clip.masks, 20.0, -20.0)
     signs[clip.ids == -1] = -20.0
-    clips, predictions = [], (torch.zeros(frames, queries, CLASSES + 1), torch.zeros(frames, queries, *SIZE))
+    clips, predictions = [], (torch.zeros(frames, queries, CLASSES + 1), torch.zeros(frames, queries, instances))
     for t, row in enumerate(plan):
         logits, embed = torch.zeros(queries, CLASSES + 1), torch.zeros(queries, instances)
         logits[:, -1] = 5
@@ -188,11 +189,11 @@ def painted_output(clip: Clip, plan: list[list[int]], queries: int = 4) -> Train
             logits[query] = 10 * F.one_hot(clip.labels[instance], CLASSES + 1)
             embed[query, instance] = 1
         predictions[0][t] = logits
-        predictions[1][t] = (embed @ signs[:, t].flatten(1)).unflatten(1, SIZE)
+        predictions[1][t] = embed
         clips.append(ClipPrediction([logits[None, None]], [embed[None, None]], torch.zeros(1, 1, queries, 2),
                                     torch.zeros(1, 1, 1, queries, 2), [], []))
     features = [signs[None, :, t][:, None] for t in range(frames)]      # (B, T, C, h, w) of each clip
-    return TrainingOutput(FrameOutput([predictions], torch.zeros(1, frames, queries, 2), torch.zeros(0)),
+    return TrainingOutput(FrameOutput([predictions], signs.transpose(0, 1), torch.zeros(1, frames, queries, 2), torch.zeros(0)),
                           clips, features, SIZE)
 
 
@@ -270,7 +271,7 @@ def test_two_equal_streams_cost_as_one(no_chance):
     one, clip = random_output(batch=1, frames=2, clip_length=1, layers=1), make_clip([[1, 1], [0, 1]])
     doubled = [ClipPrediction(*([torch.cat((x, x)) for x in part] if isinstance(part, list) else torch.cat((part, part))
                                 for part in vars(clip).values())) for clip in one.clips]
-    frames = FrameOutput(one.frames.predictions, torch.cat((one.frames.queries, one.frames.queries)), torch.zeros(0))
+    frames = FrameOutput(one.frames.predictions, one.frames.features, torch.cat((one.frames.queries, one.frames.queries)), torch.zeros(0))
     two = TrainingOutput(frames, doubled, one.mask_features, SIZE)
     (single, _), (double, matches) = (Criterion(CLASSES, points=40)(output, [clip]) for output in (one, two))
     assert len(matches.clips[0][0]) == 2

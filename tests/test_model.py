@@ -60,9 +60,28 @@ def test_sine_position_is_a_loop():
 
 def test_blocked_pixels():
     """A query reads where its last mask is not background; one whose mask is empty reads everywhere."""
-    masks = torch.tensor([[[[1.0, -1.0], [0.0, -2.0]], [[-1.0, -1.0], [-3.0, -0.1]]]])   # two queries, 2 x 2 pixels
-    blocked = FrameDecoder.blocked_pixels(masks, (2, 2))
+    masks = torch.tensor([[[1.0, -1.0, 0.0, -2.0], [-1.0, -1.0, -3.0, -0.1]]])           # two queries, four pixels
+    blocked = FrameDecoder.blocked_pixels(torch.eye(2)[None], masks)                     # an embedding picks one of them
     assert blocked.tolist() == [[[[False, True, False, True], [False] * 4]]]             # (N, 1, F, pixels)
+
+
+@torch.no_grad()
+def test_layers_read_inside_resized_masks(monkeypatch):
+    """What a layer may not read is where the last mask, made at full size and then resized, says background."""
+    torch.manual_seed(0)
+    decoder, seen = make_model().frame_decoder.train(), []
+    levels, features = [torch.randn(2, 64, size, size + 2).double() for size in (2, 4, 8)], torch.randn(2, 64, 16, 20).double()
+    attend = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *qkv, attn_mask=None: seen.append(attn_mask) or attend(
+        *qkv, attn_mask=attn_mask))
+    predictions, _ = decoder(levels, features)
+    seen = [~mask for mask in seen if mask is not None]
+    for (_, embed), level, blocked in zip(predictions, levels, seen, strict=False):
+        masks = F.interpolate(torch.einsum("nfc,nchw->nfhw", embed, features), level.shape[-2:], mode="bilinear")
+        background = masks.flatten(2) < 0
+        assert 0 < background.sum() < background.numel()
+        assert torch.equal(blocked[:, 0], background & ~background.all(-1, keepdim=True))
+    assert len(seen) == 3
 
 
 def test_positions_tell_where_to_look_not_what_is_seen():
@@ -249,8 +268,9 @@ def test_training_forward():
     output = model([make_frames(2), make_frames(2, 24, 90)])
     assert output.padded_size == (64, 96)
     assert len(output.frames.predictions) == 4                                          # before and after 3 layers
-    for logits, masks in output.frames.predictions:
-        assert logits.shape == (4, 20, CLASSES + 1) and masks.shape == (4, 20, 16, 24)
+    for logits, embed in output.frames.predictions:
+        assert logits.shape == (4, 20, CLASSES + 1) and embed.shape == (4, 20, 64)
+    assert output.frames.features.shape == (4, 64, 16, 24)
     assert output.frames.queries.shape == (3, 4, 20, 64)
     assert len(output.clips) == len(output.mask_features) == 2
     for clip, features in zip(output.clips, output.mask_features):
