@@ -123,21 +123,18 @@ class FrameDecoder(nn.Module):
         """levels of strides [32, 16, 8], mask_features (N, C, h, w) -> predictions before and after each layer, queries.
 
         A prediction is class logits (N, F, K + 1) and mask embeddings (N, F, C); an embedding times the mask features is a mask. While
-        not training the last prediction alone. A layer reads inside the masks resized to its level: resizing is linear, so the features
-        are resized instead, once a level, and a mask of full size is nowhere made.
+        not training the last prediction alone.
         """
         tokens = [level.flatten(2).transpose(1, 2) + embed for level, embed in zip(levels, self.level_embed.weight)]
         positions = [sine_position(*level.shape[-2:], level.shape[1], level).flatten(2).transpose(1, 2)
                      for level in levels]
-        with torch.no_grad():
-            small = [F.interpolate(mask_features, size=level.shape[-2:], mode="bilinear", align_corners=False).flatten(2)
-                     for level in levels]
+        masks_at = MasksAtLevels(mask_features, [level.shape[-2:] for level in levels])
         x = self.query_feat.weight.expand(len(mask_features), -1, -1)
         normed, embeds = [self.decoder_norm(x)], []
         for index, layer in enumerate(self.layers):
             level = index % len(levels)
             embeds.append(self.mask_embed(normed[-1]))
-            blocked = self.blocked_pixels(embeds[-1], small[level])
+            blocked = self.blocked_pixels(masks_at(embeds[-1], level))
             x = layer(x, self.query_embed.weight, tokens[level], positions[level], blocked)
             normed.append(self.decoder_norm(x))
         embeds.append(self.mask_embed(normed[-1]))
@@ -148,8 +145,32 @@ class FrameDecoder(nn.Module):
 
     @staticmethod
     @torch.no_grad()
-    def blocked_pixels(embed: Tensor, features: Tensor) -> Tensor:
-        """Where the masks of embeddings (N, F, C) say background in features (N, C, pixels): bool (N, 1, F, pixels), True = may not
-        attend; an all-True row is opened."""
-        blocked = embed @ features < 0                                                   # a probability below one half
+    def blocked_pixels(masks: Tensor) -> Tensor:
+        """Where mask logits (N, F, pixels) say background: bool (N, 1, F, pixels), True = may not attend; an all-True row is opened."""
+        blocked = masks.sigmoid() < 0.5
         return (blocked & ~blocked.all(-1, keepdim=True))[:, None]
+
+
+class MasksAtLevels:
+    """The masks of embeddings, resized to a level.
+
+    Resizing is linear, so in 16 bit the features are resized, once, and no mask of full size is made. In float32 the masks are, as
+    upstream: a layer asks which side of 0 a mask lies on, and what lies close to it follows the official code's rounding.
+    """
+
+    def __init__(self, features: Tensor, sizes: list[tuple[int, int]]):
+        self.features, self.sizes, self.small = features, sizes, None
+        if features.dtype in (torch.float16, torch.bfloat16):
+            with torch.no_grad():
+                self.small = [self.resize(features, size).flatten(2) for size in sizes]
+
+    @torch.no_grad()
+    def __call__(self, embed: Tensor, level: int) -> Tensor:
+        """Embeddings (N, F, C) -> mask logits (N, F, pixels of the level)."""
+        if self.small:
+            return embed @ self.small[level]
+        return self.resize(torch.einsum("nfc,nchw->nfhw", embed, self.features), self.sizes[level]).flatten(2)
+
+    @staticmethod
+    def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
+        return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)

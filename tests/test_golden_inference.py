@@ -15,6 +15,15 @@ MODES = [(mode, video) for mode, run in meta()["modes"]["runs"].items() for vide
 DTYPES = [torch.float64, torch.float32]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def two_threads():
+    """The order of sums depends on the number of threads, and in float32 a last bit can decide: the same order on any machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module", params=DTYPES, ids=["float64", "float32"])
 def model(request):
     spec = meta()["infer"]

@@ -1,0 +1,225 @@
+"""Speed of the whole on a GPU: inference of a video, a live stream and training, at the sizes at which the official code was measured.
+
+    python benchmarks/speed.py                          # all parts; --parts video live swin train others cpu, --profile 10
+
+Random weights; time and memory do not depend on them. Video: uint8 frames on the CPU to masks at output size on the GPU
+(`segment_video`, top 10). Live: `step`, frame by frame, each waited for. Train: whole iterations, from clips on the CPU to the
+optimiser's step. Others: VidEoMT of transformers, where that is installed, model alone, compiled. Every time is a median. Errors are of
+the fast path against float32 in the first frame, before differences can grow from frame to frame.
+"""
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from clips import Clip  # noqa: E402
+from deform_attn import implementation  # noqa: E402
+from matcher import Criterion  # noqa: E402
+from model import build_model  # noqa: E402
+from recipes import parse_arguments  # noqa: E402
+from train import parameter_groups, train_step  # noqa: E402
+
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+AMP = torch.bfloat16 if CUDA else torch.float32
+TOP_K = 10
+
+
+def seconds(function, repeat: int = 5, warm_up: int = 2) -> list[float]:
+    """The times of calls, sorted, the GPU's work included."""
+    times = []
+    for _ in range(warm_up + repeat):
+        began = time.perf_counter()
+        function()
+        synchronize()
+        times.append(time.perf_counter() - began)
+    return sorted(times[warm_up:])
+
+
+def synchronize() -> None:
+    if CUDA:
+        torch.cuda.synchronize()
+
+
+def make_video(frames: int, height: int, width: int) -> torch.Tensor:
+    """uint8 (T, 3, H, W): a smooth picture that moves."""
+    generator = torch.Generator().manual_seed(0)
+    picture = torch.rand(1, 3, height // 16 + 8, width // 16 + 8, generator=generator)
+    picture = nn.functional.interpolate(picture, scale_factor=16, mode="bicubic", align_corners=False)[0].clamp(0, 1)
+    return torch.stack([(255 * picture[:, t % 100:t % 100 + height, t % 97:t % 97 + width]).to(torch.uint8) for t in range(frames)])
+
+
+def make_model(preset: str, compiled: bool) -> nn.Module:
+    """A model of random weights for inference."""
+    torch.manual_seed(0)
+    return build_model(preset, 25).eval().to(DEVICE)
+
+
+def autocast(dtype: torch.dtype = AMP) -> torch.autocast:
+    return torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32)
+
+
+def video(preset: str, frames: int, size: tuple[int, int], output: tuple[int, int], args: argparse.Namespace) -> None:
+    """A whole video to masks on the GPU."""
+    model, clip = make_model(preset, args.compile), make_video(frames, *size)
+
+    def segment() -> object:
+        with autocast():
+            return model.segment_video(clip, output, TOP_K)
+
+    segment()
+    reset_peak()
+    times = seconds(segment)
+    middle = times[len(times) // 2]
+    print(f"{preset}, {frames} frames of {size[0]}x{size[1]} to masks of {output[0]}x{output[1]}: {1e3 * middle / frames:.2f} ms a "
+          f"frame, {frames / middle:.0f} frames a second ({frames / times[-1]:.0f} to {frames / times[0]:.0f}){peak()}", flush=True)
+    profile(segment, args.profile)
+
+
+def errors(preset: str, size: tuple[int, int], args: argparse.Namespace) -> None:
+    """The fast path against float32 without it."""
+    model, frame = make_model(preset, args.compile), make_video(1, *size)
+    with autocast():
+        fast = model.segment_video(frame, None, TOP_K)
+    model = make_model(preset, False)
+    exact = model.segment_video(frame, None, TOP_K)
+    error = (fast.logits.double() - exact.logits.double()).norm() / exact.logits.double().norm()
+    print(f"{preset}, {size[0]}x{size[1]}: class logits of the fast path are {error:.1e} from float32", flush=True)
+
+
+def live(preset: str, size: tuple[int, int], output: tuple[int, int], args: argparse.Namespace, frames: int = 300) -> None:
+    """Frame by frame, each waited for."""
+    model, clip, state = make_model(preset, args.compile), make_video(50, *size), None
+    times = []
+    reset_peak()
+    for number in range(frames + 20):
+        began = time.perf_counter()
+        with autocast():
+            _, state = model.step(clip[number % 50], state, output, TOP_K)
+        synchronize()
+        times.append(time.perf_counter() - began)
+    times = sorted(times[20:])
+    print(f"{preset} live, {size[0]}x{size[1]} to masks of {output[0]}x{output[1]}: {frames / sum(times):.0f} frames a second, p50 "
+          f"{1e3 * times[frames // 2]:.2f} ms, p99 {1e3 * times[int(0.99 * frames)]:.2f} ms{peak()}", flush=True)
+
+
+def make_clip(frames: int, height: int, width: int, instances: int) -> Clip:
+    """Random frames, rectangles that are visible in most of them."""
+    masks = torch.zeros(instances, frames, height, width, dtype=torch.bool)
+    ids = torch.full((instances, frames), -1)
+    for number in range(instances):
+        for t in range(number % 3 // 2, frames):
+            top, left = (37 * number + 9 * t) % (height - 160), (91 * number + 11 * t) % (width - 200)
+            masks[number, t, top:top + 160, left:left + 200], ids[number, t] = True, number
+    return Clip(torch.randint(0, 256, (frames, 3, height, width), dtype=torch.uint8), torch.arange(instances) % 25, ids, masks)
+
+
+def train(clips: int, frozen: bool, args: argparse.Namespace, size: tuple[int, int] = (480, 768)) -> None:
+    """Iterations of 5 frames and 6 instances a clip, R-50, the OVIS setting."""
+    torch.manual_seed(0)
+    setting = parse_arguments(["--recipe", "grattvis/ovis/r50"])
+    model = build_model("r50", 25).to(DEVICE).train()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not frozen or name.startswith("tracker."))
+    criterion = Criterion(25, points=setting.points, freeze_detector=frozen)
+    optimizer = torch.optim.AdamW(parameter_groups(model, 1e-6, setting.weight_decay, setting.backbone_lr_factor))
+    scaler = torch.amp.GradScaler(DEVICE.type, enabled=False)
+    batch = [make_clip(5, *size, 6) for _ in range(clips)]
+
+    def iterate() -> None:
+        train_step(model, criterion, batch, setting, DEVICE, AMP, optimizer, scaler)
+        nn.utils.clip_grad_norm_(model.parameters(), setting.clip_gradient)
+        optimizer.step()
+
+    iterate()
+    reset_peak()
+    times = seconds(iterate, 12, 3)
+    print(f"train r50, detector {'' if frozen else 'not '}frozen, {clips} clips of 5 frames of {size[0]}x{size[1]}: "
+          f"{times[6]:.3f} s an iteration ({times[0]:.3f} to {times[-1]:.3f}), {5 * clips / times[6]:.0f} frames a second{peak()}", flush=True)
+    profile(iterate, args.profile)
+
+
+def reset_peak() -> None:
+    if CUDA:
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak() -> str:
+    """The most memory that tensors had, and that was taken from the GPU for them."""
+    return f"; {torch.cuda.max_memory_allocated() / 1e9:.2f} GB, {torch.cuda.max_memory_reserved() / 1e9:.2f} reserved" if CUDA else ""
+
+
+def profile(function, rows: int) -> None:
+    """The kernels that take longest, and how long the GPU is busy at all."""
+    if not rows:
+        return
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]) as found:
+        began = time.perf_counter()
+        function()
+        synchronize()
+        elapsed = time.perf_counter() - began
+    kernels = [event for event in found.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA
+               and not event.is_user_annotation]
+    busy, launches = sum(event.self_device_time_total for event in kernels) / 1e3, sum(event.count for event in kernels)
+    waits = sum(event.count for event in found.key_averages() if "Synchronize" in event.key)
+    print(f"  {1e3 * elapsed:.1f} ms under the profiler, kernels {busy:.1f} ms in {launches} launches, {waits} waits")
+    for event in sorted(kernels, key=lambda event: -event.self_device_time_total)[:rows]:
+        print(f"  {event.self_device_time_total / 1e3:8.2f} ms {event.count:6d} x  {event.key[:100]}")
+
+
+def others(frames: int = 36) -> None:
+    """VidEoMT-S of transformers, random weights, 640x640: the model alone, frame by frame and in chunks."""
+    try:
+        from transformers import VideomtConfig, VideomtForUniversalSegmentation
+    except ImportError as error:
+        print(f"VidEoMT was not measured: {error}")
+        return
+    torch.manual_seed(0)
+    config = VideomtConfig(hidden_size=384, num_attention_heads=6, num_hidden_layers=12, num_blocks=3,
+                           image_size=640, num_labels=40)
+    model = VideomtForUniversalSegmentation(config).eval().to(DEVICE, AMP)
+    compiled = torch.compile(model, dynamic=False)
+    for chunk in (1, 8, 36):
+        clip = torch.randn(1, chunk, 3, 640, 640, device=DEVICE, dtype=AMP)
+
+        @torch.no_grad()
+        def run() -> None:
+            for _ in range(max(1, frames // chunk)):
+                compiled(pixel_values_videos=clip)
+
+        times = seconds(run, 7, 3)
+        print(f"VidEoMT-S, 640x640, chunks of {chunk}: {max(1, frames // chunk) * chunk / times[3]:.0f} frames a second", flush=True)
+
+
+def main() -> None:
+    """The parts that the command line asks for."""
+    parser = argparse.ArgumentParser(description="Measure speed.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    names = ("video", "live", "swin", "train", "others")
+    parser.add_argument("--parts", nargs="+", default=names, choices=names)
+    parser.add_argument("--compile", action="store_true", help="torch.compile the model (inference)")
+    parser.add_argument("--profile", type=int, default=0, metavar="N", help="print the N longest kernels of every part")
+    args = parser.parse_args()
+    print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if CUDA else 'CPU'}, {AMP}, {implementation(DEVICE)}", flush=True)
+    if "video" in args.parts:
+        errors("r50", (360, 640), args)
+        for frames in (36, 200):
+            video("r50", frames, (360, 640), (720, 1280), args)
+    if "live" in args.parts:
+        live("r50", (360, 640), (720, 1280), args)
+    if "swin" in args.parts:
+        errors("swin_l", (448, 800), args)
+        video("swin_l", 36, (448, 800), (720, 1280), args)
+    if "train" in args.parts:
+        for clips, frozen in ((8, True), (2, True), (2, False)):
+            train(clips, frozen, args)
+    if "others" in args.parts:
+        others()
+
+
+if __name__ == "__main__":
+    main()
