@@ -101,8 +101,8 @@ class FrameDecoderLayer(nn.Module):
         self.self_attention = SelfAttention(channels, heads)
         self.feed_forward = FeedForward(channels, feed_forward)
 
-    def forward(self, x: Tensor, position: Tensor, tokens: Tensor, token_position: Tensor, blocked: Tensor) -> Tensor:
-        x = self.cross_attention(x, position, tokens, token_position, blocked=blocked)
+    def forward(self, x: Tensor, position: Tensor, tokens: Tensor, located: Tensor, blocked: Tensor) -> Tensor:
+        x = self.cross_attention(x, position, self.cross_attention.read(tokens, located), blocked)
         return self.feed_forward(self.self_attention(x, position))
 
 
@@ -126,8 +126,8 @@ class FrameDecoder(nn.Module):
         not training the last prediction alone.
         """
         tokens = [level.flatten(2).transpose(1, 2) + embed for level, embed in zip(levels, self.level_embed.weight)]
-        positions = [sine_position(*level.shape[-2:], level.shape[1], level).flatten(2).transpose(1, 2)
-                     for level in levels]
+        located = [token + sine_position(*level.shape[-2:], level.shape[1], level).flatten(2).transpose(1, 2)
+                   for level, token in zip(levels, tokens)]
         masks_at = MasksAtLevels(mask_features, [level.shape[-2:] for level in levels])
         x = self.query_feat.weight.expand(len(mask_features), -1, -1)
         normed, embeds = [self.decoder_norm(x)], []
@@ -135,7 +135,7 @@ class FrameDecoder(nn.Module):
             level = index % len(levels)
             embeds.append(self.mask_embed(normed[-1]))
             blocked = self.blocked_pixels(masks_at(embeds[-1], level))
-            x = layer(x, self.query_embed.weight, tokens[level], positions[level], blocked)
+            x = layer(x, self.query_embed.weight, tokens[level], located[level], blocked)
             normed.append(self.decoder_norm(x))
         embeds.append(self.mask_embed(normed[-1]))
         first = 0 if self.training else -1

@@ -70,7 +70,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     run = parser.add_argument_group("run")
     run.add_argument("--device", default="auto", help="auto, cpu, cuda")
     run.add_argument("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"), help="see train.py; off = float32")
-    run.add_argument("--chunk", type=at_least(1), default=8, help="frames that the detector takes at once on a GPU")
+    run.add_argument("--chunk", type=at_least(1), default=8, help="frames that are read together; no result depends on it")
     run.add_argument("--workers", type=at_least(0), default=min(16, os.cpu_count() or 1),
                      help="processes that read frames ahead, for each GPU; 0 = none")
     return parser.parse_args(arguments)

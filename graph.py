@@ -1,17 +1,20 @@
 """CUDA graphs: a function of tensors that launches hundreds of small kernels, captured once and replayed as one.
 
-The tracker is such a function: launched kernel by kernel, a frame takes it 5 ms on an H200, most of which the GPU is idle.
+Everything that happens to a few frames is such a function: launched kernel by kernel, the GPU is idle most of the time.
 
-    replay = Replay(function)
-    outputs = replay(*tensors)                   # captures at the first call; all calls need the same shapes and dtypes
+    replay = Replay(module)
+    outputs = replay(function, *tensors)         # captures at the first call with tensors of these shapes and dtypes
 
 Source: the CUDA graphs of PyTorch (torch.cuda.CUDAGraph), here without the emptying of caches that torch.cuda.graph brings along.
 """
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+KEPT = 4  # graphs, the latest ones: a data set's videos have few sizes, and each graph holds memory
 
 
 @cache
@@ -20,32 +23,66 @@ def side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
+@dataclass
+class Captured:
+    """A graph, the tensors that it reads and those that it writes."""
+    graph: torch.cuda.CUDAGraph
+    inputs: list[Tensor]
+    outputs: tuple[Tensor, ...]
+
+
 class Replay:
-    """A function of tensors to a tuple of tensors, on a GPU, without a wait for it inside. Meant to live as long as the tensors that
-    the function reads besides its arguments, such as weights."""
+    """Runs functions of tensors to a tuple of tensors, which read the weights of a module and never wait for the GPU; without a
+    GPU, and where gradients are wanted, by calling them."""
 
-    def __init__(self, function: Callable[..., tuple[Tensor, ...]]):
-        self.function, self.graph = function, None
+    def __init__(self, module: nn.Module):
+        self.module, self.graphs, self.weights = module, {}, None
 
-    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+    def __call__(self, function: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> tuple[Tensor, ...]:
         """The function of these inputs; the outputs are the caller's to keep."""
-        if self.graph is None:
-            self.capture(inputs)
-        for own, given in zip(self.inputs, inputs):
+        if not inputs[0].is_cuda or torch.is_grad_enabled():
+            return function(*inputs)
+        autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
+        key = function.__name__, autocast, *((given.shape, given.dtype) for given in inputs)
+        found = self.graphs.pop(key, None) or self.capture(function, inputs)
+        self.graphs[key] = found                                              # last = latest
+        for own, given in zip(found.inputs, inputs):
             own.copy_(given)
-        self.graph.replay()
-        return tuple(output.clone() for output in self.outputs)
+        found.graph.replay()
+        return tuple(output.clone() for output in found.outputs)
 
-    def capture(self, inputs: tuple[Tensor, ...]) -> None:
+    def check_weights(self) -> None:
+        """Forget all graphs if the module's weights are no longer where they were; to be called now and then, it takes a millisecond.
+        That their values change does no harm."""
+        weights = [tensor.data_ptr() for tensor in (*self.module.parameters(), *self.module.buffers())]
+        if weights != self.weights:
+            self.forget()
+            self.weights = weights
+
+    def forget(self) -> None:
+        """Give all graphs and their memory back."""
+        self.graphs.clear()
+
+    def capture(self, function: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor, ...]) -> Captured:
         """Run the function once to warm up, and once to record it."""
-        self.inputs, self.graph = [given.clone() for given in inputs], torch.cuda.CUDAGraph()
+        while len(self.graphs) >= KEPT:
+            self.graphs.pop(next(iter(self.graphs)))
+        graph, inputs = torch.cuda.CUDAGraph(), [given.clone() for given in inputs]
         stream, current = side_stream(inputs[0].device), torch.cuda.current_stream()
         stream.wait_stream(current)
         # weights cast to 16 bit must be cast inside the graph, not taken from autocast's cache, which is emptied behind it
         with torch.cuda.stream(stream), torch.autocast("cuda", torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda"),
                                                        cache_enabled=False):
-            self.function(*self.inputs)
-            self.graph.capture_begin(capture_error_mode="thread_local")   # loaders pin memory in other threads meanwhile
-            self.outputs = self.function(*self.inputs)
-            self.graph.capture_end()
+            function(*inputs)
+            graph.capture_begin(capture_error_mode="thread_local")            # loaders pin memory in other threads meanwhile
+            outputs = function(*inputs)
+            graph.capture_end()
         current.wait_stream(stream)
+        return Captured(graph, inputs, outputs)
+
+    def __deepcopy__(self, memo: dict) -> "Replay":
+        """A copy of the module has no graphs yet."""
+        return Replay(memo.get(id(self.module), self.module))
+
+    def __reduce__(self) -> tuple:
+        return Replay, (self.module,)

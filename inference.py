@@ -5,7 +5,7 @@
 
 The results of a video go to a file of their own as soon as it is done (`Unfinished`), and all of them into one results.json at the
 end, in the order of the videos' ids: so it is the same file for any number of processes, and however often the run was killed.
-(To the last bit where sums are made in the same order: on a CPU with as many threads a process, on a GPU with the same chunk.)
+(To the last bit where sums are made in the same order: on GPUs of one kind, on a CPU with as many threads a process.)
 Upstream: vita/data/ytvis_eval.py. Shape letters as in model.py.
 """
 import json
@@ -48,8 +48,8 @@ def segment_videos(model: GRAttVIS, videos: list[Video], device: torch.device, a
                    max_long_side: int, top_k: int, chunk: int = 8, workers: int = 0) -> Iterator[tuple[Video, EncodedVideo]]:
     """Every video with its instances, one after the other, with a progress bar.
 
-    chunk: frames the detector takes at once. workers: processes that decode ahead, 0 = none. Memory does not grow with the length
-    of a video but for its masks' codes.
+    chunk: frames that are read and handed over together; no result depends on it. workers: processes that decode ahead, 0 = none.
+    Memory does not grow with the length of a video but for its masks' codes.
     """
     batches = FrameBatches(videos, short_side, max_long_side, chunk)
     loader = DataLoader(batches, batch_size=None, num_workers=workers, pin_memory=device.type == "cuda")

@@ -17,6 +17,7 @@ Shape letters of the whole project:
 """
 import inspect
 import math
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -30,11 +31,13 @@ from results import (EncodedVideo, FrameTracks, RunningScores, VideoResult, best
                      resize_masks, upsample_masks, with_mask_scores)
 from run_length import encode_counts
 from tracker import ClipPrediction, Tracker, TrackerState
+from transformer import Attention
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)   # RGB, 0..255
 PIXEL_STD = (58.395, 57.12, 57.375)
 SIZE_DIVISOR = 32
 VITA_WINDOW = 6                          # frames an encoder window of VITA spans
+FRAMES_TOGETHER = 12                     # that a GPU takes at once; another number is another rounding
 MASK_PIXELS = 2 * 10 ** 8                # of the masks that encode_video has at once
 
 
@@ -57,14 +60,17 @@ class TrainingOutput:
 
 
 @dataclass
-class ClipOutput:
-    """What inference knows of one clip of a video, of all queries."""
-    logits: Tensor               # (Q, K + 1)
-    mask_embed: Tensor           # (Q, C)
+class Stretch:
+    """What inference knows of T frames of a video in a row, whole clips, of all queries."""
+    logits: Tensor               # (clips, Q, K + 1)
+    mask_embed: Tensor           # (T, Q, C)
+    gates: Tensor                # (T, D, Q) bool, True = open; D = 0 without a gate
     mask_features: Tensor        # (T, C, h, w)
-    gates: Tensor                # (D, Q) bool, True = open; D = 0 without a gate
     size: tuple[int, int]        # of the frames, pixels
-    padded_size: tuple[int, int]
+
+    @property
+    def padded_size(self) -> tuple[int, int]:
+        return padded(*self.size)
 
 
 @dataclass
@@ -98,6 +104,33 @@ class GRAttVIS(nn.Module):
                                tracker_decoder_layers, heads, feed_forward, propagation, gate_mask, window)
         self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN)[:, None, None], persistent=False)
         self.register_buffer("pixel_std", torch.tensor(PIXEL_STD)[:, None, None], persistent=False)
+        self.replay = Replay(self)
+
+    def train(self, mode: bool = True) -> "GRAttVIS":
+        """Training mode, or not; what is kept to infer faster is given back before training."""
+        if mode:
+            self.replay.forget()
+        return super().train(mode)
+
+    def accelerate(self, dtype: torch.dtype = torch.float32, compiled: bool = False) -> "GRAttVIS":
+        """Make ready for inference alone, in place; returns the model.
+
+        dtype: that of the autocast it will run under: the weights of all products are cast once, as autocast would at every call,
+        so results are the same. compiled: by torch.compile, which takes half a minute for every size of frames, then about half the
+        time a frame, and rounds otherwise.
+        """
+        if dtype != torch.float32:
+            for module in self.modules():
+                if isinstance(module, (nn.Linear, nn.Conv2d)):
+                    module.to(dtype)
+                elif isinstance(module, Attention):
+                    module.in_proj_weight.data, module.in_proj_bias.data = module.in_proj_weight.to(dtype), module.in_proj_bias.to(dtype)
+        if self.pixel_mean.is_cuda:
+            self.to(memory_format=torch.channels_last)
+        if compiled:
+            for owner, name in ((self, "detect"), (self.tracker, "read"), (self.tracker, "carry")):
+                setattr(owner, name, torch.compile(getattr(owner, name), dynamic=False))
+        return self.eval()
 
     def prepare(self, frames: Tensor | list[Tensor]) -> Tensor:
         """uint8 frames (3, H, W), RGB, sizes may differ -> (N, 3, H', W'): normalised, then zero-padded to multiples of 32."""
@@ -106,7 +139,11 @@ class GRAttVIS(nn.Module):
         for frame in frames:
             check_frame(frame)
         sizes = [tuple(frame.shape[1:]) for frame in frames]
-        images = self.pixel_mean.new_zeros(len(frames), 3, *padded(*map(max, zip(*sizes))))
+        height, width = padded(*map(max, zip(*sizes)))
+        if self.pixel_mean.is_cuda:                                                      # channels last: convolutions are faster there
+            images = self.pixel_mean.new_zeros(len(frames), height, width, 3).permute(0, 3, 1, 2)
+        else:
+            images = self.pixel_mean.new_zeros(len(frames), 3, height, width)
         # frames of one size go to the device together
         groups = [(images, frames if isinstance(frames, Tensor) else torch.stack(frames))] if len(set(sizes)) == 1 else [
             (image, frame) for image, frame in zip(images, frames)]
@@ -133,89 +170,101 @@ class GRAttVIS(nn.Module):
         mask_features = frames.mask_features.unflatten(0, (batch, length))               # (B, T, C, h, w)
         clip_length = length if self.propagation == "clip" else self.clip_length
         clips, state = [], None
-        for clip_queries in queries.split(clip_length, 2):
-            prediction, state = self.tracker(clip_queries, state)
-            clips.append(prediction)
+        for part in queries.split([length - length % clip_length, length % clip_length], 2):  # whole clips, then a shorter one
+            if part.shape[2]:
+                found, state = self.tracker.follow(part.unflatten(2, (-1, min(clip_length, part.shape[2]))), state)
+                clips += found
         return TrainingOutput(frames, clips, list(mask_features.split(clip_length, 1)), tuple(images.shape[-2:]))
 
     @torch.no_grad()
-    def follow(self, batches: Iterable[Tensor]) -> Iterator[ClipOutput]:
+    def follow(self, batches: Iterable[Tensor]) -> Iterator[Stretch]:
         """The clips of a video, as soon as their frames are there; upstream grattvis_model.py, `inference`.
 
-        batches: uint8 (N, 3, H, W), RGB, all frames of one size; the detector takes each at once, on a CPU frame by frame:
-        there, more at once are no faster and round otherwise. Nothing is kept of a clip but the tracker's state ("clip"
-        propagation has one clip, the whole video).
+        batches: uint8 (N, 3, H, W), RGB, all frames of one size. On a GPU, frames are taken FRAMES_TOGETHER at once, the last ones
+        filled up with copies, on a CPU, where more are no faster, one by one: so nothing depends on how they come, not even by
+        rounding. Nothing is kept of a clip but the tracker's state ("clip" propagation has one clip, the whole video).
         """
-        queries, features, state, sizes = [], [], None, set()
-        clip_length = math.inf if self.propagation == "clip" else self.clip_length
-        device = self.pixel_mean.device.type
-        replay = Replay(self.track_queries) if device == "cuda" and clip_length == 1 and not self.tracker.remembers else None
-        for batch in batches:
-            for part in batch.split(1) if device == "cpu" else [batch]:
-                images = self.prepare(part)
-                sizes.add(tuple(part.shape[-2:]))
-                if len(sizes) > 1:
-                    raise ValueError(f"all frames of a video must have one size, not {sorted(sizes)}")
-                output = self.detect(images)
-                queries += output.queries.unbind(1)                                      # each (L, F, C)
-                features += output.mask_features
-                del images, output                                                       # the masks of all layers are large
-            while len(queries) >= clip_length:
-                clip, state = self.track(queries[:clip_length], features[:clip_length], state, *sizes, replay)
-                queries, features = queries[clip_length:], features[clip_length:]
-                yield clip
-        if queries:
-            yield self.track(queries, features, state, *sizes)[0]
-        if not sizes:
+        queries, features, state, size = [], [], None, None
+        together = FRAMES_TOGETHER if self.pixel_mean.is_cuda else 1
+        clip_length = sys.maxsize if self.propagation == "clip" else self.clip_length
+        self.replay.check_weights()
+        for frames in regrouped(batches, together):
+            size, count = tuple(frames.shape[-2:]), len(frames)
+            frames = frames.to(self.pixel_mean.device, non_blocking=True)
+            if count < together:
+                frames = torch.cat((frames, frames[-1:].expand(together - count, -1, -1, -1)))
+            if clip_length == 1:
+                outputs, state = self.advance(frames, count, state)
+                yield Stretch(*outputs, size)
+                continue
+            found = self.replay(self.detect_queries, frames)
+            queries, features = [*queries, *found[0][:count]], [*features, *found[1][:count]]
+            if whole := len(queries) // clip_length * clip_length:
+                outputs, state = self.track(torch.stack(queries[:whole]), clip_length, state)
+                yield Stretch(*outputs, torch.stack(features[:whole]), size)
+                queries, features = queries[whole:], features[whole:]
+        if size is None:
             raise ValueError("the video has no frames")
+        if queries:
+            yield Stretch(*self.track(torch.stack(queries), len(queries), state)[0], torch.stack(features), size)
 
-    def track(self, queries: list[Tensor], features: list[Tensor], state: TrackerState | None, size: tuple[int, int],
-              replay: Replay | None = None) -> tuple[ClipOutput, TrackerState]:
-        """Hand one clip's frame queries, each (1, F, C), to the tracker; by a CUDA graph of `track_queries` if there is one."""
-        frame_queries = torch.stack(queries, 1)[:, None]                                 # (1, 1, T, F, C)
-        if replay is None:
-            prediction, state = self.tracker(frame_queries, state)
-            outputs = self.last_of(prediction)
-        else:
-            state = state or self.tracker.initial_state(1)
-            *outputs, query = replay(frame_queries, state.query)
-            state = TrackerState(query)
-        return ClipOutput(*outputs[:2], torch.stack(features), outputs[2], size, padded(*size)), state
+    def advance(self, frames: Tensor, count: int, state: TrackerState | None) -> tuple[tuple[Tensor, ...], TrackerState]:
+        """Clips of one frame: frames (N, 3, H, W) on the device, the first `count` of which count. Returns what Stretch holds."""
+        if self.tracker.remembers:
+            queries, features = self.replay(self.detect_queries, frames)
+            outputs, state = self.track(queries[:count], 1, state)
+            return (*outputs, features[:count]), state
+        # without a memory, all there is to know is a function of the frames and the carried queries
+        query = (state or self.tracker.initial_state(1)).query
+        *outputs, query = self.replay(self.read_frames, frames, query)
+        return tuple(part[:count] for part in outputs), TrackerState(query)
 
-    def track_queries(self, frame_queries: Tensor, query: Tensor) -> tuple[Tensor, ...]:
-        """Without a memory, all that a clip gives is a function of its frame queries (1, 1, T, F, C) and the carried ones (1, Q, C)."""
-        prediction, state = self.tracker(frame_queries, TrackerState(query))
-        return *self.last_of(prediction), state.query
+    def read_frames(self, frames: Tensor, query: Tensor) -> tuple[Tensor, ...]:
+        """uint8 (N, 3, H, W), clips of one frame each, and carried queries (1, Q, C) -> what Stretch holds, and the carried queries."""
+        queries, features = self.detect_queries(frames)
+        outputs, state = self.track(queries, 1, TrackerState(query))
+        return *outputs, features, state.query
 
-    @staticmethod
-    def last_of(prediction: ClipPrediction) -> tuple[Tensor, Tensor, Tensor]:
-        """What counts of one video's prediction: logits (Q, K + 1), mask embeddings (Q, C), gates (D, Q) bool, True = open."""
-        logits = prediction.logits[-1][-1, 0]
-        gates = [gate[-1, 0] >= 0 for gate in prediction.gate_logits]
-        return logits, prediction.mask_embed[-1][-1, 0], torch.stack(gates) if gates else logits.new_empty(0, len(logits)).bool()
+    def detect_queries(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """uint8 (N, 3, H, W) -> frame queries (N, F, C) and the tracker's mask features (N, C, h, w)."""
+        output = self.detect(self.prepare(frames))
+        return output.queries[-1], output.mask_features
+
+    def track(self, queries: Tensor, length: int, state: TrackerState | None) -> tuple[tuple[Tensor, Tensor, Tensor], TrackerState]:
+        """Frame queries (T, F, C) of whole clips of `length` frames -> logits (clips, Q, K + 1), mask embeddings (T, Q, C) and gates
+        (T, D, Q) bool, True = open."""
+        predictions, state = self.tracker.follow(queries.unflatten(0, (-1, length))[None, None], state)
+        logits = torch.stack([prediction.logits[-1][-1, 0] for prediction in predictions])
+        embed = torch.stack([prediction.mask_embed[-1][-1, 0] for prediction in predictions])
+        gates = [gate[-1, 0] for prediction in predictions for gate in prediction.gate_logits]
+        gates = torch.stack(gates).unflatten(0, (len(logits), -1)) if gates else logits.new_empty(len(logits), 0, logits.shape[1])
+        embed, gates = (part[:, None].expand(-1, length, -1, -1).flatten(0, 1) for part in (embed, gates))
+        return (logits, embed, gates >= 0), state
 
     @torch.no_grad()
     def segment_video(self, frames: Tensor | Iterable[Tensor], output_size: tuple[int, int] | None = None,
-                      top_k: int = 10, chunk: int = 1) -> VideoResult:
+                      top_k: int = 10) -> VideoResult:
         """Segment and track a whole video, all masks of which fit into memory; `encode_video` is for any other.
 
         frames: uint8 (T, 3, H, W) RGB, or an iterable of (3, H, W), all of one size; resized by the caller (data.py).
-        output_size: (height, width) of the masks; None = that of the frames. chunk: frames the detector takes at once.
-        Raises ValueError on an empty video.
+        output_size: (height, width) of the masks; None = that of the frames. Raises ValueError on an empty video.
         """
         self.check_request(output_size, top_k)
-        clips = list(self.follow(in_batches(frames, chunk)))
-        logits = torch.stack([clip.logits for clip in clips])                            # (clips, Q, K + 1)
+        stretches = list(self.follow(frames.split(FRAMES_TOGETHER) if isinstance(frames, Tensor) else in_batches(frames, FRAMES_TOGETHER)))
+        logits = torch.cat([stretch.logits for stretch in stretches])                    # (clips, Q, K + 1)
         scores, labels, chosen = best_pairs(class_probabilities(logits).amax(0), top_k)
-        mask_sum, mask_area, masks = 0, 0, []
-        for clip in clips:
-            for feature in clip.mask_features:
-                mask_logits = upsample_masks(clip.mask_embed[chosen], feature, clip.size, clip.padded_size)
+        length, size = sum(len(stretch.mask_embed) for stretch in stretches), output_size or stretches[0].size
+        masks, first = torch.empty(len(chosen), length, *size, dtype=torch.bool, device=logits.device), 0
+        mask_sum, mask_area = 0, 0
+        for stretch in stretches:
+            for embed, features in zip(stretch.mask_embed[:, chosen].split(FRAMES_TOGETHER), stretch.mask_features.split(FRAMES_TOGETHER)):
+                mask_logits = upsample_masks(embed, features, stretch.size, stretch.padded_size)
                 frame_sum, frame_area = mask_confidence(mask_logits)
-                mask_sum, mask_area = mask_sum + frame_sum, mask_area + frame_area
-                masks.append(resize_masks(mask_logits, output_size) > 0)
+                mask_sum, mask_area = mask_sum + frame_sum.sum(0), mask_area + frame_area.sum(0)
+                masks[:, first:first + len(embed)] = (resize_masks(mask_logits, size) > 0).transpose(0, 1)
+                first += len(embed)
         scores, order = with_mask_scores(scores, mask_sum, mask_area)
-        return VideoResult(scores, labels[order], torch.stack(masks, 1)[order], chosen[order], logits)
+        return VideoResult(scores, labels[order], masks[order], chosen[order], logits)
 
     @torch.no_grad()
     def encode_video(self, batches: Iterable[Tensor], output_size: tuple[int, int] | None = None,
@@ -226,36 +275,31 @@ class GRAttVIS(nn.Module):
         maximum over all frames: until then every query's masks are kept, as codes on the CPU.
         """
         self.check_request(output_size, top_k)
-        scores, codes, gates, recent, buffer = None, [], [], [], None
-
-        def keep() -> None:
-            """Bring what the last frames gave to the CPU."""
-            codes.extend(encode_counts(buffer[:len(recent)].flatten(0, 1)))
-            gates.extend(torch.stack(recent).cpu())
-            recent.clear()
-
-        for clip in self.follow(batches):
-            size, count = output_size or clip.size, len(clip.logits)
-            part = max(1, MASK_PIXELS // 2 // max(math.prod(size), math.prod(clip.padded_size)))
+        scores, codes, gates, recent, buffer = None, [], [], 0, None
+        for stretch in self.follow(batches):
+            size, count = output_size or stretch.size, stretch.mask_embed.shape[1]
+            part = max(1, MASK_PIXELS // 2 // max(math.prod(size), math.prod(stretch.padded_size)))
             if buffer is None:
                 frames = min(8, max(1, MASK_PIXELS // (count * math.prod(size))))        # encoded together: fewer waits for the GPU
-                buffer = torch.empty(frames, count, *size, dtype=torch.bool, device=clip.logits.device)
-            for feature in clip.mask_features:
+                buffer = torch.empty(frames, count, *size, dtype=torch.bool, device=stretch.logits.device)
+            class_scores = class_probabilities(stretch.logits).amax(0)
+            for embeds, feature in zip(stretch.mask_embed, stretch.mask_features):
                 confidence = []
-                for embed, masks in zip(clip.mask_embed.split(part), buffer[len(recent)].split(part)):
-                    mask_logits = upsample_masks(embed, feature, clip.size, clip.padded_size)
-                    confidence.append(mask_confidence(mask_logits))
-                    torch.gt(resize_masks(mask_logits, size), 0, out=masks)
-                found = RunningScores(class_probabilities(clip.logits), *map(torch.cat, zip(*confidence)))
-                scores = found.joined(scores)
-                recent.append(clip.gates)
-                if len(recent) == len(buffer):
-                    keep()
+                for embed, masks in zip(embeds.split(part), buffer[recent].split(part)):
+                    mask_logits = upsample_masks(embed[None], feature[None], stretch.size, stretch.padded_size)
+                    confidence.append(mask_confidence(mask_logits[0]))
+                    torch.gt(resize_masks(mask_logits, size)[0], 0, out=masks)
+                scores = RunningScores(class_scores, *map(torch.cat, zip(*confidence))).joined(scores)
+                recent += 1
+                if recent == len(buffer):
+                    codes.extend(encode_counts(buffer.flatten(0, 1)))
+                    recent = 0
+            gates.append(stretch.gates.cpu())
         if recent:
-            keep()
+            codes.extend(encode_counts(buffer[:recent].flatten(0, 1)))
         scores, labels, chosen = (values.cpu() for values in scores.best(top_k))
         segmentations = [[{"size": list(size), "counts": code.decode()} for code in codes[query::count]] for query in chosen.tolist()]
-        return EncodedVideo(scores, labels, chosen, segmentations, torch.stack(gates).permute(2, 0, 1)[chosen])
+        return EncodedVideo(scores, labels, chosen, segmentations, torch.cat(gates).permute(2, 0, 1)[chosen])
 
     @torch.no_grad()
     def step(self, frame: Tensor, state: StepState | None = None, output_size: tuple[int, int] | None = None,
@@ -267,19 +311,20 @@ class GRAttVIS(nn.Module):
         self.check_request(output_size, top_k)
         if self.propagation == "clip" or self.clip_length != 1:
             raise ValueError("step needs a model that goes frame by frame, not one that reads clips of several frames")
-        images = self.prepare([frame])
+        check_frame(frame)
         size = tuple(frame.shape[-2:])
-        if state and state.size != size:
+        if state is None:
+            self.replay.check_weights()
+        elif state.size != size:
             raise ValueError(f"all frames of a video must have one size, not {state.size} and {size}")
-        output = self.detect(images)
-        clip, tracker_state = self.track([output.queries[:, 0]], [output.mask_features[0]], state.tracker if state else None, size)
-        mask_logits = upsample_masks(clip.mask_embed, clip.mask_features[0], size, clip.padded_size)
-        found = RunningScores(class_probabilities(clip.logits), *mask_confidence(mask_logits))
-        running = found.joined(state.scores if state else None)
+        frames = frame[None].to(self.pixel_mean.device, non_blocking=True)
+        (logits, embed, gates, features), tracker_state = self.advance(frames, 1, state.tracker if state else None)
+        mask_logits = upsample_masks(embed, features, size, padded(*size))
+        confidence = (part[0] for part in mask_confidence(mask_logits))
+        running = RunningScores(class_probabilities(logits[0]), *confidence).joined(state.scores if state else None)
         scores, labels, chosen = running.best(top_k)
-        masks = resize_masks(mask_logits[chosen], output_size) > 0
-        tracks = FrameTracks(scores, labels, masks, chosen, clip.logits, clip.gates.T[chosen])
-        return tracks, StepState(size, tracker_state, running)
+        masks = resize_masks(mask_logits[:, chosen], output_size)[0] > 0
+        return FrameTracks(scores, labels, masks, chosen, logits[0], gates[0].T[chosen]), StepState(size, tracker_state, running)
 
     @staticmethod
     def reset() -> None:
@@ -307,6 +352,23 @@ def check_frame(frame: Tensor) -> None:
         raise ValueError(f"a frame must be a torch tensor, not {type(frame).__module__}.{type(frame).__name__}")
     if frame.dtype != torch.uint8 or frame.ndim != 3 or len(frame) != 3:
         raise ValueError(f"a frame must be uint8 of shape (3, H, W), not {frame.dtype} {tuple(frame.shape)}")
+
+
+def regrouped(batches: Iterable[Tensor], count: int) -> Iterator[Tensor]:
+    """Batches of frames, however many each holds -> batches of `count`, but for the last. ValueError if their sizes differ."""
+    rest = None
+    for batch in batches:
+        if not len(batch):
+            continue
+        check_frame(batch[0])
+        if rest is not None and batch.shape[1:] != rest.shape[1:]:
+            raise ValueError(f"all frames of a video must have one size, not {sorted({(*rest.shape[2:],), (*batch.shape[2:],)})}")
+        rest = batch if rest is None or not len(rest) else torch.cat((rest, batch))
+        whole = len(rest) - len(rest) % count
+        yield from rest[:whole].split(count) if whole else ()
+        rest = rest[whole:]
+    if rest is not None and len(rest):
+        yield rest
 
 
 def in_batches(frames: Tensor | Iterable[Tensor], count: int) -> Iterator[Tensor]:

@@ -83,21 +83,22 @@ def class_probabilities(logits: Tensor) -> Tensor:
 
 
 def upsample_masks(embed: Tensor, features: Tensor, size: tuple[int, int], padded_size: tuple[int, int]) -> Tensor:
-    """Mask logits (Q, *size) of one frame: embeddings (Q, C) times features (C, h, w), bilinear to the padded frame, cropped."""
-    masks = torch.einsum("qc,chw->qhw", embed, features)[None]
-    masks = F.interpolate(masks, size=padded_size, mode="bilinear", align_corners=False)[0]
-    return masks[:, :size[0], :size[1]]
+    """Mask logits (T, Q, *size) of frames: embeddings (T, Q, C) times features (T, C, h, w), bilinear to the padded frame, cropped."""
+    masks = torch.einsum("tqc,tchw->tqhw", embed, features)
+    masks = F.interpolate(masks, size=padded_size, mode="bilinear", align_corners=False)
+    return masks[..., :size[0], :size[1]]
 
 
 def mask_confidence(mask_logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of the probabilities above one half and their number, each (Q,): their ratio over a video is the mask score."""
+    """Of mask logits (..., H, W), the sum of the probabilities above one half and their number, each (...): their ratio over a video
+    is the mask score."""
     soft = mask_logits.to(torch.promote_types(mask_logits.dtype, torch.float32)).sigmoid()
     hard = soft > 0.5
-    return soft.mul_(hard).sum((1, 2)), hard.sum((1, 2))
+    return soft.mul_(hard).sum((-2, -1)), hard.sum((-2, -1))
 
 
 def resize_masks(mask_logits: Tensor, size: tuple[int, int] | None) -> Tensor:
-    """Bilinear resize of (Q, H, W) mask logits; None or the same size returns them as they are."""
+    """Bilinear resize of mask logits (T, Q, H, W); None or the same size returns them as they are."""
     if size is None or tuple(size) == tuple(mask_logits.shape[-2:]):
         return mask_logits
-    return F.interpolate(mask_logits[None], size=tuple(size), mode="bilinear", align_corners=False)[0]
+    return F.interpolate(mask_logits, size=tuple(size), mode="bilinear", align_corners=False)

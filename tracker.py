@@ -97,34 +97,57 @@ class Tracker(nn.Module):
         return TrackerState(self.query_feat.weight.expand(streams, -1, -1))
 
     def forward(self, frame_queries: Tensor, state: TrackerState | None = None) -> tuple[ClipPrediction, TrackerState]:
-        """frame_queries (L, B, T, F, C) of one clip, state of the clip before (None at a video's start)."""
-        layers, batch, frames, count, _ = frame_queries.shape
-        tokens = self.encode(frame_queries.flatten(0, 1))                        # (S, T, F, C)
-        frame_embed = self.frame_similarity(tokens).unflatten(0, (layers, batch))
-        tokens = tokens.flatten(1, 2)                                            # (S, T F, C)
-        token_position = self.frame_query_embed.weight.repeat(frames, 1)
+        """One clip: frame_queries (L, B, T, F, C), state of the clip before (None at a video's start)."""
+        (prediction,), state = self.follow(frame_queries[:, :, None], state)
+        return prediction, state
 
+    def follow(self, frame_queries: Tensor, state: TrackerState | None = None) -> tuple[list[ClipPrediction], TrackerState]:
+        """Clips in a row: frame_queries (L, B, clips, T, F, C). What no clip needs of the others is done for all of them at once."""
+        layers, batch, clips = frame_queries.shape[:3]
+        frame_embed, read = self.read(frame_queries.flatten(0, 1))
+        normed, gate_logits, gate_soft = [], [], []                              # of each clip, then of each decoder layer
         state = self.initial_state(layers * batch) if state is None else state
+        for clip in range(clips):
+            state, *found = self.carry([(keys[:, clip], values[:, clip]) for keys, values in read], state, layers)
+            for values, all_clips in zip(found, (normed, gate_logits, gate_soft)):
+                all_clips.append([value.unflatten(0, (layers, batch)) for value in values])
+        outputs = torch.stack([torch.stack(own if self.training else own[-1:]) for own in normed])       # (clips, D, L, B, Q, C)
+        logits, mask_embed, clip_embed = self.class_embed(outputs), self.mask_embed(outputs), self.clip_similarity(outputs[:, -1])
+        frame_embed = frame_embed.unflatten(0, (layers, batch))
+        return [ClipPrediction(list(logits[clip]), list(mask_embed[clip]), clip_embed[clip], frame_embed[:, :, clip],
+                               gate_logits[clip], gate_soft[clip]) for clip in range(clips)], state
+
+    def read(self, frame_queries: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """Similarity embeddings (S, clips, T, F, C) of frame queries of that shape, and what each decoder layer reads of every clip:
+        keys and values (S, clips, heads, T F, C / heads)."""
+        streams, frames = frame_queries.shape[0], frame_queries.shape[2]
+        tokens = self.encode(frame_queries.flatten(0, 1))                        # (S clips, T, F, C)
+        frame_embed = self.frame_similarity(tokens).unflatten(0, (streams, -1))
+        tokens = tokens.flatten(1, 2)                                            # (S clips, T F, C)
+        located = tokens + self.frame_query_embed.weight.repeat(frames, 1)
+        read = [[part.unflatten(0, (streams, -1)) for part in layer.cross_attention.read(tokens, located)] for layer in self.decoder]
+        return frame_embed, read
+
+    def carry(self, read: list[tuple[Tensor, Tensor]], state: TrackerState, layers: int
+              ) -> tuple[TrackerState, list[Tensor], list[Tensor], list[Tensor]]:
+        """The queries through one clip: the state after it, and of each decoder layer the normed queries (S, Q, C), the gates'
+        logits (S, Q) and, while training, the soft gates (S, Q). read: keys and values (S, heads, T F, C / heads) a layer."""
         carried = self.read_memory(state) if self.remembers else state.query
         x, normed, gate_logits, gate_soft = carried, [], [], []
-        for layer in self.decoder:
-            x = layer.cross_attention(x, self.query_embed.weight, tokens, token_position)
+        for layer, own in zip(self.decoder, read):
+            x = layer.cross_attention(x, self.query_embed.weight, own)
             bias = blocked = None
             if self.gated:
                 gate, logits, soft = self.gate(x, layers)
                 x = self.propagate(gate, x, carried)
                 bias, blocked = self.gate_bias(gate)
-                gate_logits.append(logits.unflatten(0, (layers, batch)))
+                gate_logits.append(logits)
                 if self.training:
-                    gate_soft.append(soft.unflatten(0, (layers, batch)))
+                    gate_soft.append(soft)
             x = layer.self_attention(x, self.query_embed.weight, bias=bias, blocked=blocked)
             x = layer.feed_forward(x)
             normed.append(self.decoder_norm(x))
-
-        outputs = [n.unflatten(0, (layers, batch)) for n in (normed if self.training else normed[-1:])]
-        prediction = ClipPrediction([self.class_embed(o) for o in outputs], [self.mask_embed(o) for o in outputs],
-                                    self.clip_similarity(outputs[-1]), frame_embed, gate_logits, gate_soft)
-        return prediction, self.next_state(x, normed[-1], state)
+        return self.next_state(x, normed[-1], state), normed, gate_logits, gate_soft
 
     def gate(self, x: Tensor, layers: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Hard gates (S, Q, 1) in {0, 1}, their logits (S, Q), and while training the soft gates (S, Q).

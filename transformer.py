@@ -31,17 +31,26 @@ class Attention(nn.Module):
         nn.init.xavier_uniform_(self.out_proj.weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None,
-                blocked: Tensor | None = None) -> Tensor:
-        """query (N, Q, C), key and value (N, S, C); bias float or blocked bool, broadcastable to (N, heads, Q, S)."""
-        parts = zip((query, key, value), self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3))
-        q, k, v = (F.linear(x, weight, b).unflatten(-1, (self.heads, -1)).transpose(1, 2) for x, weight, b in parts)
+    def project(self, x: Tensor, first: int, count: int = 1) -> tuple[Tensor, ...]:
+        """x (N, tokens, C) as queries (0), keys (1) or values (2), `count` of them in one product: (N, heads, tokens, C / heads) each."""
+        rows = slice(first * x.shape[-1], (first + count) * x.shape[-1])
+        projected = F.linear(x, self.in_proj_weight[rows], self.in_proj_bias[rows])
+        return tuple(part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in projected.chunk(count, -1))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, blocked: Tensor | None = None) -> Tensor:
+        """Projected q, k and v -> (N, Q, C); bias float or blocked bool, broadcastable to (N, heads, Q, S)."""
         if blocked is not None:
             mask = ~blocked  # scaled_dot_product_attention reads True as "may attend"
         else:
             mask = None if bias is None else bias.to(q.dtype)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.out_proj(out.transpose(1, 2).flatten(2))
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None,
+                blocked: Tensor | None = None) -> Tensor:
+        """query (N, Q, C), key and value (N, S, C); bias and blocked as for `attend`."""
+        q, k, v = (self.project(x, part)[0] for part, x in enumerate((query, key, value)))
+        return self.attend(q, k, v, bias, blocked)
 
 
 class SelfAttention(nn.Module):
@@ -54,21 +63,26 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, position: Tensor | None = None, bias: Tensor | None = None,
                 blocked: Tensor | None = None) -> Tensor:
-        located = x if position is None else x + position
-        return self.norm(x + self.attention(located, located, x, bias, blocked))
+        project = self.attention.project
+        qkv = project(x, 0, 3) if position is None else (*project(x + position, 0, 2), *project(x, 2))
+        return self.norm(x + self.attention.attend(*qkv, bias, blocked))
 
 
 class CrossAttention(nn.Module):
-    """x = norm(x + attention(x + position, tokens + token_position, tokens))."""
+    """x = norm(x + attention(x + position, tokens + token position, tokens)), in two steps: what is read does not depend on x."""
 
     def __init__(self, channels: int, heads: int):
         super().__init__()
         self.attention = Attention(channels, heads)
         self.norm = nn.LayerNorm(channels)
 
-    def forward(self, x: Tensor, position: Tensor, tokens: Tensor, token_position: Tensor,
-                blocked: Tensor | None = None) -> Tensor:
-        return self.norm(x + self.attention(x + position, tokens + token_position, tokens, blocked=blocked))
+    def read(self, tokens: Tensor, located: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values, (N, heads, S, C / heads) each, of tokens (N, S, C); located = tokens + their positions."""
+        return *self.attention.project(located, 1), *self.attention.project(tokens, 2)
+
+    def forward(self, x: Tensor, position: Tensor, read: tuple[Tensor, Tensor], blocked: Tensor | None = None) -> Tensor:
+        query, = self.attention.project(x + position, 0)
+        return self.norm(x + self.attention.attend(query, *read, blocked=blocked))
 
 
 class FeedForward(nn.Module):

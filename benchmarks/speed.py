@@ -54,10 +54,10 @@ def make_video(frames: int, height: int, width: int) -> torch.Tensor:
     return torch.stack([(255 * picture[:, t % 100:t % 100 + height, t % 97:t % 97 + width]).to(torch.uint8) for t in range(frames)])
 
 
-def make_model(preset: str, compiled: bool) -> nn.Module:
+def make_model(preset: str, compiled: bool, fast: bool = True) -> nn.Module:
     """A model of random weights for inference."""
     torch.manual_seed(0)
-    return build_model(preset, 25).eval().to(DEVICE)
+    return build_model(preset, 25).to(DEVICE).accelerate(AMP if fast else torch.float32, compiled)
 
 
 def autocast(dtype: torch.dtype = AMP) -> torch.autocast:
@@ -86,7 +86,7 @@ def errors(preset: str, size: tuple[int, int], args: argparse.Namespace) -> None
     model, frame = make_model(preset, args.compile), make_video(1, *size)
     with autocast():
         fast = model.segment_video(frame, None, TOP_K)
-    model = make_model(preset, False)
+    model = make_model(preset, False, fast=False)
     exact = model.segment_video(frame, None, TOP_K)
     error = (fast.logits.double() - exact.logits.double()).norm() / exact.logits.double().norm()
     print(f"{preset}, {size[0]}x{size[1]}: class logits of the fast path are {error:.1e} from float32", flush=True)

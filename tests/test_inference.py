@@ -131,10 +131,17 @@ def test_all_pairs_are_encoded():
 
 
 @pytest.mark.parametrize("mode", ["gated", "gated+memory"])
-def test_gates_are_those_of_every_step(mode):
+def test_gates_are_those_of_every_step(mode, monkeypatch):
     """Open where the tracker's logit is not negative; `step` and a look at the tracker itself agree on it."""
     model, frames, state, seen, logits = make(mode), make_frames(4), None, [], []
-    model.tracker.register_forward_hook(lambda module, given, output: logits.append(torch.stack(output[0].gate_logits)[:, -1, 0]))
+    follow = model.tracker.follow
+
+    def watched(frame_queries, state):
+        (prediction,), state = follow(frame_queries, state)
+        logits.append(torch.stack(prediction.gate_logits)[:, -1, 0])
+        return [prediction], state
+
+    monkeypatch.setattr(model.tracker, "follow", watched)
     for frame in frames:
         tracks, state = model.step(frame, state, top_k=1000)
         seen.append(dict(zip(tracks.track_ids.tolist(), tracks.gates)))

@@ -87,7 +87,7 @@ def test_positions_go_to_query_and_key_not_to_value():
     block = CrossAttention(CHANNELS, HEADS).double()
     block.attention = attention
     expected = block.norm(x + theirs(x + position, tokens + token_position, tokens)[0])
-    torch.testing.assert_close(block(x, position, tokens, token_position), expected)
+    torch.testing.assert_close(block(x, position, block.read(tokens, tokens + token_position)), expected)
 
 
 def test_self_attention_and_feed_forward_are_a_transformer_encoder_layer():
