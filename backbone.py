@@ -16,6 +16,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.models.swin_transformer import ShiftedWindowAttention, SwinTransformer, SwinTransformerBlock
 from torchvision.ops import FrozenBatchNorm2d
@@ -67,6 +68,7 @@ def build_backbone(name: str, norm: str = "frozen", window: int | None = None) -
 
 class ResNetBackbone(nn.Module):
     """torchvision's ResNet without its classifier; the stride of a Bottleneck sits in its 3x3 convolution."""
+    recompute = True  # in training on a GPU, rather than keep
 
     def __init__(self, block, layers, norm_layer):
         super().__init__()
@@ -81,7 +83,10 @@ class ResNetBackbone(nn.Module):
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
         maps = []
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = stage(x)
+            for block in stage:
+                # the first two stages keep most of the memory and do a third of the work: their insides are made again in backward
+                again = self.recompute and x.is_cuda and x.requires_grad and stage in (self.layer1, self.layer2)
+                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False) if again else block(x)
             maps.append(x)
         return maps
 

@@ -84,7 +84,7 @@ def main(args: argparse.Namespace) -> None:
     names = class_names(args, config, model.num_classes)
     _, _, device = start_processes(args.device)
     amp, reason = choose_amp(args.amp, device)
-    model.to(device)
+    model.to(device).accelerate(amp)
     print(f"{args.weights}: {model.propagation} propagation, {model.num_classes} classes; {device.type}, "
           f"{str(amp).removeprefix('torch.')} ({reason}); deformable attention: {implementation(device)}", file=sys.stderr)
     with torch.autocast(device.type, amp, enabled=amp != torch.float32), closing(read_frames(args.source)) as pictures:

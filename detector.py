@@ -9,6 +9,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from deform_attn import DeformableAttention
 from transformer import MLP, CrossAttention, FeedForward, SelfAttention
@@ -51,6 +52,7 @@ class DeformableEncoderLayer(nn.Module):
 
 class PixelDecoder(nn.Module):
     """Deformable encoder over strides 32, 16, 8 and one FPN step to stride 4 (Mask2Former, section 3.1)."""
+    recompute = True  # in training on a GPU, rather than keep
 
     def __init__(self, in_channels: list[int], channels: int, heads: int, layers: int, feed_forward: int):
         super().__init__()
@@ -85,7 +87,10 @@ class PixelDecoder(nn.Module):
             for shape, source, embed in zip(level_shapes, sources, self.level_embed)], 1)
         x = torch.cat([source.flatten(2).transpose(1, 2) for source in sources], 1)      # (N, pixels, C)
         for layer in self.layers:
-            x = layer(x, position, level_shapes)
+            if self.recompute and x.is_cuda and x.requires_grad:                         # a layer keeps ten times its input
+                x = checkpoint(layer, x, position, level_shapes, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = layer(x, position, level_shapes)
         levels = x.transpose(1, 2).split([height * width for height, width in level_shapes], 2)
         levels = [level.unflatten(2, shape) for level, shape in zip(levels, level_shapes)]
         upsampled = F.interpolate(levels[-1], size=res2.shape[-2:], mode="bilinear", align_corners=False)

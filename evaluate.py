@@ -70,6 +70,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     run = parser.add_argument_group("run")
     run.add_argument("--device", default="auto", help="auto, cpu, cuda")
     run.add_argument("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"), help="see train.py; off = float32")
+    run.add_argument("--compile", action="store_true", help="compile the model on a GPU: half a minute for each size of frames, then "
+                     "faster; results differ by rounding")
     run.add_argument("--chunk", type=at_least(1), default=8, help="frames that are read together; no result depends on it")
     run.add_argument("--workers", type=at_least(0), default=min(16, os.cpu_count() or 1),
                      help="processes that read frames ahead, for each GPU; 0 = none")
@@ -104,7 +106,7 @@ def main(args: argparse.Namespace) -> dict | None:
               f"{f', {len(videos) - len(remaining)} of them done before' if len(remaining) < len(videos) else ''}; output {output}")
 
     began, own = time.perf_counter(), share(remaining, rank, world)
-    model.to(device)
+    model.to(device).accelerate(amp, args.compile)
     for video, found in segment_videos(model, own, device, amp, args.short_side, args.max_long_side, args.top_k, args.chunk,
                                        args.workers):
         number = videos.videos.index(video)
@@ -130,7 +132,7 @@ def open_unfinished(output: Path, args: argparse.Namespace, amp: str, videos: Vi
     """The results so far of this very setting, and the videos that are left: the same for all processes."""
     weights = os.stat(args.weights)
     setting = {name: getattr(args, name) for name in ("weights", "preset", "propagation", "gate_mask", "data_root", "split", "json",
-                                                      "images", "short_side", "max_long_side", "top_k")}
+                                                      "images", "short_side", "max_long_side", "top_k", "compile")}
     setting |= {"amp": amp, "weights_bytes": weights.st_size, "weights_changed": weights.st_mtime_ns}
     if world > 1 and rank:
         distributed.barrier()                    # until the first process has made the folder

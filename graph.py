@@ -5,7 +5,7 @@ Everything that happens to a few frames is such a function: launched kernel by k
     replay = Replay(module)
     outputs = replay(function, *tensors)         # captures at the first call with tensors of these shapes and dtypes
 
-Source: the CUDA graphs of PyTorch (torch.cuda.CUDAGraph), here without the emptying of caches that torch.cuda.graph brings along.
+Source: the CUDA graphs of PyTorch (torch.cuda.CUDAGraph).
 """
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -74,6 +74,7 @@ class Replay:
         with torch.cuda.stream(stream), torch.autocast("cuda", torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda"),
                                                        cache_enabled=False):
             function(*inputs)
+            torch.cuda.empty_cache()                                          # the graph has memory of its own
             graph.capture_begin(capture_error_mode="thread_local")            # loaders pin memory in other threads meanwhile
             outputs = function(*inputs)
             graph.capture_end()

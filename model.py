@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from backbone import build_backbone
 from detector import FrameDecoder, PixelDecoder
 from graph import Replay
-from results import (EncodedVideo, FrameTracks, RunningScores, VideoResult, best_pairs, class_probabilities, mask_confidence,
-                     resize_masks, upsample_masks, with_mask_scores)
+from results import (EncodedVideo, FrameTracks, RunningScores, VideoResult, best_pairs, class_probabilities, frame_masks,
+                     mask_confidence, resize_masks, upsample_masks, with_mask_scores)
 from run_length import encode_counts
 from tracker import ClipPrediction, Tracker, TrackerState
 from transformer import Attention
@@ -38,6 +38,8 @@ PIXEL_STD = (58.395, 57.12, 57.375)
 SIZE_DIVISOR = 32
 VITA_WINDOW = 6                          # frames an encoder window of VITA spans
 FRAMES_TOGETHER = 12                     # that a GPU takes at once; another number is another rounding
+FROZEN_TOGETHER = 16                     # frames that a frozen detector takes at once in training
+MASKS_TOGETHER = 4                       # frames whose masks are made at once: they are large
 MASK_PIXELS = 2 * 10 ** 8                # of the masks that encode_video has at once
 
 
@@ -104,7 +106,7 @@ class GRAttVIS(nn.Module):
                                tracker_decoder_layers, heads, feed_forward, propagation, gate_mask, window)
         self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN)[:, None, None], persistent=False)
         self.register_buffer("pixel_std", torch.tensor(PIXEL_STD)[:, None, None], persistent=False)
-        self.replay = Replay(self)
+        self.replay, self.frame_masks = Replay(self), frame_masks
 
     def train(self, mode: bool = True) -> "GRAttVIS":
         """Training mode, or not; what is kept to infer faster is given back before training."""
@@ -130,6 +132,7 @@ class GRAttVIS(nn.Module):
         if compiled:
             for owner, name in ((self, "detect"), (self.tracker, "read"), (self.tracker, "carry")):
                 setattr(owner, name, torch.compile(getattr(owner, name), dynamic=False))
+            self.frame_masks = torch.compile(frame_masks)
         return self.eval()
 
     def prepare(self, frames: Tensor | list[Tensor]) -> Tensor:
@@ -154,10 +157,26 @@ class GRAttVIS(nn.Module):
 
     def detect(self, images: Tensor) -> FrameOutput:
         """images (N, 3, H, W) from `prepare`."""
+        *found, features = self.look(images)
+        return FrameOutput(*found, self.tracker.mask_features(features))
+
+    def look(self, images: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Tensor, Tensor, Tensor]:
+        """The detector proper: what FrameOutput holds, with the pixel decoder's features instead of the tracker's."""
         levels, features = self.pixel_decoder(self.backbone(images))
         frame_features = self.pixel_decoder.mask_features(features)
         predictions, queries = self.frame_decoder(levels, frame_features)
-        return FrameOutput(predictions, frame_features, queries, self.tracker.mask_features(features))
+        return predictions, frame_features, queries, features.to(frame_features.dtype)   # what all that read them cast them to
+
+    def detect_in_parts(self, images: Tensor) -> FrameOutput:
+        """`detect`; a detector that is not trained looks at some images at a time, which takes less memory, unless its norms look at
+        all images of a batch."""
+        trained = any(parameter.requires_grad for name, parameter in self.named_parameters() if not name.startswith("tracker."))
+        if trained or any(isinstance(module, nn.BatchNorm2d) for module in self.backbone.modules()):
+            return self.detect(images)
+        with torch.no_grad():
+            predictions, frame_features, queries, features = zip(*map(self.look, images.split(FROZEN_TOGETHER)))
+        predictions = [tuple(map(torch.cat, zip(*layer))) for layer in zip(*predictions)]
+        return FrameOutput(predictions, torch.cat(frame_features), torch.cat(queries, 1), self.tracker.mask_features(torch.cat(features)))
 
     def forward(self, videos: list[Tensor]) -> TrainingOutput:
         """B videos of T frames each, uint8 (T, 3, H, W); T the same for all, H and W may differ."""
@@ -165,7 +184,7 @@ class GRAttVIS(nn.Module):
         if any(len(video) != length for video in videos):
             raise ValueError(f"all videos of a batch need the same number of frames, not {[len(v) for v in videos]}")
         images = self.prepare([frame for video in videos for frame in video])
-        frames = self.detect(images)
+        frames = self.detect_in_parts(images)
         queries = frames.queries.unflatten(1, (batch, length))                           # (L, B, T, F, C)
         mask_features = frames.mask_features.unflatten(0, (batch, length))               # (B, T, C, h, w)
         clip_length = length if self.propagation == "clip" else self.clip_length
@@ -257,11 +276,10 @@ class GRAttVIS(nn.Module):
         masks, first = torch.empty(len(chosen), length, *size, dtype=torch.bool, device=logits.device), 0
         mask_sum, mask_area = 0, 0
         for stretch in stretches:
-            for embed, features in zip(stretch.mask_embed[:, chosen].split(FRAMES_TOGETHER), stretch.mask_features.split(FRAMES_TOGETHER)):
-                mask_logits = upsample_masks(embed, features, stretch.size, stretch.padded_size)
-                frame_sum, frame_area = mask_confidence(mask_logits)
+            for embed, features in zip(stretch.mask_embed[:, chosen].split(MASKS_TOGETHER), stretch.mask_features.split(MASKS_TOGETHER)):
+                found, frame_sum, frame_area = self.frame_masks(embed, features, stretch.size, stretch.padded_size, size)
+                masks[:, first:first + len(embed)] = found.transpose(0, 1)
                 mask_sum, mask_area = mask_sum + frame_sum.sum(0), mask_area + frame_area.sum(0)
-                masks[:, first:first + len(embed)] = (resize_masks(mask_logits, size) > 0).transpose(0, 1)
                 first += len(embed)
         scores, order = with_mask_scores(scores, mask_sum, mask_area)
         return VideoResult(scores, labels[order], masks[order], chosen[order], logits)
@@ -286,9 +304,9 @@ class GRAttVIS(nn.Module):
             for embeds, feature in zip(stretch.mask_embed, stretch.mask_features):
                 confidence = []
                 for embed, masks in zip(embeds.split(part), buffer[recent].split(part)):
-                    mask_logits = upsample_masks(embed[None], feature[None], stretch.size, stretch.padded_size)
-                    confidence.append(mask_confidence(mask_logits[0]))
-                    torch.gt(resize_masks(mask_logits, size)[0], 0, out=masks)
+                    found, *own = self.frame_masks(embed[None], feature[None], stretch.size, stretch.padded_size, size)
+                    masks.copy_(found[0])
+                    confidence.append([values[0] for values in own])
                 scores = RunningScores(class_scores, *map(torch.cat, zip(*confidence))).joined(scores)
                 recent += 1
                 if recent == len(buffer):

@@ -89,6 +89,13 @@ def upsample_masks(embed: Tensor, features: Tensor, size: tuple[int, int], padde
     return masks[..., :size[0], :size[1]]
 
 
+def frame_masks(embed: Tensor, features: Tensor, size: tuple[int, int], padded_size: tuple[int, int], output_size: tuple[int, int]
+                ) -> tuple[Tensor, Tensor, Tensor]:
+    """Masks (T, Q, *output_size) bool of frames, and their mask_confidence, each (T, Q); arguments as for upsample_masks."""
+    mask_logits = upsample_masks(embed, features, size, padded_size)
+    return resize_masks(mask_logits, output_size) > 0, *mask_confidence(mask_logits)
+
+
 def mask_confidence(mask_logits: Tensor) -> tuple[Tensor, Tensor]:
     """Of mask logits (..., H, W), the sum of the probabilities above one half and their number, each (...): their ratio over a video
     is the mask score."""

@@ -13,7 +13,6 @@ import resource
 import sys
 import tempfile
 import time
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import VideoSet  # noqa: E402
 from deform_attn import implementation  # noqa: E402
 from inference import FrameBatches, segment_videos, to_entries  # noqa: E402
-from model import build_model  # noqa: E402
-from results import mask_confidence, resize_masks, upsample_masks  # noqa: E402
+from model import FRAMES_TOGETHER, build_model, padded, regrouped  # noqa: E402
+from results import frame_masks  # noqa: E402
 from run_length import encode, encode_counts  # noqa: E402
 
 CUDA = torch.cuda.is_available()
@@ -82,7 +81,7 @@ def encoding() -> None:
 def make_model() -> torch.nn.Module:
     """R-50 on the device, with random weights."""
     torch.manual_seed(0)
-    return build_model("r50", 25).eval().to(DEVICE)
+    return build_model("r50", 25).to(DEVICE).accelerate(torch.bfloat16 if CUDA else torch.float32)
 
 
 def autocast() -> torch.autocast:
@@ -142,28 +141,25 @@ def speed(videos: int, frames: int, chunk: int, workers: int) -> None:
         batches = FrameBatches(found.videos, HEIGHT, 1333, chunk)
         loader = DataLoader(batches, batch_size=None, num_workers=workers, pin_memory=CUDA)
         began = time.perf_counter()
-        one = [batches[number] for number in range(4)]
-        alone = 4 * chunk / (time.perf_counter() - began)
+        one = [batches[number] for number in range(8)]
+        alone = 8 * chunk / (time.perf_counter() - began)
         began = time.perf_counter()
         total = sum(len(batch) for batch in loader)
         decode = total / (time.perf_counter() - began)
 
-        images = model.prepare(one[0])
-        output = model.detect(images)
-        queries, features = list(output.queries.unbind(1)), list(output.mask_features)
-        clip, state = model.track(queries[:1], features[:1], None, (HEIGHT, WIDTH))
+        batch = next(regrouped(one, FRAMES_TOGETHER)).to(DEVICE)
+        (logits, embed, _, features), _ = model.advance(batch, len(batch), None)
+        queries, _ = model.detect_queries(batch)
 
         def masks() -> None:
-            for feature in features:
-                logits = upsample_masks(clip.mask_embed, feature, (HEIGHT, WIDTH), clip.padded_size)
-                mask_confidence(logits)
-                encode_counts(resize_masks(logits, OUTPUT) > 0)
+            for embeds, feature in zip(embed, features):
+                found, *_ = frame_masks(embeds[None], feature[None], (HEIGHT, WIDTH), padded(HEIGHT, WIDTH), OUTPUT)
+                encode_counts(found[0])
 
         stages = {f"decoding ({workers} workers; {alone:.0f} a core)": 1 / decode,
-                  "detector": seconds(lambda: model.detect(model.prepare(one[0])), 9) / chunk,
-                  "tracker": seconds(lambda: [model.track([query], [feature], state, (HEIGHT, WIDTH))
-                                              for query, feature in zip(queries, features)], 9) / chunk,
-                  "masks and codes of 100 queries": seconds(masks, 9) / chunk}
+                  "detector and tracker": seconds(lambda: model.advance(batch, len(batch), None), 9) / len(batch),
+                  "tracker alone, kernel by kernel": seconds(lambda: model.track(queries, 1, None), 9) / len(batch),
+                  "masks and codes of 100 queries": seconds(masks, 9) / len(batch)}
         print(f"{videos} videos of {frames} JPEG files of 720x1280, {size:.0f} kB each; {implementation(DEVICE)}")
         for name, each in stages.items():
             print(f"  {name}: {1e3 * each:.2f} ms a frame, {1 / each:.0f} frames a second")
@@ -178,12 +174,13 @@ def speed(videos: int, frames: int, chunk: int, workers: int) -> None:
 
 def chunks(frames: int) -> None:
     """The same video in chunks of 1, 4 and 32, in float32 and in 16 bit."""
-    model = make_model()
+    torch.manual_seed(0)
+    model, video = build_model("r50", 25).eval().to(DEVICE), torch.cat(list(make_batches(frames, 8)))
     for enabled in (False, True) if CUDA else (False,):
         results = {}
         for chunk in (1, 4, 32):
             with torch.autocast(DEVICE.type, torch.bfloat16, enabled=enabled):
-                results[chunk] = model.encode_video(islice(make_batches(frames, chunk), frames), OUTPUT, 20)
+                results[chunk] = model.encode_video(video.split(chunk), OUTPUT, 20)
         for chunk in (4, 32):
             one, other = results[1], results[chunk]
             same = one.track_ids.tolist() == other.track_ids.tolist() and one.labels.tolist() == other.labels.tolist()

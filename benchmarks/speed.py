@@ -51,7 +51,8 @@ def make_video(frames: int, height: int, width: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     picture = torch.rand(1, 3, height // 16 + 8, width // 16 + 8, generator=generator)
     picture = nn.functional.interpolate(picture, scale_factor=16, mode="bicubic", align_corners=False)[0].clamp(0, 1)
-    return torch.stack([(255 * picture[:, t % 100:t % 100 + height, t % 97:t % 97 + width]).to(torch.uint8) for t in range(frames)])
+    frames = torch.stack([(255 * picture[:, t % 100:t % 100 + height, t % 97:t % 97 + width]).to(torch.uint8) for t in range(frames)])
+    return frames.pin_memory() if CUDA else frames                       # as a loader gives them
 
 
 def make_model(preset: str, compiled: bool, fast: bool = True) -> nn.Module:
@@ -123,7 +124,7 @@ def train(clips: int, frozen: bool, args: argparse.Namespace, size: tuple[int, i
     """Iterations of 5 frames and 6 instances a clip, R-50, the OVIS setting."""
     torch.manual_seed(0)
     setting = parse_arguments(["--recipe", "grattvis/ovis/r50"])
-    model = build_model("r50", 25).to(DEVICE).train()
+    model = build_model("r50", 25).to(DEVICE, memory_format=torch.channels_last).train()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not frozen or name.startswith("tracker."))
     criterion = Criterion(25, points=setting.points, freeze_detector=frozen)
