@@ -46,13 +46,11 @@ def attend_in_pytorch(value: Tensor, level_shapes: LevelShapes, offsets: Tensor,
     """`deformable_attention` in plain PyTorch, on any device and in any floating point type."""
     dtype = torch.promote_types(value.dtype, torch.float32)   # a place in an image needs more digits than 16 bit has
     with torch.autocast(value.device.type, enabled=False):
-        batch, pixels, heads, levels, points, _ = offsets.shape
         offsets = offsets.to(dtype)
-        weights = logits.to(dtype).softmax(-1).view(batch, pixels, heads, levels, points)
+        weights = logits.to(dtype).softmax(-1).view(offsets.shape[:-1])
         sizes = offsets.new_tensor([(width, height) for height, width in level_shapes])  # (V, 2) as (x, y)
         centres = pixel_centres(level_shapes, offsets)[:, None, None, None]              # (S, 1, 1, 1, 2)
-        locations = centres + offsets / sizes[:, None]
-        return sample_points(value.to(dtype), level_shapes, locations, weights).to(value.dtype)
+        return sample_points(value.to(dtype), level_shapes, centres + offsets / sizes[:, None], weights).to(value.dtype)
 
 
 def sample_points(value: Tensor, level_shapes: LevelShapes, locations: Tensor, weights: Tensor) -> Tensor:
@@ -62,20 +60,37 @@ def sample_points(value: Tensor, level_shapes: LevelShapes, locations: Tensor, w
     locations  (B, Q, M, V, P, 2) as (x, y); 0 and 1 are the outer borders of a level
     weights    (B, Q, M, V, P)
     returns    (B, Q, M * D)
+
+    Every sample is four rows of value, so a query's sum is one of weighted rows: F.embedding_bag, with rows that lie outside
+    at weight 0.
     """
-    batch, _, heads, channels = value.shape
-    queries = locations.shape[1]
-    grids = (2 * locations - 1).transpose(1, 2).flatten(0, 1)                   # (B M, Q, V, P, 2) in -1..1
-    weights = weights.transpose(1, 2).flatten(0, 1)                             # (B M, Q, V, P)
-    total = value.new_zeros(batch * heads, channels, queries)
-    start = 0
-    for level, (height, width) in enumerate(level_shapes):
-        plane = value[:, start:start + height * width].permute(0, 2, 3, 1)      # (B, M, D, H W)
-        plane = plane.reshape(batch * heads, channels, height, width)
-        samples = F.grid_sample(plane, grids[:, :, level], mode="bilinear", padding_mode="zeros", align_corners=False)
-        total = total + (samples * weights[:, None, :, level]).sum(-1)          # (B M, D, Q)
-        start += height * width
-    return total.view(batch, heads * channels, queries).transpose(1, 2)
+    batch, pixels, heads, channels = value.shape
+    _, queries, _, levels, points, _ = locations.shape
+
+    def each(numbers: list[int]) -> Tensor:  # a number for each level -> for all M * V * P points of a query
+        return locations.new_tensor(numbers).repeat_interleave(points).repeat(heads)
+
+    def neighbours(axis: int, size: Tensor) -> list[tuple[Tensor, Tensor]]:  # index and weight of both, (B, Q, M V P) each
+        place = locations[..., axis].flatten(2) * size - 0.5
+        low = place.detach().floor()
+        share = place - low
+        return [(pixel.clamp(min=0).minimum(size - 1), part * ((pixel >= 0) & (pixel < size)))
+                for pixel, part in ((low, 1 - share), (low + 1, share))]
+
+    widths, starts = [width for _, width in level_shapes], [0]
+    for height, width in level_shapes[:-1]:
+        starts.append(starts[-1] + height * width)
+    first = torch.arange(batch, device=value.device)[:, None, None] * pixels                # of each video's rows
+    head = torch.arange(heads, device=value.device).repeat_interleave(levels * points)
+    rows, shares = [], []
+    for y, above in neighbours(1, each([height for height, _ in level_shapes])):
+        line = first + (y * each(widths) + each(starts)).long()
+        for x, beside in neighbours(0, each(widths)):
+            rows.append((line + x.long()) * heads + head)
+            shares.append(weights.flatten(2) * above * beside)
+    rows, shares = (torch.stack(parts, -1).view(batch * queries * heads, -1) for parts in (rows, shares))
+    out = F.embedding_bag(rows, value.reshape(-1, channels), per_sample_weights=shares, mode="sum")
+    return out.view(batch, queries, heads * channels)
 
 
 def pixel_centres(level_shapes: LevelShapes, like: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ import math
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +55,7 @@ class FrameOutput:
 
 @dataclass
 class TrainingOutput:
-    """One training step's predictions; matcher.py turns them and the targets into losses."""
+    """One training step's predictions; losses.py turns them and the targets into losses."""
     frames: FrameOutput
     clips: list[ClipPrediction]
     mask_features: list[Tensor]               # of each clip: (B, T of the clip, C, h, w)
@@ -147,12 +148,13 @@ class GRAttVIS(nn.Module):
             images = self.pixel_mean.new_zeros(len(frames), height, width, 3).permute(0, 3, 1, 2)
         else:
             images = self.pixel_mean.new_zeros(len(frames), 3, height, width)
-        # frames of one size go to the device together
-        groups = [(images, frames if isinstance(frames, Tensor) else torch.stack(frames))] if len(set(sizes)) == 1 else [
-            (image, frame) for image, frame in zip(images, frames)]
-        for image, frame in groups:
-            frame = frame.to(image.device, non_blocking=True)
-            image[..., :frame.shape[-2], :frame.shape[-1]] = (frame - self.pixel_mean) / self.pixel_std
+        first = 0
+        for (height, width), own in groupby(sizes):                                      # neighbours of one size together
+            part = slice(first, first + len(list(own)))
+            group = frames[part] if isinstance(frames, Tensor) else torch.stack(frames[part])
+            group = group.to(images.device, non_blocking=True)
+            images[part, :, :height, :width] = (group - self.pixel_mean) / self.pixel_std
+            first = part.stop
         return images
 
     def detect(self, images: Tensor) -> FrameOutput:

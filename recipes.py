@@ -15,7 +15,7 @@ from augmentation import JITTER
 from backbone import SwinBackbone
 from data import InputError, find_split, first_existing
 from detector import SUPERVISED_LAYERS
-from matcher import GATE_LOSSES, Criterion
+from losses import GATE_LOSSES, Criterion
 from model import PIXEL_MEAN, PIXEL_STD, PRESETS, SIZE_DIVISOR, GRAttVIS
 from tracker import GATE_MASKS, PROPAGATIONS
 

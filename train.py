@@ -32,7 +32,7 @@ from clips import ClipDataset, MixedClips, StepSampler
 from data import InputError, VideoSet, exit_with_sentence, find_split
 from deform_attn import implementation
 from device import choose_amp, start_processes
-from matcher import Criterion
+from losses import Criterion
 from inference import segment_videos, to_entries
 from metric import check_ground_truth, evaluate_results
 from model import PRESETS, GRAttVIS, build_model
@@ -152,17 +152,17 @@ def train_step(network: nn.Module, criterion: Criterion, batch: list, args: argp
     Each part counts its own instances, as each process would: the mean of the parts is what the optimiser sees.
     """
     optimizer.zero_grad(set_to_none=True)
-    size, totals = len(batch) // args.accumulate, {}
+    size, totals = len(batch) // args.accumulate, 0
     for first in range(0, len(batch), size):
         part, synchronised = batch[first:first + size], first + size == len(batch)
         with nullcontext() if synchronised or not hasattr(network, "no_sync") else network.no_sync():
             with torch.autocast(device.type, amp, enabled=amp != torch.float32):
                 predictions = network([clip.frames for clip in part])
             losses, _ = criterion(predictions, part, whole_video=args.propagation == "clip")
-            scaler.scale(sum(losses.values()) / args.accumulate).backward()
-        for name, value in losses.items():
-            totals[name] = totals.get(name, 0) + value.detach() / args.accumulate
-    return dict(zip(totals, torch.stack(list(totals.values())).tolist()))     # one wait for the GPU
+            values = torch.stack(list(losses.values())) / args.accumulate
+            scaler.scale(values.sum()).backward()
+        totals = totals + values.detach()
+    return dict(zip(losses, totals.tolist()))                                 # one wait for the GPU
 
 
 def evaluate(model: GRAttVIS, videos: VideoSet, args: argparse.Namespace, device: torch.device, amp: torch.dtype) -> dict:

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from clips import Clip  # noqa: E402
 from deform_attn import implementation  # noqa: E402
-from matcher import Criterion  # noqa: E402
+from losses import Criterion  # noqa: E402
 from model import build_model  # noqa: E402
 from recipes import parse_arguments  # noqa: E402
 from train import parameter_groups, train_step  # noqa: E402

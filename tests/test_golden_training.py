@@ -8,6 +8,7 @@ import numpy
 import pytest
 import torch
 
+import losses as losses_module
 import matcher
 import tracker
 from checkpoint import translate
@@ -72,7 +73,7 @@ def test_golden_losses_and_gradients(section, name):
     output = model([clip.frames for clip in clips])
 
     # every loss, the gate's in its released form; a frozen detector's are compared too, though they train nothing
-    criterion = matcher.Criterion(classes, gate_weight=1.0, gate_loss="released", **options)
+    criterion = losses_module.Criterion(classes, gate_weight=1.0, gate_loss="released", **options)
     losses, matches = criterion(output, clips, whole_video)
     assert set(losses) == set(golden["raw"])
     for key, value in golden["raw"].items():

@@ -2,6 +2,7 @@
 
 Most predictions are made by hand: a query "painted" to fit an instance has its mask and its class.
 """
+import collections
 import itertools
 import math
 
@@ -9,10 +10,15 @@ import numpy
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import losses as losses_module
 import matcher
 from clips import Clip
-from matcher import Criterion, Targets, assign, average_over_processes, match_cost, pad_targets, sample_at
+from losses import GATE_LOSSES, Criterion, average_over_processes, quotients, similarity_index, similarity_losses
+from matcher import (Matching, Targets, assign, bring_costs, clip_predictions, frame_predictions, match_clip, match_cost,
+                     matching_costs, pad_targets, sample_at, uncertain_points)
 from model import FrameOutput, TrainingOutput, build_model
 from tracker import ClipPrediction
 
@@ -43,8 +49,8 @@ def make_clip(visible: list[list[int]]) -> Clip:
     return Clip(torch.zeros(frames, 3, *SIZE, dtype=torch.uint8), number, ids, masks)
 
 
-def make_targets(clip: Clip) -> Targets:
-    return pad_targets(clip, SIZE, torch.device("cpu"))
+def make_targets(*clips: Clip) -> Targets:
+    return pad_targets(list(clips), SIZE, torch.device("cpu"))
 
 
 def random_output(batch: int, frames: int, clip_length: int, layers: int = 2, depth: int = 2, queries: int = 6,
@@ -86,17 +92,19 @@ def only_video(output: TrainingOutput, video: int, batch: int) -> TrainingOutput
 # Costs and assignment
 
 def test_match_cost_is_a_loop():
+    """Two clips, of two frames and of one: the frames of a clip are joined."""
     torch.manual_seed(0)
-    logits, masks = torch.randn(2, 4, CLASSES + 1), torch.randn(2, 4, 6)
-    labels, truth = torch.tensor([[0, 2, 2], [1, 0, 2]]), torch.rand(2, 3, 6)
-    cost = match_cost(logits, masks, labels, truth, {"class": 2.0, "mask": 3.0, "dice": 7.0})
-    assert cost.shape == (2, 4, 3)
-    for row, query, instance in itertools.product(range(2), range(4), range(3)):
-        mask, true = masks[row, query], truth[row, instance]
-        probability = logits[row, query].softmax(0)[labels[row, instance]]
+    logits, masks = torch.randn(2, 2, 4, CLASSES + 1), torch.randn(3, 2, 4, 6)
+    labels, truth = torch.tensor([0, 2, 2]), torch.rand(3, 3, 6)
+    cost = match_cost(logits, masks, labels, truth, torch.tensor([0, 0, 1]), {"class": 2.0, "mask": 3.0, "dice": 7.0})
+    assert cost.shape == (2, 2, 4, 3)
+    for clip, layer, query, instance in itertools.product(range(2), range(2), range(4), range(3)):
+        frames = ([0, 1], [2])[clip]
+        mask, true = masks[frames, layer, query].flatten(), truth[frames, instance].flatten()
+        probability = logits[clip, layer, query].softmax(0)[labels[instance]]
         bce = F.binary_cross_entropy_with_logits(mask, true)
         dice = 1 - (2 * (mask.sigmoid() * true).sum() + 1) / (mask.sigmoid().sum() + true.sum() + 1)
-        torch.testing.assert_close(cost[row, query, instance], -2 * probability + 3 * bce + 7 * dice)
+        torch.testing.assert_close(cost[clip, layer, query, instance], -2 * probability + 3 * bce + 7 * dice)
 
 
 @pytest.mark.parametrize("queries, instances", [(5, 3), (4, 4), (2, 4), (3, 0)])
@@ -106,7 +114,7 @@ def test_assign_is_the_best_of_all_ways(queries, instances):
     query_of = assign(cost)
     matched = query_of >= 0
     assert len(query_of) == instances and int(matched.sum()) == min(queries, instances)
-    assert len(query_of[matched].unique()) == int(matched.sum())                        # no query twice
+    assert len(set(query_of[matched])) == int(matched.sum())                            # no query twice
     if queries >= instances:
         ways = [list(zip(way, range(instances))) for way in itertools.permutations(range(queries), instances)]
     else:
@@ -116,11 +124,13 @@ def test_assign_is_the_best_of_all_ways(queries, instances):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_assign_refuses_what_is_not_finite(value):
-    cost = numpy.zeros((3, 2))
-    cost[1, 1] = value
+def test_costs_that_are_not_finite_are_refused(value):
+    costs = [torch.rand(1, 2, 3, 4), torch.rand(2, 1, 3, 0), torch.rand(2, 1, 3, 2)]
+    for cost, brought in zip(costs, bring_costs(costs), strict=True):
+        assert numpy.array_equal(cost.numpy(), brought)
+    costs[2][1, 0, 1, 1] = value
     with pytest.raises(FloatingPointError, match="learning rate"):
-        assign(cost)
+        bring_costs(costs)
 
 
 # Points
@@ -145,7 +155,7 @@ def test_uncertain_points(monkeypatch):
     monkeypatch.setattr(matcher, "random_points", recorded)
     torch.manual_seed(0)
     logits = torch.randn(2, 1, 5, 7)
-    points = Criterion(CLASSES, points=8, oversample=3, importance=0.75).uncertain_points(logits)
+    points = uncertain_points(logits, 8, candidates=24, uncertain=6)
     candidates, rest = drawn
     assert points.shape == (2, 8, 2) and candidates.shape == (2, 24, 2) and rest.shape == (2, 2, 2)
     for row in range(2):
@@ -159,21 +169,23 @@ def test_uncertain_points(monkeypatch):
 
 def test_an_instance_keeps_its_query():
     """Query 2 fits instance 0 best when it appears; that query 0 fits better later changes nothing."""
-    cost = numpy.array([[5.0, 9.0], [6.0, 1.0], [2.0, 9.0]])
-    first = Criterion.match_clip(cost, torch.tensor([True, False]), torch.tensor([True, False]), None)
+    no, yes = False, True
+    cost, held = numpy.array([[5.0, 9.0], [6.0, 1.0], [2.0, 9.0]]), numpy.array([-1, -1])
+    first = match_clip(cost, numpy.array([yes, no]), numpy.array([yes, no]), held)
     assert first.tolist() == [2, -1]                                    # instance 1 was not seen yet
     later = numpy.array([[0.0, 4.0], [6.0, 3.0], [9.0, 0.0]])
-    second = Criterion.match_clip(later, torch.tensor([False, True]), torch.tensor([True, True]), first)
+    second = match_clip(later, numpy.array([no, yes]), numpy.array([yes, yes]), first)
     assert second.tolist() == [2, 1]                                    # query 2 is taken, 1 fits better than 0
-    assert first.tolist() == [2, -1]                                    # what was handed in stays as it was
-    third = Criterion.match_clip(later, torch.tensor([False, False]), torch.tensor([False, True]), second)
+    assert first.tolist() == [2, -1] and held.tolist() == [-1, -1]      # what was handed in stays as it was
+    assert later.tolist() == [[0.0, 4.0], [6.0, 3.0], [9.0, 0.0]]
+    third = match_clip(later, numpy.array([no, no]), numpy.array([no, yes]), second)
     assert third.tolist() == [2, 1]                                     # also while it is occluded
 
 
 def test_a_new_instance_may_take_the_query_of_an_occluded_one():
-    cost, new, held = numpy.array([[9.0, 0.0], [9.0, 5.0]]), torch.tensor([False, True]), torch.tensor([0, -1])
-    assert Criterion.match_clip(cost, new, torch.tensor([True, True]), held).tolist() == [0, 1]
-    assert Criterion.match_clip(cost, new, torch.tensor([False, True]), held).tolist() == [0, 0]
+    cost, new, held = numpy.array([[9.0, 0.0], [9.0, 5.0]]), numpy.array([False, True]), numpy.array([0, -1])
+    assert match_clip(cost, new, numpy.array([True, True]), held).tolist() == [0, 1]
+    assert match_clip(cost, new, numpy.array([False, True]), held).tolist() == [0, 0]
 
 
 def painted_output(clip: Clip, plan: list[list[int]], queries: int = 4) -> TrainingOutput:
@@ -209,29 +221,52 @@ def test_matches_of_painted_queries():
     assert fits < 0.1 < swapped                                         # the queries of the last clip are to blame
     assert losses["loss_genvis_mask_clip1"] < losses["loss_genvis_mask_clip3"]
     # while hidden, the query of instance 0 has to say "no object", and it says class 0
-    unhidden = Criterion(CLASSES).class_loss(painted_output(clip, plan).clips[2].logits[0][0],
-                                             (torch.tensor([0, 0]), torch.tensor([2, 3])), clip.labels)
-    assert unhidden < 0.1 < losses["loss_genvis_ce_clip2"]
+    logits, classes = painted_output(clip, plan).clips[2].logits[0][0, 0], torch.full((4,), CLASSES)
+    classes[[2, 3]] = clip.labels
+    assert F.cross_entropy(logits, classes) < 0.1 < losses["loss_genvis_ce_clip2"]
 
 
-def test_clip_costs_are_a_loop(monkeypatch):
-    """One set of points a video, used in all its frames; the sampled mask of a query is that of all frames, joined."""
+def test_matching_costs_are_a_loop(monkeypatch):
+    """One set of points a clip of a video, used in all its frames; the sampled mask of a query is that of all frames, joined.
+    Frames are clips of one frame."""
     torch.manual_seed(0)
-    points = torch.rand(2, 9, 2, dtype=torch.float64)
-    monkeypatch.setattr(matcher, "random_points", lambda rows, count, like: points)
     clips, output = [make_clip([[1, 1, 0]]), make_clip([[0, 1, 1], [1, 1, 1]])], random_output(2, 3, clip_length=2)
-    targets, criterion = [make_targets(clip) for clip in clips], Criterion(CLASSES, points=9)
-    prediction, features, frames = output.clips[0], output.mask_features[0], slice(0, 2)
-    costs = criterion.clip_costs(prediction, features, targets, frames)
-    assert costs.shape == (2, 4, 6, 2)                                  # (D, S, Q, I)
-    for depth, layer, video in itertools.product(range(2), range(2), range(2)):
-        at = points[video:video + 1]
-        masks = torch.einsum("qc,tchw->tqhw", prediction.mask_embed[depth][layer, video], features[video])
-        sampled = torch.cat([sample_at(mask[None], at)[0] for mask in masks], 1)
-        truth = torch.cat([sample_at(targets[video].masks[None, :, t].double(), at)[0] for t in (0, 1)], 1)
-        expected = match_cost(prediction.logits[depth][layer, video], sampled, targets[video].labels, truth, WEIGHTS)
-        instances = len(targets[video].labels)
-        torch.testing.assert_close(torch.from_numpy(costs[depth, 2 * layer + video])[:, :instances], expected)
+    drawn = []
+
+    def recorded(rows, count, like):
+        drawn.append(torch.rand(rows, count, 2, dtype=like.dtype))
+        return drawn[-1]
+
+    monkeypatch.setattr(matcher, "random_points", recorded)
+    for whole, parts in ((clip_predictions(output), [[0, 1], [2]]), (frame_predictions(output, 2, 3), [[0], [1], [2]])):
+        drawn.clear()
+        costs = matching_costs(whole, make_targets(*clips), 9, WEIGHTS)
+        assert [cost.shape for cost in costs] == [(len(parts), whole.logits.shape[1], 6, instances) for instances in (1, 2)]
+        for video, (part, frames) in itertools.product(range(2), enumerate(parts)):
+            at, truth = drawn[video][part:part + 1], clips[video].masks.double()
+            truth = torch.cat([sample_at(truth[None, :, t], at)[0] for t in frames], 1)
+            for layer in range(whole.logits.shape[1]):
+                masks = torch.einsum("qc,tchw->tqhw", whole.mask_embed[part, layer, video], whole.features[video, frames])
+                sampled = torch.cat([sample_at(mask[None], at)[0] for mask in masks], 1)
+                expected = match_cost(whole.logits[part, layer, video][None, None], sampled[None, None], clips[video].labels,
+                                      truth[None], torch.tensor([0]), WEIGHTS)[0, 0]
+                torch.testing.assert_close(costs[video][part, layer], expected)
+
+
+def test_predictions_in_one_form():
+    """Layers of frames and layers and levels of clips side by side, D-major; which clip a frame is in."""
+    output = random_output(2, 5, clip_length=2, layers=3, depth=2)
+    frames, clips = frame_predictions(output, 2, 3), clip_predictions(output)
+    assert frames.clip_of.tolist() == [0, 1, 2, 3, 4] and clips.clip_of.tolist() == [0, 0, 1, 1, 2]
+    assert frames.logits.shape[:4] == (5, 3, 2, 6) and clips.logits.shape[:4] == (3, 6, 2, 6)
+    for t, layer, video in itertools.product(range(5), range(3), range(2)):
+        logits, embed = output.frames.predictions[1 + layer]            # the last three of four
+        assert torch.equal(frames.logits[t, layer, video], logits[5 * video + t])
+        assert torch.equal(frames.mask_embed[t, layer, video], embed[5 * video + t])
+    for clip, depth, level in itertools.product(range(3), range(2), range(3)):
+        assert torch.equal(clips.logits[clip, 3 * depth + level], output.clips[clip].logits[depth][level])
+        assert torch.equal(clips.mask_embed[clip, 3 * depth + level], output.clips[clip].mask_embed[depth][level])
+    assert torch.equal(clips.features[:, 4:], output.mask_features[2])
 
 
 def test_a_batch_is_matched_as_its_videos_alone(no_chance):
@@ -271,7 +306,8 @@ def test_two_equal_streams_cost_as_one(no_chance):
     one, clip = random_output(batch=1, frames=2, clip_length=1, layers=1), make_clip([[1, 1], [0, 1]])
     doubled = [ClipPrediction(*([torch.cat((x, x)) for x in part] if isinstance(part, list) else torch.cat((part, part))
                                 for part in vars(clip).values())) for clip in one.clips]
-    frames = FrameOutput(one.frames.predictions, one.frames.features, torch.cat((one.frames.queries, one.frames.queries)), torch.zeros(0))
+    frames = FrameOutput(one.frames.predictions, one.frames.features, torch.cat((one.frames.queries, one.frames.queries)),
+                         torch.zeros(0))
     two = TrainingOutput(frames, doubled, one.mask_features, SIZE)
     (single, _), (double, matches) = (Criterion(CLASSES, points=40)(output, [clip]) for output in (one, two))
     assert len(matches.clips[0][0]) == 2
@@ -288,21 +324,40 @@ def test_pad_targets():
     masks[0, :, 1, 2] = masks[2, 1, 3, 4] = True
     clip = Clip(torch.zeros(2, 3, 4, 5, dtype=torch.uint8), torch.tensor([0, 1, 2]),
                 torch.tensor([[7, 7], [8, 8], [9, 9]]), masks)
-    targets = pad_targets(clip, (6, 8), torch.device("cpu"))
-    assert targets.labels.tolist() == [0, 2] and targets.ids.tolist() == [[7, 7], [-1, 9]]
-    assert targets.visible.tolist() == [[True, True], [False, True]]
-    assert targets.masks.shape == (2, 2, 6, 8)
-    assert targets.masks.nonzero().tolist() == [[0, 0, 1, 2], [0, 1, 1, 2], [1, 1, 3, 4]]
+    other = make_clip([[0, 0]])                                         # nothing to see
+    targets = pad_targets([clip, Clip(other.frames, other.labels, other.ids, other.masks[..., :4, :5]), clip], (6, 8),
+                          torch.device("cpu"))
+    assert targets.labels.tolist() == [0, 2, 0, 2] and targets.ids.tolist() == 2 * [[7, 7], [-1, 9]]
+    assert targets.first.tolist() == [0, 2, 2, 4] and targets.video_of.tolist() == [0, 0, 2, 2]
+    assert [targets.labels[own].tolist() for own in targets.videos] == [[0, 2], [], [0, 2]]
+    assert targets.masks.shape == (4, 2, 6, 8)
+    assert targets.masks[:2].nonzero().tolist() == [[0, 0, 1, 2], [0, 1, 1, 2], [1, 1, 3, 4]]
+    assert torch.equal(targets.masks[:2], targets.masks[2:])
     assert clip.ids[2].tolist() == [9, 9]                               # the clip itself stays as it was
 
 
 def test_average_over_processes(monkeypatch):
-    like = torch.zeros(())
-    assert [average_over_processes(count, like).item() for count in (0, 1, 7)] == [1, 1, 7]
+    """Sums over all processes in one exchange; the count of instances (not the weight of queries) is at least 1."""
+    counts, like = [numpy.array([[0.0, 1.0], [0, 1], [0, 7]]), numpy.array([5.0])], torch.zeros((), dtype=torch.float64)
+
+    def divisors():
+        weights, pairs = average_over_processes(counts, like)
+        assert weights.dtype == torch.float64 and pairs.shape == (1,)
+        quotient = quotients(torch.ones(3, 2, dtype=torch.float64), weights)
+        return [(1 / quotient[name]).tolist() for name in ("ce", "mask", "dice")], pairs.item()
+
+    assert divisors() == ([[0, 1], [1, 1], [1, 7]], 5)
+    exchanges = []
+
+    def all_reduce(total):
+        exchanges.append(total.add_(3))                                 # the other process has 3 of each
+
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda count: count.add_(3))   # the other process has 3
-    assert [average_over_processes(count, like).item() for count in (0, 7)] == [1.5, 5]
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    divided, pairs = divisors()
+    assert divided == [pytest.approx([1.5, 2]), pytest.approx([1.5, 2]), pytest.approx([1.5, 5])] and pairs == 4
+    assert len(exchanges) == 1
 
 
 # Single losses
@@ -310,78 +365,317 @@ def test_average_over_processes(monkeypatch):
 def test_class_loss_weights_no_object():
     """Queries without an instance count a tenth, and so does their share of the mean."""
     torch.manual_seed(0)
-    logits = torch.randn(2, 3, CLASSES + 1)
-    loss = Criterion(CLASSES).class_loss(logits, (torch.tensor([0, 1]), torch.tensor([2, 0])), torch.tensor([1, 0]))
+    logits, classes = torch.randn(1, 1, 2, 3, CLASSES + 1), torch.tensor([[3, 3, 1], [0, 3, 3]])[None, None]
+    criterion = Criterion(CLASSES)
+    loss = criterion.class_loss(logits, classes) / criterion.counts(classes.numpy(), numpy.zeros((2, 1)))[0].item()
     total = weight = 0
     for row, query, target in [(0, 0, 3), (0, 1, 3), (0, 2, 1), (1, 0, 0), (1, 1, 3), (1, 2, 3)]:
         share = 0.1 if target == CLASSES else 1.0
-        total = total - share * logits[row, query].log_softmax(0)[target]
+        total = total - share * logits[0, 0, row, query].log_softmax(0)[target]
         weight += share
-    torch.testing.assert_close(loss, total / weight)
+    torch.testing.assert_close(loss, (total / weight).view(1, 1))
 
 
-def test_mask_losses_are_a_loop(no_chance):
-    """The frames of an instance are joined before dice; both losses are sums over instances, divided by count."""
+@pytest.mark.parametrize("most", [2 ** 27, 1])
+def test_mask_losses_are_a_loop(no_chance, monkeypatch, most):
+    """The frames of a clip are joined before dice; both losses are sums over instances. However small the parts are."""
+    monkeypatch.setattr(losses_module, "MOST_NUMBERS", most)
     torch.manual_seed(0)
     criterion = Criterion(CLASSES, points=8)
-    logits, truth = torch.randn(2, 3, 4, 6), torch.rand(2, 3, 8, 12) < 0.5
-    losses = criterion.mask_losses(logits, truth, torch.tensor(5.0))
-    bce = dice = 0
-    for instance in range(2):
-        sampled, true = [], []
-        for t in range(3):
-            at = criterion.uncertain_points(logits[instance, t][None, None])
-            sampled.append(sample_at(logits[instance, t][None, None], at).flatten())
-            true.append(sample_at(truth[instance, t][None, None].float(), at).flatten())
-        sampled, true = torch.cat(sampled), torch.cat(true)
-        bce = bce + F.binary_cross_entropy_with_logits(sampled, true)
-        inside = sampled.sigmoid()
-        dice = dice + 1 - (2 * (inside * true).sum() + 1) / (inside.sum() + true.sum() + 1)
-    torch.testing.assert_close(losses["mask"], bce / 5)
-    torch.testing.assert_close(losses["dice"], dice / 5)
+    clips, output = [make_clip([[1, 1, 0], [0, 0, 1]]), make_clip([[0, 1, 0]])], random_output(2, 3, clip_length=2)
+    targets, predictions = make_targets(*clips), clip_predictions(output)
+    query_of = numpy.random.default_rng(0).integers(0, 6, (2, 4, 3))    # (G, R, A)
+    query_of[0, 2, 1] = query_of[0, 1, 0] = -1
+    matching = Matching(numpy.array([[10, -1], [-1, 11], [10, -1]]), query_of)
+    index = losses_module.loss_index(predictions, targets, matching, CLASSES)
+    losses = criterion.mask_losses(predictions, targets.masks, {name: torch.tensor(value) for name, value in index.items()})
+    expected = torch.zeros(2, 2, 4, dtype=torch.float64)
+    seen = [(0, 0, 0, [0, 1]), (0, 1, 0, [0, 1]), (1, 0, 1, [2])]       # clip, video, instance there, frames
+    for (clip, video, instance, frames), layer in itertools.product(seen, range(4)):
+        query = query_of[clip, layer, (0, 2)[video] + (1 if clip else 0)]
+        if query >= 0:
+            embed, features = predictions.mask_embed[clip, layer, video, query], predictions.features[video, frames]
+            masks = torch.einsum("c,tchw->thw", embed, features)
+            expected[:, clip, layer] += torch.stack(slow_mask_loss(masks, clips[video].masks[1 if clip else 0, frames], criterion))
+    torch.testing.assert_close(losses, expected)
+
+
+def slow_mask_loss(logits: torch.Tensor, truth: torch.Tensor, criterion: Criterion) -> tuple[torch.Tensor, torch.Tensor]:
+    """Point BCE and dice of one instance: mask logits (T, h, w) against bool (T, H, W)."""
+    sampled, true = [], []
+    for mask, target in zip(logits, truth, strict=True):
+        at = uncertain_points(mask[None, None], criterion.points, criterion.candidates, criterion.uncertain)
+        sampled.append(sample_at(mask[None, None], at).flatten())
+        true.append(sample_at(target[None, None].to(mask.dtype), at).flatten())
+    sampled, true = torch.cat(sampled), torch.cat(true)
+    dice = 1 - (2 * (sampled.sigmoid() * true).sum() + 1) / (sampled.sigmoid().sum() + true.sum() + 1)
+    return F.binary_cross_entropy_with_logits(sampled, true), dice
 
 
 def test_similarity_loss_is_a_loop_over_pairs():
-    """Two videos, two layers, a clip of frames 1 and 2 of three: pairs of one stream, same id or not."""
+    """Two videos, two layers, clips of frame 0 and of frames 1 and 2: pairs of one stream in one clip, same id or not."""
     torch.manual_seed(0)
-    targets = [make_targets(make_clip([[1, 1, 0], [1, 0, 1]])), make_targets(make_clip([[0, 1, 1]]))]
-    prediction = random_output(batch=2, frames=2, clip_length=2).clips[0]
-    frame_matches = [[torch.tensor(queries) for queries in layer] for layer in (        # [layer][video, frame]; -1: no
-        [[0, 1], [2], [3], [], [4], [5]], [[1, 0], [3], [2], [], [5], [-1]])]
-    query_of = [torch.tensor(queries) for queries in ([4, 1], [2], [0, 5], [3])]        # [stream l * B + b]
-    index = torch.tensor([0, 0, 2, 2, 1, 3]), torch.tensor([4, 1, 0, 5, 2, 3])          # video by video, then streams
-    loss = Criterion(CLASSES).similarity_loss(prediction, targets, slice(1, 3), frame_matches, index, query_of)
+    targets = make_targets(make_clip([[1, 1, 0], [1, 0, 1]]), make_clip([[0, 1, 1]]))
+    clips = random_output(batch=2, frames=3, clip_length=2).clips[::-1]  # of one frame and of two
+    frames = Matching(targets.ids, numpy.array([[[0, 1, -1], [1, 0, -1]], [[2, -1, 4], [3, -1, 5]], [[-1, 3, 5], [-1, 2, -1]]]))
+    clip_ids = numpy.array([[10, 10], [11, 11], [-1, 10]])              # (A, G)
+    query_of = numpy.array([[[9, 9, 9], [9, 9, 9], [4, 1, -1], [5, 0, -1]], [[9, 9, 9], [9, 9, 9], [4, 1, 2], [5, 0, 3]]])
+    index = similarity_index(clips, targets, numpy.array([0, 1, 1]), frames, Matching(clip_ids, query_of))  # 9: not the last layer
+    counts = losses_module.count_pairs(index["ids"], 2)
+    losses = similarity_losses(clips, **{name: torch.from_numpy(value) for name, value in index.items()})
 
-    total = pairs = 0
-    for layer, video in itertools.product(range(2), range(2)):
-        members = []                                                                    # (id, embedding) of this stream
-        for t in (1, 2):
-            shown = targets[video].ids[:, t][targets[video].visible[:, t]]
-            for identity, query in zip(shown, frame_matches[layer][3 * video + t], strict=True):
+    for clip, shown in enumerate(([0], [1, 2])):
+        total = pairs = 0
+        for layer, video in itertools.product(range(2), range(2)):
+            members = []                                                # (id, embedding) of this stream
+            for instance in ([0, 1], [2])[video]:
+                for offset, t in enumerate(shown):
+                    query = frames.query_of[t, layer, instance]
+                    if query >= 0:
+                        members.append((targets.ids[instance, t], clips[clip].frame_embed[layer, video, offset, query]))
+                query = query_of[clip, 2 + layer, instance]
                 if query >= 0:
-                    members.append((int(identity), prediction.frame_embed[layer, video, t - 1, query]))
-        for identity, query in zip((10, 11), query_of[2 * layer + video]):
-            members.append((identity, prediction.clip_embed[layer, video, query]))
-        for (one, first), (other, second) in itertools.product(members, members):
-            target = torch.tensor(float(one == other), dtype=torch.float64)
-            total = total + F.binary_cross_entropy_with_logits(first @ second, target)
-            pairs += 1
-    assert pairs == 4 * 4 + 4 * 4 + 3 * 3 + 2 * 2
-    torch.testing.assert_close(loss, total / (pairs + 1e-6))
+                    members.append((clip_ids[instance, clip], clips[clip].clip_embed[layer, video, query]))
+            for (one, first), (other, second) in itertools.product(members, members):
+                target = torch.tensor(float(one == other), dtype=torch.float64)
+                total = total + F.binary_cross_entropy_with_logits(first @ second, target)
+                pairs += 1
+        assert pairs == (4 * 4 + 4 * 4, 4 * 4 + 4 * 4 + 3 * 3 + 2 * 2)[clip]
+        assert counts[clip] == pairs + 1e-6
+        torch.testing.assert_close(losses[clip], total)
 
 
 def test_gate_losses():
     """One open gate of two, as it should be: "logits" reaches 0; "released" squashes the gate twice and cannot."""
     logits = torch.tensor([50.0, -50.0])[None, None]
     prediction = ClipPrediction([], [], torch.zeros(0), torch.zeros(0), [logits], [logits.sigmoid()])
-    right, wrong = ((torch.tensor([0]), torch.tensor([query])) for query in (0, 1))     # the matched query
-    loss, released = (Criterion(CLASSES, gate_loss=kind).gate_loss for kind in matcher.GATE_LOSSES)
-    assert loss(prediction, 0, right).item() == pytest.approx(0, abs=1e-6)
-    assert loss(prediction, 0, wrong).item() == pytest.approx(50)
-    assert released(prediction, 0, right).item() == pytest.approx((math.log1p(math.exp(-1)) + math.log(2)) / 2)
-    assert released(prediction, 0, wrong).item() == pytest.approx((math.log(2) + math.log1p(math.exp(1))) / 2)
+    right, wrong = (torch.tensor(classes)[None, None, None] for classes in ([1, CLASSES], [CLASSES, 1]))
+    loss, released = (Criterion(CLASSES, gate_loss=kind).gate_loss for kind in GATE_LOSSES)
+    assert loss([prediction], right).item() == pytest.approx(0, abs=1e-6)
+    assert loss([prediction], wrong).item() == pytest.approx(50)
+    assert released([prediction], right).item() == pytest.approx((math.log1p(math.exp(-1)) + math.log(2)) / 2)
+    assert released([prediction], wrong).item() == pytest.approx((math.log(2) + math.log1p(math.exp(1))) / 2)
     with pytest.raises(ValueError, match="logits, released"):
         Criterion(CLASSES, gate_loss="hinge")
+
+
+# The whole criterion against plain loops
+
+@torch.no_grad()
+def slow_costs(logits: torch.Tensor, embed: torch.Tensor, features: torch.Tensor, labels, truth, count: int) -> numpy.ndarray:
+    """Costs (Q, I) of the queries of one clip, one by one. features (T, C, h, w), truth (I, T, H, W)."""
+    cost = numpy.zeros((len(logits), len(labels)))
+    at = fixed_points(1, count, features)
+    for query, instance in itertools.product(range(len(logits)), range(len(labels))):
+        masks = torch.einsum("c,tchw->thw", embed[query], features)
+        sampled = torch.cat([sample_at(mask[None, None], at).flatten() for mask in masks])
+        true = torch.cat([sample_at(mask[None, None].to(masks.dtype), at).flatten() for mask in truth[instance]])
+        inside = sampled.sigmoid()
+        dice = 1 - (2 * (inside * true).sum() + 1) / (inside.sum() + true.sum() + 1)
+        cost[query, instance] = (5 * F.binary_cross_entropy_with_logits(sampled, true) + 5 * dice
+                                 - 2 * logits[query].softmax(0)[labels[instance]])
+    return cost
+
+
+def slow_class_loss(rows: list[tuple[torch.Tensor, dict[int, int]]]) -> torch.Tensor:
+    """rows: logits (Q, K + 1) and the classes of the queries that have one."""
+    total = weight = 0
+    for logits, classes in rows:
+        for query, scores in enumerate(logits):
+            share = 1.0 if query in classes else 0.1
+            total = total - share * scores.log_softmax(0)[classes.get(query, CLASSES)]
+            weight += share
+    return total / weight
+
+
+def slow_similarity(streams: list[list[tuple[int, torch.Tensor]]]) -> torch.Tensor:
+    """streams: ids and embeddings."""
+    total, pairs = torch.zeros((), dtype=torch.float64), 1e-6
+    for members in streams:
+        for (one, first), (other, second) in itertools.product(members, members):
+            total = total + F.binary_cross_entropy_with_logits(first @ second, torch.tensor(float(one == other)).double())
+            pairs += 1
+    return total / pairs
+
+
+def add_masks(losses: dict, name: str, suffix: str, pairs: list, count: int, criterion: Criterion) -> None:
+    """Put mask and dice losses of mask logits and their truth, divided by `count`, into losses."""
+    for kind in ("mask", "dice"):
+        losses[f"{name}_{kind}{suffix}"] = torch.zeros((), dtype=torch.float64)
+    for logits, truth in pairs:
+        for kind, loss in zip(("mask", "dice"), slow_mask_loss(logits, truth, criterion)):
+            losses[f"{name}_{kind}{suffix}"] = losses[f"{name}_{kind}{suffix}"] + 5 * loss / max(1, count)
+
+
+def slow_criterion(output: TrainingOutput, clips: list[Clip], criterion: Criterion) -> tuple[dict, list, list]:
+    """Losses and matches of frames and clips, all by loops."""
+    losses, layers, length, batch = {}, len(output.frames.queries), clips[0].ids.shape[1], len(clips)
+    found = []                                                          # [layer][frame] {instance: query}
+    for number, (logits, embed) in enumerate(output.frames.predictions):
+        found.append([])
+        for n, (b, t) in enumerate(itertools.product(range(batch), range(length))):
+            shown = [i for i in range(len(clips[b].labels)) if clips[b].ids[i, t] != -1]
+            cost = slow_costs(logits[n], embed[n], output.frames.features[n:n + 1], clips[b].labels[shown],
+                              clips[b].masks[shown, t][:, None], criterion.points)
+            found[-1].append({shown[i]: int(query) for query, i in zip(*linear_sum_assignment(cost))})
+        rows, pairs, count = [], [], 0
+        for n, match in enumerate(found[-1]):
+            clip, t = clips[n // length], n % length
+            rows.append((logits[n], {query: int(clip.labels[i]) for i, query in match.items()}))
+            pairs += [(torch.einsum("c,chw->hw", embed[n, query], output.frames.features[n])[None], clip.masks[i, t][None])
+                      for i, query in match.items()]
+            count += int((clip.ids[:, t] != -1).sum())
+        suffix = f"_{number}" if number < len(output.frames.predictions) - 1 else ""
+        losses[f"loss_ce{suffix}"] = 2 * slow_class_loss(rows)
+        add_masks(losses, "loss", suffix, pairs, count, criterion)
+    found = found[-layers:]
+
+    held, by_clip, first = {}, [], 0                                    # held: {(depth, level, video): {instance: query}}
+    for number, (prediction, features) in enumerate(zip(output.clips, output.mask_features)):
+        times, depth = list(range(first, first + features.shape[1])), len(prediction.logits)
+        by_clip.append([])
+        for d in range(depth):
+            by_clip[-1].append([])
+            rows, pairs, count, streams, gates = [], [], 0, [], []
+            for level, b in itertools.product(range(layers), range(batch)):
+                clip, logits, embed = clips[b], prediction.logits[d][level, b], prediction.mask_embed[d][level, b]
+                own = held.setdefault((d, level, b), {})
+                valid = [i for i in range(len(clip.labels)) if (clip.ids[i, times] != -1).any()]
+                new = [i for i in valid if (clip.ids[i, :first] == -1).all()]
+                cost = slow_costs(logits, embed, features[b], clip.labels[new], clip.masks[new][:, times], criterion.points)
+                for i in valid:
+                    if i not in new and i in own:
+                        cost[own[i]] = 1e6
+                own |= {new[i]: int(query) for query, i in zip(*linear_sum_assignment(cost))}
+                by_clip[-1][-1].append([own.get(i, -1) for i in range(len(clip.labels))])
+                matched = {i: own[i] for i in valid if i in own}
+                rows.append((logits, {query: int(clip.labels[i]) for i, query in matched.items()}))
+                pairs += [(torch.einsum("c,tchw->thw", embed[query], features[b]), clip.masks[i, times])
+                          for i, query in matched.items()]
+                count += len(valid)
+                gate, target = prediction.gate_logits[d][level, b], torch.zeros(len(logits), dtype=torch.float64)
+                target[list(matched.values())] = 1
+                gates.append(F.binary_cross_entropy_with_logits(gate, target))
+                streams.append([(clip.ids[i, times].max().item(), prediction.clip_embed[level, b, query])
+                                for i, query in matched.items()])
+                for offset, t in enumerate(times):
+                    streams[-1] += [(clip.ids[i, t].item(), prediction.frame_embed[level, b, offset, query])
+                                    for i, query in found[level][b * length + t].items()]
+            suffix = f"_clip{number}" if d == depth - 1 else f"_{d}_clip{number}"
+            losses[f"loss_genvis_ce{suffix}"] = 2 * slow_class_loss(rows)
+            losses[f"loss_genvis_gate{suffix}"] = sum(gates) / len(gates)
+            add_masks(losses, "loss_genvis", suffix, pairs, count, criterion)
+        losses[f"loss_genvis_sim_clip{number}"] = 0.5 * slow_similarity(streams)
+        first = times[-1] + 1
+    return losses, found, by_clip
+
+
+@pytest.mark.parametrize("queries", [6, 2])
+def test_all_losses_and_matches_are_loops(no_chance, queries):
+    """Clips of 2, 2 and 1 frames, videos of 2, 0, 3 and 1 instances, that hide and come back; also more than there are queries.
+    All losses, matches and gradients."""
+    torch.manual_seed(queries)
+    clips = [make_clip(visible) for visible in (
+        [[1, 1, 0, 0, 1], [0, 0, 1, 1, 1]], [[0, 0, 0, 0, 0]], [[1, 1, 1, 0, 1], [1, 0, 0, 1, 0], [0, 0, 0, 0, 1]],
+        [[0, 0, 1, 1, 0]])]
+    clips[1] = Clip(clips[1].frames, clips[1].labels[:0], clips[1].ids[:0], clips[1].masks[:0])
+    output = random_output(batch=4, frames=5, clip_length=2, layers=2, depth=2, queries=queries)
+    criterion = Criterion(CLASSES, points=8, gate_weight=1.0)
+    losses, matches = criterion(output, clips)
+    slow, frames, by_clip = slow_criterion(output, clips, criterion)
+    assert losses.keys() == slow.keys()
+    for name, loss in losses.items():
+        torch.testing.assert_close(loss, slow[name], msg=lambda text: f"{name}: {text}")
+    for layer, expected in zip(matches.frames, frames, strict=True):
+        for n, (query_of, match) in enumerate(zip(layer, expected, strict=True)):
+            clip, t = clips[n // 5], n % 5
+            assert query_of.tolist() == [match.get(i, -1) for i in range(len(clip.labels)) if clip.ids[i, t] != -1]
+    assert [[[query_of.tolist() for query_of in layer] for layer in clip] for clip in matches.clips] == by_clip
+
+    inputs = [output.frames.features, *output.mask_features, *itertools.chain(*output.frames.predictions)]
+    for clip in output.clips:
+        inputs += [*clip.logits, *clip.mask_embed, clip.clip_embed, clip.frame_embed, *clip.gate_logits]
+    ours, expected = (torch.autograd.grad(sum(values.values()), inputs) for values in (losses, slow))
+    for one, other in zip(ours, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+# What it asks of a GPU
+
+class Operations(TorchDispatchMode):
+    """Counts operations; none may need to know a value on the CPU, as these wait for the GPU: see `waiting`."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts, self.waiting = collections.Counter(), []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        self.counts[name] += 1
+        masked = name.startswith("index") and any(
+            isinstance(index, torch.Tensor) and index.dtype == torch.bool for part in args[1:] if isinstance(part, list | tuple)
+            for index in part)
+        if masked or name in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "bincount", "unique_dim",
+                              "_unique2", "repeat_interleave"):
+            self.waiting.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def counted_step(instances: int, **options) -> Operations:
+    """The operations of the criterion and its gradients for 2 videos of 3 frames."""
+    torch.manual_seed(0)
+    clips = [make_clip([[1, 1, 1]] * instances) for _ in range(2)]
+    for clip in clips:
+        clip.labels %= CLASSES
+    output = random_output(batch=2, frames=3, clip_length=1)
+    with Operations() as operations:
+        losses, _ = Criterion(CLASSES, points=8, gate_weight=1.0, **options)(output, clips)
+        sum(losses.values()).backward()
+    return operations
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_operations_do_not_grow_with_instances(frozen):
+    """As many for 1 instance as for 4, and no value is asked for: the costs are taken as a whole, with .cpu()."""
+    one, four = (counted_step(instances, freeze_detector=frozen) for instances in (1, 4))
+    assert one.counts == four.counts
+    assert not one.waiting and not four.waiting
+
+
+def test_waiting_operations_are_noticed():
+    values = torch.rand(3)
+    for wait in (lambda: values[values > 0.5], lambda: values.sum().item(), lambda: (values > 0.5).nonzero(),
+                 lambda: values.index_put((values > 0.5,), torch.zeros(()))):
+        with Operations() as operations:
+            wait()
+        assert operations.waiting
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that PyTorch sees")
+@pytest.mark.parametrize("frozen", [True, False])
+def test_one_wait_for_the_gpu(monkeypatch, frozen):
+    """Outside bring_costs PyTorch raises an error at anything that waits, in the criterion and in its gradients."""
+    torch.manual_seed(0)
+    clips = [make_clip([[1, 1, 0], [0, 1, 1]]), make_clip([])]
+    output = build_model("toy", CLASSES).cuda()([clip.frames for clip in clips])
+    inputs = [value for clip in output.clips for value in (*clip.logits, *clip.mask_embed)] + [output.frames.mask_features]
+    waits = []
+
+    def bring(costs):
+        torch.cuda.set_sync_debug_mode("default")
+        waits.append(len(costs))
+        brought = bring_costs(costs)
+        torch.cuda.set_sync_debug_mode("error")
+        return brought
+
+    monkeypatch.setattr(losses_module, "bring_costs", bring)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        losses, _ = Criterion(CLASSES, points=32, gate_weight=1.0, freeze_detector=frozen)(output, clips)
+        gradients = torch.autograd.grad(sum(losses.values()), inputs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert waits == [4] and all(value.isfinite().all() for value in (*losses.values(), *gradients))
 
 
 # The whole criterion on the toy model
