@@ -68,7 +68,7 @@ def build_backbone(name: str, norm: str = "frozen", window: int | None = None) -
 
 class ResNetBackbone(nn.Module):
     """torchvision's ResNet without its classifier; the stride of a Bottleneck sits in its 3x3 convolution."""
-    recompute = True  # in training on a GPU, rather than keep
+    recompute = False  # in training: what blocks keep for backward is made there again
 
     def __init__(self, block, layers, norm_layer):
         super().__init__()
@@ -84,9 +84,9 @@ class ResNetBackbone(nn.Module):
         maps = []
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             for block in stage:
-                # the first two stages keep most of the memory and do a third of the work: their insides are made again in backward
-                again = self.recompute and x.is_cuda and x.requires_grad and stage in (self.layer1, self.layer2)
-                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False) if again else block(x)
+                # the first two stages keep most of the memory and do a third of the work
+                recomputed = self.recompute and x.requires_grad and stage in (self.layer1, self.layer2)
+                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False) if recomputed else block(x)
             maps.append(x)
         return maps
 

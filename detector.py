@@ -52,7 +52,7 @@ class DeformableEncoderLayer(nn.Module):
 
 class PixelDecoder(nn.Module):
     """Deformable encoder over strides 32, 16, 8 and one FPN step to stride 4 (Mask2Former, section 3.1)."""
-    recompute = True  # in training on a GPU, rather than keep
+    recompute = False  # in training: what layers keep for backward is made there again
 
     def __init__(self, in_channels: list[int], channels: int, heads: int, layers: int, feed_forward: int):
         super().__init__()
@@ -87,7 +87,7 @@ class PixelDecoder(nn.Module):
             for shape, source, embed in zip(level_shapes, sources, self.level_embed)], 1)
         x = torch.cat([source.flatten(2).transpose(1, 2) for source in sources], 1)      # (N, pixels, C)
         for layer in self.layers:
-            if self.recompute and x.is_cuda and x.requires_grad:                         # a layer keeps ten times its input
+            if self.recompute and x.requires_grad:                                       # a layer keeps ten times its input
                 x = checkpoint(layer, x, position, level_shapes, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = layer(x, position, level_shapes)

@@ -15,6 +15,7 @@ import torch
 import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from clips import Clip
 from matcher import (Matches, Matching, Predictions, Targets, all_matches, bring_costs, clip_predictions, frame_predictions,
@@ -23,7 +24,7 @@ from model import TrainingOutput
 from tracker import ClipPrediction
 
 GATE_LOSSES = ("logits", "released")
-MOST_NUMBERS = 2 ** 27  # in one tensor (half a GB): more points or masks are worked off in parts
+MOST_NUMBERS = 2 ** 26  # in one tensor (a quarter of a GB): more points or masks are worked off in parts
 
 
 class Criterion:
@@ -129,15 +130,17 @@ class Criterion:
         Points are drawn for each frame of each instance, then the frames of a clip are joined. The masks of a frame are one
         matrix product, for which frames with fewer instances than others are padded.
         """
-        features = full_precision(predictions.features).flatten(0, 1)                         # (B T, C, h, w)
-        frames, channels, *size = features.shape
+        batch, length, channels, *size = predictions.features.shape
+        features, frames = predictions.features.unbind(), batch * length
         embed, table, matched = full_precision(predictions.mask_embed).flatten(0, 3), index["table"], index["matched"]
         truth = masks.flatten(0, 1).index_select(0, index["target"])                          # (U, H, W)
         numbers = max(1, len(table)) * max(size[0] * size[1], 2 * self.candidates)            # for each of the R
         sums = []
         for part in table.split(max(1, MOST_NUMBERS // numbers), 1):                          # (B T I, some of the R)
             own = embed.index_select(0, part.flatten()).view(frames, part.numel() // frames, channels)
-            logits = (own @ features.flatten(2)).view(*part.shape, *size)
+            # in full precision, which the features have one video at a time, in backward again: all of them are large
+            logits = torch.cat([checkpoint(times_features, *pair, use_reentrant=False, preserve_rng_state=False)
+                                for pair in zip(own.unflatten(0, (batch, length)).unbind(), features)]).view(*part.shape, *size)
             sums.append(self.point_losses(logits.index_select(0, index["row"]), truth, index["length"]))
         sums = torch.cat(sums, 2)                                                             # (3, U, R)
         clips, layers, instances = len(predictions.logits), table.shape[1], len(masks)
@@ -175,6 +178,11 @@ class Criterion:
         gates = gates.view(len(clips), -1, gates[0].numel())
         target = (classes != self.num_classes).view(gates.shape).to(gates.dtype)
         return F.binary_cross_entropy_with_logits(gates, target, reduction="none").mean(2)
+
+
+def times_features(embed: Tensor, features: Tensor) -> Tensor:
+    """Mask logits (T, n, h w) of embeddings (T, n, C) and features (T, C, h, w)."""
+    return embed @ full_precision(features).flatten(2)
 
 
 def similarity_losses(clips: list[ClipPrediction], members: Tensor, ids: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ from results import (EncodedVideo, FrameTracks, RunningScores, VideoResult, best
                      mask_confidence, resize_masks, upsample_masks, with_mask_scores)
 from run_length import encode_counts
 from tracker import ClipPrediction, Tracker, TrackerState
-from transformer import Attention
+from transformer import cast_products
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)   # RGB, 0..255
 PIXEL_STD = (58.395, 57.12, 57.375)
@@ -123,18 +123,30 @@ class GRAttVIS(nn.Module):
         time a frame, and rounds otherwise.
         """
         if dtype != torch.float32:
-            for module in self.modules():
-                if isinstance(module, (nn.Linear, nn.Conv2d)):
-                    module.to(dtype)
-                elif isinstance(module, Attention):
-                    module.in_proj_weight.data, module.in_proj_bias.data = module.in_proj_weight.to(dtype), module.in_proj_bias.to(dtype)
+            cast_products(self.modules(), dtype)
         if self.pixel_mean.is_cuda:
             self.to(memory_format=torch.channels_last)
         if compiled:
-            for owner, name in ((self, "detect"), (self.tracker, "read"), (self.tracker, "carry")):
-                setattr(owner, name, torch.compile(getattr(owner, name), dynamic=False))
-            self.frame_masks = torch.compile(frame_masks)
+            self.compile_parts()
         return self.eval()
+
+    def compile_parts(self) -> None:
+        """torch.compile what takes the time, for training or inference: anew for every size of frames."""
+        for owner, name in ((self, "look"), (self.tracker, "read"), (self.tracker, "carry")):
+            setattr(owner, name, torch.compile(getattr(owner, name), dynamic=False))
+        self.frame_masks = torch.compile(frame_masks)
+
+    def hold_frozen(self, dtype: torch.dtype) -> None:
+        """Keep the weights of products that are not trained in `dtype`, as autocast would cast them at every use. `state_dict` has
+        what they were."""
+        frozen = [module for module in self.modules() if not any(parameter.requires_grad for parameter in module.parameters())]
+        before = {name: parameter.detach().cpu().clone() for name, parameter in self.named_parameters() if not parameter.requires_grad}
+        cast_products(frozen, dtype)
+
+        def give_back(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: dict) -> None:
+            state.update((prefix + name, value) for name, value in before.items() if prefix + name in state)
+
+        self.register_state_dict_post_hook(give_back)
 
     def prepare(self, frames: Tensor | list[Tensor]) -> Tensor:
         """uint8 frames (3, H, W), RGB, sizes may differ -> (N, 3, H', W'): normalised, then zero-padded to multiples of 32."""

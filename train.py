@@ -39,7 +39,7 @@ from model import PRESETS, GRAttVIS, build_model
 from recipes import RECIPES, find_named_set, official_setting, parse_arguments
 
 MAY_CHANGE = {"recipe", "dry_run", "iterations", "output", "resume", "init", "backbone_weights", "reset_classes", "workers",
-              "device", "log_every", "save_every", "skip_bad", "data_root", "train_json", "train_images", "test_sets", "evaluate_every",
+              "device", "recompute", "log_every", "save_every", "skip_bad", "data_root", "train_json", "train_images", "test_sets", "evaluate_every",
               "test_short_side", "test_max_long_side", "top_k"}                      # between a run and its resumption
 
 
@@ -58,9 +58,14 @@ def main(args: argparse.Namespace) -> None:
     clips, held_out = open_clips(args), open_held_out(args)
     torch.manual_seed(args.seed)
     model, config = make_model(args, clips.categories, resumed, say)
-    # channels last: convolutions are faster on a GPU
-    model.to(device, memory_format=torch.channels_last if device.type == "cuda" else torch.contiguous_format).train()
-    optimizer = torch.optim.AdamW(parameter_groups(model, args.lr, args.weight_decay, args.backbone_lr_factor))
+    on_gpu = device.type == "cuda"                             # channels last: convolutions are faster there
+    model.to(device, memory_format=torch.channels_last if on_gpu else torch.contiguous_format).train()
+    if amp != torch.float32:
+        model.hold_frozen(amp)
+    if args.compile:
+        model.compile_parts()
+    model.backbone.recompute = model.pixel_decoder.recompute = args.recompute
+    optimizer = torch.optim.AdamW(parameter_groups(model, args.lr, args.weight_decay, args.backbone_lr_factor), fused=on_gpu)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(
         step, args.warmup, args.lr_steps, args.warmup_start, args.lr_gamma))
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)

@@ -6,6 +6,8 @@ One residual branch each, LayerNorm after the sum (post-norm), no dropout: `Self
 Source: upstream mask2former/modeling/transformer_decoder/mask2former_transformer_decoder.py and
 vita/modeling/transformer_decoder/vita.py, which hold the same three blocks twice.
 """
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -106,3 +108,12 @@ class MLP(nn.Sequential):
     def __init__(self, channels: int, out_channels: int):
         super().__init__(nn.Linear(channels, channels), nn.ReLU(), nn.Linear(channels, channels), nn.ReLU(),
                          nn.Linear(channels, out_channels))
+
+
+def cast_products(modules: Iterable[nn.Module], dtype: torch.dtype) -> None:
+    """Turn the weights of linear maps, convolutions and attention into `dtype`, in place: what autocast does at every use."""
+    for module in modules:
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            module.to(dtype)
+        elif isinstance(module, Attention):
+            module.in_proj_weight.data, module.in_proj_bias.data = module.in_proj_weight.to(dtype), module.in_proj_bias.to(dtype)

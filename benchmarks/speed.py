@@ -127,8 +127,12 @@ def train(clips: int, frozen: bool, args: argparse.Namespace, size: tuple[int, i
     model = build_model("r50", 25).to(DEVICE, memory_format=torch.channels_last).train()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not frozen or name.startswith("tracker."))
+    model.hold_frozen(AMP)
+    if args.compile:
+        model.compile_parts()
+    model.backbone.recompute = model.pixel_decoder.recompute = args.recompute
     criterion = Criterion(25, points=setting.points, freeze_detector=frozen)
-    optimizer = torch.optim.AdamW(parameter_groups(model, 1e-6, setting.weight_decay, setting.backbone_lr_factor))
+    optimizer = torch.optim.AdamW(parameter_groups(model, 1e-6, setting.weight_decay, setting.backbone_lr_factor), fused=CUDA)
     scaler = torch.amp.GradScaler(DEVICE.type, enabled=False)
     batch = [make_clip(5, *size, 6) for _ in range(clips)]
 
@@ -137,9 +141,10 @@ def train(clips: int, frozen: bool, args: argparse.Namespace, size: tuple[int, i
         nn.utils.clip_grad_norm_(model.parameters(), setting.clip_gradient)
         optimizer.step()
 
-    iterate()
+    for _ in range(3):
+        iterate()
     reset_peak()
-    times = seconds(iterate, 12, 3)
+    times = seconds(iterate, 12, 0)
     print(f"train r50, detector {'' if frozen else 'not '}frozen, {clips} clips of 5 frames of {size[0]}x{size[1]}: "
           f"{times[6]:.3f} s an iteration ({times[0]:.3f} to {times[-1]:.3f}), {5 * clips / times[6]:.0f} frames a second{peak()}", flush=True)
     profile(iterate, args.profile)
@@ -202,7 +207,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure speed.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     names = ("video", "live", "swin", "train", "others")
     parser.add_argument("--parts", nargs="+", default=names, choices=names)
-    parser.add_argument("--compile", action="store_true", help="torch.compile the model (inference)")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the model")
+    parser.add_argument("--recompute", action="store_true", help="as train.py's")
     parser.add_argument("--profile", type=int, default=0, metavar="N", help="print the N longest kernels of every part")
     args = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if CUDA else 'CPU'}, {AMP}, {implementation(DEVICE)}", flush=True)

@@ -2,7 +2,10 @@
 
 Where a formula is simple it is written out again here: the position encoding, the normalisation, the mask score.
 """
+import copy
 import math
+import pickle
+from functools import partial
 
 import numpy
 import pytest
@@ -357,3 +360,83 @@ def test_requests_that_make_no_sense_are_refused():
     _, state = model.step(frames[0])
     with pytest.raises(ValueError, match="one size"):
         model.step(frames[0, :, :32], state)
+
+
+# Faster, and the same
+
+@pytest.mark.parametrize("frozen", [True, False])
+@torch.no_grad()
+def test_weights_cast_once_are_those_of_autocast(frozen):
+    """In 16 bit for good: the same results as autocast's, which casts at every use; what is frozen is still saved as it was."""
+    torch.manual_seed(0)
+    model, frames = build_model("toy", CLASSES, norm="group"), make_frames(2)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not frozen or name.startswith("tracker."))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def run():
+        with torch.autocast("cpu", torch.bfloat16):
+            return model.eval().segment_video(frames).logits, model.train()([frames]).frames.queries
+
+    expected = run()
+    model.hold_frozen(torch.bfloat16) if frozen else model.accelerate(torch.bfloat16)
+    assert model.backbone.conv1.weight.dtype == torch.bfloat16
+    assert all(map(torch.equal, run(), expected))
+    after = model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items()) == frozen
+    assert model.tracker.class_embed.weight.dtype == (torch.float32 if frozen else torch.bfloat16)
+
+
+@pytest.mark.parametrize("norm, parts", [("group", 3), ("batch", 1)])
+def test_a_frozen_detector_looks_in_parts(monkeypatch, norm, parts):
+    """Six frames, two at a time, are what they are at once; the tracker's own map of them is still trained."""
+    torch.manual_seed(0)
+    model, videos = build_model("toy", CLASSES, norm=norm).double(), [make_frames(3), make_frames(3)]
+    monkeypatch.setattr("tracker.logistic_noise", torch.zeros_like)
+    whole, seen, look = model(videos), [], model.look
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("tracker."))
+    monkeypatch.setattr("model.FROZEN_TOGETHER", 2)
+    model.look = lambda images: seen.append(len(images)) or look(images)
+    output = model(videos)
+    assert len(seen) == parts
+    torch.testing.assert_close(output.clips[-1].logits[-1], whole.clips[-1].logits[-1])
+    torch.testing.assert_close(output.frames.features, whole.frames.features)
+    for found, expected in zip(output.frames.predictions, whole.frames.predictions, strict=True):
+        torch.testing.assert_close(found, expected)
+    sum(features.sum() for features in output.mask_features).backward()
+    assert model.tracker.mask_features.weight.grad.abs().sum() > 0
+
+
+def test_recomputed_gradients_are_the_same():
+    torch.manual_seed(0)
+    model, gradients = make_model().train(), []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        model.backbone.recompute = model.pixel_decoder.recompute = recompute
+        model.zero_grad()
+        output = model([make_frames(1)])
+        sum(logits.sum() for logits in output.clips[0].logits).backward()
+        gradients.append([parameter.grad for parameter in (*model.backbone.parameters(), *model.pixel_decoder.layers.parameters())])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("propagation", ["gated", "memory"])
+def test_the_compiled_parts_have_no_breaks(monkeypatch, propagation):
+    """Traced as a whole, in inference and in training, and then run as they are: the same results."""
+    monkeypatch.setattr("tracker.logistic_noise", torch.zeros_like)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager", fullgraph=True))
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model, frames = build_model("toy", CLASSES, propagation, norm="group").double(), make_frames(3)
+    expected = model.train()([frames]).clips[-1].logits[-1], model.eval().segment_video(frames).logits
+    model.compile_parts()
+    torch.testing.assert_close(model.segment_video(frames).logits, expected[1])
+    torch.testing.assert_close(model.train()([frames]).clips[-1].logits[-1], expected[0])
+
+
+def test_a_copy_replays_its_own_weights():
+    model = make_model()
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert other.replay.module is other and other.replay is not model.replay
