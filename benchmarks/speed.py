@@ -28,6 +28,7 @@ CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 AMP = torch.bfloat16 if CUDA else torch.float32
 TOP_K = 10
+TRAINING = {"frozen8": (8, True), "frozen2": (2, True), "unfrozen2": (2, False)}
 
 
 def seconds(function, repeat: int = 5, warm_up: int = 2) -> list[float]:
@@ -178,7 +179,7 @@ def profile(function, rows: int) -> None:
         print(f"  {event.self_device_time_total / 1e3:8.2f} ms {event.count:6d} x  {event.key[:100]}")
 
 
-def others(frames: int = 36) -> None:
+def others(chunks: list[int], frames: int = 36) -> None:
     """VidEoMT-S of transformers, random weights, 640x640: the model alone, frame by frame and in chunks."""
     try:
         from transformers import VideomtConfig, VideomtForUniversalSegmentation
@@ -190,7 +191,7 @@ def others(frames: int = 36) -> None:
                            image_size=640, num_labels=40)
     model = VideomtForUniversalSegmentation(config).eval().to(DEVICE, AMP)
     compiled = torch.compile(model, dynamic=False)
-    for chunk in (1, 8, 36):
+    for chunk in chunks:
         clip = torch.randn(1, chunk, 3, 640, 640, device=DEVICE, dtype=AMP)
 
         @torch.no_grad()
@@ -207,6 +208,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure speed.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     names = ("video", "live", "swin", "train", "others")
     parser.add_argument("--parts", nargs="+", default=names, choices=names)
+    parser.add_argument("--frames", type=int, nargs="+", default=[36, 200], help="lengths of the videos")
+    parser.add_argument("--training", nargs="+", default=list(TRAINING), choices=TRAINING, help="clips, and whether the detector is frozen")
+    parser.add_argument("--chunks", type=int, nargs="+", default=[1, 8, 36], help="frames that the other model takes at once")
     parser.add_argument("--compile", action="store_true", help="torch.compile the model")
     parser.add_argument("--recompute", action="store_true", help="as train.py's")
     parser.add_argument("--profile", type=int, default=0, metavar="N", help="print the N longest kernels of every part")
@@ -214,7 +218,7 @@ def main() -> None:
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if CUDA else 'CPU'}, {AMP}, {implementation(DEVICE)}", flush=True)
     if "video" in args.parts:
         errors("r50", (360, 640), args)
-        for frames in (36, 200):
+        for frames in args.frames:
             video("r50", frames, (360, 640), (720, 1280), args)
     if "live" in args.parts:
         live("r50", (360, 640), (720, 1280), args)
@@ -222,10 +226,10 @@ def main() -> None:
         errors("swin_l", (448, 800), args)
         video("swin_l", 36, (448, 800), (720, 1280), args)
     if "train" in args.parts:
-        for clips, frozen in ((8, True), (2, True), (2, False)):
-            train(clips, frozen, args)
+        for setting in args.training:
+            train(*TRAINING[setting], args)
     if "others" in args.parts:
-        others()
+        others(args.chunks)
 
 
 if __name__ == "__main__":
