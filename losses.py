@@ -57,7 +57,7 @@ class Criterion:
                  ) -> tuple[dict[str, Tensor], Matches]:
         """Losses {name: scalar} and the matches behind them. clips: the B ground truths; whole_video: the output is one clip
         of "clip" propagation. Costs and losses are computed in at least float32."""
-        batch, layers, device = len(clips), len(output.frames.queries), output.mask_features[0].device
+        batch, layers, device = len(clips), len(output.frames.queries), output.mask_features.device
         targets = pad_targets(clips, output.padded_size, device)
         frames = frame_predictions(output, batch, layers if self.freeze_detector else len(output.frames.predictions))
         tracks = clip_predictions(output)
@@ -120,7 +120,7 @@ class Criterion:
         """
         logits = full_precision(logits)
         weight = logits.new_ones(self.num_classes + 1)
-        weight[-1] = self.no_object_weight
+        weight[-1:].fill_(self.no_object_weight)                                              # an assignment would wait
         losses = F.cross_entropy(logits.flatten(0, 3), classes.flatten(), weight, reduction="none")
         return losses.view(*classes.shape[:2], -1).sum(2)
 
@@ -134,14 +134,14 @@ class Criterion:
         features, frames = predictions.features.unbind(), batch * length
         embed, table, matched = full_precision(predictions.mask_embed).flatten(0, 3), index["table"], index["matched"]
         truth = masks.flatten(0, 1).index_select(0, index["target"])                          # (U, H, W)
-        numbers = max(1, len(table)) * max(size[0] * size[1], 2 * self.candidates)            # for each of the R
         sums = []
-        for part in table.split(max(1, MOST_NUMBERS // numbers), 1):                          # (B T I, some of the R)
+        for part in table.split(most_of(len(table) * size[0] * size[1]), 1):                  # (B T I, some of the R)
             own = embed.index_select(0, part.flatten()).view(frames, part.numel() // frames, channels)
             # in full precision, which the features have one video at a time, in backward again: all of them are large
             logits = torch.cat([checkpoint(times_features, *pair, use_reentrant=False, preserve_rng_state=False)
                                 for pair in zip(own.unflatten(0, (batch, length)).unbind(), features)]).view(*part.shape, *size)
-            sums.append(self.point_losses(logits.index_select(0, index["row"]), truth, index["length"]))
+            some = logits.index_select(0, index["row"]).split(most_of(2 * self.candidates * len(truth)), 1)
+            sums += [self.point_losses(own, truth, index["length"]) for own in some]
         sums = torch.cat(sums, 2)                                                             # (3, U, R)
         clips, layers, instances = len(predictions.logits), table.shape[1], len(masks)
         joined = sums.new_zeros(3, instances * clips, layers).index_add(1, index["pair"], sums)
@@ -159,7 +159,7 @@ class Criterion:
         with torch.no_grad():
             points = uncertain_points(logits, self.points, self.candidates, self.uncertain)   # (U R, P, 2)
             at = points.view(rows[0], rows[1] * self.points, 2)
-            some = max(1, MOST_NUMBERS // truth.shape[1:].numel())                            # bool masks grow to full numbers
+            some = most_of(truth.shape[1:].numel())                                           # bool masks grow to full numbers
             true = torch.cat([sample_at(mask[:, None].to(dtype), own) for mask, own in zip(truth.split(some), at.split(some))])
             true = true.view(len(logits), self.points)
         sampled = sample_at(logits, points)[:, 0]
@@ -178,6 +178,11 @@ class Criterion:
         gates = gates.view(len(clips), -1, gates[0].numel())
         target = (classes != self.num_classes).view(gates.shape).to(gates.dtype)
         return F.binary_cross_entropy_with_logits(gates, target, reduction="none").mean(2)
+
+
+def most_of(numbers: int) -> int:
+    """How many things of so many numbers are worked on at once."""
+    return max(1, MOST_NUMBERS // max(1, numbers))
 
 
 def times_features(embed: Tensor, features: Tensor) -> Tensor:

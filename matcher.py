@@ -104,8 +104,8 @@ def clip_predictions(output: TrainingOutput) -> Predictions:
         values = torch.stack([value for clip in output.clips for value in getattr(clip, name)])
         return values.unflatten(0, (len(output.clips), -1)).flatten(1, 2)
 
-    clip_of = np.repeat(np.arange(len(output.clips)), [features.shape[1] for features in output.mask_features])
-    return Predictions(stacked("logits"), stacked("mask_embed"), torch.cat(output.mask_features, 1), clip_of)
+    clip_of = np.repeat(np.arange(len(output.clips)), [clip.frame_embed.shape[2] for clip in output.clips])
+    return Predictions(stacked("logits"), stacked("mask_embed"), output.mask_features, clip_of)
 
 
 # Points

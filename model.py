@@ -21,6 +21,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
+from types import MethodType
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +29,8 @@ from torch import Tensor, nn
 from backbone import build_backbone
 from detector import FrameDecoder, PixelDecoder
 from graph import Replay
-from results import (EncodedVideo, FrameTracks, RunningScores, VideoResult, best_pairs, class_probabilities, frame_masks,
-                     mask_confidence, resize_masks, upsample_masks, with_mask_scores)
+from results import (EncodedVideo, FrameTracks, RunningScores, StepState, Stretch, VideoResult, best_pairs, class_probabilities,
+                     frame_masks, mask_confidence, resize_masks, upsample_masks, with_mask_scores)
 from run_length import encode_counts
 from tracker import ClipPrediction, Tracker, TrackerState
 from transformer import cast_products
@@ -58,30 +59,8 @@ class TrainingOutput:
     """One training step's predictions; losses.py turns them and the targets into losses."""
     frames: FrameOutput
     clips: list[ClipPrediction]
-    mask_features: list[Tensor]               # of each clip: (B, T of the clip, C, h, w)
+    mask_features: Tensor                     # (B, T, C, h, w), the tracker's
     padded_size: tuple[int, int]              # pixels, the size that masks are normalised by
-
-
-@dataclass
-class Stretch:
-    """What inference knows of T frames of a video in a row, whole clips, of all queries."""
-    logits: Tensor               # (clips, Q, K + 1)
-    mask_embed: Tensor           # (T, Q, C)
-    gates: Tensor                # (T, D, Q) bool, True = open; D = 0 without a gate
-    mask_features: Tensor        # (T, C, h, w)
-    size: tuple[int, int]        # of the frames, pixels
-
-    @property
-    def padded_size(self) -> tuple[int, int]:
-        return padded(*self.size)
-
-
-@dataclass
-class StepState:
-    """What `step` carries from frame to frame. Its size is constant unless the mode has a memory."""
-    size: tuple[int, int]   # of the frames, pixels
-    tracker: TrackerState
-    scores: RunningScores
 
 
 class GRAttVIS(nn.Module):
@@ -107,7 +86,7 @@ class GRAttVIS(nn.Module):
                                tracker_decoder_layers, heads, feed_forward, propagation, gate_mask, window)
         self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN)[:, None, None], persistent=False)
         self.register_buffer("pixel_std", torch.tensor(PIXEL_STD)[:, None, None], persistent=False)
-        self.replay, self.frame_masks = Replay(self), frame_masks
+        self.replay = Replay(self)
 
     def train(self, mode: bool = True) -> "GRAttVIS":
         """Training mode, or not; what is kept to infer faster is given back before training."""
@@ -133,8 +112,8 @@ class GRAttVIS(nn.Module):
     def compile_parts(self) -> None:
         """torch.compile what takes the time, for training or inference: anew for every size of frames."""
         for owner, name in ((self, "look"), (self.tracker, "read"), (self.tracker, "carry")):
-            setattr(owner, name, torch.compile(getattr(owner, name), dynamic=False))
-        self.frame_masks = torch.compile(frame_masks)
+            compiled = torch.compile(getattr(type(owner), name), dynamic=False)
+            setattr(owner, name, MethodType(compiled, owner))                            # a copy of the model has its own
 
     def hold_frozen(self, dtype: torch.dtype) -> None:
         """Keep the weights of products that are not trained in `dtype`, as autocast would cast them at every use. `state_dict` has
@@ -207,7 +186,7 @@ class GRAttVIS(nn.Module):
             if part.shape[2]:
                 found, state = self.tracker.follow(part.unflatten(2, (-1, min(clip_length, part.shape[2]))), state)
                 clips += found
-        return TrainingOutput(frames, clips, list(mask_features.split(clip_length, 1)), tuple(images.shape[-2:]))
+        return TrainingOutput(frames, clips, mask_features, tuple(images.shape[-2:]))
 
     @torch.no_grad()
     def follow(self, batches: Iterable[Tensor]) -> Iterator[Stretch]:
@@ -291,7 +270,7 @@ class GRAttVIS(nn.Module):
         mask_sum, mask_area = 0, 0
         for stretch in stretches:
             for embed, features in zip(stretch.mask_embed[:, chosen].split(MASKS_TOGETHER), stretch.mask_features.split(MASKS_TOGETHER)):
-                found, frame_sum, frame_area = self.frame_masks(embed, features, stretch.size, stretch.padded_size, size)
+                found, frame_sum, frame_area = frame_masks(embed, features, stretch.size, padded(*stretch.size), size)
                 masks[:, first:first + len(embed)] = found.transpose(0, 1)
                 mask_sum, mask_area = mask_sum + frame_sum.sum(0), mask_area + frame_area.sum(0)
                 first += len(embed)
@@ -310,7 +289,7 @@ class GRAttVIS(nn.Module):
         scores, codes, gates, recent, buffer = None, [], [], 0, None
         for stretch in self.follow(batches):
             size, count = output_size or stretch.size, stretch.mask_embed.shape[1]
-            part = max(1, MASK_PIXELS // 2 // max(math.prod(size), math.prod(stretch.padded_size)))
+            part = max(1, MASK_PIXELS // 2 // max(math.prod(size), math.prod(padded(*stretch.size))))
             if buffer is None:
                 frames = min(8, max(1, MASK_PIXELS // (count * math.prod(size))))        # encoded together: fewer waits for the GPU
                 buffer = torch.empty(frames, count, *size, dtype=torch.bool, device=stretch.logits.device)
@@ -318,7 +297,7 @@ class GRAttVIS(nn.Module):
             for embeds, feature in zip(stretch.mask_embed, stretch.mask_features):
                 confidence = []
                 for embed, masks in zip(embeds.split(part), buffer[recent].split(part)):
-                    found, *own = self.frame_masks(embed[None], feature[None], stretch.size, stretch.padded_size, size)
+                    found, *own = frame_masks(embed[None], feature[None], stretch.size, padded(*stretch.size), size)
                     masks.copy_(found[0])
                     confidence.append([values[0] for values in own])
                 scores = RunningScores(class_scores, *map(torch.cat, zip(*confidence))).joined(scores)

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tracker import TrackerState
+
 
 @dataclass
 class VideoResult:
@@ -61,6 +63,24 @@ class FrameTracks:
     track_ids: Tensor   # (K,) int64: the query, stable over the video
     logits: Tensor      # (Q, K + 1) class logits of every query in this frame
     gates: Tensor       # (K, D) bool, True = open: this frame could change the query; D = 0 without a gate
+
+
+@dataclass
+class Stretch:
+    """What inference knows of T frames of a video in a row, whole clips, of all queries."""
+    logits: Tensor         # (clips, Q, K + 1)
+    mask_embed: Tensor     # (T, Q, C)
+    gates: Tensor          # (T, D, Q) bool, True = open; D = 0 without a gate
+    mask_features: Tensor  # (T, C, h, w)
+    size: tuple[int, int]  # of the frames, pixels
+
+
+@dataclass
+class StepState:
+    """What `step` carries from frame to frame. Its size is constant unless the mode has a memory."""
+    size: tuple[int, int]   # of the frames, pixels
+    tracker: TrackerState
+    scores: RunningScores
 
 
 def best_pairs(class_scores: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:

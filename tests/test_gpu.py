@@ -4,6 +4,8 @@ import torch
 
 import train
 from golden_set import PROPAGATION, golden_model, make_video, meta, read_arrays, relative_error
+from graph import Replay
+from model import build_model
 from synthetic import make_dataset
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that PyTorch sees")
@@ -31,3 +33,23 @@ def test_training_steps(tmp_path, amp):
         states.append(torch.load(output / "last.pt", weights_only=True, map_location="cpu")["model"])
     assert all(value.isfinite().all() for value in states[1].values())
     assert not torch.equal(states[0]["tracker.query_feat.weight"], states[1]["tracker.query_feat.weight"])
+
+
+@pytest.mark.parametrize("propagation", ["gated", "memory", "gated+memory"])
+def test_replayed_batches_are_what_their_kernels_compute(propagation, monkeypatch):
+    """Seventeen frames, so a batch is filled up: however they come, through CUDA graphs or kernel by kernel, the very same result,
+    and another one once the weights have changed."""
+    torch.manual_seed(0)
+    model = build_model("toy", 3, propagation).eval().cuda()
+    frames = torch.randint(0, 256, (17, 3, 40, 56), dtype=torch.uint8)
+    with torch.autocast("cuda", torch.bfloat16):
+        whole = model.encode_video([frames], top_k=5)
+        for chunk in (1, 4, 16):
+            found = model.encode_video(frames.split(chunk), top_k=5)
+            assert torch.equal(found.scores, whole.scores) and found.segmentations == whole.segmentations
+        logits = model.segment_video(frames).logits
+        monkeypatch.setattr(Replay, "__call__", lambda self, function, *inputs: function(*inputs))
+        assert torch.equal(model.segment_video(frames).logits, logits)
+        monkeypatch.undo()
+        torch.nn.init.normal_(model.tracker.class_embed.weight)
+        assert not torch.equal(model.segment_video(frames).logits, logits)

@@ -74,7 +74,7 @@ def random_output(batch: int, frames: int, clip_length: int, layers: int = 2, de
                                random(layers, batch * frames, queries, channels), random(1))
     lengths = [min(clip_length, frames - first) for first in range(0, frames, clip_length)]
     return TrainingOutput(frame_output, [clip(length) for length in lengths],
-                          [random(batch, length, channels, height, width) for length in lengths], SIZE)
+                          random(batch, frames, channels, height, width), SIZE)
 
 
 def only_video(output: TrainingOutput, video: int, batch: int) -> TrainingOutput:
@@ -86,7 +86,7 @@ def only_video(output: TrainingOutput, video: int, batch: int) -> TrainingOutput
                                output.frames.features[rows], output.frames.queries[:, rows], output.frames.mask_features)
     clips = [ClipPrediction(*([x[one, own] for x in part] if isinstance(part, list) else part[one, own]
                               for part in vars(clip).values())) for clip in output.clips]
-    return TrainingOutput(frame_output, clips, [features[own] for features in output.mask_features], output.padded_size)
+    return TrainingOutput(frame_output, clips, output.mask_features[own], output.padded_size)
 
 
 # Costs and assignment
@@ -204,9 +204,8 @@ def painted_output(clip: Clip, plan: list[list[int]], queries: int = 4) -> Train
         predictions[1][t] = embed
         clips.append(ClipPrediction([logits[None, None]], [embed[None, None]], torch.zeros(1, 1, queries, 2),
                                     torch.zeros(1, 1, 1, queries, 2), [], []))
-    features = [signs[None, :, t][:, None] for t in range(frames)]      # (B, T, C, h, w) of each clip
     return TrainingOutput(FrameOutput([predictions], signs.transpose(0, 1), torch.zeros(1, frames, queries, 2), torch.zeros(0)),
-                          clips, features, SIZE)
+                          clips, signs.transpose(0, 1)[None], SIZE)
 
 
 def test_matches_of_painted_queries():
@@ -266,7 +265,7 @@ def test_predictions_in_one_form():
     for clip, depth, level in itertools.product(range(3), range(2), range(3)):
         assert torch.equal(clips.logits[clip, 3 * depth + level], output.clips[clip].logits[depth][level])
         assert torch.equal(clips.mask_embed[clip, 3 * depth + level], output.clips[clip].mask_embed[depth][level])
-    assert torch.equal(clips.features[:, 4:], output.mask_features[2])
+    assert clips.features is output.mask_features
 
 
 def test_a_batch_is_matched_as_its_videos_alone(no_chance):
@@ -531,7 +530,8 @@ def slow_criterion(output: TrainingOutput, clips: list[Clip], criterion: Criteri
     found = found[-layers:]
 
     held, by_clip, first = {}, [], 0                                    # held: {(depth, level, video): {instance: query}}
-    for number, (prediction, features) in enumerate(zip(output.clips, output.mask_features)):
+    lengths = [prediction.frame_embed.shape[2] for prediction in output.clips]
+    for number, (prediction, features) in enumerate(zip(output.clips, output.mask_features.split(lengths, 1), strict=True)):
         times, depth = list(range(first, first + features.shape[1])), len(prediction.logits)
         by_clip.append([])
         for d in range(depth):
@@ -592,7 +592,7 @@ def test_all_losses_and_matches_are_loops(no_chance, queries):
             assert query_of.tolist() == [match.get(i, -1) for i in range(len(clip.labels)) if clip.ids[i, t] != -1]
     assert [[[query_of.tolist() for query_of in layer] for layer in clip] for clip in matches.clips] == by_clip
 
-    inputs = [output.frames.features, *output.mask_features, *itertools.chain(*output.frames.predictions)]
+    inputs = [output.frames.features, output.mask_features, *itertools.chain(*output.frames.predictions)]
     for clip in output.clips:
         inputs += [*clip.logits, *clip.mask_embed, clip.clip_embed, clip.frame_embed, *clip.gate_logits]
     ours, expected = (torch.autograd.grad(sum(values.values()), inputs) for values in (losses, slow))

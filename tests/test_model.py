@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from detector import DeformableEncoderLayer, FrameDecoder, MasksAtLevels, sine_position
 from golden_set import relative_error
-from model import PIXEL_MEAN, PIXEL_STD, PRESETS, GRAttVIS, build_model
+from model import PIXEL_MEAN, PIXEL_STD, PRESETS, GRAttVIS, build_model, regrouped
 
 CLASSES, HEIGHT, WIDTH = 3, 40, 56
 STEPPING = ("gated", "plain", "memory", "gated+memory")  # the propagations that go frame by frame
@@ -203,7 +203,7 @@ def test_clips_of_several_frames():
     first = model.segment_video(frames[:3])                                             # the future changes nothing
     torch.testing.assert_close(video.logits[:1], first.logits)
     output = model([frames])
-    assert [features.shape[1] for features in output.mask_features] == [3, 2] and len(output.clips) == 2
+    assert [clip.frame_embed.shape[2] for clip in output.clips] == [3, 2]
 
 
 def test_what_is_no_video(model):
@@ -271,9 +271,8 @@ def test_training_forward():
         assert logits.shape == (4, 20, CLASSES + 1) and embed.shape == (4, 20, 64)
     assert output.frames.features.shape == (4, 64, 16, 24)
     assert output.frames.queries.shape == (3, 4, 20, 64)
-    assert len(output.clips) == len(output.mask_features) == 2
-    for clip, features in zip(output.clips, output.mask_features):
-        assert features.shape == (2, 1, 64, 16, 24)
+    assert len(output.clips) == 2 and output.mask_features.shape == (2, 2, 64, 16, 24)
+    for clip in output.clips:
         assert [logits.shape for logits in clip.logits] == [(3, 2, 20, CLASSES + 1)] * 3
         assert clip.frame_embed.shape == (3, 2, 1, 20, 64)
         assert all(((soft > 0) & (soft < 1)).all() for soft in clip.gate_soft) and len(clip.gate_soft) == 3
@@ -404,7 +403,7 @@ def test_a_frozen_detector_looks_in_parts(monkeypatch, norm, parts):
     torch.testing.assert_close(output.frames.features, whole.frames.features)
     for found, expected in zip(output.frames.predictions, whole.frames.predictions, strict=True):
         torch.testing.assert_close(found, expected)
-    sum(features.sum() for features in output.mask_features).backward()
+    output.mask_features.sum().backward()
     assert model.tracker.mask_features.weight.grad.abs().sum() > 0
 
 
@@ -432,8 +431,20 @@ def test_the_compiled_parts_have_no_breaks(monkeypatch, propagation):
     model, frames = build_model("toy", CLASSES, propagation, norm="group").double(), make_frames(3)
     expected = model.train()([frames]).clips[-1].logits[-1], model.eval().segment_video(frames).logits
     model.compile_parts()
+    other = copy.deepcopy(model)
+    assert other.look.__self__ is other and other.tracker.carry.__self__ is other.tracker
     torch.testing.assert_close(model.segment_video(frames).logits, expected[1])
     torch.testing.assert_close(model.train()([frames]).clips[-1].logits[-1], expected[0])
+
+
+def test_regrouped():
+    """Batches of any lengths become batches of four, in order, the last as long as what is left."""
+    frames = make_frames(11)
+    found = list(regrouped(frames.split([3, 1, 5, 0, 2]), 4))
+    assert [len(batch) for batch in found] == [4, 4, 3] and torch.equal(torch.cat(found), frames)
+    assert not list(regrouped([], 4))
+    with pytest.raises(ValueError, match=r"one size, not \[\(40, 50\), \(40, 56\)\]"):
+        list(regrouped([frames[:3], make_frames(1, 40, 50)], 4))
 
 
 def test_a_copy_replays_its_own_weights():
