@@ -82,12 +82,12 @@ def sample_points(value: Tensor, level_shapes: LevelShapes, locations: Tensor, w
         starts.append(starts[-1] + height * width)
     first = torch.arange(batch, device=value.device)[:, None, None] * pixels                # of each video's rows
     head = torch.arange(heads, device=value.device).repeat_interleave(levels * points)
+    columns = [(x.long() * heads + head, beside) for x, beside in neighbours(0, each(widths))]
     rows, shares = [], []
     for y, above in neighbours(1, each([height for height, _ in level_shapes])):
-        line = first + (y * each(widths) + each(starts)).long()
-        for x, beside in neighbours(0, each(widths)):
-            rows.append((line + x.long()) * heads + head)
-            shares.append(weights.flatten(2) * above * beside)
+        line, above = (first + (y * each(widths) + each(starts)).long()) * heads, weights.flatten(2) * above
+        rows += [line + column for column, _ in columns]
+        shares += [above * beside for _, beside in columns]
     rows, shares = (torch.stack(parts, -1).view(batch * queries * heads, -1) for parts in (rows, shares))
     out = F.embedding_bag(rows, value.reshape(-1, channels), per_sample_weights=shares, mode="sum")
     return out.view(batch, queries, heads * channels)

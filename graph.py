@@ -14,7 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-KEPT = 4  # graphs, the latest ones: a data set's videos have few sizes, and each graph holds memory
+KEPT = 2  # graphs, the latest ones: each holds memory of its own
 
 
 @cache

@@ -109,9 +109,10 @@ class GRAttVIS(nn.Module):
             self.compile_parts()
         return self.eval()
 
-    def compile_parts(self) -> None:
-        """torch.compile what takes the time, for training or inference: anew for every size of frames."""
-        for owner, name in ((self, "look"), (self.tracker, "read"), (self.tracker, "carry")):
+    def compile_parts(self, detector: bool = True) -> None:
+        """torch.compile what takes the time, for training or inference: the detector, anew for every size of frames, and the tracker,
+        which sees none of the size."""
+        for owner, name in [(self, "look")] * detector + [(self.tracker, "read"), (self.tracker, "carry")]:
             compiled = torch.compile(getattr(type(owner), name), dynamic=False)
             setattr(owner, name, MethodType(compiled, owner))                            # a copy of the model has its own
 

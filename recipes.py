@@ -194,8 +194,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
                               help="auto = bf16 on a GPU that has it, fp16 on another, off on a CPU")
     optimisation.add_argument("--recompute", action=switch, default=False, help="make again in backward what the backbone and the pixel "
                               "decoder would keep for it: less memory, more time")
-    optimisation.add_argument("--compile", action=switch, default=False, help="compile the model, anew for every size of frames: for "
-                              "data of few sizes; results differ by rounding")
+    optimisation.add_argument("--compile", default="off", choices=("off", "tracker", "all"), help="compile the tracker, or the detector "
+                              "too: anew for every size of frames, so for data of few sizes; results differ by rounding")
     evaluation = parser.add_argument_group("evaluation")
     evaluation.add_argument("--evaluate-every", type=at_least(0), default=0, help="iterations between evaluations; 0 = never")
     evaluation.add_argument("--test-short-side", type=at_least(1), default=96, help="pixels")

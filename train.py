@@ -39,8 +39,8 @@ from model import PRESETS, GRAttVIS, build_model
 from recipes import RECIPES, find_named_set, official_setting, parse_arguments
 
 MAY_CHANGE = {"recipe", "dry_run", "iterations", "output", "resume", "init", "backbone_weights", "reset_classes", "workers",
-              "device", "recompute", "log_every", "save_every", "skip_bad", "data_root", "train_json", "train_images", "test_sets", "evaluate_every",
-              "test_short_side", "test_max_long_side", "top_k"}                      # between a run and its resumption
+              "device", "recompute", "log_every", "save_every", "skip_bad", "data_root", "train_json", "train_images", "test_sets",
+              "evaluate_every", "test_short_side", "test_max_long_side", "top_k"}                      # between a run and its resumption
 
 
 def main(args: argparse.Namespace) -> None:
@@ -62,8 +62,8 @@ def main(args: argparse.Namespace) -> None:
     model.to(device, memory_format=torch.channels_last if on_gpu else torch.contiguous_format).train()
     if amp != torch.float32:
         model.hold_frozen(amp)
-    if args.compile:
-        model.compile_parts()
+    if args.compile != "off":
+        model.compile_parts(detector=args.compile == "all")
     model.backbone.recompute = model.pixel_decoder.recompute = args.recompute
     optimizer = torch.optim.AdamW(parameter_groups(model, args.lr, args.weight_decay, args.backbone_lr_factor), fused=on_gpu)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(

@@ -147,7 +147,8 @@ def train(clips: int, frozen: bool, args: argparse.Namespace, size: tuple[int, i
     reset_peak()
     times = seconds(iterate, 12, 0)
     print(f"train r50, detector {'' if frozen else 'not '}frozen, {clips} clips of 5 frames of {size[0]}x{size[1]}: "
-          f"{times[6]:.3f} s an iteration ({times[0]:.3f} to {times[-1]:.3f}), {5 * clips / times[6]:.0f} frames a second{peak()}", flush=True)
+          f"{times[6]:.3f} s an iteration ({times[0]:.3f} to {times[-1]:.3f}), {5 * clips / times[6]:.0f} frames a second{peak()}",
+          flush=True)
     profile(iterate, args.profile)
 
 
