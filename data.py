@@ -270,22 +270,25 @@ def exit_with_sentence(error: Exception) -> None:
 
 def main() -> None:
     """Write the synthetic set as the command line says."""
-    from synthetic import make_dataset
+    from synthetic import SUITES, make_dataset
     parser = argparse.ArgumentParser(description="Write the synthetic data set: textured shapes that move, cross, occlude one "
                                      "another, leave and come back, in the YouTube-VIS format.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--root", default="datasets/synthetic", help="folder to write; must not exist yet")
     parser.add_argument("--videos", type=int, default=240, help="training videos")
     parser.add_argument("--valid-videos", type=int, default=24, help="held-out videos")
-    parser.add_argument("--frames", type=int, default=20, help="frames a video")
+    parser.add_argument("--suite", choices=SUITES, default="easy", help="how hard, and in which respect: a named setting, which also "
+                        "says frames and objects unless they are given")
+    parser.add_argument("--frames", type=int, help="frames a video (default: the suite's, 20 for easy)")
     parser.add_argument("--height", type=int, default=96, help="pixels")
     parser.add_argument("--width", type=int, default=160, help="pixels")
-    parser.add_argument("--objects", type=int, nargs=2, default=(1, 4), metavar=("MIN", "MAX"), help="objects a video")
+    parser.add_argument("--objects", type=int, nargs=2, metavar=("MIN", "MAX"), help="objects a video (default: the suite's, 1 4 for easy)")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same set, to the last pixel")
     args = parser.parse_args()
+    suite = SUITES[args.suite]
     try:
-        make_dataset(args.root, args.videos, args.valid_videos, args.frames, args.height, args.width,
-                     tuple(args.objects), args.seed)
+        make_dataset(args.root, args.videos, args.valid_videos, suite.frames if args.frames is None else args.frames, args.height,
+                     args.width, tuple(args.objects or suite.objects), args.seed, suite.difficulty)
     except (ValueError, OSError) as error:
         exit_with_sentence(error)
 

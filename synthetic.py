@@ -7,6 +7,10 @@ two objects of one class are told apart by little more than their paths. The mas
 only: an object that is hidden or outside the frame has none there. Such gaps are what the gated queries of
 GRAtt-VIS have to survive.
 
+`Difficulty` makes videos harder in one respect or several: objects hidden for some frames behind a cover, objects that look
+alike, faster and blurred ones, changes of light or texture, frames lost in noise. `SUITES` names the settings that results
+are compared on.
+
 A set is written in the YouTube-VIS format, so the rest of the code reads it like the real one:
 
     root/train.json   root/train/JPEGImages/<video>/00000.jpg ...
@@ -15,13 +19,15 @@ A set is written in the YouTube-VIS format, so the rest of the code reads it lik
 Launch it through the data module:
 
     python data.py --root datasets/synthetic
+    python data.py --suite occlusion --root datasets/occlusion
 """
 
+import hashlib
 import json
 import math
 import tempfile
 from colorsys import hsv_to_rgb
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -72,29 +78,73 @@ TEXTURES = {
 }
 
 
+# ---- Difficulties ----
+
+@dataclass(frozen=True)
+class Difficulty:
+    """What makes a video harder, each on its own; the defaults leave it as easy as it was."""
+    occluded: float = 0.0             # share of the objects that are hidden altogether for a while, each behind a cover of its own
+    occluded_frames: tuple = (3, 8)   # how long, fewest and most frames
+    look_alike: float = 0.0           # share of the objects that have class, colours, texture and size of the one before
+    returning: float = RETURNING_SHARE
+    speed: float = 1.0                # factor of the objects' speed
+    blur: float = 0.0                 # share of the way to the next frame that is smeared, as by an open shutter
+    light: float = 0.0                # share of the videos in which the light changes from one frame to the next, once
+    texture: float = 0.0              # share of the objects whose texture does
+    noisy: float = 0.0                # share of the frames that are lost in noise, in bursts of one to three
+    noise: float = 70.0               # its standard deviation, grey levels
+
+    def check(self):
+        """Raise a ValueError that names the first impossible value."""
+        for name in ("occluded", "look_alike", "returning", "blur", "light", "texture", "noisy"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"The difficulty {name} is a share from 0 to 1, not {getattr(self, name)}.")
+        if not 1 <= self.occluded_frames[0] <= self.occluded_frames[-1] or len(self.occluded_frames) != 2:
+            raise ValueError(f"occluded_frames must be (fewest, most) with 1 <= fewest <= most, not {self.occluded_frames}.")
+        if self.speed <= 0 or self.noise < 0:
+            raise ValueError(f"speed must be above 0 and noise not below, not {self.speed} and {self.noise}.")
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A setting to compare results on: the scenes of a set."""
+    difficulty: Difficulty = field(default_factory=Difficulty)
+    frames: int = 20
+    objects: tuple = (1, 4)
+
+
+SUITES = {
+    "easy": Suite(),
+    "occlusion": Suite(Difficulty(occluded=0.7, occluded_frames=(3, 10)), frames=24),
+    "look-alike": Suite(Difficulty(look_alike=0.8), objects=(2, 4)),
+    "degraded": Suite(Difficulty(blur=0.7, light=0.5, texture=0.3, noisy=0.2)),
+    "long": Suite(Difficulty(occluded=0.5, occluded_frames=(5, 20), returning=0.6), frames=100),
+}
+
+
 # ---- Paths: (T, 2) float centres (x, y) in pixels, moving about 1 to 6 pixels a frame at width 160 ----
 
-def crossing_path(rng, frames, height, width):
+def crossing_path(rng, frames, height, width, speed_factor=1.0):
     """Cross the frame, straight or swinging, through a point of its middle, where the other paths meet it."""
     middle = rng.uniform(0.25, 0.75, 2) * (width, height)
     clock = np.arange(frames) - rng.uniform(0.3, 0.7) * frames
     heading = rng.uniform(0, 2 * np.pi)
     # The cap keeps the objects of long videos from spending most of the time outside the frame.
-    speed = min(rng.uniform(0.010, 0.034), 1.2 / frames)
+    speed = min(speed_factor * rng.uniform(0.010, 0.034), 1.2 / frames)
     path = middle + clock[:, None] * speed * (width * np.cos(heading), height * np.sin(heading))
     swing = rng.choice([0, rng.uniform(0.08, 0.16)]) * height
     path[:, 1] += swing * np.sin(2 * np.pi * clock / rng.uniform(18, 30))
     return path
 
 
-def returning_path(rng, frames, height, width, radius):
+def returning_path(rng, frames, height, width, radius, speed_factor=1.0):
     """Slide along one border, leave through it, and come back."""
     inside, outside = rng.uniform(0.8, 1.4) * radius, rng.uniform(1.25, 1.6) * radius
     # A bell curve is steepest at 0.86 x its height / its duration: this duration bounds the speed.
-    duration = 0.86 * (inside + outside) / (rng.uniform(0.025, 0.035) * width)
+    duration = 0.86 * (inside + outside) / (speed_factor * rng.uniform(0.025, 0.035) * width)
     clock = np.arange(frames) - rng.uniform(0.3, 0.7) * frames
     depth = inside - (inside + outside) * np.exp(-(clock / duration) ** 2)
-    path = crossing_path(rng, frames, height, width)
+    path = crossing_path(rng, frames, height, width, speed_factor)
     axis = rng.integers(2)
     path[:, axis] = depth if rng.random() < 0.5 else (width, height)[axis] - depth
     return path
@@ -113,16 +163,18 @@ class MovingObject:
     texture: str            # key of TEXTURES
     frequency: float        # texture radians per radius
     phase: np.ndarray       # (2,) float, texture radians
+    changes_at: int | None = None  # frame from which the texture is another one
+    later_texture: str = ""
 
 
-def make_object(rng, frames, height, width, background_colour):
+def make_object(rng, frames, height, width, background_colour, difficulty=Difficulty()):
     """Draw a MovingObject at random, in colours that stand out against background_colour, (3,) RGB."""
     radius = rng.uniform(0.14, 0.26) * height
     breath = np.sin(2 * np.pi * np.arange(frames) / rng.uniform(20, 40) + rng.uniform(0, 2 * np.pi))
-    if rng.random() < RETURNING_SHARE:
-        centres = returning_path(rng, frames, height, width, radius)
+    if rng.random() < difficulty.returning:
+        centres = returning_path(rng, frames, height, width, radius, difficulty.speed)
     else:
-        centres = crossing_path(rng, frames, height, width)
+        centres = crossing_path(rng, frames, height, width, difficulty.speed)
     category_id = int(rng.integers(len(CATEGORIES))) + 1
     return MovingObject(
         category_id=category_id,
@@ -146,6 +198,61 @@ def class_colours(rng, category_id, background_colour, candidates=8):
     dark = [hsv_to_rgb(hue, rng.uniform(0.6, 1), rng.uniform(0.2, 0.45)) for hue in hues]
     colours = 255 * np.stack((bright, dark), 1)
     return colours[np.linalg.norm(colours[:, 0] - background_colour, axis=1).argmax()]
+
+
+def make_harder(rng, things, height, width, difficulty):
+    """The objects of a scene with look-alikes and changing textures, and the covers, MovingObjects too, that hide some of them."""
+    things, covers = list(things), []
+    for index, thing in enumerate(things):
+        if index and rng.random() < difficulty.look_alike:
+            seen = things[index - 1]
+            thing = replace(seen, centres=thing.centres, angles=thing.angles)
+        elif rng.random() < difficulty.texture:
+            others = [texture for texture in TEXTURES if texture != thing.texture]
+            thing = replace(thing, changes_at=int(rng.integers(1, max(2, len(thing.centres)))), later_texture=str(rng.choice(others)))
+        things[index] = thing
+        if rng.random() < difficulty.occluded:
+            covers.append(make_cover(rng, thing, height, width, difficulty.occluded_frames))
+    return things, covers
+
+
+def make_cover(rng, thing, height, width, lengths):
+    """A grey square that comes in front of the object, goes along with it for so many frames, which hide it whole, and leaves.
+
+    It hides it where it would be in the frame, if there is such a time, and leaves it visible before and after if it can."""
+    frames, clock = len(thing.centres), np.arange(len(thing.centres))
+    length = min(int(rng.integers(lengths[0], lengths[1] + 1)), frames)
+    inside = ((thing.centres >= 0) & (thing.centres < (width, height))).all(1)
+    starts = np.arange(frames - length + 1)
+    hidden = np.array([inside[start:start + length].sum() for start in starts])
+    shown = np.array([inside[:start].any() and inside[start + length:].any() for start in starts])
+    start = int(rng.choice(starts[2 * hidden + shown == (2 * hidden + shown).max()]))
+    away = np.maximum(0, np.maximum(start - clock, clock - (start + length - 1)))  # frames from being in front
+    radii = 1.5 * thing.radii + 2                                              # of the corners: the sides lie outside the object
+    heading = rng.uniform(0, 2 * np.pi)
+    side = np.where(clock < start, -1, 1) * away * 0.9 * radii                  # comes from one side, leaves to the other
+    grey = rng.uniform(70, 180)
+    return MovingObject(
+        category_id=CATEGORIES.index("square") + 1,
+        centres=thing.centres + side[:, None] * (np.cos(heading), np.sin(heading)),
+        radii=radii,
+        angles=np.full(frames, heading),
+        colours=np.stack((np.full(3, grey), np.full(3, 0.8 * grey))),
+        texture="checks",
+        frequency=rng.uniform(8, 14),
+        phase=rng.uniform(0, 2 * np.pi, 2),
+    )
+
+
+def degrade(rng, images, difficulty):
+    """Change the light and lose frames in noise; images (T, H, W, 3) float32, in place."""
+    if rng.random() < difficulty.light:
+        images[int(rng.integers(len(images))):] *= rng.choice([rng.uniform(0.4, 0.6), rng.uniform(1.4, 1.8)]) * rng.uniform(0.85, 1.15, 3)
+    lost = np.zeros(len(images), dtype=bool)
+    while missing := round(difficulty.noisy * len(images)) - lost.sum():
+        first, length = rng.integers(len(images)), rng.integers(1, 4)
+        lost[first:first + min(length, missing)] = True
+    images[lost] += rng.normal(0, difficulty.noise, images[lost].shape)
 
 
 def make_background(rng, frames, height, width):
@@ -192,8 +299,9 @@ def draw_object(image, thing, time):
     x, y = np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x
 
     distance = SHAPES[CATEGORIES[thing.category_id - 1]](x, y) * radius
+    texture = thing.texture if thing.changes_at is None or time < thing.changes_at else thing.later_texture
     pattern_x, pattern_y = x * thing.frequency + thing.phase[0], y * thing.frequency + thing.phase[1]
-    blend = np.clip(0.5 + 2 * TEXTURES[thing.texture](pattern_x, pattern_y), 0, 1)[..., None]
+    blend = np.clip(0.5 + 2 * TEXTURES[texture](pattern_x, pattern_y), 0, 1)[..., None]
     colour = thing.colours[0] * blend + thing.colours[1] * (1 - blend)
     # Pixels that the outline cuts are covered in part, which keeps the drawn edge from looking like stairs.
     coverage = np.clip(0.5 - distance, 0, 1)[..., None]
@@ -203,40 +311,63 @@ def draw_object(image, thing, time):
     return mask
 
 
-def make_video(rng, frames, height, width, objects):
+def draw_blurred(image, thing, time, blur, samples=5):
+    """draw_object with an open shutter: the mean of the object in so many places of its way; the mask is that of the middle."""
+    if not blur:
+        return draw_object(image, thing, time)
+    before, after = (thing.centres[np.clip(time + step, 0, len(thing.centres) - 1)] for step in (-1, 1))
+    drawn = np.zeros_like(image)
+    for share in np.linspace(-0.5, 0.5, samples):
+        copy, moved = image.copy(), thing.centres.copy()
+        moved[time] += share * blur * (after - before) / 2
+        found = draw_object(copy, replace(thing, centres=moved), time)
+        mask = found if share == 0 else None if share < 0 else mask
+        drawn += copy / samples
+    image[:] = drawn
+    return mask
+
+
+def make_video(rng, frames, height, width, objects, difficulty=Difficulty()):
     """Draw one scene at random; the same state of rng, a numpy Generator, gives the same scene.
 
     objects is the range (fewest, most), both included, from which the number of objects is drawn.
     Returns the images, (T, H, W, 3) uint8 RGB, and the list of instances (category_id, masks), masks being
     (T, H, W) bool of the visible pixels. Objects that no frame shows are left out; at least one is shown."""
     check_scene(frames, height, width, objects)
+    difficulty.check()
+    hard = rng.spawn(1)[0]  # chance of its own: a scene made harder is still the same scene
     images = make_background(rng, frames, height, width)
     background_colour = images.mean(axis=(0, 1, 2))
     instances = []
     while not instances:  # chance may put every object outside the frame all the time: draw them again
         count = rng.integers(objects[0], objects[1] + 1)
-        things = [make_object(rng, frames, height, width, background_colour) for _ in range(count)]
+        things = [make_object(rng, frames, height, width, background_colour, difficulty) for _ in range(count)]
+        things, covers = make_harder(hard, things, height, width, difficulty)
         canvas = images.copy()
         masks = np.zeros((count, frames, height, width), dtype=bool)
-        for index, thing in enumerate(things):  # from the farthest to the nearest
+        for index, thing in enumerate([*things, *covers]):  # from the farthest to the nearest
             for time in range(frames):
-                masks[index, time] = draw_object(canvas[time], thing, time)
-            masks[:index] &= ~masks[index]
+                drawn = draw_blurred(canvas[time], thing, time, difficulty.blur)
+                masks[:index, time] &= ~drawn
+                if index < count:
+                    masks[index, time] = drawn
         masks &= masks.sum(axis=(2, 3), keepdims=True) >= MIN_VISIBLE_PIXELS
         instances = [(thing.category_id, seen) for thing, seen in zip(things, masks) if seen.any()]
+    degrade(hard, canvas, difficulty)
     return canvas.round().clip(0, 255).astype(np.uint8), instances
 
 
 # ---- Files ----
 
 def make_dataset(root, train_videos=240, valid_videos=24, frames=20, height=96, width=160, objects=(1, 4),
-                 seed=0):
+                 seed=0, difficulty=Difficulty()):
     """Write a data set of two splits to the folder root, which must be empty or not exist yet.
 
     frames is the length of each video; height and width are in pixels; objects is the range (fewest, most) of
     objects in a video. A set with more videos begins with the videos of a smaller one of the same seed.
     Raises ValueError for impossible numbers and FileExistsError rather than overwrite anything."""
     check_scene(frames, height, width, objects)
+    difficulty.check()
     if min(train_videos, valid_videos) < 1:
         raise ValueError(f"Each split needs at least 1 video, not {train_videos} and {valid_videos}.")
     root = Path(root).resolve()
@@ -250,13 +381,18 @@ def make_dataset(root, train_videos=240, valid_videos=24, frames=20, height=96, 
         for split_index, (split, videos) in enumerate([("train", train_videos), ("valid", valid_videos)]):
             # One generator per video: neither the number of videos nor the other split changes a scene.
             generators = (np.random.default_rng((seed, split_index, index)) for index in range(videos))
-            scenes = (make_video(rng, frames, height, width, objects) for rng in generators)
-            instances += write_split(draft, split, tqdm(scenes, desc=split, total=videos, unit="video"))
+            scenes = (make_video(rng, frames, height, width, objects, difficulty) for rng in generators)
+            instances += write_split(draft, split, tqdm(scenes, desc=split, total=videos, unit="video"), difficulty)
         if root.exists():
             root.rmdir()
         draft.rename(root)
     print(f"{root}: {train_videos} train + {valid_videos} valid videos of {frames} frames, "
-          f"{width} x {height} pixels, {instances} instances.")
+          f"{width} x {height} pixels, {instances} instances; valid.json has the checksum {checksum(root / 'valid.json')}.")
+
+
+def checksum(path):
+    """The first twelve digits of a file's SHA-256: equal annotations, equal task."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
 
 
 def check_scene(frames, height, width, objects):
@@ -269,7 +405,7 @@ def check_scene(frames, height, width, objects):
         raise ValueError(f"objects must be (fewest, most) with 1 <= fewest <= most, not {objects}.")
 
 
-def write_split(folder, split, scenes):
+def write_split(folder, split, scenes, difficulty=Difficulty()):
     """Write the images and the JSON of scenes, as make_video returns them; return the number of instances."""
     videos, annotations = [], []
     for index, (images, instances) in enumerate(scenes):
@@ -285,7 +421,8 @@ def write_split(folder, split, scenes):
         for category_id, masks in instances:
             annotations.append(describe_instance(len(annotations) + 1, index + 1, category_id, masks))
     content = {
-        "info": {"description": "Moving textured shapes", "split": split},
+        "info": {"description": "Moving textured shapes", "split": split} | (
+            {"difficulty": asdict(difficulty)} if difficulty != Difficulty() else {}),
         "categories": [{"id": index + 1, "name": name} for index, name in enumerate(CATEGORIES)],
         "videos": videos,
         "annotations": annotations,

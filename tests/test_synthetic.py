@@ -9,6 +9,7 @@ from PIL import Image
 from pycocotools import mask as rle
 
 import synthetic
+from data import VideoSet
 
 # Its decoder has yet to learn an argument that NumPy 2 passes to __array__; the masks are right all the same.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -178,3 +179,79 @@ def test_impossible_arguments_are_refused(tmp_path, wrong):
     with pytest.raises(ValueError, match="[.]$"):
         synthetic.make_dataset(tmp_path / "set", **{**SMALL, **wrong})
     assert not list(tmp_path.iterdir())
+
+
+# Difficulties
+
+def make_pair(difficulty, video=0, frames=20, objects=(1, 4)):
+    """The same scene without and with a difficulty."""
+    return [synthetic.make_video(np.random.default_rng((0, 1, video)), frames, 64, 96, objects, setting)
+            for setting in (synthetic.Difficulty(), difficulty)]
+
+
+@pytest.mark.parametrize("length", [1, 4, 7])
+def test_a_cover_hides_its_object_for_so_many_frames(length):
+    """Whole, while the object would be seen; before and after, it is seen as often as it can be."""
+    hidden = 0
+    for video in range(12):
+        (_, plain), (_, covered) = make_pair(synthetic.Difficulty(occluded=1.0, occluded_frames=(length, length)), video, objects=(1, 1))
+        before = plain[0][1].any((1, 2))
+        after = covered[0][1].any((1, 2)) if covered else np.zeros_like(before)
+        assert not (after & ~before).any()
+        lost = (before & ~after).sum()
+        hidden += lost >= length
+    assert hidden >= 8                          # the others are outside or cut by the border for most of the time
+
+
+def test_covers_belong_to_no_instance():
+    (_, plain), (_, covered) = make_pair(synthetic.Difficulty(occluded=1.0), objects=(3, 3))
+    assert len(covered) <= len(plain) and {category for category, _ in covered} <= {category for category, _ in plain}
+
+
+def test_look_alikes_differ_by_their_paths_alone():
+    rng = np.random.default_rng(0)
+    things = [synthetic.make_object(rng, 8, 64, 96, np.zeros(3)) for _ in range(4)]
+    alike, covers = synthetic.make_harder(rng, things, 64, 96, synthetic.Difficulty(look_alike=1.0))
+    assert not covers
+    for thing, original in zip(alike, things):
+        assert thing.category_id == things[0].category_id and thing.texture == things[0].texture
+        assert np.array_equal(thing.colours, things[0].colours) and np.array_equal(thing.radii, things[0].radii)
+        assert np.array_equal(thing.centres, original.centres)
+
+
+@pytest.mark.parametrize("name, value", [("blur", 1.0), ("light", 1.0), ("texture", 1.0), ("noisy", 0.3)])
+def test_pictures_change_and_masks_do_not(name, value):
+    (images, plain), (harder, found) = make_pair(synthetic.Difficulty(**{name: value}))
+    assert all((one[1] == other[1]).all() for one, other in zip(plain, found, strict=True))
+    changed = (images != harder).any((1, 2, 3))
+    assert changed.any()
+    if name == "noisy":
+        assert changed.sum() == 6               # 0.3 of 20
+
+
+def test_light_changes_once():
+    (images, _), (harder, _) = make_pair(synthetic.Difficulty(light=1.0), video=1)
+    ratio = harder.mean((1, 2, 3)) / images.mean((1, 2, 3))
+    first = int(np.argmax(abs(ratio - 1) > 0.02))
+    assert np.allclose(ratio[:first], 1) and np.allclose(ratio[first:], ratio[first], rtol=0.1) and abs(ratio[first] - 1) > 0.1
+
+
+def test_speed_stretches_the_path():
+    slow, fast = (synthetic.crossing_path(np.random.default_rng(3), 6, 64, 96, factor) for factor in (1.0, 2.0))
+    assert (fast[-1, 0] - fast[0, 0]) / (slow[-1, 0] - slow[0, 0]) == pytest.approx(2)  # along y it may swing
+
+
+@pytest.mark.parametrize("wrong", [dict(occluded=1.5), dict(blur=-0.1), dict(occluded_frames=(3, 2)), dict(occluded_frames=(0, 2)),
+                                   dict(speed=0), dict(noise=-1)])
+def test_impossible_difficulties_are_refused(wrong):
+    with pytest.raises(ValueError, match="not"):
+        synthetic.Difficulty(**wrong).check()
+
+
+@pytest.mark.parametrize("name", synthetic.SUITES)
+def test_suites(tmp_path, name):
+    """Every suite makes a set that the rest of the code can read; all but the easy one say what makes them hard."""
+    suite = synthetic.SUITES[name]
+    synthetic.make_dataset(tmp_path / "set", 1, 1, min(suite.frames, 12), 64, 96, suite.objects, difficulty=suite.difficulty)
+    assert ("difficulty" in read_json(tmp_path / "set")["info"]) == (name != "easy")
+    assert len(VideoSet(tmp_path / "set" / "train.json", tmp_path / "set" / "train" / "JPEGImages")) == 1
