@@ -316,15 +316,13 @@ def draw_blurred(image, thing, time, blur, samples=5):
     if not blur:
         return draw_object(image, thing, time)
     before, after = (thing.centres[np.clip(time + step, 0, len(thing.centres) - 1)] for step in (-1, 1))
-    drawn = np.zeros_like(image)
-    for share in np.linspace(-0.5, 0.5, samples):
-        copy, moved = image.copy(), thing.centres.copy()
+    copies, masks = [image.copy() for _ in range(samples)], []
+    for copy, share in zip(copies, np.linspace(-0.5, 0.5, samples)):
+        moved = thing.centres.copy()
         moved[time] += share * blur * (after - before) / 2
-        found = draw_object(copy, replace(thing, centres=moved), time)
-        mask = found if share == 0 else None if share < 0 else mask
-        drawn += copy / samples
-    image[:] = drawn
-    return mask
+        masks.append(draw_object(copy, replace(thing, centres=moved), time))
+    image[:] = np.mean(copies, 0)
+    return masks[samples // 2]
 
 
 def make_video(rng, frames, height, width, objects, difficulty=Difficulty()):
