@@ -133,13 +133,13 @@ class FrameDecoder(nn.Module):
         tokens = [level.flatten(2).transpose(1, 2) + embed for level, embed in zip(levels, self.level_embed.weight)]
         located = [token + sine_position(*level.shape[-2:], level.shape[1], level).flatten(2).transpose(1, 2)
                    for level, token in zip(levels, tokens)]
-        masks_at = MasksAtLevels(mask_features, [level.shape[-2:] for level in levels])
+        masks = MasksAtLevels(mask_features, [level.shape[-2:] for level in levels])
         x = self.query_feat.weight.expand(len(mask_features), -1, -1)
         normed, embeds = [self.decoder_norm(x)], []
         for index, layer in enumerate(self.layers):
             level = index % len(levels)
             embeds.append(self.mask_embed(normed[-1]))
-            blocked = self.blocked_pixels(masks_at(embeds[-1], level))
+            blocked = self.blocked_pixels(masks.at(level, embeds[-1]))
             x = layer(x, self.query_embed.weight, tokens[level], located[level], blocked)
             normed.append(self.decoder_norm(x))
         embeds.append(self.mask_embed(normed[-1]))
@@ -169,12 +169,12 @@ class MasksAtLevels:
             with torch.no_grad():
                 self.small = [self.resize(features, size).flatten(2) for size in sizes]
 
-    @torch.no_grad()
-    def __call__(self, embed: Tensor, level: int) -> Tensor:
-        """Embeddings (N, F, C) -> mask logits (N, F, pixels of the level)."""
-        if self.small:
-            return embed @ self.small[level]
-        return self.resize(torch.einsum("nfc,nchw->nfhw", embed, self.features), self.sizes[level]).flatten(2)
+    def at(self, level: int, embed: Tensor) -> Tensor:
+        """Embeddings (N, F, C) -> mask logits (N, F, pixels of the level), without a gradient."""
+        with torch.no_grad():
+            if self.small:
+                return embed @ self.small[level]
+            return self.resize(torch.einsum("nfc,nchw->nfhw", embed, self.features), self.sizes[level]).flatten(2)
 
     @staticmethod
     def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
