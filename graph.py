@@ -33,7 +33,9 @@ class Captured:
 
 class Replay:
     """Runs functions of tensors to a tuple of tensors, which read the weights of a module and never wait for the GPU; without a
-    GPU, and where gradients are wanted, by calling them."""
+    GPU, and where gradients are wanted, by calling them.
+
+    What is recorded is kernels: hooks are not called again, and another value of an attribute is not seen before `forget`."""
 
     def __init__(self, module: nn.Module):
         self.module, self.graphs, self.weights = module, {}, None
@@ -81,9 +83,6 @@ class Replay:
         current.wait_stream(stream)
         return Captured(graph, inputs, outputs)
 
-    def __deepcopy__(self, memo: dict) -> "Replay":
-        """A copy of the module has no graphs yet."""
-        return Replay(memo.get(id(self.module), self.module))
-
     def __reduce__(self) -> tuple:
+        """A copy of the module has no graphs yet."""
         return Replay, (self.module,)

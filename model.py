@@ -304,13 +304,13 @@ class GRAttVIS(nn.Module):
                 scores = RunningScores(class_scores, *map(torch.cat, zip(*confidence))).joined(scores)
                 recent += 1
                 if recent == len(buffer):
-                    codes.extend(encode_counts(buffer.flatten(0, 1)))
+                    codes.extend(map(bytes.decode, encode_counts(buffer.flatten(0, 1))))
                     recent = 0
             gates.append(stretch.gates.cpu())
         if recent:
-            codes.extend(encode_counts(buffer[:recent].flatten(0, 1)))
+            codes.extend(map(bytes.decode, encode_counts(buffer[:recent].flatten(0, 1))))
         scores, labels, chosen = (values.cpu() for values in scores.best(top_k))
-        segmentations = [[{"size": list(size), "counts": code.decode()} for code in codes[query::count]] for query in chosen.tolist()]
+        segmentations = [[{"size": list(size), "counts": code} for code in codes[query::count]] for query in chosen.tolist()]
         return EncodedVideo(scores, labels, chosen, segmentations, torch.cat(gates).permute(2, 0, 1)[chosen])
 
     @torch.no_grad()

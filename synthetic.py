@@ -27,7 +27,7 @@ import json
 import math
 import tempfile
 from colorsys import hsv_to_rgb
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -108,7 +108,7 @@ class Difficulty:
 @dataclass(frozen=True)
 class Suite:
     """A setting to compare results on: the scenes of a set."""
-    difficulty: Difficulty = field(default_factory=Difficulty)
+    difficulty: Difficulty = Difficulty()
     frames: int = 20
     objects: tuple = (1, 4)
 

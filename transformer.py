@@ -1,4 +1,4 @@
-"""The post-norm blocks that the frame decoder (model.py) and the tracker (tracker.py) are made of.
+"""The post-norm blocks that the frame decoder (detector.py) and the tracker (tracker.py) are made of.
 
 One residual branch each, LayerNorm after the sum (post-norm), no dropout: `SelfAttention`, `CrossAttention`,
 `FeedForward`; and the `MLP` that turns a query into a mask embedding. Batch comes first everywhere: (N, tokens, C).

@@ -1,6 +1,6 @@
 """Speed of the whole on a GPU: inference of a video, a live stream and training, at the sizes at which the official code was measured.
 
-    python benchmarks/speed.py                          # all parts; --parts video live swin train others cpu, --profile 10
+    python benchmarks/speed.py                          # all parts; --parts video live swin train others, --profile 10
 
 Random weights; time and memory do not depend on them. Video: uint8 frames on the CPU to masks at output size on the GPU
 (`segment_video`, top 10). Live: `step`, frame by frame, each waited for. Train: whole iterations, from clips on the CPU to the

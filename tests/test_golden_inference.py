@@ -7,21 +7,14 @@ import numpy
 import pytest
 import torch
 
+from conftest import fixed_threads
 from golden_set import (PROPAGATION, golden_model, make_video, meta, read_arrays, relative_error, subsampled_error,
                         unpack_masks)
 
 VIDEOS = list(meta()["infer"]["videos"])
 MODES = [(mode, video) for mode, run in meta()["modes"]["runs"].items() for video in run["videos"]]
 DTYPES = [torch.float64, torch.float32]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def two_threads():
-    """The order of sums depends on the number of threads, and in float32 a last bit can decide: the same order on any machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+two_threads = fixed_threads(2)  # in float32 a last bit can decide
 
 
 @pytest.fixture(scope="module", params=DTYPES, ids=["float64", "float32"])

@@ -17,6 +17,7 @@ from pycocotools import mask as rle
 import evaluate
 import model as model_file
 import train
+from conftest import fixed_threads
 from data import InputError, Video, VideoSet, test_frames
 from inference import FrameBatches, Unfinished, share
 from metric import evaluate_results
@@ -27,14 +28,7 @@ from test_model import HEIGHT, WIDTH, make_frames, make_model
 LENGTHS = (5, 2, 4, 3, 2, 2, 3, 2)                  # frames of the videos
 SIZES = ["--short-side", "48", "--top-k", "4"]      # the frames are shrunk, so that masks are enlarged again
 ONE_THREAD = ENVIRONMENT | {"OMP_NUM_THREADS": "1"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+one_thread = fixed_threads(1)
 
 
 @pytest.fixture(scope="module")
