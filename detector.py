@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from deform_attn import DeformableAttention
-from transformer import MLP, CrossAttention, FeedForward, SelfAttention
+from transformer import MLP, CrossAttention, FeedForward, SelfAttention, mask_kernel, mask_logits
 
 SUPERVISED_LAYERS = 3                    # L in training
 
@@ -124,27 +124,27 @@ class FrameDecoder(nn.Module):
         self.class_embed = nn.Linear(channels, num_classes + 1)
         self.mask_embed = MLP(channels, channels)
 
-    def forward(self, levels: list[Tensor], mask_features: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-        """levels of strides [32, 16, 8], mask_features (N, C, h, w) -> predictions before and after each layer, queries.
+    def forward(self, levels: list[Tensor], features: Tensor, mask_features: nn.Conv2d) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+        """levels of strides [32, 16, 8], features (N, C, h, w) -> predictions before and after each layer, queries.
 
-        A prediction is class logits (N, F, K + 1) and mask embeddings (N, F, C); an embedding times the mask features is a mask. While
-        not training the last prediction alone.
+        A prediction is class logits (N, F, K + 1) and kernels (N, F, C + 1) of masks: an embedding of features that have gone through
+        `mask_features` is a kernel of those that have not. While not training the last prediction alone.
         """
         tokens = [level.flatten(2).transpose(1, 2) + embed for level, embed in zip(levels, self.level_embed.weight)]
         located = [token + sine_position(*level.shape[-2:], level.shape[1], level).flatten(2).transpose(1, 2)
                    for level, token in zip(levels, tokens)]
-        masks = MasksAtLevels(mask_features, [level.shape[-2:] for level in levels])
-        x = self.query_feat.weight.expand(len(mask_features), -1, -1)
-        normed, embeds = [self.decoder_norm(x)], []
+        masks = MasksAtLevels(features, [level.shape[-2:] for level in levels])
+        x = self.query_feat.weight.expand(len(features), -1, -1)
+        normed, kernels = [self.decoder_norm(x)], []
         for index, layer in enumerate(self.layers):
             level = index % len(levels)
-            embeds.append(self.mask_embed(normed[-1]))
-            blocked = self.blocked_pixels(masks.at(level, embeds[-1]))
+            kernels.append(mask_kernel(self.mask_embed(normed[-1]), mask_features))
+            blocked = self.blocked_pixels(masks.at(level, kernels[-1]))
             x = layer(x, self.query_embed.weight, tokens[level], located[level], blocked)
             normed.append(self.decoder_norm(x))
-        embeds.append(self.mask_embed(normed[-1]))
+        kernels.append(mask_kernel(self.mask_embed(normed[-1]), mask_features))
         first = 0 if self.training else -1
-        predictions = [(self.class_embed(x), embed) for x, embed in zip(normed[first:], embeds[first:])]
+        predictions = [(self.class_embed(x), kernel) for x, kernel in zip(normed[first:], kernels[first:])]
         handed_on = SUPERVISED_LAYERS if self.training else 1
         return predictions, torch.stack(normed[1:][-handed_on:])
 
@@ -157,7 +157,7 @@ class FrameDecoder(nn.Module):
 
 
 class MasksAtLevels:
-    """The masks of embeddings, resized to a level.
+    """The masks of kernels, resized to a level.
 
     Resizing is linear, so in 16 bit the features are resized, once, and no mask of full size is made. In float32 the masks are, as
     upstream: a layer asks which side of 0 a mask lies on, and what lies close to it follows the official code's rounding.
@@ -169,12 +169,12 @@ class MasksAtLevels:
             with torch.no_grad():
                 self.small = [self.resize(features, size).flatten(2) for size in sizes]
 
-    def at(self, level: int, embed: Tensor) -> Tensor:
-        """Embeddings (N, F, C) -> mask logits (N, F, pixels of the level), without a gradient."""
+    def at(self, level: int, kernel: Tensor) -> Tensor:
+        """Kernels (N, F, C + 1) -> mask logits (N, F, pixels of the level), without a gradient."""
         with torch.no_grad():
             if self.small:
-                return embed @ self.small[level]
-            return self.resize(torch.einsum("nfc,nchw->nfhw", embed, self.features), self.sizes[level]).flatten(2)
+                return mask_logits(kernel, self.small[level])
+            return self.resize(mask_logits(kernel, self.features), self.sizes[level]).flatten(2)
 
     @staticmethod
     def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:

@@ -22,6 +22,7 @@ from matcher import (Matches, Matching, Predictions, Targets, all_matches, bring
                      full_precision, match, matching_costs, pad_targets, sample_at, to_device, uncertain_points)
 from model import TrainingOutput
 from tracker import ClipPrediction
+from transformer import mask_logits
 
 GATE_LOSSES = ("logits", "released")
 MOST_NUMBERS = 2 ** 26  # in one tensor (a quarter of a GB): more points or masks are worked off in parts
@@ -57,10 +58,10 @@ class Criterion:
                  ) -> tuple[dict[str, Tensor], Matches]:
         """Losses {name: scalar} and the matches behind them. clips: the B ground truths; whole_video: the output is one clip
         of "clip" propagation. Costs and losses are computed in at least float32."""
-        batch, layers, device = len(clips), len(output.frames.queries), output.mask_features.device
+        batch, layers, device = len(clips), len(output.frames.queries), output.frames.features.device
         targets = pad_targets(clips, output.padded_size, device)
         frames = frame_predictions(output, batch, layers if self.freeze_detector else len(output.frames.predictions))
-        tracks = clip_predictions(output)
+        tracks = clip_predictions(output, batch)
         costs = bring_costs([cost for predictions in (frames, tracks)                         # here the CPU waits, once
                              for cost in matching_costs(predictions, targets, self.points, self.weights)])
         frame_matching = match(costs[:batch], targets, frames.clip_of, identities=False)
@@ -132,13 +133,13 @@ class Criterion:
         """
         batch, length, channels, *size = predictions.features.shape
         features, frames = predictions.features.unbind(), batch * length
-        embed, table, matched = full_precision(predictions.mask_embed).flatten(0, 3), index["table"], index["matched"]
+        kernels, table, matched = full_precision(predictions.mask_kernel).flatten(0, 3), index["table"], index["matched"]
         truth = masks.flatten(0, 1).index_select(0, index["target"])                          # (U, H, W)
         sums = []
         for part in table.split(most_of(len(table) * size[0] * size[1]), 1):                  # (B T I, some of the R)
-            own = embed.index_select(0, part.flatten()).view(frames, part.numel() // frames, channels)
+            own = kernels.index_select(0, part.flatten()).view(frames, part.numel() // frames, channels + 1)
             # in full precision, which the features have one video at a time, in backward again: all of them are large
-            logits = torch.cat([checkpoint(times_features, *pair, use_reentrant=False, preserve_rng_state=False)
+            logits = torch.cat([checkpoint(full_masks, *pair, use_reentrant=False, preserve_rng_state=False)
                                 for pair in zip(own.unflatten(0, (batch, length)).unbind(), features)]).view(*part.shape, *size)
             some = logits.index_select(0, index["row"]).split(most_of(2 * self.candidates * len(truth)), 1)
             sums += [self.point_losses(own, truth, index["length"]) for own in some]
@@ -185,9 +186,9 @@ def most_of(numbers: int) -> int:
     return max(1, MOST_NUMBERS // max(1, numbers))
 
 
-def times_features(embed: Tensor, features: Tensor) -> Tensor:
-    """Mask logits (T, n, h w) of embeddings (T, n, C) and features (T, C, h, w)."""
-    return embed @ full_precision(features).flatten(2)
+def full_masks(kernel: Tensor, features: Tensor) -> Tensor:
+    """Mask logits (T, n, h, w) of kernels (T, n, C + 1) on features (T, C, h, w), in full precision."""
+    return mask_logits(kernel, full_precision(features))
 
 
 def similarity_losses(clips: list[ClipPrediction], members: Tensor, ids: Tensor) -> Tensor:

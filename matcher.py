@@ -51,7 +51,7 @@ class Targets:
 class Predictions:
     """What is matched with the instances: all clips of a step, or all frames as clips of one frame."""
     logits: Tensor       # (G, R, B, Q, K + 1)
-    mask_embed: Tensor   # (G, R, B, Q, C)
+    mask_kernel: Tensor  # (G, R, B, Q, C + 1)
     features: Tensor     # (B, T, C, h, w)
     clip_of: np.ndarray  # (T,): the clip of each frame
 
@@ -94,18 +94,18 @@ def frame_predictions(output: TrainingOutput, batch: int, layers: int) -> Predic
     def stacked(values) -> Tensor:  # (N, F, ...) of each layer -> (T, layers, B, F, ...)
         return torch.stack(values).unflatten(1, (batch, -1)).permute(2, 0, 1, 3, 4)
 
-    logits, mask_embed = map(stacked, zip(*output.frames.predictions[-layers:]))
-    return Predictions(logits, mask_embed, output.frames.features.unflatten(0, (batch, -1)), np.arange(len(logits)))
+    logits, kernel = map(stacked, zip(*output.frames.predictions[-layers:]))
+    return Predictions(logits, kernel, output.frames.features.unflatten(0, (batch, -1)), np.arange(len(logits)))
 
 
-def clip_predictions(output: TrainingOutput) -> Predictions:
+def clip_predictions(output: TrainingOutput, batch: int) -> Predictions:
     """All predictions of the tracker."""
     def stacked(name: str) -> Tensor:  # D tensors (L, B, Q, ...) of each clip -> (G, D L, B, Q, ...)
         values = torch.stack([value for clip in output.clips for value in getattr(clip, name)])
         return values.unflatten(0, (len(output.clips), -1)).flatten(1, 2)
 
     clip_of = np.repeat(np.arange(len(output.clips)), [clip.frame_embed.shape[2] for clip in output.clips])
-    return Predictions(stacked("logits"), stacked("mask_embed"), output.mask_features, clip_of)
+    return Predictions(stacked("logits"), stacked("mask_kernel"), output.frames.features.unflatten(0, (batch, -1)), clip_of)
 
 
 # Points
@@ -118,6 +118,11 @@ def random_points(rows: int, count: int, like: Tensor) -> Tensor:
 def sample_at(maps: Tensor, points: Tensor) -> Tensor:
     """Bilinear values of maps (N, C, H, W) at points (N, P, 2), (x, y) in 0..1 over the whole map: (N, C, P)."""
     return F.grid_sample(maps, points.mul(2).sub_(1)[:, :, None], align_corners=False).squeeze(3)
+
+
+def with_ones(features: Tensor) -> Tensor:
+    """(T, C, h, w) -> (T, C + 1, h, w): a kernel's constant, too, is less where a point lies in part outside the map."""
+    return F.pad(features, (0, 0, 0, 0, 0, 1), value=1)
 
 
 def uncertain_points(logits: Tensor, count: int, candidates: int, uncertain: int) -> Tensor:
@@ -155,17 +160,17 @@ def match_cost(logits: Tensor, masks: Tensor, labels: Tensor, target_masks: Tens
 def matching_costs(predictions: Predictions, targets: Targets, count: int, weights: dict) -> list[Tensor]:
     """Costs (G, R, Q, I) of each video by masks at `count` points, the same ones in every frame of a clip.
 
-    Sampling is linear, so the sampled mask of a query is its embedding times the sampled features: one sampling serves all
-    queries of all predictions. It goes video by video to save memory.
+    Sampling is linear, so the sampled mask of a query is its kernel on the sampled features: one sampling serves all queries of all
+    predictions. It goes video by video to save memory.
     """
     labels, clip_of = to_device([targets.labels, predictions.clip_of], predictions.features.device)
     costs = []
     for video, own in enumerate(targets.videos):
-        features = full_precision(predictions.features[video])                                # (T, C, h, w)
+        features = with_ones(full_precision(predictions.features[video]))                     # (T, C + 1, h, w)
         points = random_points(len(predictions.logits), count, features).index_select(0, clip_of)  # (T, P, 2)
         truth = sample_at(targets.masks[own].transpose(0, 1).to(features.dtype), points)      # (T, I, P)
-        embed = full_precision(predictions.mask_embed[:, :, video]).index_select(0, clip_of)  # (T, R, Q, C)
-        masks = (embed.flatten(1, 2) @ sample_at(features, points)).unflatten(1, embed.shape[1:3])
+        kernel = full_precision(predictions.mask_kernel[:, :, video]).index_select(0, clip_of)  # (T, R, Q, C + 1)
+        masks = (kernel.flatten(1, 2) @ sample_at(features, points)).unflatten(1, kernel.shape[1:3])
         logits = full_precision(predictions.logits[:, :, video])
         costs.append(match_cost(logits, masks, labels[own], truth, clip_of, weights))
     return costs

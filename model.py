@@ -31,7 +31,7 @@ from detector import FrameDecoder, PixelDecoder
 from graph import Replay
 from results import (EncodedVideo, FrameTracks, RunningScores, StepState, Stretch, VideoResult, best_pairs, class_probabilities,
                      frame_masks, mask_confidence, resize_masks, upsample_masks, with_mask_scores)
-from run_length import encode_counts
+from run_length import PackedCodes, encode_counts
 from tracker import ClipPrediction, Tracker, TrackerState
 from transformer import cast_products
 
@@ -48,10 +48,9 @@ MASK_PIXELS = 2 * 10 ** 8                # of the masks that encode_video has at
 @dataclass
 class FrameOutput:
     """What the detector (backbone, pixel decoder, frame decoder) knows of N frames."""
-    predictions: list[tuple[Tensor, Tensor]]  # of each decoder layer (not training: the last): logits (N, F, K + 1), embeddings (N, F, C)
-    features: Tensor                          # (N, C, h, w): times an embedding, a frame's mask
+    predictions: list[tuple[Tensor, Tensor]]  # of each decoder layer (not training: the last): logits (N, F, K + 1), kernels (N, F, C + 1)
     queries: Tensor                           # (L, N, F, C), decoder_norm'ed
-    mask_features: Tensor                     # (N, C, h, w), the tracker's
+    features: Tensor                          # (N, C, h, w), the pixel decoder's: all masks are kernels on them
 
 
 @dataclass
@@ -59,7 +58,6 @@ class TrainingOutput:
     """One training step's predictions; losses.py turns them and the targets into losses."""
     frames: FrameOutput
     clips: list[ClipPrediction]
-    mask_features: Tensor                     # (B, T, C, h, w), the tracker's
     padded_size: tuple[int, int]              # pixels, the size that masks are normalised by
 
 
@@ -151,15 +149,16 @@ class GRAttVIS(nn.Module):
 
     def detect(self, images: Tensor) -> FrameOutput:
         """images (N, 3, H, W) from `prepare`."""
-        *found, features = self.look(images)
-        return FrameOutput(*found, self.tracker.mask_features(features))
+        return FrameOutput(*self.look(images))
 
-    def look(self, images: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Tensor, Tensor, Tensor]:
-        """The detector proper: what FrameOutput holds, with the pixel decoder's features instead of the tracker's."""
+    def look(self, images: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Tensor, Tensor]:
+        """What FrameOutput holds, as plain tensors, which can be compiled and captured."""
         levels, features = self.pixel_decoder(self.backbone(images))
-        frame_features = self.pixel_decoder.mask_features(features)
-        predictions, queries = self.frame_decoder(levels, frame_features)
-        return predictions, frame_features, queries, features.to(frame_features.dtype)   # what all that read them cast them to
+        device = images.device.type
+        if torch.is_autocast_enabled(device):
+            features = features.to(torch.get_autocast_dtype(device))                     # what all that read them would cast them to
+        predictions, queries = self.frame_decoder(levels, features, self.pixel_decoder.mask_features)
+        return predictions, queries, features
 
     def detect_in_parts(self, images: Tensor) -> FrameOutput:
         """`detect`; a detector that is not trained looks at some images at a time, which takes less memory, unless its norms look at
@@ -168,9 +167,9 @@ class GRAttVIS(nn.Module):
         if trained or any(isinstance(module, nn.BatchNorm2d) for module in self.backbone.modules()):
             return self.detect(images)
         with torch.no_grad():
-            predictions, frame_features, queries, features = zip(*map(self.look, images.split(FROZEN_TOGETHER)))
+            predictions, queries, features = zip(*map(self.look, images.split(FROZEN_TOGETHER)))
         predictions = [tuple(map(torch.cat, zip(*layer))) for layer in zip(*predictions)]
-        return FrameOutput(predictions, torch.cat(frame_features), torch.cat(queries, 1), self.tracker.mask_features(torch.cat(features)))
+        return FrameOutput(predictions, torch.cat(queries, 1), torch.cat(features))
 
     def forward(self, videos: list[Tensor]) -> TrainingOutput:
         """B videos of T frames each, uint8 (T, 3, H, W); T the same for all, H and W may differ."""
@@ -180,14 +179,13 @@ class GRAttVIS(nn.Module):
         images = self.prepare([frame for video in videos for frame in video])
         frames = self.detect_in_parts(images)
         queries = frames.queries.unflatten(1, (batch, length))                           # (L, B, T, F, C)
-        mask_features = frames.mask_features.unflatten(0, (batch, length))               # (B, T, C, h, w)
         clip_length = length if self.propagation == "clip" else self.clip_length
         clips, state = [], None
         for part in queries.split([length - length % clip_length, length % clip_length], 2):  # whole clips, then a shorter one
             if part.shape[2]:
                 found, state = self.tracker.follow(part.unflatten(2, (-1, min(clip_length, part.shape[2]))), state)
                 clips += found
-        return TrainingOutput(frames, clips, mask_features, tuple(images.shape[-2:]))
+        return TrainingOutput(frames, clips, tuple(images.shape[-2:]))
 
     @torch.no_grad()
     def follow(self, batches: Iterable[Tensor]) -> Iterator[Stretch]:
@@ -239,20 +237,20 @@ class GRAttVIS(nn.Module):
         return *outputs, features, state.query
 
     def detect_queries(self, frames: Tensor) -> tuple[Tensor, Tensor]:
-        """uint8 (N, 3, H, W) -> frame queries (N, F, C) and the tracker's mask features (N, C, h, w)."""
+        """uint8 (N, 3, H, W) -> frame queries (N, F, C) and the pixel decoder's features (N, C, h, w)."""
         output = self.detect(self.prepare(frames))
-        return output.queries[-1], output.mask_features
+        return output.queries[-1], output.features
 
     def track(self, queries: Tensor, length: int, state: TrackerState | None) -> tuple[tuple[Tensor, Tensor, Tensor], TrackerState]:
-        """Frame queries (T, F, C) of whole clips of `length` frames -> logits (clips, Q, K + 1), mask embeddings (T, Q, C) and gates
+        """Frame queries (T, F, C) of whole clips of `length` frames -> logits (clips, Q, K + 1), mask kernels (T, Q, C + 1) and gates
         (T, D, Q) bool, True = open."""
         predictions, state = self.tracker.follow(queries.unflatten(0, (-1, length))[None, None], state)
         logits = torch.stack([prediction.logits[-1][-1, 0] for prediction in predictions])
-        embed = torch.stack([prediction.mask_embed[-1][-1, 0] for prediction in predictions])
+        kernel = torch.stack([prediction.mask_kernel[-1][-1, 0] for prediction in predictions])
         gates = [gate[-1, 0] for prediction in predictions for gate in prediction.gate_logits]
         gates = torch.stack(gates).unflatten(0, (len(logits), -1)) if gates else logits.new_empty(len(logits), 0, logits.shape[1])
-        embed, gates = (part[:, None].expand(-1, length, -1, -1).flatten(0, 1) for part in (embed, gates))
-        return (logits, embed, gates >= 0), state
+        kernel, gates = (part[:, None].expand(-1, length, -1, -1).flatten(0, 1) for part in (kernel, gates))
+        return (logits, kernel, gates >= 0), state
 
     @torch.no_grad()
     def segment_video(self, frames: Tensor | Iterable[Tensor], output_size: tuple[int, int] | None = None,
@@ -266,15 +264,15 @@ class GRAttVIS(nn.Module):
         stretches = list(self.follow(frames.split(FRAMES_TOGETHER) if isinstance(frames, Tensor) else in_batches(frames, FRAMES_TOGETHER)))
         logits = torch.cat([stretch.logits for stretch in stretches])                    # (clips, Q, K + 1)
         scores, labels, chosen = best_pairs(class_probabilities(logits).amax(0), top_k)
-        length, size = sum(len(stretch.mask_embed) for stretch in stretches), output_size or stretches[0].size
+        length, size = sum(len(stretch.features) for stretch in stretches), output_size or stretches[0].size
         masks, first = torch.empty(len(chosen), length, *size, dtype=torch.bool, device=logits.device), 0
         mask_sum, mask_area = 0, 0
         for stretch in stretches:
-            for embed, features in zip(stretch.mask_embed[:, chosen].split(MASKS_TOGETHER), stretch.mask_features.split(MASKS_TOGETHER)):
-                found, frame_sum, frame_area = frame_masks(embed, features, stretch.size, padded(*stretch.size), size)
-                masks[:, first:first + len(embed)] = found.transpose(0, 1)
+            for kernel, features in zip(stretch.mask_kernel[:, chosen].split(MASKS_TOGETHER), stretch.features.split(MASKS_TOGETHER)):
+                found, frame_sum, frame_area = frame_masks(kernel, features, stretch.size, padded(*stretch.size), size)
+                masks[:, first:first + len(kernel)] = found.transpose(0, 1)
                 mask_sum, mask_area = mask_sum + frame_sum.sum(0), mask_area + frame_area.sum(0)
-                first += len(embed)
+                first += len(kernel)
         scores, order = with_mask_scores(scores, mask_sum, mask_area)
         return VideoResult(scores, labels[order], masks[order], chosen[order], logits)
 
@@ -287,30 +285,31 @@ class GRAttVIS(nn.Module):
         maximum over all frames: until then every query's masks are kept, as codes on the CPU.
         """
         self.check_request(output_size, top_k)
-        scores, codes, gates, recent, buffer = None, [], [], 0, None
+        scores, codes, gates, recent, buffer = None, None, [], 0, None
         for stretch in self.follow(batches):
-            size, count = output_size or stretch.size, stretch.mask_embed.shape[1]
+            size, count = output_size or stretch.size, stretch.mask_kernel.shape[1]
             part = max(1, MASK_PIXELS // 2 // max(math.prod(size), math.prod(padded(*stretch.size))))
             if buffer is None:
                 frames = min(8, max(1, MASK_PIXELS // (count * math.prod(size))))        # encoded together: fewer waits for the GPU
                 buffer = torch.empty(frames, count, *size, dtype=torch.bool, device=stretch.logits.device)
+                codes = PackedCodes(count)
             class_scores = class_probabilities(stretch.logits).amax(0)
-            for embeds, feature in zip(stretch.mask_embed, stretch.mask_features):
+            for kernels, feature in zip(stretch.mask_kernel, stretch.features):
                 confidence = []
-                for embed, masks in zip(embeds.split(part), buffer[recent].split(part)):
-                    found, *own = frame_masks(embed[None], feature[None], stretch.size, padded(*stretch.size), size)
+                for kernel, masks in zip(kernels.split(part), buffer[recent].split(part)):
+                    found, *own = frame_masks(kernel[None], feature[None], stretch.size, padded(*stretch.size), size)
                     masks.copy_(found[0])
                     confidence.append([values[0] for values in own])
                 scores = RunningScores(class_scores, *map(torch.cat, zip(*confidence))).joined(scores)
                 recent += 1
                 if recent == len(buffer):
-                    codes.extend(map(bytes.decode, encode_counts(buffer.flatten(0, 1))))
+                    codes.add(encode_counts(buffer.flatten(0, 1)))
                     recent = 0
             gates.append(stretch.gates.cpu())
         if recent:
-            codes.extend(map(bytes.decode, encode_counts(buffer[:recent].flatten(0, 1))))
+            codes.add(encode_counts(buffer[:recent].flatten(0, 1)))
         scores, labels, chosen = (values.cpu() for values in scores.best(top_k))
-        segmentations = [[{"size": list(size), "counts": code} for code in codes[query::count]] for query in chosen.tolist()]
+        segmentations = [[{"size": list(size), "counts": code} for code in own] for own in codes.take(chosen.tolist())]
         return EncodedVideo(scores, labels, chosen, segmentations, torch.cat(gates).permute(2, 0, 1)[chosen])
 
     @torch.no_grad()
@@ -330,8 +329,8 @@ class GRAttVIS(nn.Module):
         elif state.size != size:
             raise ValueError(f"all frames of a video must have one size, not {state.size} and {size}")
         frames = frame[None].to(self.pixel_mean.device, non_blocking=True)
-        (logits, embed, gates, features), tracker_state = self.advance(frames, 1, state.tracker if state else None)
-        mask_logits = upsample_masks(embed, features, size, padded(*size))
+        (logits, kernel, gates, features), tracker_state = self.advance(frames, 1, state.tracker if state else None)
+        mask_logits = upsample_masks(kernel, features, size, padded(*size))
         confidence = (part[0] for part in mask_confidence(mask_logits))
         running = RunningScores(class_probabilities(logits[0]), *confidence).joined(state.scores if state else None)
         scores, labels, chosen = running.best(top_k)

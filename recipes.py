@@ -192,8 +192,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     optimisation.add_argument("--ema", type=float, default=0.0, help="decay of averaged weights, which are then evaluated; 0 = none")
     optimisation.add_argument("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"),
                               help="auto = bf16 on a GPU that has it, fp16 on another, off on a CPU")
-    optimisation.add_argument("--recompute", action=switch, default=False, help="make again in backward what the backbone and the pixel "
-                              "decoder would keep for it: less memory, more time")
+    optimisation.add_argument("--recompute", default="off", choices=("off", "decoder", "all"), help="make again in backward what the pixel "
+                              "decoder, or half of a ResNet too, would keep for it: less memory, more time")
     optimisation.add_argument("--compile", default="off", choices=("off", "tracker", "all"), help="compile the tracker, or the detector "
                               "too: anew for every size of frames, so for data of few sizes; results differ by rounding")
     evaluation = parser.add_argument_group("evaluation")

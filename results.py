@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tracker import TrackerState
+from transformer import mask_logits
 
 
 @dataclass
@@ -69,9 +70,9 @@ class FrameTracks:
 class Stretch:
     """What inference knows of T frames of a video in a row, whole clips, of all queries."""
     logits: Tensor         # (clips, Q, K + 1)
-    mask_embed: Tensor     # (T, Q, C)
+    mask_kernel: Tensor    # (T, Q, C + 1)
     gates: Tensor          # (T, D, Q) bool, True = open; D = 0 without a gate
-    mask_features: Tensor  # (T, C, h, w)
+    features: Tensor       # (T, C, h, w): the kernels' inputs
     size: tuple[int, int]  # of the frames, pixels
 
 
@@ -102,30 +103,30 @@ def class_probabilities(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)[..., :-1]
 
 
-def upsample_masks(embed: Tensor, features: Tensor, size: tuple[int, int], padded_size: tuple[int, int]) -> Tensor:
-    """Mask logits (T, Q, *size) of frames: embeddings (T, Q, C) times features (T, C, h, w), bilinear to the padded frame, cropped."""
-    masks = torch.einsum("tqc,tchw->tqhw", embed, features)
+def upsample_masks(kernel: Tensor, features: Tensor, size: tuple[int, int], padded_size: tuple[int, int]) -> Tensor:
+    """Mask logits (T, Q, *size) of frames: kernels (T, Q, C + 1) on features (T, C, h, w), bilinear to the padded frame, cropped."""
+    masks = mask_logits(kernel, features)
     masks = F.interpolate(masks, size=padded_size, mode="bilinear", align_corners=False)
     return masks[..., :size[0], :size[1]]
 
 
-def frame_masks(embed: Tensor, features: Tensor, size: tuple[int, int], padded_size: tuple[int, int], output_size: tuple[int, int]
+def frame_masks(kernel: Tensor, features: Tensor, size: tuple[int, int], padded_size: tuple[int, int], output_size: tuple[int, int]
                 ) -> tuple[Tensor, Tensor, Tensor]:
     """Masks (T, Q, *output_size) bool of frames, and their mask_confidence, each (T, Q); arguments as for upsample_masks."""
-    mask_logits = upsample_masks(embed, features, size, padded_size)
-    return resize_masks(mask_logits, output_size) > 0, *mask_confidence(mask_logits)
+    logits = upsample_masks(kernel, features, size, padded_size)
+    return resize_masks(logits, output_size) > 0, *mask_confidence(logits)
 
 
-def mask_confidence(mask_logits: Tensor) -> tuple[Tensor, Tensor]:
+def mask_confidence(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Of mask logits (..., H, W), the sum of the probabilities above one half and their number, each (...): their ratio over a video
     is the mask score."""
-    soft = mask_logits.to(torch.promote_types(mask_logits.dtype, torch.float32)).sigmoid()
+    soft = logits.to(torch.promote_types(logits.dtype, torch.float32)).sigmoid()
     hard = soft > 0.5
     return soft.mul_(hard).sum((-2, -1)), hard.sum((-2, -1))
 
 
-def resize_masks(mask_logits: Tensor, size: tuple[int, int] | None) -> Tensor:
+def resize_masks(logits: Tensor, size: tuple[int, int] | None) -> Tensor:
     """Bilinear resize of mask logits (T, Q, H, W); None or the same size returns them as they are."""
-    if size is None or tuple(size) == tuple(mask_logits.shape[-2:]):
-        return mask_logits
-    return F.interpolate(mask_logits, size=tuple(size), mode="bilinear", align_corners=False)
+    if size is None or tuple(size) == tuple(logits.shape[-2:]):
+        return logits
+    return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=False)

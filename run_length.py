@@ -2,6 +2,7 @@
 
     codes = encode(masks)                       # bool (N, H, W) -> N times {"size": [H, W], "counts": "..."}
     fault = find_fault([code["counts"] for code in codes], [H * W] * N)     # None, or the first bad one and what is wrong
+    kept = PackedCodes(each); kept.add(encode_counts(masks)); kept.take(some)   # many codes of which few will be asked for
 
 A code lists the lengths of the runs of a mask read column by column, background first (0 if it starts with the object); a
 run from the fourth on is written as its difference to the one before the last, five bits a character. Source of the format:
@@ -139,6 +140,34 @@ def compress(runs: Array, runs_each: Array) -> tuple[Array, Array]:
     characters = xp.empty(total, dtype=xp.uint8)
     characters[:] = (values[owner] >> 5 * (length[owner] - 1 - left) & 31) + 48 + 32 * (left > 0)
     return characters, stop[ends - 1]
+
+
+class PackedCodes:
+    """Many codes in three quarters of their memory: a character has six bits, so the bits of every fourth lie on top of three others.
+
+    each: codes come in turn, one for each of so many things; those of some of them are what is asked for in the end."""
+
+    def __init__(self, each: int):
+        self.each, self.parts = each, []
+
+    def add(self, codes: list[bytes]) -> None:
+        """The next codes of all things, once or several times in turn."""
+        ends = np.cumsum([len(code) for code in codes]).astype(np.uint32)
+        characters = np.frombuffer(b"".join(codes).ljust(-(-int(ends[-1]) // 4) * 4, b"0"), np.uint8) - np.uint8(48)
+        *three, fourth = characters.reshape(4, -1)
+        self.parts.append((np.stack([low | fourth << 2 * place & 192 for place, low in enumerate(three, 1)]), ends))
+
+    def take(self, chosen: list[int]) -> list[list[str]]:
+        """All codes of each chosen thing; the store is empty afterwards, and gives its memory back on the way."""
+        found = {thing: [] for thing in chosen}
+        self.parts.reverse()
+        while self.parts:
+            three, ends = self.parts.pop()
+            fourth = sum((high & 192) >> 2 * place for place, high in enumerate(three, 1))
+            text, ends = str((np.vstack((three & 63, fourth)) + 48).tobytes(), "ascii"), [0, *ends.tolist()]
+            for thing, codes in found.items():
+                codes += [text[ends[place]:ends[place + 1]] for place in range(thing, len(ends) - 1, self.each)]
+        return [found[thing] for thing in chosen]
 
 
 def decode_runs(codes: list[bytes]) -> tuple[np.ndarray, np.ndarray]:

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from transformer import MLP, CrossAttention, FeedForward, SelfAttention
+from transformer import MLP, CrossAttention, FeedForward, SelfAttention, mask_kernel
 
 PROPAGATIONS = ("gated", "plain", "memory", "gated+memory", "clip")
 GATE_MASKS = ("additive", "blocked")
@@ -44,7 +44,8 @@ class TrackerState:
 class ClipPrediction:
     """Predictions for one clip; lists run over the D decoder layers (while not training: the last one alone)."""
     logits: list[Tensor]              # (L, B, Q, K + 1)
-    mask_embed: list[Tensor]          # (L, B, Q, C)
+    mask_embed: list[Tensor]          # (L, B, Q, C), of features that have gone through the tracker's mask_features
+    mask_kernel: list[Tensor]         # (L, B, Q, C + 1), the same for features that have not
     clip_embed: Tensor                # (L, B, Q, C), last layer: similarity embedding of the clip queries
     frame_embed: Tensor               # (L, B, T, F, C): similarity embedding of the frame queries
     gate_logits: list[Tensor]         # (L, B, Q) of all D layers, empty without a gate
@@ -113,8 +114,9 @@ class Tracker(nn.Module):
                 all_clips.append([value.unflatten(0, (layers, batch)) for value in values])
         outputs = torch.stack([torch.stack(own if self.training else own[-1:]) for own in normed])       # (clips, D, L, B, Q, C)
         logits, mask_embed, clip_embed = self.class_embed(outputs), self.mask_embed(outputs), self.clip_similarity(outputs[:, -1])
+        kernel = mask_kernel(mask_embed, self.mask_features)
         frame_embed = frame_embed.unflatten(0, (layers, batch))
-        return [ClipPrediction(list(logits[clip]), list(mask_embed[clip]), clip_embed[clip], frame_embed[:, :, clip],
+        return [ClipPrediction(list(logits[clip]), list(mask_embed[clip]), list(kernel[clip]), clip_embed[clip], frame_embed[:, :, clip],
                                gate_logits[clip], gate_soft[clip]) for clip in range(clips)], state
 
     def read(self, frame_queries: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:

@@ -64,7 +64,7 @@ def main(args: argparse.Namespace) -> None:
         model.hold_frozen(amp)
     if args.compile != "off":
         model.compile_parts(detector=args.compile == "all")
-    model.backbone.recompute = model.pixel_decoder.recompute = args.recompute
+    model.pixel_decoder.recompute, model.backbone.recompute = args.recompute != "off", args.recompute == "all"
     optimizer = torch.optim.AdamW(parameter_groups(model, args.lr, args.weight_decay, args.backbone_lr_factor), fused=on_gpu)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(
         step, args.warmup, args.lr_steps, args.warmup_start, args.lr_gamma))

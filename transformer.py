@@ -1,7 +1,7 @@
 """The post-norm blocks that the frame decoder (detector.py) and the tracker (tracker.py) are made of.
 
 One residual branch each, LayerNorm after the sum (post-norm), no dropout: `SelfAttention`, `CrossAttention`,
-`FeedForward`; and the `MLP` that turns a query into a mask embedding. Batch comes first everywhere: (N, tokens, C).
+`FeedForward`; and how a query becomes a mask: `MLP`, `mask_kernel`, `mask_logits`. Batch comes first everywhere: (N, tokens, C).
 
 Source: upstream mask2former/modeling/transformer_decoder/mask2former_transformer_decoder.py and
 vita/modeling/transformer_decoder/vita.py, which hold the same three blocks twice.
@@ -108,6 +108,20 @@ class MLP(nn.Sequential):
     def __init__(self, channels: int, out_channels: int):
         super().__init__(nn.Linear(channels, channels), nn.ReLU(), nn.Linear(channels, channels), nn.ReLU(),
                          nn.Linear(channels, out_channels))
+
+
+def mask_kernel(embed: Tensor, convolution: nn.Conv2d) -> Tensor:
+    """Mask embeddings e (..., C) of features that go through a 1x1 convolution -> kernels (..., inputs + 1) of its inputs f.
+
+    e (W f + b) = (e W) f + e b: the convolution goes to the few queries instead of to the many pixels, and its output is never
+    made. The last number of a kernel is the constant e b."""
+    return F.linear(embed, torch.cat((convolution.weight.flatten(1), convolution.bias[:, None]), 1).T)
+
+
+def mask_logits(kernel: Tensor, features: Tensor) -> Tensor:
+    """Kernels (N, Q, C + 1) on features (N, C, h, w) or (N, C, pixels): logits (N, Q, h, w) or (N, Q, pixels)."""
+    logits = kernel[..., :-1].contiguous() @ features.flatten(2)
+    return (logits + kernel[..., -1:]).unflatten(2, features.shape[2:])
 
 
 def cast_products(modules: Iterable[nn.Module], dtype: torch.dtype) -> None:

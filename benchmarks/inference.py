@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import VideoSet  # noqa: E402
 from deform_attn import implementation  # noqa: E402
 from inference import FrameBatches, segment_videos, to_entries  # noqa: E402
+import model as model_module  # noqa: E402
 from model import FRAMES_TOGETHER, build_model, padded, regrouped  # noqa: E402
 from results import frame_masks  # noqa: E402
 from run_length import encode, encode_counts  # noqa: E402
@@ -97,23 +98,34 @@ def make_batches(frames: int, chunk: int):
 
 
 def memory(lengths: list[int], chunk: int) -> None:
-    """Peaks while a video of each length is encoded; the process must not grow by more than the codes it returns."""
-    model = make_model()
+    """Peaks while a video of each length is encoded; the process must not grow by more than the codes of all queries a frame."""
+    model, counted, last = make_model(), [], None
+
+    def encode_and_count(masks: torch.Tensor) -> list[bytes]:
+        codes = encode_counts(masks)
+        counted.append(sum(map(len, codes)))
+        return codes
+
+    model_module.encode_counts = encode_and_count
     for frames in [8, *lengths]:                              # the first warms up
         if CUDA:
             torch.cuda.reset_peak_memory_stats()
-        before, began = resident(), time.perf_counter()
+        began = time.perf_counter()
+        counted.clear()
         with autocast():
             found = model.encode_video(make_batches(frames, chunk), OUTPUT, 20)
-        codes = sum(len(code["counts"]) for track in found.segmentations for code in track)
+        now, codes = resident(), sum(len(code["counts"]) for track in found.segmentations for code in track)
         peak = f"{torch.cuda.max_memory_allocated() / 1e9:.3f} GB of GPU memory, " if CUDA else ""
-        print(f"memory at {frames} frames: {peak}the process from {before:.0f} to {resident():.0f} MB, "
-              f"{codes / 1e6:.2f} MB of codes in the result, {frames / (time.perf_counter() - began):.0f} frames a second")
+        growth = f"{1e3 * (now - last[1]) / (frames - last[0]):.1f} kB a frame since {last[0]}" if last else "first"
+        print(f"memory at {frames} frames: {peak}the process {now:.0f} MB ({growth}); codes a frame: {sum(counted) / frames / 1e3:.1f} kB of "
+              f"all queries, {codes / frames / 1e3:.1f} of the result; {frames / (time.perf_counter() - began):.0f} frames a second")
+        last = frames, now
         del found
+    model_module.encode_counts = encode_counts
 
 
 def resident() -> float:
-    """The memory of this process, MB; what encode_video kept of all queries is still in it, freed but not given back."""
+    """The memory of this process, MB."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
 
 

@@ -131,7 +131,7 @@ def train(clips: int, frozen: bool, args: argparse.Namespace, size: tuple[int, i
     model.hold_frozen(AMP)
     if args.compile:
         model.compile_parts()
-    model.backbone.recompute = model.pixel_decoder.recompute = args.recompute
+    model.pixel_decoder.recompute, model.backbone.recompute = args.recompute != "off", args.recompute == "all"
     criterion = Criterion(25, points=setting.points, freeze_detector=frozen)
     optimizer = torch.optim.AdamW(parameter_groups(model, 1e-6, setting.weight_decay, setting.backbone_lr_factor), fused=CUDA)
     scaler = torch.amp.GradScaler(DEVICE.type, enabled=False)
@@ -213,7 +213,7 @@ def main() -> None:
     parser.add_argument("--training", nargs="+", default=list(TRAINING), choices=TRAINING, help="clips, and whether the detector is frozen")
     parser.add_argument("--chunks", type=int, nargs="+", default=[1, 8, 36], help="frames that the other model takes at once")
     parser.add_argument("--compile", action="store_true", help="torch.compile the model")
-    parser.add_argument("--recompute", action="store_true", help="as train.py's")
+    parser.add_argument("--recompute", default="off", choices=("off", "decoder", "all"), help="as train.py's")
     parser.add_argument("--profile", type=int, default=0, metavar="N", help="print the N longest kernels of every part")
     args = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if CUDA else 'CPU'}, {AMP}, {implementation(DEVICE)}", flush=True)

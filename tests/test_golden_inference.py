@@ -10,6 +10,7 @@ import torch
 from conftest import fixed_threads
 from golden_set import (PROPAGATION, golden_model, make_video, meta, read_arrays, relative_error, subsampled_error,
                         unpack_masks)
+from transformer import mask_logits
 
 VIDEOS = list(meta()["infer"]["videos"])
 MODES = [(mode, video) for mode, run in meta()["modes"]["runs"].items() for video in run["videos"]]
@@ -31,14 +32,13 @@ def run_stages(model, frames):
         images = model.prepare([frame])
         maps = model.backbone(images)
         levels, features = model.pixel_decoder(maps)
-        mask_features = model.pixel_decoder.mask_features(features)
-        predictions, queries = model.frame_decoder(levels, mask_features)
+        predictions, queries = model.frame_decoder(levels, features, model.pixel_decoder.mask_features)
         prediction, state = model.tracker(queries[:, None], state)
         stages = {f"backbone.res{i + 2}": m for i, m in enumerate(maps)}
         stages |= {f"pixdec.ms{i}": level for i, level in enumerate(levels)}
-        stages |= {"pixdec.clip_mask_features": features, "pixdec.mask_features": mask_features,
+        stages |= {"pixdec.clip_mask_features": features, "pixdec.mask_features": model.pixel_decoder.mask_features(features),
                    "m2f.pred_logits": predictions[-1][0],
-                   "m2f.pred_masks": torch.einsum("nfc,nchw->nfhw", predictions[-1][1], mask_features),
+                   "m2f.pred_masks": mask_logits(predictions[-1][1], features),
                    "m2f.frame_queries_last": queries[-1]}
         yield stages, prediction, state
 

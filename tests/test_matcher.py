@@ -62,19 +62,18 @@ def random_output(batch: int, frames: int, clip_length: int, layers: int = 2, de
     def clip(length):
         streams = layers, batch
         logits = [random(*streams, queries, CLASSES + 1) for _ in range(depth)]
-        embeds = [random(*streams, queries, channels) for _ in range(depth)]
+        embeds, kernels = ([random(*streams, queries, channels + extra) for _ in range(depth)] for extra in (0, 1))
         gates = [random(*streams, queries) for _ in range(depth)]
-        return ClipPrediction(logits, embeds, random(*streams, queries, channels),
+        return ClipPrediction(logits, embeds, kernels, random(*streams, queries, channels),
                               random(*streams, length, queries, channels), gates, [gate.sigmoid() for gate in gates])
 
     height, width = SIZE[0] // 4, SIZE[1] // 4
-    predictions = [(random(batch * frames, queries, CLASSES + 1), random(batch * frames, queries, channels))
+    predictions = [(random(batch * frames, queries, CLASSES + 1), random(batch * frames, queries, channels + 1))
                    for _ in range(layers + 1)]
-    frame_output = FrameOutput(predictions, random(batch * frames, channels, height, width),
-                               random(layers, batch * frames, queries, channels), random(1))
+    frame_output = FrameOutput(predictions, random(layers, batch * frames, queries, channels),
+                               random(batch * frames, channels, height, width))
     lengths = [min(clip_length, frames - first) for first in range(0, frames, clip_length)]
-    return TrainingOutput(frame_output, [clip(length) for length in lengths],
-                          random(batch, frames, channels, height, width), SIZE)
+    return TrainingOutput(frame_output, [clip(length) for length in lengths], SIZE)
 
 
 def only_video(output: TrainingOutput, video: int, batch: int) -> TrainingOutput:
@@ -82,11 +81,16 @@ def only_video(output: TrainingOutput, video: int, batch: int) -> TrainingOutput
     own, one = slice(video, video + 1), slice(None)
     frames = len(output.frames.predictions[0][0]) // batch
     rows = slice(video * frames, (video + 1) * frames)
-    frame_output = FrameOutput([(logits[rows], embeds[rows]) for logits, embeds in output.frames.predictions],
-                               output.frames.features[rows], output.frames.queries[:, rows], output.frames.mask_features)
+    frame_output = FrameOutput([(logits[rows], kernels[rows]) for logits, kernels in output.frames.predictions],
+                               output.frames.queries[:, rows], output.frames.features[rows])
     clips = [ClipPrediction(*([x[one, own] for x in part] if isinstance(part, list) else part[one, own]
                               for part in vars(clip).values())) for clip in output.clips]
-    return TrainingOutput(frame_output, clips, output.mask_features[own], output.padded_size)
+    return TrainingOutput(frame_output, clips, output.padded_size)
+
+
+def paint(kernel: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    """Mask logits (..., T, h, w) of kernels (..., C + 1) on features (T, C, h, w)."""
+    return torch.einsum("...c,tchw->...thw", kernel[..., :-1], features) + kernel[..., -1, None, None, None]
 
 
 # Costs and assignment
@@ -193,19 +197,18 @@ def painted_output(clip: Clip, plan: list[list[int]], queries: int = 4) -> Train
     instances, frames = clip.ids.shape
     signs = torch.where(clip.masks, 20.0, -20.0)
     signs[clip.ids == -1] = -20.0
-    clips, predictions = [], (torch.zeros(frames, queries, CLASSES + 1), torch.zeros(frames, queries, instances))
+    clips, predictions = [], (torch.zeros(frames, queries, CLASSES + 1), torch.zeros(frames, queries, instances + 1))
     for t, row in enumerate(plan):
-        logits, embed = torch.zeros(queries, CLASSES + 1), torch.zeros(queries, instances)
+        logits, kernel = torch.zeros(queries, CLASSES + 1), torch.zeros(queries, instances + 1)
         logits[:, -1] = 5
         for instance, query in enumerate(row):
             logits[query] = 10 * F.one_hot(clip.labels[instance], CLASSES + 1)
-            embed[query, instance] = 1
+            kernel[query, instance] = 1
         predictions[0][t] = logits
-        predictions[1][t] = embed
-        clips.append(ClipPrediction([logits[None, None]], [embed[None, None]], torch.zeros(1, 1, queries, 2),
+        predictions[1][t] = kernel
+        clips.append(ClipPrediction([logits[None, None]], [], [kernel[None, None]], torch.zeros(1, 1, queries, 2),
                                     torch.zeros(1, 1, 1, queries, 2), [], []))
-    return TrainingOutput(FrameOutput([predictions], signs.transpose(0, 1), torch.zeros(1, frames, queries, 2), torch.zeros(0)),
-                          clips, signs.transpose(0, 1)[None], SIZE)
+    return TrainingOutput(FrameOutput([predictions], torch.zeros(1, frames, queries, 2), signs.transpose(0, 1)), clips, SIZE)
 
 
 def test_matches_of_painted_queries():
@@ -237,7 +240,7 @@ def test_matching_costs_are_a_loop(monkeypatch):
         return drawn[-1]
 
     monkeypatch.setattr(matcher, "random_points", recorded)
-    for whole, parts in ((clip_predictions(output), [[0, 1], [2]]), (frame_predictions(output, 2, 3), [[0], [1], [2]])):
+    for whole, parts in ((clip_predictions(output, 2), [[0, 1], [2]]), (frame_predictions(output, 2, 3), [[0], [1], [2]])):
         drawn.clear()
         costs = matching_costs(whole, make_targets(*clips), 9, WEIGHTS)
         assert [cost.shape for cost in costs] == [(len(parts), whole.logits.shape[1], 6, instances) for instances in (1, 2)]
@@ -245,8 +248,8 @@ def test_matching_costs_are_a_loop(monkeypatch):
             at, truth = drawn[video][part:part + 1], clips[video].masks.double()
             truth = torch.cat([sample_at(truth[None, :, t], at)[0] for t in frames], 1)
             for layer in range(whole.logits.shape[1]):
-                masks = torch.einsum("qc,tchw->tqhw", whole.mask_embed[part, layer, video], whole.features[video, frames])
-                sampled = torch.cat([sample_at(mask[None], at)[0] for mask in masks], 1)
+                masks = paint(whole.mask_kernel[part, layer, video], whole.features[video, frames])
+                sampled = torch.cat([sample_at(mask[None], at)[0] for mask in masks.unbind(1)], 1)
                 expected = match_cost(whole.logits[part, layer, video][None, None], sampled[None, None], clips[video].labels,
                                       truth[None], torch.tensor([0]), WEIGHTS)[0, 0]
                 torch.testing.assert_close(costs[video][part, layer], expected)
@@ -255,17 +258,17 @@ def test_matching_costs_are_a_loop(monkeypatch):
 def test_predictions_in_one_form():
     """Layers of frames and layers and levels of clips side by side, D-major; which clip a frame is in."""
     output = random_output(2, 5, clip_length=2, layers=3, depth=2)
-    frames, clips = frame_predictions(output, 2, 3), clip_predictions(output)
+    frames, clips = frame_predictions(output, 2, 3), clip_predictions(output, 2)
     assert frames.clip_of.tolist() == [0, 1, 2, 3, 4] and clips.clip_of.tolist() == [0, 0, 1, 1, 2]
     assert frames.logits.shape[:4] == (5, 3, 2, 6) and clips.logits.shape[:4] == (3, 6, 2, 6)
     for t, layer, video in itertools.product(range(5), range(3), range(2)):
-        logits, embed = output.frames.predictions[1 + layer]            # the last three of four
+        logits, kernel = output.frames.predictions[1 + layer]           # the last three of four
         assert torch.equal(frames.logits[t, layer, video], logits[5 * video + t])
-        assert torch.equal(frames.mask_embed[t, layer, video], embed[5 * video + t])
+        assert torch.equal(frames.mask_kernel[t, layer, video], kernel[5 * video + t])
     for clip, depth, level in itertools.product(range(3), range(2), range(3)):
         assert torch.equal(clips.logits[clip, 3 * depth + level], output.clips[clip].logits[depth][level])
-        assert torch.equal(clips.mask_embed[clip, 3 * depth + level], output.clips[clip].mask_embed[depth][level])
-    assert clips.features is output.mask_features
+        assert torch.equal(clips.mask_kernel[clip, 3 * depth + level], output.clips[clip].mask_kernel[depth][level])
+    assert torch.equal(clips.features.flatten(0, 1), output.frames.features)
 
 
 def test_a_batch_is_matched_as_its_videos_alone(no_chance):
@@ -305,9 +308,8 @@ def test_two_equal_streams_cost_as_one(no_chance):
     one, clip = random_output(batch=1, frames=2, clip_length=1, layers=1), make_clip([[1, 1], [0, 1]])
     doubled = [ClipPrediction(*([torch.cat((x, x)) for x in part] if isinstance(part, list) else torch.cat((part, part))
                                 for part in vars(clip).values())) for clip in one.clips]
-    frames = FrameOutput(one.frames.predictions, one.frames.features, torch.cat((one.frames.queries, one.frames.queries)),
-                         torch.zeros(0))
-    two = TrainingOutput(frames, doubled, one.mask_features, SIZE)
+    frames = FrameOutput(one.frames.predictions, torch.cat((one.frames.queries, one.frames.queries)), one.frames.features)
+    two = TrainingOutput(frames, doubled, SIZE)
     (single, _), (double, matches) = (Criterion(CLASSES, points=40)(output, [clip]) for output in (one, two))
     assert len(matches.clips[0][0]) == 2
     for name, loss in double.items():
@@ -382,7 +384,7 @@ def test_mask_losses_are_a_loop(no_chance, monkeypatch, most):
     torch.manual_seed(0)
     criterion = Criterion(CLASSES, points=8)
     clips, output = [make_clip([[1, 1, 0], [0, 0, 1]]), make_clip([[0, 1, 0]])], random_output(2, 3, clip_length=2)
-    targets, predictions = make_targets(*clips), clip_predictions(output)
+    targets, predictions = make_targets(*clips), clip_predictions(output, len(clips))
     query_of = numpy.random.default_rng(0).integers(0, 6, (2, 4, 3))    # (G, R, A)
     query_of[0, 2, 1] = query_of[0, 1, 0] = -1
     matching = Matching(numpy.array([[10, -1], [-1, 11], [10, -1]]), query_of)
@@ -393,8 +395,7 @@ def test_mask_losses_are_a_loop(no_chance, monkeypatch, most):
     for (clip, video, instance, frames), layer in itertools.product(seen, range(4)):
         query = query_of[clip, layer, (0, 2)[video] + (1 if clip else 0)]
         if query >= 0:
-            embed, features = predictions.mask_embed[clip, layer, video, query], predictions.features[video, frames]
-            masks = torch.einsum("c,tchw->thw", embed, features)
+            masks = paint(predictions.mask_kernel[clip, layer, video, query], predictions.features[video, frames])
             expected[:, clip, layer] += torch.stack(slow_mask_loss(masks, clips[video].masks[1 if clip else 0, frames], criterion))
     torch.testing.assert_close(losses, expected)
 
@@ -447,7 +448,7 @@ def test_similarity_loss_is_a_loop_over_pairs():
 def test_gate_losses():
     """One open gate of two, as it should be: "logits" reaches 0; "released" squashes the gate twice and cannot."""
     logits = torch.tensor([50.0, -50.0])[None, None]
-    prediction = ClipPrediction([], [], torch.zeros(0), torch.zeros(0), [logits], [logits.sigmoid()])
+    prediction = ClipPrediction([], [], [], torch.zeros(0), torch.zeros(0), [logits], [logits.sigmoid()])
     right, wrong = (torch.tensor(classes)[None, None, None] for classes in ([1, CLASSES], [CLASSES, 1]))
     loss, released = (Criterion(CLASSES, gate_loss=kind).gate_loss for kind in GATE_LOSSES)
     assert loss([prediction], right).item() == pytest.approx(0, abs=1e-6)
@@ -461,12 +462,12 @@ def test_gate_losses():
 # The whole criterion against plain loops
 
 @torch.no_grad()
-def slow_costs(logits: torch.Tensor, embed: torch.Tensor, features: torch.Tensor, labels, truth, count: int) -> numpy.ndarray:
+def slow_costs(logits: torch.Tensor, kernel: torch.Tensor, features: torch.Tensor, labels, truth, count: int) -> numpy.ndarray:
     """Costs (Q, I) of the queries of one clip, one by one. features (T, C, h, w), truth (I, T, H, W)."""
     cost = numpy.zeros((len(logits), len(labels)))
     at = fixed_points(1, count, features)
     for query, instance in itertools.product(range(len(logits)), range(len(labels))):
-        masks = torch.einsum("c,tchw->thw", embed[query], features)
+        masks = paint(kernel[query], features)
         sampled = torch.cat([sample_at(mask[None, None], at).flatten() for mask in masks])
         true = torch.cat([sample_at(mask[None, None].to(masks.dtype), at).flatten() for mask in truth[instance]])
         inside = sampled.sigmoid()
@@ -510,18 +511,18 @@ def slow_criterion(output: TrainingOutput, clips: list[Clip], criterion: Criteri
     """Losses and matches of frames and clips, all by loops."""
     losses, layers, length, batch = {}, len(output.frames.queries), clips[0].ids.shape[1], len(clips)
     found = []                                                          # [layer][frame] {instance: query}
-    for number, (logits, embed) in enumerate(output.frames.predictions):
+    for number, (logits, kernel) in enumerate(output.frames.predictions):
         found.append([])
         for n, (b, t) in enumerate(itertools.product(range(batch), range(length))):
             shown = [i for i in range(len(clips[b].labels)) if clips[b].ids[i, t] != -1]
-            cost = slow_costs(logits[n], embed[n], output.frames.features[n:n + 1], clips[b].labels[shown],
+            cost = slow_costs(logits[n], kernel[n], output.frames.features[n:n + 1], clips[b].labels[shown],
                               clips[b].masks[shown, t][:, None], criterion.points)
             found[-1].append({shown[i]: int(query) for query, i in zip(*linear_sum_assignment(cost))})
         rows, pairs, count = [], [], 0
         for n, match in enumerate(found[-1]):
             clip, t = clips[n // length], n % length
             rows.append((logits[n], {query: int(clip.labels[i]) for i, query in match.items()}))
-            pairs += [(torch.einsum("c,chw->hw", embed[n, query], output.frames.features[n])[None], clip.masks[i, t][None])
+            pairs += [(paint(kernel[n, query], output.frames.features[n][None]), clip.masks[i, t][None])
                       for i, query in match.items()]
             count += int((clip.ids[:, t] != -1).sum())
         suffix = f"_{number}" if number < len(output.frames.predictions) - 1 else ""
@@ -531,18 +532,19 @@ def slow_criterion(output: TrainingOutput, clips: list[Clip], criterion: Criteri
 
     held, by_clip, first = {}, [], 0                                    # held: {(depth, level, video): {instance: query}}
     lengths = [prediction.frame_embed.shape[2] for prediction in output.clips]
-    for number, (prediction, features) in enumerate(zip(output.clips, output.mask_features.split(lengths, 1), strict=True)):
+    all_features = output.frames.features.unflatten(0, (batch, length))
+    for number, (prediction, features) in enumerate(zip(output.clips, all_features.split(lengths, 1), strict=True)):
         times, depth = list(range(first, first + features.shape[1])), len(prediction.logits)
         by_clip.append([])
         for d in range(depth):
             by_clip[-1].append([])
             rows, pairs, count, streams, gates = [], [], 0, [], []
             for level, b in itertools.product(range(layers), range(batch)):
-                clip, logits, embed = clips[b], prediction.logits[d][level, b], prediction.mask_embed[d][level, b]
+                clip, logits, kernel = clips[b], prediction.logits[d][level, b], prediction.mask_kernel[d][level, b]
                 own = held.setdefault((d, level, b), {})
                 valid = [i for i in range(len(clip.labels)) if (clip.ids[i, times] != -1).any()]
                 new = [i for i in valid if (clip.ids[i, :first] == -1).all()]
-                cost = slow_costs(logits, embed, features[b], clip.labels[new], clip.masks[new][:, times], criterion.points)
+                cost = slow_costs(logits, kernel, features[b], clip.labels[new], clip.masks[new][:, times], criterion.points)
                 for i in valid:
                     if i not in new and i in own:
                         cost[own[i]] = 1e6
@@ -550,7 +552,7 @@ def slow_criterion(output: TrainingOutput, clips: list[Clip], criterion: Criteri
                 by_clip[-1][-1].append([own.get(i, -1) for i in range(len(clip.labels))])
                 matched = {i: own[i] for i in valid if i in own}
                 rows.append((logits, {query: int(clip.labels[i]) for i, query in matched.items()}))
-                pairs += [(torch.einsum("c,tchw->thw", embed[query], features[b]), clip.masks[i, times])
+                pairs += [(paint(kernel[query], features[b]), clip.masks[i, times])
                           for i, query in matched.items()]
                 count += len(valid)
                 gate, target = prediction.gate_logits[d][level, b], torch.zeros(len(logits), dtype=torch.float64)
@@ -592,9 +594,9 @@ def test_all_losses_and_matches_are_loops(no_chance, queries):
             assert query_of.tolist() == [match.get(i, -1) for i in range(len(clip.labels)) if clip.ids[i, t] != -1]
     assert [[[query_of.tolist() for query_of in layer] for layer in clip] for clip in matches.clips] == by_clip
 
-    inputs = [output.frames.features, output.mask_features, *itertools.chain(*output.frames.predictions)]
+    inputs = [output.frames.features, *itertools.chain(*output.frames.predictions)]
     for clip in output.clips:
-        inputs += [*clip.logits, *clip.mask_embed, clip.clip_embed, clip.frame_embed, *clip.gate_logits]
+        inputs += [*clip.logits, *clip.mask_kernel, clip.clip_embed, clip.frame_embed, *clip.gate_logits]
     ours, expected = (torch.autograd.grad(sum(values.values()), inputs) for values in (losses, slow))
     for one, other in zip(ours, expected, strict=True):
         torch.testing.assert_close(one, other)
@@ -658,7 +660,7 @@ def test_one_wait_for_the_gpu(monkeypatch, frozen):
     torch.manual_seed(0)
     clips = [make_clip([[1, 1, 0], [0, 1, 1]]), make_clip([])]
     output = build_model("toy", CLASSES).cuda()([clip.frames for clip in clips])
-    inputs = [value for clip in output.clips for value in (*clip.logits, *clip.mask_embed)] + [output.frames.mask_features]
+    inputs = [value for clip in output.clips for value in (*clip.logits, *clip.mask_kernel)]
     waits = []
 
     def bring(costs):

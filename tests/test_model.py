@@ -73,12 +73,13 @@ def test_blocked_pixels():
 def test_masks_at_levels(dtype):
     """Masks made at full size, then resized; in 16 bit it is the features that are, which is the same but for rounding."""
     torch.manual_seed(0)
-    features, embed, sizes = torch.randn(2, 64, 16, 20), torch.randn(2, 3, 64), [(2, 3), (4, 5), (8, 10)]
+    features, kernel, sizes = torch.randn(2, 64, 16, 20), torch.randn(2, 3, 64 + 1), [(2, 3), (4, 5), (8, 10)]
     masks_at = MasksAtLevels(features.to(dtype), sizes)
     for level, size in enumerate(sizes):
-        masks = torch.stack([(embed[:, query, :, None, None].double() * features.double()).sum(1) for query in range(3)], 1)
+        masks = torch.stack([(kernel[:, query, :-1, None, None].double() * features.double()).sum(1) for query in range(3)], 1)
+        masks += kernel[:, :, -1:, None].double()
         expected = F.interpolate(masks, size, mode="bilinear", align_corners=False).flatten(2)
-        found = masks_at.at(level, embed.to(dtype))
+        found = masks_at.at(level, kernel.to(dtype))
         assert found.dtype == dtype and (found - expected).norm() / expected.norm() < (1e-6 if dtype == torch.float64 else 1e-2)
     assert bool(masks_at.small) == (dtype == torch.bfloat16)
 
@@ -96,9 +97,10 @@ def test_positions_tell_where_to_look_not_what_is_seen():
 @torch.no_grad()
 def test_queries_handed_on(training, layers):
     """The normed queries behind the last predictions: three layers' in training, else the last one's."""
-    decoder = make_model().frame_decoder.train(training)
+    model = make_model()
+    decoder = model.frame_decoder.train(training)
     levels = [torch.randn(2, 64, size, size, dtype=torch.float64) for size in (1, 2, 4)]
-    predictions, queries = decoder(levels, torch.randn(2, 64, 8, 8, dtype=torch.float64))
+    predictions, queries = decoder(levels, torch.randn(2, 64, 8, 8, dtype=torch.float64), model.pixel_decoder.mask_features)
     assert len(predictions) == (4 if layers > 1 else 1) and queries.shape == (layers, 2, 20, 64)
     for (logits, _), handed_on in zip(predictions[-layers:], queries, strict=True):
         torch.testing.assert_close(decoder.class_embed(handed_on), logits)
@@ -182,7 +184,8 @@ def test_scores_by_hand(model):
             output = model.detect(images)
             prediction, state = model.tracker(output.queries[:, None], state)
             torch.testing.assert_close(prediction.logits[-1][0, 0], video.logits[t])
-            logits = (prediction.mask_embed[-1][0, 0] @ output.mask_features[0].flatten(1)).view(1, 20, 16, 16)
+            features = model.tracker.mask_features(output.features)[0]                            # as the paper has it
+            logits = (prediction.mask_embed[-1][0, 0] @ features.flatten(1)).view(1, 20, 16, 16)
             logits = F.interpolate(logits, images.shape[-2:], mode="bilinear")[0, :, :HEIGHT, :WIDTH].numpy()
         for query in range(20):
             inside[query] += [1 / (1 + math.exp(-logit)) for logit in logits[query].flatten() if logit > 0]
@@ -267,11 +270,11 @@ def test_training_forward():
     output = model([make_frames(2), make_frames(2, 24, 90)])
     assert output.padded_size == (64, 96)
     assert len(output.frames.predictions) == 4                                          # before and after 3 layers
-    for logits, embed in output.frames.predictions:
-        assert logits.shape == (4, 20, CLASSES + 1) and embed.shape == (4, 20, 64)
+    for logits, kernel in output.frames.predictions:
+        assert logits.shape == (4, 20, CLASSES + 1) and kernel.shape == (4, 20, 64 + 1)
     assert output.frames.features.shape == (4, 64, 16, 24)
     assert output.frames.queries.shape == (3, 4, 20, 64)
-    assert len(output.clips) == 2 and output.mask_features.shape == (2, 2, 64, 16, 24)
+    assert len(output.clips) == 2
     for clip in output.clips:
         assert [logits.shape for logits in clip.logits] == [(3, 2, 20, CLASSES + 1)] * 3
         assert clip.frame_embed.shape == (3, 2, 1, 20, 64)
@@ -403,7 +406,7 @@ def test_a_frozen_detector_looks_in_parts(monkeypatch, norm, parts):
     torch.testing.assert_close(output.frames.features, whole.frames.features)
     for found, expected in zip(output.frames.predictions, whole.frames.predictions, strict=True):
         torch.testing.assert_close(found, expected)
-    output.mask_features.sum().backward()
+    output.clips[0].mask_kernel[0].sum().backward()
     assert model.tracker.mask_features.weight.grad.abs().sum() > 0
 
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from pycocotools import mask as rle
 
 import run_length
-from run_length import compress, decode_runs, encode, encode_counts, encode_part, find_fault, find_runs
+from run_length import PackedCodes, compress, decode_runs, encode, encode_counts, encode_part, find_fault, find_runs
 
 SIZES = [(1, 1, 1), (3, 1, 9), (3, 9, 1), (4, 6, 7), (3, 7, 10), (2, 5, 12), (2, 13, 8), (3, 4, 16), (2, 24, 54), (5, 2, 25)]
 
@@ -222,3 +222,18 @@ def test_a_bad_code_is_found_in_a_later_part(monkeypatch, kind, at_once):
 def test_a_code_of_endless_runs_or_foreign_letters_is_a_fault(code):
     """64 bits would not hold such a run, and wrap round to any sum."""
     assert find_fault(["\x40", code], [16, 10])[0] == 1
+
+
+@pytest.mark.parametrize("lengths", [(1, 2, 3, 4, 5, 6), (7, 1, 1, 900, 3, 64), (4, 4, 4, 4, 4, 4)])
+def test_packed_codes_come_out_as_they_went_in(lengths):
+    """Every character that a code may have, codes of any lengths; in three quarters of their bytes, and of three things in turn."""
+    random = numpy.random.default_rng(0)
+    codes = [random.integers(48, 112, length, dtype=numpy.uint8).tobytes() for length in lengths]
+    kept = PackedCodes(3)
+    for first in (0, 3, 0):
+        kept.add(codes[first:] + codes[:first])
+    assert sum(three.nbytes for three, _ in kept.parts) <= 3 * (0.75 * sum(lengths) + 3)
+    text = [code.decode() for code in codes]
+    orders = [[place, place + 3, (place + 3) % 6, place, place, place + 3] for place in range(3)]
+    assert kept.take([2, 0, 2]) == [[text[number] for number in orders[thing]] for thing in (2, 0, 2)]
+    assert not kept.parts

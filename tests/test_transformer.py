@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from transformer import MLP, Attention, CrossAttention, FeedForward, SelfAttention
+from transformer import MLP, Attention, CrossAttention, FeedForward, SelfAttention, mask_kernel, mask_logits
 
 CHANNELS, HEADS = 12, 3
 
@@ -114,3 +114,14 @@ def test_mlp_is_three_layers_with_relu_between():
     hidden = (hidden @ second.weight.T + second.bias).clamp(min=0)
     torch.testing.assert_close(mlp(x), hidden @ third.weight.T + third.bias)
     assert mlp(x).min() < 0                                             # none after the last
+
+
+def test_a_kernel_on_features_is_an_embedding_on_convolved_ones():
+    """The convolution moved from the pixels to the queries: the same masks, of maps and of lists of pixels."""
+    torch.manual_seed(0)
+    convolution, embed, features = nn.Conv2d(6, 8, 1).double(), torch.randn(2, 3, 8).double(), torch.randn(2, 6, 4, 5).double()
+    expected = torch.einsum("nqc,nchw->nqhw", embed, convolution(features))
+    kernel = mask_kernel(embed, convolution)
+    assert kernel.shape == (2, 3, 7)
+    torch.testing.assert_close(mask_logits(kernel, features), expected)
+    torch.testing.assert_close(mask_logits(kernel, features.flatten(2)), expected.flatten(2))
