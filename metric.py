@@ -143,9 +143,11 @@ def check_tracks(tracks, polygons=False):
         raise InputError(f"{name}, frame {frame}, has a segmentation that cannot be read: {fault[1]}")
 
 
-def accumulate(results, ground_truth):
+def accumulate(results, ground_truth, ignored=None):
     """Precision, recall and score arrays over all settings; arguments as for `evaluate_results`, unchecked.
 
+    ignored: a bool for each annotation, True for those that count neither as found nor as missed, as those of another area range
+        do: the prediction that takes one is no error, a second one and one that finds nothing are. None = none.
     Returns precision (T, R, K, A, M), the best precision at each recall point or beyond; recall (T, K, A, M),
     the largest one reached; scores (T, R, K, A, M), the score at which each recall point is reached. All are
     float64, K in ascending order of category id. Settings without ground truth hold -1; precision and scores
@@ -154,7 +156,9 @@ def accumulate(results, ground_truth):
     categories = category_ids(ground_truth)
     videos = {video["id"]: video for video in ground_truth["videos"]}
     predictions, annotations = defaultdict(list), defaultdict(list)
-    for grouped, entries in ((predictions, results), (annotations, ground_truth["annotations"])):
+    flags = [False] * len(ground_truth["annotations"]) if ignored is None else ignored
+    flagged = [entry | {"ignored": bool(flag)} for entry, flag in zip(ground_truth["annotations"], flags, strict=True)]
+    for grouped, entries in ((predictions, results), (annotations, flagged)):
         for entry in entries:
             grouped[entry["video_id"], entry["category_id"]].append(entry)
 
@@ -206,7 +210,7 @@ def precision_recall(scores, true, false, positives):
 
 
 def match_video(predictions, annotations, video):
-    """Match the predictions and the ground truth of one video and category.
+    """Match the predictions and the ground truth of one video and category; annotations say whether they are "ignored".
 
     Returns a dict: "scores" (D,) float64, descending, equal scores in the order given, D at most
     MAX_PREDICTIONS[-1]; "true" and "false" (A, T, D) bool, neither where a prediction does not count;
@@ -225,6 +229,7 @@ def match_video(predictions, annotations, video):
     crowd = np.array([bool(annotation.get("iscrowd")) for annotation in annotations], dtype=bool)
     # The range of an annotation follows its recorded areas, which need not be those of its (resized) masks.
     ignored = crowd | outside_ranges([annotation["areas"] for annotation in annotations])  # (A, G)
+    ignored |= np.array([annotation["ignored"] for annotation in annotations], dtype=bool)
     matched, matched_ignored = match_tracks(ious, crowd, ignored)
     # A prediction that found nothing is an error only in the area range of its own size.
     outside = outside_ranges(predicted_areas)[:, None, :]  # (A, 1, D)

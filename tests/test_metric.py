@@ -156,6 +156,21 @@ def test_later_ground_truth_wins_equal_overlap():
         assert metric.evaluate_results(results, ground_truth)["AR100"] == pytest.approx(0.5)
 
 
+def test_ignored_annotations_are_like_those_of_another_area_range(monkeypatch):
+    """They are neither found nor missed; a second prediction for one is an error, and so is one that finds nothing."""
+    monkeypatch.setattr(metric, "AREA_RANGES", np.array([(0, 1e10), (0, 5), (5, 1e10), (0, 1e10)]))
+    ground_truth = truth(annotation([square(0, 3)] * 4), annotation(RIGHT))
+    results = [prediction([square(0, 3)] * 4, 0.9), prediction(RIGHT, 0.8)]
+    with_ignored = metric.accumulate(results, ground_truth, ignored=[True, False])
+    for values, expected in zip(with_ignored, metric.accumulate(results, ground_truth)):
+        np.testing.assert_array_equal(values[..., 0, :], expected[..., 1, :])
+    for wrong in ([square(0, 3)] * 4, [square(3)] * 4):
+        precision, recall, _ = metric.accumulate([*results, prediction(wrong, 0.85)], ground_truth, ignored=[True, False])
+        assert metric.mean_defined(precision[..., 0, 2]) == pytest.approx(0.5) and recall[0, 0, 0, 2] == 1
+    with pytest.raises(ValueError):
+        metric.accumulate(results, ground_truth, ignored=[True])
+
+
 def test_no_results():
     metrics = metric.evaluate_results([], truth(annotation(LEFT), categories=(1, 2)))
     assert metrics["AP"] == metrics["AR100"] == 0
