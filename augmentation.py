@@ -1,7 +1,7 @@
 """Augmentation of training clips: what happens to all frames alike, and what drifts over them as a camera would.
 
 Upstream: vita/data/augmentation.py; its defaults are here, its settings a recipe's. train.py's flags make an Augmentation and
-clips.ClipDataset applies it to every clip. Frames stay uint8 RGB, masks bool (True = instance); letters as in data.py.
+clips.make_clip applies it to every clip. Frames stay uint8 RGB, masks bool (True = instance); letters as in data.py.
 """
 from dataclasses import dataclass
 

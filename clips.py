@@ -1,4 +1,4 @@
-"""Training clips: frames of a video, or one image repeated, with masks and identities; several sources mixed by ratio.
+"""Training clips: frames of a video, one image repeated, or scenes drawn on the fly, with masks and identities; sources mixed by ratio.
 
     clips = ClipDataset(VideoSet("train.json", "train"), frames=5, reach=6, augmentation=Augmentation((288, 320)))
     clips[0].frames, clips[0].masks, clips[0].ids, clips[0].labels
@@ -18,8 +18,10 @@ from torchvision import tv_tensors
 
 from augmentation import Augmentation
 from data import InputError, Video, VideoSet, read_frame, read_mask
+from synthetic import CATEGORIES, SUITES, make_video
 
 MOST_BAD_IN_A_ROW = 20  # clips; more than that is no accident
+RENDERED_SIZE = 96, 160  # pixels, height and width, as of the files that data.py writes
 
 
 @dataclass
@@ -40,6 +42,18 @@ def sample_frames(length: int, count: int, reach: int, generator: np.random.Gene
     centre = int(generator.integers(length))
     others = [t for t in range(max(0, centre - reach), min(length, centre + reach + 1)) if t != centre] or [centre]
     return sorted([centre, *(int(t) for t in generator.choice(others, count - 1))])
+
+
+def make_clip(pictures: np.ndarray, masks: np.ndarray, labels: list[int], augmentation: Augmentation,
+              generator: np.random.Generator) -> Clip:
+    """The clip of pictures uint8 (T, H, W, 3), RGB, and masks bool (I, T, H, W), augmented; who is not seen is left out."""
+    frames = torch.from_numpy(pictures).permute(0, 3, 1, 2)
+    frames, masks = augmentation(tv_tensors.Video(frames), tv_tensors.Mask(torch.from_numpy(masks)), generator)
+    masks = masks.as_subclass(Tensor)
+    numbers = torch.arange(len(masks))[:, None].expand(-1, len(frames))
+    ids = torch.where(torch.from_numpy(masks.numpy().any((2, 3))), numbers, -1)
+    seen = (ids != -1).any(1)
+    return Clip(frames.as_subclass(Tensor), torch.tensor(labels)[seen], ids[seen], masks[seen])
 
 
 class ClipDataset(Dataset):
@@ -87,15 +101,34 @@ class ClipDataset(Dataset):
             pictures[t] = np.asarray(read_frame(video.files[t], video.height, video.width))
             outlines[t] = np.stack([read_mask(annotation["segmentations"][t], video.height, video.width,
                                               f"annotation {annotation['id']}, frame {t},") for annotation in annotations])
-        frames = torch.from_numpy(np.stack([pictures[t] for t in chosen])).permute(0, 3, 1, 2)
-        masks = torch.from_numpy(np.stack([outlines[t] for t in chosen], 1))
-        frames, masks = self.augmentation(tv_tensors.Video(frames), tv_tensors.Mask(masks), generator)
-        masks = masks.as_subclass(Tensor)
-        numbers = torch.arange(len(annotations))[:, None].expand(-1, len(chosen))
-        ids = torch.where(torch.from_numpy(masks.numpy().any((2, 3))), numbers, -1)
-        labels = torch.tensor([annotation["label"] for annotation in annotations])
-        seen = (ids != -1).any(1)
-        return Clip(frames.as_subclass(Tensor), labels[seen], ids[seen], masks[seen])
+        return make_clip(np.stack([pictures[t] for t in chosen]), np.stack([outlines[t] for t in chosen], 1),
+                         [annotation["label"] for annotation in annotations], self.augmentation, generator)
+
+
+class RenderedClips(Dataset):
+    """Training clips of synthetic scenes that are drawn when asked for; there are endlessly many, and number i is always the same one.
+
+    `suites` are names of synthetic.SUITES, in turn. Every clip has its own scene, which is in no set that data.py writes, and shows
+    at least one instance.
+    """
+
+    def __init__(self, suites: list[str], frames: int, reach: int, augmentation: Augmentation, seed: int = 0):
+        self.suites = [SUITES[name] for name in suites]
+        self.categories, self.skipped = list(enumerate(CATEGORIES, 1)), []
+        self.frames, self.reach, self.augmentation, self.seed = frames, reach, augmentation, seed
+
+    def __getitem__(self, index: int) -> Clip:
+        suite = self.suites[index % len(self.suites)]
+        generator = np.random.default_rng((self.seed, 3, index))   # the files' scenes are drawn from (seed, 0 or 1, index)
+        for _ in range(MOST_BAD_IN_A_ROW):
+            chosen = sample_frames(suite.frames, self.frames, self.reach, generator)
+            pictures, instances = make_video(generator.spawn(1)[0], suite.frames, *RENDERED_SIZE, suite.objects, suite.difficulty, chosen)
+            if instances:                                          # somewhere in the video there are, perhaps not in these frames
+                clip = make_clip(pictures, np.stack([masks for _, masks in instances]), [category_id - 1 for category_id, _ in instances],
+                                 self.augmentation, generator)
+                if len(clip.labels):
+                    return clip
+        raise InputError(f"clip {index}: after augmentation, {MOST_BAD_IN_A_ROW} scenes in a row show no instance")
 
 
 class MixedClips(Dataset):

@@ -17,6 +17,7 @@ from data import InputError, find_split, first_existing
 from detector import SUPERVISED_LAYERS
 from losses import GATE_LOSSES, Criterion
 from model import PIXEL_MEAN, PIXEL_STD, PRESETS, SIZE_DIVISOR, GRAttVIS
+from synthetic import SUITES
 from tracker import GATE_MASKS, PROPAGATIONS
 
 # What a stage trains: a detector on single images, VITA on videos, GenVIS, GRAtt-VIS.
@@ -153,6 +154,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--train-sets", nargs="+", metavar="NAME", help="sets by name, the target last, such as coco2ovis_train ovis_train")
     data.add_argument("--train-ratio", type=float, nargs="*", metavar="SHARE", help="with several --train-sets: how often each is drawn")
     data.add_argument("--test-sets", nargs="+", metavar="NAME", help="with --train-sets: to evaluate on")
+    data.add_argument("--render", nargs="+", choices=SUITES, metavar="SUITE", help="train on scenes drawn on the fly, of these suites "
+                      f"in turn, instead of a data set's: {', '.join(SUITES)}")
     data.add_argument("--num-classes", type=at_least(1), help="refuse a data set of another number")
     data.add_argument("--skip-bad", action=switch, default=False, help="leave out what cannot be read, say and count it")
     data.add_argument("--frames", type=at_least(1), default=3, help="frames a clip")

@@ -244,37 +244,77 @@ def make_cover(rng, thing, height, width, lengths):
     )
 
 
-def degrade(rng, images, difficulty):
-    """Change the light and lose frames in noise; images (T, H, W, 3) float32, in place."""
+def make_degradation(rng, frames, difficulty):
+    """What becomes of the T pictures: the light of every frame, (T, 3) float factors, and whether noise drowns it, (T,) bool."""
+    light, lost = np.ones((frames, 3)), np.zeros(frames, dtype=bool)
     if rng.random() < difficulty.light:
-        images[int(rng.integers(len(images))):] *= rng.choice([rng.uniform(0.4, 0.6), rng.uniform(1.4, 1.8)]) * rng.uniform(0.85, 1.15, 3)
-    lost = np.zeros(len(images), dtype=bool)
-    while missing := round(difficulty.noisy * len(images)) - lost.sum():
-        first, length = rng.integers(len(images)), rng.integers(1, 4)
+        first = int(rng.integers(frames))
+        light[first:] = rng.choice([rng.uniform(0.4, 0.6), rng.uniform(1.4, 1.8)]) * rng.uniform(0.85, 1.15, 3)
+    while missing := round(difficulty.noisy * frames) - lost.sum():
+        first, length = rng.integers(frames), rng.integers(1, 4)
         lost[first:first + min(length, missing)] = True
-    images[lost] += rng.normal(0, difficulty.noise, images[lost].shape)
+    return light, lost
+
+
+@dataclass(frozen=True)
+class Background:
+    """A picture larger than a frame, over which the frames drift slowly."""
+    picture: np.ndarray     # (rows, columns, 3) uint8
+    corners: np.ndarray     # (T, 2) float, (x, y) in pixels: where in the picture each frame begins
+    height: int             # of a frame, pixels
+    width: int
+
+    def view(self, time):
+        """The background of that frame, (H, W, 3) uint8, bilinear: what Pillow's affine transform gives, in half the time."""
+        # Places of the pixel centres, in Pillow's order of operations, for the last digits.
+        x, y = (np.arange(side) + 0.5 + corner - 0.5 for side, corner in zip((self.width, self.height), self.corners[time]))
+        left, top = int(x[0]), int(y[0])
+        to_right, down = np.repeat(x - (left + np.arange(self.width)), 3), (y - (top + np.arange(self.height)))[:, None]
+        part = self.picture[top:top + self.height + 1, left:left + self.width + 1].reshape(self.height + 1, -1)
+        rows = np.subtract(part[:, 3:], part[:, :-3], dtype=float)
+        rows *= to_right
+        rows += part[:, :-3]
+        view = rows[1:] - rows[:-1]
+        view *= down
+        view += rows[:-1]
+        return view.astype(np.uint8).reshape(self.height, self.width, 3)
+
+    def estimate_colour(self):
+        """mean_colour of all frames, (3,) float, to a few hundredths of a grey level, without making them."""
+        # How much of each column and row of the picture the frames see.
+        columns, rows = (np.clip(np.minimum(np.arange(length) + 1 - begin, begin + side - np.arange(length)), 0, 1)
+                         for length, begin, side in zip(self.picture.shape[1::-1], self.corners.T[..., None], (self.width, self.height)))
+        seen = rows.T @ columns / (len(self.corners) * self.height * self.width)
+        return np.tensordot(seen, self.picture.astype(float), 2) - 0.5  # views round down, by so much on average
+
+
+def mean_colour(pictures):
+    """The mean of pictures, (H, W, 3) uint8 each: (3,) float32."""
+    total = np.zeros(3, dtype=np.float32)
+    for picture in pictures:
+        # Added one after another, as numpy does to all of them at once: the choice of a colour may hang on the last digits.
+        values = np.ascontiguousarray(picture.reshape(-1, 3).T, dtype=np.float32)
+        values[:, 0] += total
+        total = np.add.accumulate(values, axis=1)[:, -1]
+    return (total / np.float64(len(pictures) * pictures[0].size / 3)).astype(np.float32)
 
 
 def make_background(rng, frames, height, width):
-    """Return T background frames, (T, H, W, 3) float32 in 0 .. 255, cut from one slowly drifting picture."""
+    """Draw the Background of T frames at random."""
     margin = 0.04 * width
     border = int(np.ceil(margin)) + 2
     picture_size = (width + 2 * border, height + 2 * border)
     # A few large patches of colour and, fainter, grains of a few pixels and a ripple.
     patches = smooth_noise(rng, 4, picture_size, contrast=45)
     grains = smooth_noise(rng, height // rng.integers(3, 7), picture_size, contrast=20)
-    x, y = np.meshgrid(np.arange(picture_size[0]), np.arange(picture_size[1]))
+    x, y = np.arange(picture_size[0]), np.arange(picture_size[1])[:, None]
     direction, wavelength = rng.uniform(0, np.pi), rng.uniform(5, 12)
     ripple = np.sin(2 * np.pi * (x * np.cos(direction) + y * np.sin(direction)) / wavelength)
     picture = rng.uniform(60, 195, 3) + patches + grains + rng.uniform(3, 12) * ripple[..., None]
-    picture = Image.fromarray(picture.clip(0, 255).astype(np.uint8))
 
     # Swinging, unlike drifting one way, never runs out of picture however long the video is.
     turns = np.arange(frames)[:, None] / rng.uniform(40, 80, 2) + rng.uniform(0, 1, 2)
-    offsets = border + margin * np.sin(2 * np.pi * turns)
-    views = [picture.transform((width, height), Image.Transform.AFFINE, (1, 0, x, 0, 1, y),
-                               resample=Image.Resampling.BILINEAR) for x, y in offsets]
-    return np.stack(views).astype(np.float32)
+    return Background(picture.clip(0, 255).astype(np.uint8), border + margin * np.sin(2 * np.pi * turns), height, width)
 
 
 def smooth_noise(rng, cells, size, contrast):
@@ -286,26 +326,31 @@ def smooth_noise(rng, cells, size, contrast):
     return (np.asarray(coarse.resize(size, Image.Resampling.BICUBIC)) / 127.5 - 1) * contrast
 
 
-def draw_object(image, thing, time):
-    """Paint the object at that frame over image, (H, W, 3) float32, in place; return its (H, W) bool mask."""
+def draw_object(image, thing, time, centre=None):
+    """Paint the object at that frame over image, (H, W, 3) float32, in place; return its (H, W) bool mask.
+
+    centre, (x, y) in pixels, puts it elsewhere than it is."""
     height, width = image.shape[:2]
     mask = np.zeros((height, width), dtype=bool)
-    (centre_x, centre_y), radius, angle = thing.centres[time], thing.radii[time], thing.angles[time]
+    centre_x, centre_y = thing.centres[time] if centre is None else centre
+    radius, angle = thing.radii[time], thing.angles[time]
     # Only the square around the object is worth computing; it is empty when the object is outside the frame.
-    top, bottom = np.clip([centre_y - radius - 1, centre_y + radius + 2], 0, height).astype(int)
-    left, right = np.clip([centre_x - radius - 1, centre_x + radius + 2], 0, width).astype(int)
-    y, x = np.mgrid[top:bottom, left:right]
-    y, x = (y - centre_y) / radius, (x - centre_x) / radius
+    top, bottom = (int(min(max(side, 0), height)) for side in (centre_y - radius - 1, centre_y + radius + 2))
+    left, right = (int(min(max(side, 0), width)) for side in (centre_x - radius - 1, centre_x + radius + 2))
+    if top == bottom or left == right:
+        return mask
+    y, x = (np.arange(top, bottom)[:, None] - centre_y) / radius, (np.arange(left, right) - centre_x) / radius
     x, y = np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x
 
     distance = SHAPES[CATEGORIES[thing.category_id - 1]](x, y) * radius
     texture = thing.texture if thing.changes_at is None or time < thing.changes_at else thing.later_texture
     pattern_x, pattern_y = x * thing.frequency + thing.phase[0], y * thing.frequency + thing.phase[1]
-    blend = np.clip(0.5 + 2 * TEXTURES[texture](pattern_x, pattern_y), 0, 1)[..., None]
-    colour = thing.colours[0] * blend + thing.colours[1] * (1 - blend)
+    blend = np.minimum(np.maximum(0.5 + 2 * TEXTURES[texture](pattern_x, pattern_y), 0), 1)
+    bright, dark = thing.colours[..., None, None]
+    colour = bright * blend + dark * (1 - blend)  # (3, h, w): a channel at a time is faster
     # Pixels that the outline cuts are covered in part, which keeps the drawn edge from looking like stairs.
-    coverage = np.clip(0.5 - distance, 0, 1)[..., None]
-    window = image[top:bottom, left:right]
+    coverage = np.minimum(np.maximum(0.5 - distance, 0), 1)
+    window = image[top:bottom, left:right].transpose(2, 0, 1)
     window += coverage * (colour - window)
     mask[top:bottom, left:right] = distance < 0
     return mask
@@ -316,43 +361,69 @@ def draw_blurred(image, thing, time, blur, samples=5):
     if not blur:
         return draw_object(image, thing, time)
     before, after = (thing.centres[np.clip(time + step, 0, len(thing.centres) - 1)] for step in (-1, 1))
-    copies, masks = [image.copy() for _ in range(samples)], []
-    for copy, share in zip(copies, np.linspace(-0.5, 0.5, samples)):
-        moved = thing.centres.copy()
-        moved[time] += share * blur * (after - before) / 2
-        masks.append(draw_object(copy, replace(thing, centres=moved), time))
-    image[:] = np.mean(copies, 0)
+    total, masks = np.zeros_like(image), []
+    for share in np.linspace(-0.5, 0.5, samples):
+        copy = image.copy()
+        masks.append(draw_object(copy, thing, time, thing.centres[time] + share * blur * (after - before) / 2))
+        total += copy
+    np.divide(total, samples, out=image)
     return masks[samples // 2]
 
 
-def make_video(rng, frames, height, width, objects, difficulty=Difficulty()):
+def draw_scene(image, things, covers, time, blur):
+    """Paint all objects at that frame over image, (H, W, 3) float32, in place; return the masks of `things`, (I, H, W) bool."""
+    masks = np.zeros((len(things), *image.shape[:2]), dtype=bool)
+    for index, thing in enumerate([*things, *covers]):  # from the farthest to the nearest
+        drawn = draw_blurred(image, thing, time, blur)
+        masks[:index] &= ~drawn
+        if index < len(things):
+            masks[index] = drawn
+    for mask in masks:
+        if np.count_nonzero(mask) < MIN_VISIBLE_PIXELS:
+            mask[:] = False
+    return masks
+
+
+def make_video(rng, frames, height, width, objects, difficulty=Difficulty(), only=None):
     """Draw one scene at random; the same state of rng, a numpy Generator, gives the same scene.
 
     objects is the range (fewest, most), both included, from which the number of objects is drawn.
     Returns the images, (T, H, W, 3) uint8 RGB, and the list of instances (category_id, masks), masks being
-    (T, H, W) bool of the visible pixels. Objects that no frame shows are left out; at least one is shown."""
+    (T, H, W) bool of the visible pixels. Objects that no frame shows are left out; at least one is shown.
+
+    only, a list of frame numbers, paints those alone, in much less time; perhaps they show no object. They are as in the whole
+    video, but for an object (none of 10,000 tried) for which two pairs of colours stand out alike, to a few hundredths of a grey
+    level: it may have the other pair, since the colour of the background is estimated. Raises ValueError for impossible numbers."""
     check_scene(frames, height, width, objects)
     difficulty.check()
+    wanted = range(frames) if only is None else only
+    if not wanted or not 0 <= min(wanted) <= max(wanted) < frames:
+        raise ValueError(f"only must hold frame numbers from 0 to {frames - 1}, not {only}.")
     hard = rng.spawn(1)[0]  # chance of its own: a scene made harder is still the same scene
-    images = make_background(rng, frames, height, width)
-    background_colour = images.mean(axis=(0, 1, 2))
-    instances = []
-    while not instances:  # chance may put every object outside the frame all the time: draw them again
+    background = make_background(rng, frames, height, width)
+    views = {time: background.view(time) for time in wanted}
+    background_colour = mean_colour([*views.values()]) if only is None else background.estimate_colour()
+    shown = False
+    while not shown:  # chance may put every object outside the frame all the time: draw them again
         count = rng.integers(objects[0], objects[1] + 1)
         things = [make_object(rng, frames, height, width, background_colour, difficulty) for _ in range(count)]
         things, covers = make_harder(hard, things, height, width, difficulty)
-        canvas = images.copy()
-        masks = np.zeros((count, frames, height, width), dtype=bool)
-        for index, thing in enumerate([*things, *covers]):  # from the farthest to the nearest
-            for time in range(frames):
-                drawn = draw_blurred(canvas[time], thing, time, difficulty.blur)
-                masks[:index, time] &= ~drawn
-                if index < count:
-                    masks[index, time] = drawn
-        masks &= masks.sum(axis=(2, 3), keepdims=True) >= MIN_VISIBLE_PIXELS
-        instances = [(thing.category_id, seen) for thing, seen in zip(things, masks) if seen.any()]
-    degrade(hard, canvas, difficulty)
-    return canvas.round().clip(0, 255).astype(np.uint8), instances
+        images = {time: view.astype(np.float32) for time, view in views.items()}
+        masks = {time: draw_scene(image, things, covers, time, difficulty.blur) for time, image in images.items()}
+        shown = any(seen.any() for seen in masks.values()) or only is not None and any(
+            draw_scene(np.zeros((height, width, 3), np.float32), things, covers, time, blur=0).any() for time in range(frames))
+
+    light, lost = make_degradation(hard, frames, difficulty)
+    for time in range(max(wanted) + 1):
+        # Noise is drawn for frames that are not wanted too: that of the later ones depends on it.
+        noise = hard.normal(0, difficulty.noise, (height, width, 3)) if lost[time] else None
+        if time in images and (light[time] != 1).any():
+            images[time] *= light[time]
+        if time in images and lost[time]:
+            images[time] += noise
+    painted = np.stack([images[time].round().clip(0, 255).astype(np.uint8) for time in wanted])
+    masks = np.stack([masks[time] for time in wanted], 1)
+    return painted, [(thing.category_id, seen) for thing, seen in zip(things, masks) if seen.any()]
 
 
 # ---- Files ----

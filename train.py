@@ -1,6 +1,7 @@
 """Train GRAtt-VIS, and the stages it starts from: a detector on images, VITA and GenVIS on videos.
 
     python train.py                                             # toy preset on the synthetic set, 2 CPU cores, minutes
+    python train.py --render easy occlusion                     # on endless scenes that are drawn on the fly
     torchrun --nproc-per-node 8 train.py --recipe grattvis/ovis/r50 --init vita_r50_ovis.pth     # an official setting
     torchrun --nproc-per-node 8 train.py --recipe grattvis/ovis/r50 --resume runs/grattvis_ovis_r50/last.pt    # go on exactly
 
@@ -28,7 +29,7 @@ from tqdm import tqdm
 
 from augmentation import Augmentation
 from checkpoint import load_backbone, load_weights, read_file, save_checkpoint, save_json
-from clips import ClipDataset, MixedClips, StepSampler
+from clips import ClipDataset, MixedClips, RenderedClips, StepSampler
 from data import InputError, VideoSet, exit_with_sentence, find_split
 from deform_attn import implementation
 from device import choose_amp, start_processes
@@ -55,7 +56,8 @@ def main(args: argparse.Namespace) -> None:
     resumed = read_file(args.resume) if args.resume else None
     choose_seed(args, resumed, world)
     check_run(args, resumed, world, last)
-    clips, held_out = open_clips(args), open_held_out(args)
+    clips = open_clips(args)
+    held_out = open_held_out(args, clips.categories)
     torch.manual_seed(args.seed)
     model, config = make_model(args, clips.categories, resumed, say)
     on_gpu = device.type == "cuda"                             # channels last: convolutions are faster there
@@ -183,9 +185,10 @@ def evaluate(model: GRAttVIS, videos: VideoSet, args: argparse.Namespace, device
 def describe(args: argparse.Namespace, model: GRAttVIS, clips, world: int, device: torch.device, dtype: str, start: int) -> None:
     """Print what the run is, and what the learning rate of another batch size usually is."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    source = f"endless scenes ({', '.join(args.render)})" if args.render else f"{len(clips.videos)} videos"
     print(f"{args.recipe or args.preset}, {args.propagation} propagation, {trained / 1e6:.1f} M trained parameters; {device.type} x "
           f"{world}, {dtype}; deformable attention: {implementation(device)}\n"
-          f"{len(clips.videos)} videos of {len(clips.categories)} classes; a step is {args.batch} clips of {args.frames} "
+          f"{source} of {len(clips.categories)} classes; a step is {args.batch} clips of {args.frames} "
           f"frames, {args.batch // world} a process" + (f" in {args.accumulate} parts" if args.accumulate > 1 else "")
           + f"; iterations {start} to {args.iterations}; output {args.output}")
     for sentence in clips.skipped:
@@ -241,19 +244,29 @@ def check_run(args: argparse.Namespace, resumed: dict | None, world: int, last: 
         raise InputError(f"--batch {args.batch} cannot be shared by {world} processes{parts}")
     if bool(args.train_json) != bool(args.train_images):
         raise InputError("--train-json and --train-images go together")
+    if args.render and (args.train_json or args.train_sets):
+        raise InputError("--render draws the training clips: --train-json and --train-sets (which a recipe sets) do not go with it")
     if args.propagation != "clip" and args.frames % args.clip_length:
         raise InputError(f"--frames {args.frames} is no multiple of --clip-length {args.clip_length}")
 
 
-def open_clips(args: argparse.Namespace) -> ClipDataset | MixedClips:
-    """The training clips that the arguments describe: of one data set, or of several by name, the last of which says the classes."""
-    def clips(videos: VideoSet, pseudo: bool) -> ClipDataset:
-        augmentation = Augmentation(
+def open_clips(args: argparse.Namespace) -> ClipDataset | MixedClips | RenderedClips:
+    """The training clips that the arguments describe: of one data set, of several by name, the last of which says the classes, or
+    of scenes drawn on the fly."""
+    def augmentation(pseudo: bool) -> Augmentation:
+        return Augmentation(
             tuple(args.pseudo_short_sides if pseudo else args.short_sides), args.max_long_side, tuple(args.crop_short_sides),
             tuple(args.pseudo_crop_size if pseudo else args.crop_size), args.crop_relative and not pseudo, args.flip,
             args.rotation if pseudo else 0.0, args.lsj_size if args.lsj else 0)
-        return ClipDataset(videos, args.frames, args.reach, augmentation, args.seed, args.skip_bad)
 
+    def clips(videos: VideoSet, pseudo: bool) -> ClipDataset:
+        return ClipDataset(videos, args.frames, args.reach, augmentation(pseudo), args.seed, args.skip_bad)
+
+    if args.render:
+        rendered = RenderedClips(args.render, args.frames, args.reach, augmentation(pseudo=False), args.seed)
+        if args.num_classes not in (None, len(rendered.categories)):
+            raise InputError(f"the scenes of --render have {len(rendered.categories)} categories, not {args.num_classes}")
+        return rendered
     if args.train_json or not args.train_sets:
         target = VideoSet(*((args.train_json, args.train_images) if args.train_json else find_split(args.data_root, "train")),
                           skip_bad=args.skip_bad)
@@ -280,8 +293,8 @@ def open_clips(args: argparse.Namespace) -> ClipDataset | MixedClips:
                       args.train_ratio, args.seed)
 
 
-def open_held_out(args: argparse.Namespace) -> VideoSet | None:
-    """The videos of periodic evaluation, which must have annotations; None without --evaluate-every."""
+def open_held_out(args: argparse.Namespace, categories: list[tuple[int, str]]) -> VideoSet | None:
+    """The videos of periodic evaluation, which must have annotations of these categories; None without --evaluate-every."""
     if not args.evaluate_every:
         return None
     if args.train_json:
@@ -290,6 +303,8 @@ def open_held_out(args: argparse.Namespace) -> VideoSet | None:
     videos = VideoSet(*found)
     if not videos.ground_truth.get("annotations"):
         raise InputError(f"--evaluate-every: {videos.path} has no annotations")
+    if videos.categories != categories:
+        raise InputError(f"--evaluate-every: {videos.path} has other categories than the training clips")
     check_ground_truth(videos.ground_truth)
     return videos
 

@@ -300,6 +300,17 @@ def test_a_gpu_that_is_not_there(good, tmp_path, monkeypatch):
     assert "--device cuda" in refuse_training(good / "set", tmp_path, "--device", "cuda")
 
 
+def test_rendered_clips_stand_alone(good, dataset, tmp_path):
+    file = good / "set/train.json"
+    for other in (["--train-json", file, "--train-images", good / "set/train"], ["--train-sets", "ovis_train"],
+                  ["--recipe", "grattvis/ovis/r50"]):
+        assert refuse_training(good / "set", tmp_path, "--render", "easy", *other).startswith("--render draws the training clips: ")
+    assert refuse_training(good / "set", tmp_path, "--render", "easy", "--num-classes", "5").endswith("have 6 categories, not 5")
+    edit(dataset, "valid", put("zebra", "categories", 0, "name"))
+    message = refuse_training(dataset, tmp_path, "--render", "easy", "--evaluate-every", "1")
+    assert message == f"--evaluate-every: {dataset / 'valid.json'} has other categories than the training clips"
+
+
 def test_options_that_go_together(good, tmp_path):
     file = good / "set/train.json"
     assert "--train-images" in refuse_training(good / "set", tmp_path, "--train-json", file)

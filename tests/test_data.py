@@ -16,9 +16,10 @@ from scipy.ndimage import binary_dilation, binary_erosion, center_of_mass
 from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 
+import clips as clips_module
 import data
 from augmentation import Augmentation
-from clips import ClipDataset, StepSampler, sample_frames
+from clips import ClipDataset, RenderedClips, StepSampler, sample_frames
 from data import InputError, VideoSet, find_split, read_mask
 
 HEIGHT, WIDTH = 48, 64
@@ -307,6 +308,41 @@ def test_ids_are_there_exactly_where_masks_are(tmp_path):
         seen.add((tuple(clip.labels.tolist()), tuple(map(tuple, (clip.ids == -1).tolist()))))
     assert {labels for labels, _ in seen} == {(), (0,), (1,), (1, 0)}
     assert ((1,), ((False, True),)) in seen  # red leaves within the clip
+
+
+# Clips of scenes that are drawn when asked for
+
+@pytest.fixture(scope="module")
+def rendered():
+    """Clips of two suites, and the first eight."""
+    clips = RenderedClips(["easy", "occlusion"], 2, 6, SHAKEN, seed=1)
+    return clips, [clips[index] for index in range(8)]
+
+
+def test_a_rendered_clip_is_a_function_of_seed_and_number(rendered):
+    clips, first = rendered
+    loader = DataLoader(clips, batch_sampler=StepSampler(1, 3, 2), num_workers=2, collate_fn=list)
+    loaded = [clip for batch in loader for clip in batch]                     # numbers 2 to 5, from two processes
+    assert all(same(clip, again) for clip, again in zip(loaded, first[2:6], strict=True))
+    assert same(clips[0], first[0]) and not same(RenderedClips(["easy"], 2, 6, SHAKEN, seed=2)[0], first[0])
+    assert same(RenderedClips(["look-alike", "occlusion"], 2, 6, SHAKEN, seed=1)[7], first[7])      # in turn: an odd number's suite
+
+
+def test_rendered_clips_show_somebody(rendered):
+    for clip in rendered[1]:
+        assert clip.frames.shape[:2] == (2, 3) and clip.frames.dtype == torch.uint8 and clip.masks.dtype == torch.bool
+        assert len(clip.labels) == len(clip.ids) == len(clip.masks) > 0 and set(clip.labels.tolist()) <= set(range(6))
+        assert torch.equal(clip.ids != -1, clip.masks.flatten(2).any(2)) and (clip.ids != -1).any(1).all()
+    with pytest.raises(InputError, match="show no instance"):
+        RenderedClips(["easy"], 1, 1, lambda frames, masks, generator: (frames, masks & False))[0]
+
+
+def test_no_rendered_scene_is_that_of_a_file(monkeypatch):
+    """The random state of a scene in a file begins with the seed and 0 or 1."""
+    drawn, make_video = [], clips_module.make_video
+    monkeypatch.setattr(clips_module, "make_video", lambda rng, *setting: drawn.append(rng) or make_video(rng, *setting))
+    clips = RenderedClips(["easy"], 1, 1, AS_IT_IS, seed=0)
+    assert [clips[index] for index in range(3)] and {rng.bit_generator.seed_seq.entropy[:2] for rng in drawn} == {(0, 3)}
 
 
 # Augmentation

@@ -181,6 +181,36 @@ def test_impossible_arguments_are_refused(tmp_path, wrong):
     assert not list(tmp_path.iterdir())
 
 
+# Chosen frames
+
+@pytest.mark.parametrize("name", synthetic.SUITES)
+def test_chosen_frames_are_those_of_the_whole_video(name):
+    suite, chosen = synthetic.SUITES[name], [17, 2, 9, 9, 13]
+    for video in range(2):
+        setting = (suite.frames, 48, 80, suite.objects, suite.difficulty)
+        whole, instances = synthetic.make_video(np.random.default_rng(video), *setting)
+        images, found = synthetic.make_video(np.random.default_rng(video), *setting, only=chosen)
+        assert np.array_equal(images, whole[chosen])
+        expected = [(category, masks[chosen]) for category, masks in instances if masks[chosen].any()]
+        assert all(one[0] == other[0] and np.array_equal(one[1], other[1]) for one, other in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("only", [[], [20], [3, -1]])
+def test_frames_that_a_video_does_not_have_are_refused(only):
+    with pytest.raises(ValueError, match="from 0 to 19, not"):
+        synthetic.make_video(np.random.default_rng(0), 20, 48, 80, (1, 4), only=only)
+
+
+def test_a_view_is_what_pillow_cuts_out():
+    background = synthetic.make_background(np.random.default_rng(0), 20, 48, 80)
+    views = [background.view(time) for time in range(20)]
+    for view, (x, y) in zip(views, background.corners):
+        cut = Image.fromarray(background.picture).transform((80, 48), Image.Transform.AFFINE, (1, 0, x, 0, 1, y), Image.Resampling.BILINEAR)
+        assert np.array_equal(view, cut)
+    mean = np.stack(views).astype(np.float32).mean((0, 1, 2))
+    assert np.array_equal(synthetic.mean_colour(views), mean) and abs(background.estimate_colour() - mean).max() < 0.05
+
+
 # Difficulties
 
 def make_pair(difficulty, video=0, frames=20, objects=(1, 4)):

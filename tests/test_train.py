@@ -133,6 +133,17 @@ def test_averaged_weights_resume(data_root, tmp_path):
     assert all(torch.equal(value, halves["ema"][name]) for name, value in whole["ema"].items())
 
 
+def test_scenes_drawn_on_the_fly(data_root, tmp_path, capsys):
+    """--render trains without a train split; other suites are another run; the held-out videos are the data set's."""
+    shown = ["--render", "easy", "occlusion", "--batch", "1"]
+    run(tmp_path / "nothing", tmp_path, "--iterations", "1", *shown)
+    assert "\nendless scenes (easy, occlusion) of 6 classes; " in capsys.readouterr().out
+    resumed = ["--iterations", "2", "--resume", str(tmp_path / "last.pt")]
+    with pytest.raises(InputError, match=r"--render \['easy', 'occlusion'\] \(now \['easy'\]\)"):
+        run(data_root, tmp_path, "--render", "easy", "--batch", "1", *resumed)
+    assert run(data_root, tmp_path, "--evaluate-every", "1", "--test-short-side", "32", *shown, *resumed)["step"] == 2
+
+
 def test_a_resumed_log_has_every_step_once(tmp_path):
     """Steps after the checkpoint, and half a line that a kill left, are taken out before they are done again."""
     log = tmp_path / "log.jsonl"
