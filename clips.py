@@ -8,7 +8,7 @@ processes, and resumes exactly. An image (a COCO set's) is a pseudo video: the s
 that drifts. Upstream: vita/data/dataset_mapper.py and combined_loader.py. Shape letters: T frames, I instances, H, W.
 """
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -32,6 +32,10 @@ class Clip:
     ids: Tensor     # (I, T) int64, -1 where the instance is not visible
     masks: Tensor   # (I, T, H, W) bool, True = instance
     skipped: tuple[str, ...] = ()  # what was wrong with the clips that this one stands in for
+
+    def pin_memory(self) -> "Clip":
+        """The clip in memory that a GPU reads without the CPU; a DataLoader calls it."""
+        return replace(self, frames=self.frames.pin_memory(), masks=self.masks.pin_memory())
 
 
 def sample_frames(length: int, count: int, reach: int, generator: np.random.Generator) -> list[int]:

@@ -5,6 +5,7 @@ mask2former/modeling/pixel_decoder/msdeformattn.py and vita/modeling/transformer
 Shape letters are declared in model.py, which puts the backbone before it and the tracker behind.
 """
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -87,14 +88,21 @@ class PixelDecoder(nn.Module):
             for shape, source, embed in zip(level_shapes, sources, self.level_embed)], 1)
         x = torch.cat([source.flatten(2).transpose(1, 2) for source in sources], 1)      # (N, pixels, C)
         for layer in self.layers:
-            if self.recompute and x.requires_grad:                                       # a layer keeps ten times its input
-                x = checkpoint(layer, x, position, level_shapes, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = layer(x, position, level_shapes)
+            x = self.run(layer, x, position, level_shapes)
         levels = x.transpose(1, 2).split([height * width for height, width in level_shapes], 2)
         levels = [level.unflatten(2, shape) for level, shape in zip(levels, level_shapes)]
-        upsampled = F.interpolate(levels[-1], size=res2.shape[-2:], mode="bilinear", align_corners=False)
-        return levels, self.output(upsampled.add_(self.lateral(res2)))                   # in place: it is large
+        return levels, self.run(self.join, levels[-1], res2)
+
+    def run(self, part: Callable[..., Tensor], x: Tensor, *others) -> Tensor:
+        """part(x, *others), which keeps ten times x for backward, unless that is made again."""
+        if self.recompute and x.requires_grad:
+            return checkpoint(part, x, *others, use_reentrant=False, preserve_rng_state=False)
+        return part(x, *others)
+
+    def join(self, level: Tensor, res2: Tensor) -> Tensor:
+        """The FPN step: the finest level, upsampled, and res2 -> (N, C, h, w)."""
+        upsampled = F.interpolate(level, size=res2.shape[-2:], mode="bilinear", align_corners=False)
+        return self.output(upsampled.add_(self.lateral(res2)))                           # in place: it is large
 
 
 class FrameDecoderLayer(nn.Module):

@@ -141,7 +141,7 @@ class Criterion:
             # in full precision, which the features have one video at a time, in backward again: all of them are large
             logits = torch.cat([checkpoint(full_masks, *pair, use_reentrant=False, preserve_rng_state=False)
                                 for pair in zip(own.unflatten(0, (batch, length)).unbind(), features)]).view(*part.shape, *size)
-            some = logits.index_select(0, index["row"]).split(most_of(2 * self.candidates * len(truth)), 1)
+            some = logits.index_select(0, index["row"]).split(most_of(6 * self.candidates * len(truth)), 1)  # 3 values, 2 copies
             sums += [self.point_losses(own, truth, index["length"]) for own in some]
         sums = torch.cat(sums, 2)                                                             # (3, U, R)
         clips, layers, instances = len(predictions.logits), table.shape[1], len(masks)

@@ -80,13 +80,13 @@ def pad_targets(clips: list[Clip], size: tuple[int, int], device: torch.device) 
     ids = [np.where(clip.masks.numpy().any((2, 3)), clip.ids.numpy(), -1) for clip in clips]
     seen = [(own != -1).any(1) for own in ids]
     first = np.cumsum([0, *(own.sum() for own in seen)])
-    masks = torch.zeros(first[-1], ids[0].shape[1], *size, dtype=torch.bool, pin_memory=device.type == "cuda")
+    masks = torch.zeros(first[-1], ids[0].shape[1], *size, dtype=torch.bool, device=device)
     for start, stop, clip, own in zip(first, first[1:], clips, seen):
         height, width = clip.masks.shape[2:]
-        masks.numpy()[start:stop, :, :height, :width] = clip.masks.numpy()[own]
+        masks[start:stop, :, :height, :width] = upload(clip.masks if own.all() else clip.masks[torch.from_numpy(own)], device)
     labels = np.concatenate([clip.labels.numpy()[own] for clip, own in zip(clips, seen)])
     ids = np.concatenate([own_ids[own] for own_ids, own in zip(ids, seen)])
-    return Targets(labels, ids, first, masks.to(device, non_blocking=True))
+    return Targets(labels, ids, first, masks)
 
 
 def frame_predictions(output: TrainingOutput, batch: int, layers: int) -> Predictions:
@@ -238,10 +238,14 @@ def all_matches(frames: Matching, clips: Matching, targets: Targets, layers: int
 
 # Between CPU and GPU
 
+def upload(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU, moved without a wait, as it is from pinned memory."""
+    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+
+
 def to_device(arrays: list[np.ndarray], device: torch.device) -> list[Tensor]:
-    """Arrays of one type, moved in one transfer that nobody waits for, as it is from pinned memory."""
-    flat = torch.from_numpy(np.concatenate([array.ravel() for array in arrays]))
-    flat = (flat.pin_memory() if device.type == "cuda" else flat).to(device, non_blocking=True)
+    """Arrays of one type, moved in one transfer that nobody waits for."""
+    flat = upload(torch.from_numpy(np.concatenate([array.ravel() for array in arrays])), device)
     return [part.view(array.shape) for part, array in zip(flat.split([array.size for array in arrays]), arrays)]
 
 

@@ -40,7 +40,7 @@ PIXEL_STD = (58.395, 57.12, 57.375)
 SIZE_DIVISOR = 32
 VITA_WINDOW = 6                          # frames an encoder window of VITA spans
 FRAMES_TOGETHER = 12                     # that a GPU takes at once; another number is another rounding
-FROZEN_TOGETHER = 16                     # frames that a frozen detector takes at once in training
+FROZEN_TOGETHER = 20                     # frames that a frozen detector takes at once in training
 MASKS_TOGETHER = 4                       # frames whose masks are made at once: they are large
 MASK_PIXELS = 2 * 10 ** 8                # of the masks that encode_video has at once
 
@@ -177,7 +177,8 @@ class GRAttVIS(nn.Module):
         if any(len(video) != length for video in videos):
             raise ValueError(f"all videos of a batch need the same number of frames, not {[len(v) for v in videos]}")
         images = self.prepare([frame for video in videos for frame in video])
-        frames = self.detect_in_parts(images)
+        padded_size, frames = tuple(images.shape[-2:]), self.detect_in_parts(images)
+        del images                                                                       # they are large
         queries = frames.queries.unflatten(1, (batch, length))                           # (L, B, T, F, C)
         clip_length = length if self.propagation == "clip" else self.clip_length
         clips, state = [], None
@@ -185,7 +186,7 @@ class GRAttVIS(nn.Module):
             if part.shape[2]:
                 found, state = self.tracker.follow(part.unflatten(2, (-1, min(clip_length, part.shape[2]))), state)
                 clips += found
-        return TrainingOutput(frames, clips, tuple(images.shape[-2:]))
+        return TrainingOutput(frames, clips, padded_size)
 
     @torch.no_grad()
     def follow(self, batches: Iterable[Tensor]) -> Iterator[Stretch]:

@@ -34,6 +34,7 @@ from data import InputError, VideoSet, exit_with_sentence, find_split
 from deform_attn import implementation
 from device import choose_amp, start_processes
 from losses import Criterion
+from matcher import upload
 from inference import segment_videos, to_entries
 from metric import check_ground_truth, evaluate_results
 from model import PRESETS, GRAttVIS, build_model
@@ -87,7 +88,7 @@ def main(args: argparse.Namespace) -> None:
                           similarity_weight=args.similarity_weight, gate_weight=args.gate_weight, gate_loss=args.gate_loss,
                           freeze_detector=args.freeze_detector)
     loader = DataLoader(clips, batch_sampler=StepSampler(start, args.iterations, args.batch // world, rank, world),
-                        num_workers=args.workers, collate_fn=list, prefetch_factor=4 if args.workers else None)
+                        num_workers=args.workers, collate_fn=list, pin_memory=on_gpu, prefetch_factor=4 if args.workers else None)
     if rank == 0:
         describe(args, model, clips, world, device, f"{str(amp).removeprefix('torch.')} ({reason})", start)
         output.mkdir(parents=True, exist_ok=True)
@@ -164,7 +165,7 @@ def train_step(network: nn.Module, criterion: Criterion, batch: list, args: argp
         part, synchronised = batch[first:first + size], first + size == len(batch)
         with nullcontext() if synchronised or not hasattr(network, "no_sync") else network.no_sync():
             with torch.autocast(device.type, amp, enabled=amp != torch.float32):
-                predictions = network([clip.frames for clip in part])
+                predictions = network([upload(clip.frames, device) for clip in part])
             losses, _ = criterion(predictions, part, whole_video=args.propagation == "clip")
             values = torch.stack(list(losses.values())) / args.accumulate
             scaler.scale(values.sum()).backward()

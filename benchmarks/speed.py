@@ -136,6 +136,8 @@ def train(clips: int, frozen: bool, args: argparse.Namespace, size: tuple[int, i
     optimizer = torch.optim.AdamW(parameter_groups(model, 1e-6, setting.weight_decay, setting.backbone_lr_factor), fused=CUDA)
     scaler = torch.amp.GradScaler(DEVICE.type, enabled=False)
     batch = [make_clip(5, *size, 6) for _ in range(clips)]
+    if CUDA:
+        batch = [clip.pin_memory() for clip in batch]                    # as a loader gives them
 
     def iterate() -> None:
         train_step(model, criterion, batch, setting, DEVICE, AMP, optimizer, scaler)
