@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from backbone import build_backbone
 from detector import FrameDecoder, PixelDecoder
-from graph import Replay
+from graph import Beside, Replay
 from results import (EncodedVideo, FrameTracks, RunningScores, StepState, Stretch, VideoResult, best_pairs, class_probabilities,
                      frame_masks, mask_confidence, resize_masks, upsample_masks, with_mask_scores)
 from run_length import PackedCodes, encode_counts
@@ -109,8 +109,11 @@ class GRAttVIS(nn.Module):
 
     def compile_parts(self, detector: bool = True) -> None:
         """torch.compile what takes the time, for training or inference: the detector, anew for every size of frames, and the tracker,
-        which sees none of the size."""
-        for owner, name in [(self, "look")] * detector + [(self.tracker, "read"), (self.tracker, "carry")]:
+        which sees none of the size. What is made again in backward is compiled apart: inside of something larger it would be kept."""
+        apart = [(self.backbone, "forward"), *((layer, "forward") for layer in self.pixel_decoder.layers), (self.pixel_decoder, "join"),
+                 (self.frame_decoder, "forward")]
+        detectors = (apart if self.pixel_decoder.recompute else [(self, "look")]) if detector else []
+        for owner, name in [*detectors, (self.tracker, "read"), (self.tracker, "carry")]:
             compiled = torch.compile(getattr(type(owner), name), dynamic=False)
             setattr(owner, name, MethodType(compiled, owner))                            # a copy of the model has its own
 
@@ -196,20 +199,25 @@ class GRAttVIS(nn.Module):
         filled up with copies, on a CPU, where more are no faster, one by one: so nothing depends on how they come, not even by
         rounding. Nothing is kept of a clip but the tracker's state ("clip" propagation has one clip, the whole video).
         """
-        queries, features, state, size = [], [], None, None
+        queries, features, state, size, stretch = [], [], None, None, None
         together = FRAMES_TOGETHER if self.pixel_mean.is_cuda else 1
         clip_length = sys.maxsize if self.propagation == "clip" else self.clip_length
+        beside = Beside(self.pixel_mean.device)
         self.replay.check_weights()
         for frames in regrouped(batches, together):
             size, count = tuple(frames.shape[-2:]), len(frames)
             frames = frames.to(self.pixel_mean.device, non_blocking=True)
             if count < together:
                 frames = torch.cat((frames, frames[-1:].expand(together - count, -1, -1, -1)))
-            if clip_length == 1:
-                outputs, state = self.advance(frames, count, state)
-                yield Stretch(*outputs, size)
-                continue
             found = self.replay(self.detect_queries, frames)
+            if clip_length == 1:
+                if stretch:
+                    beside.join()
+                    yield stretch
+                with beside:                                                             # the detection of the next frames
+                    outputs, state = self.track_frames(found[0], count, state)
+                stretch = Stretch(*outputs, found[1][:count], size)
+                continue
             queries, features = [*queries, *found[0][:count]], [*features, *found[1][:count]]
             if whole := len(queries) // clip_length * clip_length:
                 outputs, state = self.track(torch.stack(queries[:whole]), clip_length, state)
@@ -217,30 +225,30 @@ class GRAttVIS(nn.Module):
                 queries, features = queries[whole:], features[whole:]
         if size is None:
             raise ValueError("the video has no frames")
+        if stretch:
+            beside.join()
+            yield stretch
         if queries:
             yield Stretch(*self.track(torch.stack(queries), len(queries), state)[0], torch.stack(features), size)
-
-    def advance(self, frames: Tensor, count: int, state: TrackerState | None) -> tuple[tuple[Tensor, ...], TrackerState]:
-        """Clips of one frame: frames (N, 3, H, W) on the device, the first `count` of which count. Returns what Stretch holds."""
-        if self.tracker.remembers:
-            queries, features = self.replay(self.detect_queries, frames)
-            outputs, state = self.track(queries[:count], 1, state)
-            return (*outputs, features[:count]), state
-        # without a memory, all there is to know is a function of the frames and the carried queries
-        query = (state or self.tracker.initial_state(1)).query
-        *outputs, query = self.replay(self.read_frames, frames, query)
-        return tuple(part[:count] for part in outputs), TrackerState(query)
-
-    def read_frames(self, frames: Tensor, query: Tensor) -> tuple[Tensor, ...]:
-        """uint8 (N, 3, H, W), clips of one frame each, and carried queries (1, Q, C) -> what Stretch holds, and the carried queries."""
-        queries, features = self.detect_queries(frames)
-        outputs, state = self.track(queries, 1, TrackerState(query))
-        return *outputs, features, state.query
 
     def detect_queries(self, frames: Tensor) -> tuple[Tensor, Tensor]:
         """uint8 (N, 3, H, W) -> frame queries (N, F, C) and the pixel decoder's features (N, C, h, w)."""
         output = self.detect(self.prepare(frames))
         return output.queries[-1], output.features
+
+    def track_frames(self, queries: Tensor, count: int, state: TrackerState | None) -> tuple[tuple[Tensor, ...], TrackerState]:
+        """Clips of one frame, by their queries (N, F, C), the first `count` of which count. Returns what `track` does."""
+        if self.tracker.remembers:
+            return self.track(queries[:count], 1, state)
+        # without a memory, all there is to know is a function of these queries and the carried ones
+        query = (state or self.tracker.initial_state(1)).query
+        *outputs, query = self.replay(self.track_flat, queries, query)
+        return tuple(part[:count] for part in outputs), TrackerState(query)
+
+    def track_flat(self, queries: Tensor, query: Tensor) -> tuple[Tensor, ...]:
+        """`track`, of clips of one frame, as a function of tensors: frame queries (N, F, C) and carried queries (1, Q, C)."""
+        outputs, state = self.track(queries, 1, TrackerState(query))
+        return *outputs, state.query
 
     def track(self, queries: Tensor, length: int, state: TrackerState | None) -> tuple[tuple[Tensor, Tensor, Tensor], TrackerState]:
         """Frame queries (T, F, C) of whole clips of `length` frames -> logits (clips, Q, K + 1), mask kernels (T, Q, C + 1) and gates
@@ -330,7 +338,8 @@ class GRAttVIS(nn.Module):
         elif state.size != size:
             raise ValueError(f"all frames of a video must have one size, not {state.size} and {size}")
         frames = frame[None].to(self.pixel_mean.device, non_blocking=True)
-        (logits, kernel, gates, features), tracker_state = self.advance(frames, 1, state.tracker if state else None)
+        queries, features = self.replay(self.detect_queries, frames)
+        (logits, kernel, gates), tracker_state = self.track_frames(queries, 1, state.tracker if state else None)
         mask_logits = upsample_masks(kernel, features, size, padded(*size))
         confidence = (part[0] for part in mask_confidence(mask_logits))
         running = RunningScores(class_probabilities(logits[0]), *confidence).joined(state.scores if state else None)

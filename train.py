@@ -65,9 +65,9 @@ def main(args: argparse.Namespace) -> None:
     model.to(device, memory_format=torch.channels_last if on_gpu else torch.contiguous_format).train()
     if amp != torch.float32:
         model.hold_frozen(amp)
+    model.pixel_decoder.recompute, model.backbone.recompute = args.recompute != "off", args.recompute == "all"
     if args.compile != "off":
         model.compile_parts(detector=args.compile == "all")
-    model.pixel_decoder.recompute, model.backbone.recompute = args.recompute != "off", args.recompute == "all"
     optimizer = torch.optim.AdamW(parameter_groups(model, args.lr, args.weight_decay, args.backbone_lr_factor), fused=on_gpu)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(
         step, args.warmup, args.lr_steps, args.warmup_start, args.lr_gamma))

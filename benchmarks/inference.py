@@ -160,17 +160,17 @@ def speed(videos: int, frames: int, chunk: int, workers: int) -> None:
         decode = total / (time.perf_counter() - began)
 
         batch = next(regrouped(one, FRAMES_TOGETHER)).to(DEVICE)
-        (logits, embed, _, features), _ = model.advance(batch, len(batch), None)
-        queries, _ = model.detect_queries(batch)
+        queries, features = model.replay(model.detect_queries, batch)
+        (_, kernel, _), _ = model.track_frames(queries, len(batch), None)
 
         def masks() -> None:
-            for embeds, feature in zip(embed, features):
-                found, *_ = frame_masks(embeds[None], feature[None], (HEIGHT, WIDTH), padded(HEIGHT, WIDTH), OUTPUT)
+            for kernels, feature in zip(kernel, features):
+                found, *_ = frame_masks(kernels[None], feature[None], (HEIGHT, WIDTH), padded(HEIGHT, WIDTH), OUTPUT)
                 encode_counts(found[0])
 
         stages = {f"decoding ({workers} workers; {alone:.0f} a core)": 1 / decode,
-                  "detector and tracker": seconds(lambda: model.advance(batch, len(batch), None), 9) / len(batch),
-                  "tracker alone, kernel by kernel": seconds(lambda: model.track(queries, 1, None), 9) / len(batch),
+                  "detector": seconds(lambda: model.replay(model.detect_queries, batch), 9) / len(batch),
+                  "tracker, beside it": seconds(lambda: model.track_frames(queries, len(batch), None), 9) / len(batch),
                   "masks and codes of 100 queries": seconds(masks, 9) / len(batch)}
         print(f"{videos} videos of {frames} JPEG files of 720x1280, {size:.0f} kB each; {implementation(DEVICE)}")
         for name, each in stages.items():

@@ -129,9 +129,9 @@ def train(clips: int, frozen: bool, args: argparse.Namespace, size: tuple[int, i
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not frozen or name.startswith("tracker."))
     model.hold_frozen(AMP)
+    model.pixel_decoder.recompute, model.backbone.recompute = args.recompute != "off", args.recompute == "all"
     if args.compile:
         model.compile_parts()
-    model.pixel_decoder.recompute, model.backbone.recompute = args.recompute != "off", args.recompute == "all"
     criterion = Criterion(25, points=setting.points, freeze_detector=frozen)
     optimizer = torch.optim.AdamW(parameter_groups(model, 1e-6, setting.weight_decay, setting.backbone_lr_factor), fused=CUDA)
     scaler = torch.amp.GradScaler(DEVICE.type, enabled=False)
