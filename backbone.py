@@ -1,6 +1,6 @@
 """Backbones: frames to four feature maps of strides 4, 8, 16, 32 (res2..res5), built from torchvision's classes.
 
-`build_backbone(name)` makes ResNet-50/101 (and the small `resnet10` of the toy preset) or Swin-T/S/B/L.
+`build_backbone(name)` makes ResNet-50/101 (and the small ones of the toy and the small preset) or Swin-T/S/B/L.
 Source: torchvision.models.resnet and swin_transformer; upstream detectron2 modeling/backbone/resnet.py and
 mask2former/modeling/backbone/swin.py.
 
@@ -23,6 +23,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 RESNETS = {
     "resnet10": dict(block=BasicBlock, layers=[1, 1, 1, 1]),
+    "resnet10_thin": dict(block=BasicBlock, layers=[1, 1, 1, 1], last_planes=256),
     "resnet50": dict(block=Bottleneck, layers=[3, 4, 6, 3]),
     "resnet101": dict(block=Bottleneck, layers=[3, 4, 23, 3]),
 }
@@ -70,13 +71,17 @@ class ResNetBackbone(nn.Module):
     """torchvision's ResNet without its classifier; the stride of a Bottleneck sits in its 3x3 convolution."""
     recompute = False  # in training: what blocks keep for backward is made there again
 
-    def __init__(self, block, layers, norm_layer):
+    def __init__(self, block, layers, norm_layer, last_planes: int = 512):
         super().__init__()
         network = ResNet(block, layers, norm_layer=norm_layer)
+        planes = [64, 128, 256, last_planes]
+        if last_planes != 512:                   # the last stage has three quarters of all weights
+            network.inplanes = planes[2] * block.expansion
+            network.layer4 = network._make_layer(block, last_planes, layers[3], stride=2)
         for name, module in network.named_children():
             if name not in ("avgpool", "fc"):
                 self.add_module(name, module)
-        self.channels = [64 * block.expansion * 2 ** stage for stage in range(4)]
+        self.channels = [width * block.expansion for width in planes]
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """images (N, 3, H, W), normalised -> [res2, res3, res4, res5], each (N, channels[i], H / stride, W / stride)."""

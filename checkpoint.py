@@ -3,6 +3,8 @@
     report = load_weights(model, "grattvis_r50_ovis.pth")    # or a .pkl, our .pt, or a state dict; report.missing, ...
     model, config = model_from_checkpoint("runs/toy/last.pt")
 
+    python checkpoint.py runs/small/last.pt weights/small.pt  # the weights alone, in 16 bit, to hand on
+
 Official files (GRAtt-VIS, GenVIS, VITA, Mask2Former; upstream names as in their state dicts) are translated by the table
 RENAMES. Nothing of a file is executed: .pth goes through torch.load(weights_only=True), .pkl through an unpickler that
 admits arrays and containers alone.
@@ -10,6 +12,7 @@ admits arrays and containers alone.
 A checkpoint of ours is one .pt: model, optimizer, schedule, scaler, step, and the config (arguments, categories). It needs
 no random states: every training step seeds its generators from (seed, step, rank), see train.py.
 """
+import argparse
 import json
 import os
 import pickle
@@ -21,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data import InputError
+from data import InputError, exit_with_sentence
 from model import PRESETS, GRAttVIS, build_model
 
 RENAMES = [(re.compile(pattern), replacement) for pattern, replacement in [
@@ -285,3 +288,40 @@ def save_json(path: str | Path, contents, indent: int | None = 1) -> None:
     temporary = path.with_name(path.name + ".part")
     temporary.write_text(json.dumps(contents, indent=indent) + "\n")
     os.replace(temporary, path)
+
+
+def save_weights(source: str | Path, target: str | Path) -> int:
+    """Write what another program needs of a training checkpoint, and no more; returns the file's bytes.
+
+    The averaged weights where there are some; tables and matrices in float16, norms and biases as they are. InputError if the target
+    exists, or a weight is too large for float16."""
+    contents, target = read_file(source), Path(target)
+    config = contents.get("config")
+    if not isinstance(config, dict) or not isinstance(contents.get("model"), dict):
+        raise InputError(f"{source} is no checkpoint of train.py")
+    if target.exists():
+        raise InputError(f"{target} exists: choose another name, or remove it")
+    averaged = {name.removeprefix("module."): value for name, value in contents.get("ema", {}).items() if name.startswith("module.")}
+    weights = {name: value.half() if value.is_floating_point() and value.ndim > 1 else value
+               for name, value in (averaged or contents["model"]).items()}
+    if not all(value.isfinite().all() for value in weights.values()):
+        raise InputError(f"{source} has weights that float16 cannot hold, or that are not finite")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    save_checkpoint(target, {"model": weights, "config": {name: value for name, value in config.items() if name != "args"}})
+    return target.stat().st_size
+
+
+def main() -> None:
+    """Write the weights of a checkpoint as the command line says."""
+    parser = argparse.ArgumentParser(description="Write the weights of a training checkpoint alone, in 16 bit.")
+    parser.add_argument("source", help="checkpoint of train.py")
+    parser.add_argument("target", help="file to write; must not exist yet")
+    args = parser.parse_args()
+    try:
+        print(f"{args.target}: {save_weights(args.source, args.target) / 1e6:.2f} MB")
+    except InputError as error:
+        exit_with_sentence(error)
+
+
+if __name__ == "__main__":
+    main()

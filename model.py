@@ -416,6 +416,8 @@ PRESETS = {  # a model of the paper a line; every value is an argument of GRAttV
     "swin_l": dict(backbone="swin_l", frame_queries=200),
     "toy": dict(backbone="resnet10", norm="batch", channels=64, heads=4, queries=20, frame_queries=20, pixel_layers=1,
                 pixel_feed_forward=256, frame_layers=3, tracker_encoder_layers=1, feed_forward=256),
+    "small": dict(backbone="resnet10_thin", norm="batch", channels=96, heads=6, queries=20, frame_queries=20, pixel_layers=3,
+                  pixel_feed_forward=384, frame_layers=6, tracker_encoder_layers=2, feed_forward=384),
 }
 
 
