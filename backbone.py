@@ -16,6 +16,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.models.swin_transformer import ShiftedWindowAttention, SwinTransformer, SwinTransformerBlock
@@ -94,6 +95,20 @@ class ResNetBackbone(nn.Module):
                 x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False) if recomputed else block(x)
             maps.append(x)
         return maps
+
+
+def fold_norms(network: ResNetBackbone) -> None:
+    """Put every batch norm into the convolution before it, in place, for inference: the same but for rounding, in fewer passes."""
+    pairs = [(network, "conv1", "bn1")]
+    for block in (block for stage in (network.layer1, network.layer2, network.layer3, network.layer4) for block in stage):
+        pairs += [(block, f"conv{number}", f"bn{number}") for number in (1, 2, 3) if hasattr(block, f"conv{number}")]
+        pairs += [(block.downsample, "0", "1")] if block.downsample else []
+    for owner, convolution, norm in pairs:
+        own, its = getattr(owner, convolution), getattr(owner, norm)
+        if isinstance(its, (FrozenBatchNorm2d, nn.BatchNorm2d)):
+            own.weight, own.bias = fuse_conv_bn_weights(own.weight, own.bias, its.running_mean, its.running_var, its.eps, its.weight,
+                                                        its.bias)
+            setattr(owner, norm, nn.Identity())
 
 
 class DetectorWindowAttention(ShiftedWindowAttention):

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from data import InputError, exit_with_sentence
 from model import PRESETS, GRAttVIS, build_model
 
+SHIPPED_WEIGHTS = Path(__file__).with_name("weights") / "small.pt"  # of the preset "small", trained on the synthetic suites
 RENAMES = [(re.compile(pattern), replacement) for pattern, replacement in [
     # files of Mask2Former's first weight format
     (r"^sem_seg_head\.(?!predictor|pixel_decoder)", "sem_seg_head.pixel_decoder."),

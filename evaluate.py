@@ -1,14 +1,15 @@
 """Evaluate a model on a data set, or score a results file: AP, AP50, AP75, AR1, AR10 and AP by class.
 
-    python evaluate.py                                                    # runs/toy/last.pt on the held-out synthetic videos
+    python evaluate.py                                                    # the weights that come with the code, on synthetic suites
+    python evaluate.py --weights runs/toy/last.pt --data-root datasets/synthetic
     python evaluate.py --weights grattvis_r50_ovis.pth --preset r50 --data-root ovis --short-side 360 --top-k 20
     torchrun --nproc-per-node 8 evaluate.py ...                           # the videos shared out to 8 GPUs
     python evaluate.py --results results.json --annotations gt.json --output scores
     python evaluate.py --results results.json --annotations gt_short.json gt_long.json       # YouTube-VIS 2022: both, and the mean
 
 Writes into --output: results.json, results.json.zip (what the benchmark's server takes), metrics.json where the annotations
-are at hand, overlays/ and plots/ for the first --draw and --plot videos. Killed, the same command goes on with the videos that are
-left. Upstream: vita/data/ytvis_eval.py. The metric is metric.py, the way from frames to results inference.py.
+are at hand, overlays/ and plots/ for the first --draw and --plot videos; for suites, a folder each. Killed, the same command goes
+on with the videos that are left. Upstream: vita/data/ytvis_eval.py. The metric is metric.py, the way from frames to results inference.py.
 """
 import argparse
 import os
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as distributed
 
-from checkpoint import model_from_checkpoint, save_json
+from checkpoint import SHIPPED_WEIGHTS, model_from_checkpoint, save_json
 from data import InputError, Video, VideoSet, exit_with_sentence, find_split, read_frame, read_json
 from deform_attn import implementation
 from device import choose_amp, start_processes
@@ -31,9 +32,11 @@ from model import PRESETS, GRAttVIS
 from plots import plot_classes, plot_precision, plot_timeline, require_matplotlib
 from recipes import at_least
 from results import EncodedVideo
+from synthetic import SUITES, make_dataset
 from tracker import PROPAGATIONS
 
 DRAWN_SCORE = 0.3  # instances below it are left out of the pictures
+HELD_OUT = 24      # videos of a suite that has to be written
 SERVERS = {        # a class that no other set has, in small letters: the benchmark, and where its results are submitted
     "vehical": "OVIS: https://codalab.lisn.upsaclay.fr/competitions/4763",
     "ape": "YouTube-VIS 2019: https://codalab.lisn.upsaclay.fr/competitions/6064",
@@ -43,24 +46,28 @@ SERVERS = {        # a class that no other set has, in small letters: the benchm
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line; the defaults evaluate the toy run."""
+    """The command line; the defaults evaluate the weights that come with the code."""
     parser = argparse.ArgumentParser(description="Evaluate a model on videos in the YouTube-VIS format, or score a results file.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     model = parser.add_argument_group("model")
-    model.add_argument("--weights", default="runs/toy/last.pt", help="checkpoint, ours or official")
+    model.add_argument("--weights", default=str(SHIPPED_WEIGHTS), help="checkpoint, ours or official")
     model.add_argument("--preset", choices=PRESETS, help="of an official checkpoint (ours say it themselves)")
     model.add_argument("--propagation", choices=PROPAGATIONS, help="where the checkpoint does not tell it")
     model.add_argument("--gate-mask", choices=("additive", "blocked"), help="of an official checkpoint (default: additive)")
     data = parser.add_argument_group("data")
-    data.add_argument("--data-root", default="datasets/synthetic", help="data set")
+    data.add_argument("--data-root", help="data set")
     data.add_argument("--split", default="valid", help="its split")
     data.add_argument("--json", help="instead of --data-root: the annotation file")
     data.add_argument("--images", help="with --json: the folder that its file names are relative to")
+    data.add_argument("--suites", nargs="+", choices=SUITES, default=["easy", "occlusion"], metavar="SUITE", help="where no data set is "
+                      f"given: the held-out videos of synthetic suites, written if they are not there: {', '.join(SUITES)}")
+    data.add_argument("--sets", default="datasets/suites", help="the folder that holds a folder for each suite")
     data.add_argument("--short-side", type=at_least(1), default=96, help="short side of the frames, pixels (official: 360, Swin-L 448)")
     data.add_argument("--max-long-side", type=at_least(1), default=1333, help="pixels")
     result = parser.add_argument_group("result")
     result.add_argument("--top-k", type=at_least(1), default=10, help="instances a video (official: 10, OVIS 20)")
-    result.add_argument("--output", help="folder to write (default: evaluation/ beside the weights)")
+    result.add_argument("--output", help="folder to write (default: evaluation/ beside the weights, or in runs/ and their name for "
+                        "those that come with the code)")
     result.add_argument("--draw", type=at_least(0), default=0, metavar="N", help="draw overlays of the first N videos")
     result.add_argument("--plot", type=at_least(0), metavar="N", help="plot precision over recall, AP by class, and the tracks and gates "
                         "of the first N videos over time (needs matplotlib)")
@@ -89,24 +96,58 @@ def main(args: argparse.Namespace) -> dict | None:
 
     if bool(args.json) != bool(args.images):
         raise InputError("--json and --images go together")
-    videos = VideoSet(*((args.json, args.images) if args.json else find_split(args.data_root, args.split)))
-    if videos.ground_truth.get("annotations"):
-        check_ground_truth(videos.ground_truth)
     options = {"gate_mask": args.gate_mask} if args.gate_mask else {}
     model, config = model_from_checkpoint(args.weights, args.preset, args.propagation, **options)
-    check_categories(model, config, videos, args.weights)
     rank, world, device = start_processes(args.device)
+    sets = open_sets(args, rank, world)
+    for videos in sets.values():
+        if videos.ground_truth.get("annotations"):
+            check_ground_truth(videos.ground_truth)
+        check_categories(model, config, videos, args.weights)
     amp, reason = choose_amp(args.amp, device)
-    output = Path(args.output) if args.output else Path(args.weights).parent / "evaluation"
-    unfinished, remaining = open_unfinished(output, args, str(amp), videos, rank, world)
+    model.to(device).accelerate(amp, args.compile)
     if rank == 0:
         print(f"{args.weights}: {model.propagation} propagation, {model.num_classes} classes; {device.type} x {world}, "
-              f"{str(amp).removeprefix('torch.')} ({reason}); deformable attention: {implementation(device)}\n"
-              f"{len(videos)} videos of {videos.path}, {sum(len(video.files) for video in videos.videos)} frames"
+              f"{str(amp).removeprefix('torch.')} ({reason}); deformable attention: {implementation(device)}")
+    weights = Path(args.weights)
+    beside = Path("runs") / weights.stem if weights.parent.resolve() == SHIPPED_WEIGHTS.parent else weights.parent
+    metrics = {name: evaluate_set(model, videos, Path(args.output or beside / "evaluation") / name, args, amp, rank, world)
+               for name, videos in sets.items()}
+    if world > 1:
+        distributed.destroy_process_group()
+    return metrics.get("", metrics)
+
+
+def open_sets(args: argparse.Namespace, rank: int, world: int) -> dict[str, VideoSet]:
+    """The one set that the arguments name, under "", or suites by name, which the first process writes."""
+    if args.json or args.data_root:
+        return {"": VideoSet(*((args.json, args.images) if args.json else find_split(args.data_root, args.split)))}
+    if world > 1 and rank:
+        distributed.barrier()                    # until the first process has written them
+    sets = {name: open_suite(name, Path(args.sets) / name, HELD_OUT) for name in args.suites}
+    if world > 1 and not rank:
+        distributed.barrier()
+    return sets
+
+
+def open_suite(name: str, folder: Path, held_out: int) -> VideoSet:
+    """The held-out videos of a suite, as `python data.py --suite` writes them; so many are written if the folder is not there."""
+    if not folder.exists():
+        suite = SUITES[name]
+        make_dataset(folder, 1, held_out, suite.frames, objects=suite.objects, difficulty=suite.difficulty)
+    return VideoSet(*find_split(folder, "valid"))
+
+
+def evaluate_set(model: GRAttVIS, videos: VideoSet, output: Path, args: argparse.Namespace, amp: torch.dtype, rank: int,
+                 world: int) -> dict | None:
+    """Results and metrics of one set; the metrics in the first process, where there is ground truth."""
+    device = model.pixel_mean.device
+    unfinished, remaining = open_unfinished(output, args, str(amp), videos, rank, world)
+    if rank == 0:
+        print(f"{len(videos)} videos of {videos.path}, {sum(len(video.files) for video in videos.videos)} frames"
               f"{f', {len(videos) - len(remaining)} of them done before' if len(remaining) < len(videos) else ''}; output {output}")
 
     began, own = time.perf_counter(), share(remaining, rank, world)
-    model.to(device).accelerate(amp, args.compile)
     for video, found in segment_videos(model, own, device, amp, args.short_side, args.max_long_side, args.top_k, args.chunk,
                                        args.workers):
         number = videos.videos.index(video)
@@ -120,7 +161,6 @@ def main(args: argparse.Namespace) -> dict | None:
     print(f"{frames} frames in {seconds:.1f} s, {frames / seconds:.1f} a second with reading and encoding{peak}")
     if world > 1:
         distributed.barrier()
-        distributed.destroy_process_group()
     if rank:
         return None
     unfinished.join(videos.videos, output / "results.json")
@@ -132,7 +172,7 @@ def open_unfinished(output: Path, args: argparse.Namespace, amp: str, videos: Vi
     """The results so far of this very setting, and the videos that are left: the same for all processes."""
     weights = os.stat(args.weights)
     setting = {name: getattr(args, name) for name in ("weights", "preset", "propagation", "gate_mask", "data_root", "split", "json",
-                                                      "images", "short_side", "max_long_side", "top_k", "compile")}
+                                                      "images", "short_side", "max_long_side", "top_k", "compile", "sets")}
     setting |= {"amp": amp, "weights_bytes": weights.st_size, "weights_changed": weights.st_mtime_ns}
     if world > 1 and rank:
         distributed.barrier()                    # until the first process has made the folder

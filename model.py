@@ -26,7 +26,7 @@ from types import MethodType
 import torch
 from torch import Tensor, nn
 
-from backbone import build_backbone
+from backbone import ResNetBackbone, build_backbone, fold_norms
 from detector import FrameDecoder, PixelDecoder
 from graph import Beside, Replay
 from results import (EncodedVideo, FrameTracks, RunningScores, StepState, Stretch, VideoResult, best_pairs, class_probabilities,
@@ -97,8 +97,10 @@ class GRAttVIS(nn.Module):
 
         dtype: that of the autocast it will run under: the weights of all products are cast once, as autocast would at every call,
         so results are the same. compiled: by torch.compile, which takes half a minute for every size of frames, then about half the
-        time a frame, and rounds otherwise.
+        time a frame, and rounds otherwise; a ResNet's batch norms become part of its convolutions.
         """
+        if compiled and isinstance(self.backbone, ResNetBackbone):
+            fold_norms(self.backbone)
         if dtype != torch.float32:
             cast_products(self.modules(), dtype)
         if self.pixel_mean.is_cuda:

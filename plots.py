@@ -73,8 +73,8 @@ def plot_timeline(path: Path, found: EncodedVideo, names: list[str], least: floa
             openness = found.gates[index].double().mean(1).numpy()                       # (T,)
             axes.imshow(openness[None], extent=(0, frames, row + 0.85, row + 0.65), aspect="auto", cmap="Greys", vmin=-0.25, vmax=1,
                         interpolation="nearest")
-    axes.set(xlabel="frame", xlim=(0, frames), ylim=(max(1, len(chosen)), 0), title="seen (colour), gates open (black) or closed (pale)" if chosen else
-             f"no instance scores {least} or more")
+    axes.set(xlabel="frame", xlim=(0, frames), ylim=(max(1, len(chosen)), 0),
+             title="seen (colour), gates open (black) or closed (pale)" if chosen else f"no instance scores {least} or more")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_yticks(np.arange(len(chosen)) + 0.4, [f"{names[found.labels[index]]} #{found.track_ids[index]} {found.scores[index]:.2f}"
                                                    for index in chosen])

@@ -185,7 +185,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     optimisation.add_argument("--accumulate", type=at_least(1), default=1,
                               help="parts that a process's share of a step is computed in, one after another, to save memory")
     optimisation.add_argument("--lr", type=float, default=1e-3, help="learning rate (official: 5e-5 for 8 clips)")
-    optimisation.add_argument("--lr-steps", type=at_least(0), nargs="*", default=[420], help="iterations at which it is multiplied by --lr-gamma")
+    optimisation.add_argument("--lr-steps", type=at_least(0), nargs="*", default=[420],
+                              help="iterations at which it is multiplied by --lr-gamma")
     optimisation.add_argument("--lr-gamma", type=float, default=0.1)
     optimisation.add_argument("--warmup", type=at_least(0), default=50, help="iterations of linear warm-up; 0 = none")
     optimisation.add_argument("--warmup-start", type=float, default=0.0, help="share of the rate that it starts from")

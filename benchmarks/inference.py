@@ -117,8 +117,8 @@ def memory(lengths: list[int], chunk: int) -> None:
         now, codes = resident(), sum(len(code["counts"]) for track in found.segmentations for code in track)
         peak = f"{torch.cuda.max_memory_allocated() / 1e9:.3f} GB of GPU memory, " if CUDA else ""
         growth = f"{1e3 * (now - last[1]) / (frames - last[0]):.1f} kB a frame since {last[0]}" if last else "first"
-        print(f"memory at {frames} frames: {peak}the process {now:.0f} MB ({growth}); codes a frame: {sum(counted) / frames / 1e3:.1f} kB of "
-              f"all queries, {codes / frames / 1e3:.1f} of the result; {frames / (time.perf_counter() - began):.0f} frames a second")
+        print(f"memory at {frames} frames: {peak}the process {now:.0f} MB ({growth}); codes a frame: {sum(counted) / frames / 1e3:.1f} kB "
+              f"of all queries, {codes / frames / 1e3:.1f} of the result; {frames / (time.perf_counter() - began):.0f} frames a second")
         last = frames, now
         del found
     model_module.encode_counts = encode_counts

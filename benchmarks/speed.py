@@ -23,6 +23,7 @@ from losses import Criterion  # noqa: E402
 from model import build_model  # noqa: E402
 from recipes import parse_arguments  # noqa: E402
 from train import parameter_groups, train_step  # noqa: E402
+from transformer import mask_logits  # noqa: E402
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -81,6 +82,17 @@ def video(preset: str, frames: int, size: tuple[int, int], output: tuple[int, in
     print(f"{preset}, {frames} frames of {size[0]}x{size[1]} to masks of {output[0]}x{output[1]}: {1e3 * middle / frames:.2f} ms a "
           f"frame, {frames / middle:.0f} frames a second ({frames / times[-1]:.0f} to {frames / times[0]:.0f}){peak()}", flush=True)
     profile(segment, args.profile)
+
+    on_device = clip.to(DEVICE)
+
+    def alone() -> None:
+        with autocast():
+            for stretch in model.follow([on_device]):
+                mask_logits(stretch.mask_kernel, stretch.features)
+
+    middle = seconds(alone)[2]
+    print(f"{preset}, the same, model alone (frames on the GPU, masks of all queries at stride 4): {1e3 * middle / frames:.2f} ms a frame, "
+          f"{frames / middle:.0f} frames a second", flush=True)
 
 
 def errors(preset: str, size: tuple[int, int], args: argparse.Namespace) -> None:

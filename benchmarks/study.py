@@ -1,8 +1,12 @@
 """What the gate is good for: AP by how long an object was hidden, identity switches, and when gates are open.
 
-    python benchmarks/study.py measure runs/gated-*/last.pt runs/plain-*/last.pt --names gated gated plain plain
-    python benchmarks/study.py table runs/study.json --plot runs/study
+    python train.py --stage vita --preset small --render easy occlusion look-alike degraded --output runs/study/vita ...
+    python benchmarks/study.py train --init runs/study/vita/last.pt --seeds 3
+    python benchmarks/study.py measure runs/study/*-*/last.pt
+    python benchmarks/study.py table runs/study.json --plot runs/study/plots
 
+`train` trains the tracker of every configuration with several seeds, from one VITA model whose detector stays as it is: the paper's
+last stage. Nothing but the flags of CONFIGURATIONS and the seed differs. Several runs share a GPU: alone, none keeps it busy.
 `measure` runs every checkpoint over the held-out videos of every suite (synthetic.py; sets that are missing are written) and
 writes a record of each into one JSON file. `table` prints means and standard deviations over the records of one name and suite.
 
@@ -25,8 +29,11 @@ share, from the first to the last of these frames, is of the largest area that t
 Shape letters: T frames, G instances of the ground truth, K tracks, D decoder layers.
 """
 import argparse
+import os
 import statistics
+import subprocess
 import sys
+import time
 from collections import defaultdict
 from pathlib import Path
 
@@ -34,22 +41,35 @@ import numpy as np
 import torch
 from pycocotools import mask as rle
 from scipy.optimize import linear_sum_assignment
+from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY))
 
 from checkpoint import model_from_checkpoint, save_json  # noqa: E402
-from data import InputError, Video, VideoSet, exit_with_sentence, find_split, read_frame, read_json  # noqa: E402
+from data import InputError, Video, VideoSet, exit_with_sentence, read_frame, read_json  # noqa: E402
 from device import choose_amp, start_processes  # noqa: E402
 from draw import best_labels  # noqa: E402
-from evaluate import check_categories  # noqa: E402
+from evaluate import check_categories, open_suite  # noqa: E402
 from inference import segment_videos, to_entries  # noqa: E402
 from metric import accumulate, evaluate_results, mean_defined, summarize, track_rles  # noqa: E402
 from model import GRAttVIS  # noqa: E402
 from plots import new_figure, require_matplotlib  # noqa: E402
 from recipes import at_least  # noqa: E402
 from results import EncodedVideo  # noqa: E402
-from synthetic import SUITES, Difficulty, checksum, make_dataset  # noqa: E402
+from synthetic import SUITES, Difficulty, checksum  # noqa: E402
 
+CONFIGURATIONS = {  # name: flags of train.py
+    "plain": ("--propagation", "plain"),
+    "gated": ("--propagation", "gated"),                                       # as released: closed queries attend a little more
+    "gated-blocked": ("--propagation", "gated", "--gate-mask", "blocked"),     # as in the paper
+    "memory": ("--propagation", "memory"),
+    "gated+memory": ("--propagation", "gated+memory"),
+    "gate-loss": ("--propagation", "gated", "--gate-weight", "1"),
+    "long-clips": ("--propagation", "gated", "--frames", "10", "--reach", "12"),
+}
+COMMON = ("--stage", "grattvis", "--preset", "small", "--render", "easy", "occlusion", "look-alike", "degraded", "--frames", "6", "--reach",
+          "10", "--batch", "16", "--lr", "5e-4", "--warmup", "100", "--workers", "2", "--log-every", "100")
 SHORT_SIDE, MAX_LONG_SIDE, TOP_K = 96, 1333, 10
 LEAST_SCORE = 0.3                                # of a track that can be given to an instance
 LEAST_IOU = 0.5
@@ -65,6 +85,41 @@ TITLES = {  # what a record holds, each a number for every column; -1 where it i
     "open by share": "Open gates by visible share of the object, all layers, percent",
     "last open by share": "Open gates by visible share of the object, last layer, percent",
 }
+
+
+# Training
+
+def train(args: argparse.Namespace) -> None:
+    """Run train.py for every configuration and seed, so many at a time, on the GPUs in turn; InputError if one fails."""
+    output, gpus = Path(args.output), torch.cuda.device_count()
+    runs = [(name, seed, output / f"{name}-{seed}") for seed in range(args.seeds) for name in args.configurations]
+    for *_, folder in runs:
+        if folder.exists():
+            raise InputError(f"{folder} exists: remove it, or give another --output")
+    output.mkdir(parents=True, exist_ok=True)
+    steps = str(args.iterations * 4 // 5)
+    waiting, running = list(enumerate(runs)), {}
+    with tqdm(total=len(runs), desc="train", unit="run") as bar:
+        while waiting or running:
+            while waiting and len(running) < args.parallel:
+                number, (name, seed, folder) = waiting.pop(0)
+                command = [sys.executable, str(REPOSITORY / "train.py"), *COMMON, *CONFIGURATIONS[name], "--seed", str(seed), "--init",
+                           args.init, "--output", str(folder), "--iterations", str(args.iterations), "--lr-steps", steps, "--save-every",
+                           str(args.iterations)]
+                device = {"CUDA_VISIBLE_DEVICES": str(number % gpus)} if gpus else {}
+                said = open(folder.with_suffix(".txt"), "w+")
+                environment = os.environ | device | {"OMP_NUM_THREADS": "1"}
+                running[folder] = subprocess.Popen(command, env=environment, stdout=said, stderr=said), said
+            time.sleep(1)
+            for folder, (process, said) in list(running.items()):
+                if process.poll() is not None:
+                    said.close()
+                    del running[folder]
+                    bar.update()
+                    if process.returncode:
+                        for other, _ in running.values():
+                            other.terminate()
+                        raise InputError(f"the run {folder} ended with {process.returncode}: see {said.name}")
 
 
 # The ground truth
@@ -175,14 +230,6 @@ def open_shares(opened: dict[str, list[list[bool]]]) -> dict[str, dict[str, floa
     return found
 
 
-def open_suite(name: str, folder: Path, held_out: int) -> VideoSet:
-    """The held-out videos of a suite, as `python data.py --suite` writes them; written if the folder is not there."""
-    if not folder.exists():
-        suite = SUITES[name]
-        make_dataset(folder, 1, held_out, suite.frames, objects=suite.objects, difficulty=suite.difficulty)
-    return VideoSet(*find_split(folder, "valid"))
-
-
 def measure(args: argparse.Namespace) -> None:
     """Write the records; after each, so that what was measured before a kill is kept."""
     if args.names and len(args.names) != len(args.weights):
@@ -201,7 +248,8 @@ def measure(args: argparse.Namespace) -> None:
         setting = {"weights": weights, "propagation": model.propagation, "gate_mask": model.tracker.gate_mask,
                    "seed": config.get("args", {}).get("seed"), "amp": str(amp).removeprefix("torch.")}
         kind = f"{model.propagation}, {model.tracker.gate_mask}" if model.tracker.gated else model.propagation
-        setting["name"] = args.names[number] if args.names else kind
+        trained = Path(weights).parent.name.rpartition("-")[0]                 # of gated-blocked-2/last.pt, gated-blocked
+        setting["name"] = args.names[number] if args.names else trained if trained in CONFIGURATIONS else kind
         for suite, videos in sets.items():
             check_categories(model, config, videos, weights)
             found = measure_suite(model, videos, device, amp, SUITES[suite].difficulty)
@@ -290,10 +338,17 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Study what the gate is good for.")
     commands = parser.add_subparsers(dest="command", required=True)
+    training = commands.add_parser("train", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    training.add_argument("--init", required=True, help="checkpoint of the stage vita, preset small, to start from")
+    training.add_argument("--configurations", nargs="+", choices=CONFIGURATIONS, default=list(CONFIGURATIONS))
+    training.add_argument("--seeds", type=at_least(1), default=3)
+    training.add_argument("--iterations", type=at_least(1), default=2000)
+    training.add_argument("--parallel", type=at_least(1), default=6, help="runs at a time, over all GPUs")
+    training.add_argument("--output", default="runs/study", help="folder for the runs: NAME-SEED, and what they print in NAME-SEED.txt")
     measuring = commands.add_parser("measure", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     measuring.add_argument("weights", nargs="+", help="checkpoints of train.py")
     measuring.add_argument("--names", nargs="+", help="one for each checkpoint, the same for those that differ in the seed alone "
-                           "(default: propagation and gate mask)")
+                           "(default: the configuration of `train`, else propagation and gate mask)")
     measuring.add_argument("--suites", nargs="+", choices=SUITES, default=list(SUITES))
     measuring.add_argument("--sets", default="datasets/suites", help="folder that holds a folder for each suite")
     measuring.add_argument("--videos", type=at_least(1), default=24, help="held-out videos of a suite that has to be written")
@@ -309,6 +364,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 if __name__ == "__main__":
     try:
         args = parse_arguments()
-        measure(args) if args.command == "measure" else table(args)
+        {"train": train, "measure": measure, "table": table}[args.command](args)
     except InputError as error:
         exit_with_sentence(error)

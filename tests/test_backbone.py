@@ -4,7 +4,7 @@ import torch
 from torchvision.models import resnet50
 from torchvision.models.swin_transformer import SwinTransformer
 
-from backbone import RESNETS, SWINS, SwinBackbone, build_backbone, shifted_from_afar
+from backbone import RESNETS, SWINS, SwinBackbone, build_backbone, fold_norms, shifted_from_afar
 from checkpoint import translate
 from golden_set import make_video, meta, official_weights, read_arrays, subsampled_error
 
@@ -33,6 +33,32 @@ def test_norms():
         build_backbone("resnet10", "layer")
     with pytest.raises(ValueError, match="swin_l"):
         build_backbone("vgg")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("norm", ["frozen", "batch", "group"])
+@pytest.mark.parametrize("name", ["resnet10_thin", "resnet50"])
+def test_folded_norms_change_nothing(name, norm):
+    """Statistics and affine maps of all kinds; a group norm looks at its input and stays."""
+    torch.manual_seed(0)
+    network = build_backbone(name, norm).double().eval()
+    for key, value in network.state_dict().items():
+        if value.ndim == 1 and "num_batches" not in key:
+            value.uniform_(0.5, 1.5)
+    images = torch.randn(1, 3, 64, 96).double()
+    expected = network(images)
+    fold_norms(network)
+    for found, before in zip(network(images), expected, strict=True):
+        torch.testing.assert_close(found, before, rtol=1e-9, atol=1e-9)
+    assert isinstance(network.layer4[0].downsample[1], torch.nn.Identity) == (norm != "group")
+
+
+def test_the_thin_backbone_has_half_of_the_weights():
+    """Its last stage has 256 channels instead of 512."""
+    thin, whole = (build_backbone(name, "batch") for name in ("resnet10_thin", "resnet10"))
+    assert thin.channels == [64, 128, 256, 256] and [maps.shape[1] for maps in thin(torch.randn(2, 3, 64, 64))] == thin.channels
+    count = [sum(parameter.numel() for parameter in network.parameters()) for network in (thin, whole)]
+    assert 0.5 < count[0] / count[1] < 0.52
 
 
 @torch.no_grad()
@@ -101,4 +127,4 @@ def test_strides():
     for name in [*RESNETS, "swin_t"]:
         with torch.device("meta"):
             network = build_backbone(name)
-        assert len(network.channels) == 4 and network.channels[3] == 8 * network.channels[0]
+        assert len(network.channels) == 4 and network.channels[3] == (4 if "thin" in name else 8) * network.channels[0]

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from backbone import build_backbone
-from checkpoint import (load_backbone, load_weights, model_from_checkpoint, read_propagation, save_checkpoint, translate)
+from checkpoint import (load_backbone, load_weights, model_from_checkpoint, read_propagation, save_checkpoint, save_weights,
+                        translate)
 from data import InputError
 from golden_set import meta, names_shapes
 from model import build_model
@@ -173,3 +174,30 @@ def test_official_checkpoint_needs_what_its_names_do_not_tell(tmp_path):
     torch.save({"model": build_backbone("resnet10").state_dict()}, path)
     with pytest.raises(InputError, match="has no tracker"):
         model_from_checkpoint(path, "toy")
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+def test_weights_alone(tmp_path, averaged):
+    """Half the bytes, the same model but for rounding; the averaged weights where there are some; nothing is overwritten."""
+    model, other = tiny_model(), tiny_model().requires_grad_(False)
+    for parameter in other.parameters():
+        parameter.mul_(1.5)
+    contents = {"model": model.state_dict(), "step": 3, "optimizer": {"state": {}},
+                "config": {"preset": "toy", "propagation": "gated", "model_options": TINY, "args": {"seed": 0}}}
+    if averaged:
+        contents["ema"] = {"n_averaged": torch.tensor(3)} | {f"module.{name}": value for name, value in other.state_dict().items()}
+    save_checkpoint(tmp_path / "last.pt", contents)
+    bytes_written = save_weights(tmp_path / "last.pt", tmp_path / "weights/handed_on.pt")
+    assert bytes_written < 0.6 * (tmp_path / "last.pt").stat().st_size / (2 if averaged else 1)
+    loaded, config = model_from_checkpoint(tmp_path / "weights/handed_on.pt")
+    for name, value in (other if averaged else model).state_dict().items():
+        torch.testing.assert_close(loaded.state_dict()[name], value, rtol=1e-3, atol=1e-6)
+    assert "args" not in config and all(parameter.dtype == torch.float32 for parameter in loaded.parameters())
+    with pytest.raises(InputError, match="exists"):
+        save_weights(tmp_path / "last.pt", tmp_path / "weights/handed_on.pt")
+    contents["model"]["tracker.query_feat.weight"][0] = 1e5
+    contents.pop("ema", None)
+    save_checkpoint(tmp_path / "large.pt", contents)
+    with pytest.raises(InputError, match="float16"):
+        save_weights(tmp_path / "large.pt", tmp_path / "large_weights.pt")
+    assert not (tmp_path / "large_weights.pt").exists()

@@ -10,7 +10,7 @@ import evaluate
 import train
 from data import test_frames
 from golden_set import meta, read_json
-from synthetic import make_dataset
+from synthetic import SUITES, Suite, make_dataset
 
 
 def test_golden_results_file_scored_from_the_command_line(golden_dir, tmp_path):
@@ -67,3 +67,17 @@ def test_a_set_without_annotations_gets_results_but_no_metrics(trained, tmp_path
         str(trained / "set/valid/JPEGImages"), "--output", str(tmp_path / "out"), "--short-side", "64", "--device", "cpu"])) is None
     assert (tmp_path / "out/results.json").exists() and not (tmp_path / "out/metrics.json").exists()
     assert "server" in capsys.readouterr().out
+
+
+def test_without_arguments_the_shipped_weights_are_evaluated_on_suites(tmp_path, monkeypatch, capsys):
+    """Two suites, which are written; a model that has learned something. Here the suites are small."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("easy", "occlusion"):
+        monkeypatch.setitem(SUITES, name, Suite(SUITES[name].difficulty, frames=6, objects=(1, 2)))
+    monkeypatch.setattr(evaluate, "HELD_OUT", 2)
+    metrics = evaluate.main(evaluate.parse_arguments(["--device", "cpu", "--workers", "0"]))
+    assert list(metrics) == ["easy", "occlusion"] and all(found["AP50"] > 0.2 for found in metrics.values())
+    for suite in metrics:
+        assert json.loads((tmp_path / "runs/small/evaluation" / suite / "metrics.json").read_text()) == metrics[suite]
+        assert len(json.loads((tmp_path / "datasets/suites" / suite / "valid.json").read_text())["videos"]) == 2
+    assert evaluate.SHIPPED_WEIGHTS.stat().st_size <= 10e6 and "small.pt: gated propagation" in capsys.readouterr().out
