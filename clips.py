@@ -31,6 +31,7 @@ class Clip:
     labels: Tensor  # (I,) int64, 0-based
     ids: Tensor     # (I, T) int64, -1 where the instance is not visible
     masks: Tensor   # (I, T, H, W) bool, True = instance
+    source: str = ""               # where it comes from, for people
     skipped: tuple[str, ...] = ()  # what was wrong with the clips that this one stands in for
 
     def pin_memory(self) -> "Clip":
@@ -105,8 +106,9 @@ class ClipDataset(Dataset):
             pictures[t] = np.asarray(read_frame(video.files[t], video.height, video.width))
             outlines[t] = np.stack([read_mask(annotation["segmentations"][t], video.height, video.width,
                                               f"annotation {annotation['id']}, frame {t},") for annotation in annotations])
-        return make_clip(np.stack([pictures[t] for t in chosen]), np.stack([outlines[t] for t in chosen], 1),
+        clip = make_clip(np.stack([pictures[t] for t in chosen]), np.stack([outlines[t] for t in chosen], 1),
                          [annotation["label"] for annotation in annotations], self.augmentation, generator)
+        return replace(clip, source=", ".join([str(video.files[chosen[0]]), *(video.files[t].name for t in chosen[1:])]))
 
 
 class RenderedClips(Dataset):
@@ -117,12 +119,13 @@ class RenderedClips(Dataset):
     """
 
     def __init__(self, suites: list[str], frames: int, reach: int, augmentation: Augmentation, seed: int = 0):
-        self.suites = [SUITES[name] for name in suites]
+        self.names = list(suites)
         self.categories, self.skipped = list(enumerate(CATEGORIES, 1)), []
         self.frames, self.reach, self.augmentation, self.seed = frames, reach, augmentation, seed
 
     def __getitem__(self, index: int) -> Clip:
-        suite = self.suites[index % len(self.suites)]
+        name = self.names[index % len(self.names)]
+        suite = SUITES[name]
         generator = np.random.default_rng((self.seed, 3, index))   # the files' scenes are drawn from (seed, 0 or 1, index)
         for _ in range(MOST_BAD_IN_A_ROW):
             chosen = sample_frames(suite.frames, self.frames, self.reach, generator)
@@ -131,7 +134,7 @@ class RenderedClips(Dataset):
                 clip = make_clip(pictures, np.stack([masks for _, masks in instances]), [category_id - 1 for category_id, _ in instances],
                                  self.augmentation, generator)
                 if len(clip.labels):
-                    return clip
+                    return replace(clip, source=f"scene {index} of the suite {name}")
         raise InputError(f"clip {index}: after augmentation, {MOST_BAD_IN_A_ROW} scenes in a row show no instance")
 
 

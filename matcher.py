@@ -177,11 +177,9 @@ def matching_costs(predictions: Predictions, targets: Targets, count: int, weigh
 
 
 def bring_costs(costs: list[Tensor]) -> list[np.ndarray]:
-    """All costs on the CPU: the one wait for the GPU. FloatingPointError if one is not finite."""
-    flat = torch.cat([cost.flatten() for cost in costs]).cpu().numpy()
-    if not np.isfinite(flat).all():
-        raise FloatingPointError("a matching cost is not finite: the logits have overflowed; lower the learning rate, "
-                                 "or train in bf16 or fp32 instead of fp16")
+    """All costs on the CPU: the one wait for the GPU. One that is not finite is a high one: a loss will not be finite either, which
+    is where training stops and says why."""
+    flat = np.nan_to_num(torch.cat([cost.flatten() for cost in costs]).cpu().numpy(), nan=EXCLUDED, posinf=EXCLUDED, neginf=EXCLUDED)
     ends = np.cumsum([cost.numel() for cost in costs])
     return [part.reshape(cost.shape) for part, cost in zip(np.split(flat, ends[:-1]), costs)]
 

@@ -193,6 +193,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     optimisation.add_argument("--backbone-lr-factor", type=float, default=1.0, help="official: 0.1, from pretrained weights")
     optimisation.add_argument("--weight-decay", type=float, default=0.05, help="not of norms, embeddings and position tables")
     optimisation.add_argument("--clip-gradient", type=float, default=0.1, help="global norm (official: 0.01); 0 = no clipping")
+    optimisation.add_argument("--skip-nonfinite", type=at_least(0), default=0, metavar="N", help="leave out up to N steps in a row whose "
+                              "losses or gradients are not finite, instead of stopping at the first")
     optimisation.add_argument("--ema", type=float, default=0.0, help="decay of averaged weights, which are then evaluated; 0 = none")
     optimisation.add_argument("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"),
                               help="auto = bf16 on a GPU that has it, fp16 on another, off on a CPU")

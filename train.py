@@ -41,7 +41,7 @@ from model import PRESETS, GRAttVIS, build_model
 from recipes import RECIPES, find_named_set, official_setting, parse_arguments
 
 MAY_CHANGE = {"recipe", "dry_run", "iterations", "output", "resume", "init", "backbone_weights", "reset_classes", "workers",
-              "device", "recompute", "log_every", "save_every", "skip_bad", "data_root", "train_json", "train_images", "test_sets",
+              "device", "recompute", "skip_nonfinite", "log_every", "save_every", "skip_bad", "data_root", "train_json", "train_images", "test_sets",
               "evaluate_every", "test_short_side", "test_max_long_side", "top_k"}                      # between a run and its resumption
 
 
@@ -96,11 +96,14 @@ def main(args: argparse.Namespace) -> None:
         trim_log(output / "log.jsonl", start)
 
     def save(path: Path, step: int) -> None:
+        if broken := [name for name, value in model.state_dict().items() if not value.isfinite().all()]:
+            raise FloatingPointError(f"{', '.join(broken[:3])} {'is' if len(broken) == 1 else 'are'} not finite at iteration {step}: {path} "
+                                     "was left as it is")
         states = {name: part.state_dict() for name, part in parts.items()}
         save_checkpoint(path, {"model": model.state_dict(), "step": step, "best": best, "config": config} | states)
 
     bar = tqdm(loader, initial=start, total=args.iterations, desc="train", disable=rank > 0, mininterval=1)
-    waited, mark, skipped = 0.0, time.perf_counter(), len(clips.skipped)
+    waited, mark, skipped, in_a_row = 0.0, time.perf_counter(), len(clips.skipped), 0
     began = mark
     for step, batch in enumerate(bar, start):
         waited += time.perf_counter() - mark
@@ -108,14 +111,20 @@ def main(args: argparse.Namespace) -> None:
         for sentence in (sentence for clip in batch for sentence in clip.skipped):
             skipped += 1
             bar.write(f"skipped: {sentence}")
-        losses = train_step(network, criterion, batch, args, device, amp, optimizer, scaler)
+        norms = [buffer.clone() for buffer in model.buffers()] if args.skip_nonfinite else []
+        losses, gradient = train_step(network, criterion, batch, args, device, amp, optimizer, scaler)
         total = sum(losses.values())
-        if not math.isfinite(total):
-            raise FloatingPointError(f"the loss is not finite at iteration {step}: "
-                                     + ", ".join(f"{name} {value:.3g}" for name, value in losses.items()))
-        scaler.unscale_(optimizer)
-        gradient = nn.utils.clip_grad_norm_(model.parameters(), args.clip_gradient or math.inf)
-        scaler.step(optimizer)
+        found_scale = scaler.is_enabled() and math.isfinite(total)                # in fp16 the scaler leaves such a step out by itself
+        in_a_row = 0 if math.isfinite(gradient + total) or found_scale else in_a_row + 1
+        if in_a_row:
+            sentence = describe_nonfinite(losses, gradient, step, schedule.get_last_lr()[0], batch)
+            if in_a_row > args.skip_nonfinite:
+                raise FloatingPointError(sentence)
+            bar.write(f"left out: {sentence}")
+            for buffer, before in zip(model.buffers(), norms):
+                buffer.copy_(before)
+        if not in_a_row or scaler.is_enabled():
+            scaler.step(optimizer)
         scaler.update()
         schedule.step()
         if averaged:
@@ -124,7 +133,7 @@ def main(args: argparse.Namespace) -> None:
         if rank == 0 and done % args.log_every == 0:
             seconds, began = time.perf_counter() - began, time.perf_counter()
             log_line(output, {"step": done, "loss": total, "lr": schedule.get_last_lr()[0],
-                              "gradient_norm": gradient.item() if gradient.isfinite() else None,  # fp16 skips such a step
+                              "gradient_norm": gradient if math.isfinite(gradient) else None,  # fp16 skips such a step
                               "iterations_per_second": args.log_every / seconds, "data_share": waited / seconds,
                               "memory_gib": torch.cuda.max_memory_allocated() / 2 ** 30 if device.type == "cuda" else None,
                               "skipped": skipped} | losses)
@@ -154,8 +163,9 @@ def main(args: argparse.Namespace) -> None:
 
 
 def train_step(network: nn.Module, criterion: Criterion, batch: list, args: argparse.Namespace, device: torch.device,
-               amp: torch.dtype, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> dict[str, float]:
-    """Gradients of one process's share of a step, in --accumulate parts; returns the losses, averaged over the parts.
+               amp: torch.dtype, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> tuple[dict[str, float], float]:
+    """Clipped gradients of one process's share of a step, in --accumulate parts; returns the losses, averaged over parts and
+    processes, and the norm that the gradients had: the same in all processes, also where they are not finite.
 
     Each part counts its own instances, as each process would: the mean of the parts is what the optimiser sees.
     """
@@ -170,7 +180,20 @@ def train_step(network: nn.Module, criterion: Criterion, batch: list, args: argp
             values = torch.stack(list(losses.values())) / args.accumulate
             scaler.scale(values.sum()).backward()
         totals = totals + values.detach()
-    return dict(zip(losses, totals.tolist()))                                 # one wait for the GPU
+    scaler.unscale_(optimizer)
+    gradient = nn.utils.clip_grad_norm_(network.parameters(), args.clip_gradient or math.inf)
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.all_reduce(totals)
+        totals = totals / distributed.get_world_size()
+    *values, gradient = torch.cat((totals, gradient[None].to(totals))).tolist()  # one wait for the GPU
+    return dict(zip(losses, values)), gradient
+
+
+def describe_nonfinite(losses: dict[str, float], gradient: float, step: int, rate: float, batch: list) -> str:
+    """What is not finite, when, and on what; the losses are all processes', the clips this one's."""
+    broken = [f"{name} {value}" for name, value in losses.items() if not math.isfinite(value)] or [f"the gradient's norm {gradient}"]
+    return (f"not finite at iteration {step}, learning rate {rate:g}: {', '.join(broken)}; clips: "
+            + "; ".join(clip.source for clip in batch) + ". Look at these, lower --lr, or pass --skip-nonfinite N")
 
 
 def evaluate(model: GRAttVIS, videos: VideoSet, args: argparse.Namespace, device: torch.device, amp: torch.dtype) -> dict:

@@ -153,7 +153,6 @@ def train(clips: int, frozen: bool, args: argparse.Namespace, size: tuple[int, i
 
     def iterate() -> None:
         train_step(model, criterion, batch, setting, DEVICE, AMP, optimizer, scaler)
-        nn.utils.clip_grad_norm_(model.parameters(), setting.clip_gradient)
         optimizer.step()
 
     for _ in range(3):

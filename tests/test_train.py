@@ -1,5 +1,6 @@
 """Training: an interrupted run resumes exactly, parts of a step add up, the best is kept, parameters are treated as upstream."""
 import json
+import math
 
 import pytest
 import torch
@@ -91,7 +92,8 @@ def fixed_points(rows, count, like):
 def test_parts_of_a_step_add_up(data_root, monkeypatch):
     """--accumulate 2 gives the mean of both halves' gradients and losses."""
     monkeypatch.setattr("matcher.random_points", fixed_points)
-    args = parse_arguments(["--data-root", str(data_root), "--batch", "2", "--norm", "group", "--propagation", "plain", *TINY])
+    args = parse_arguments(["--data-root", str(data_root), "--batch", "2", "--norm", "group", "--propagation", "plain", *TINY,
+                            "--clip-gradient", "0"])
     clips = train.open_clips(args)
     model, _ = train.make_model(args, clips.categories, None, print)
     model.double()
@@ -100,9 +102,11 @@ def test_parts_of_a_step_add_up(data_root, monkeypatch):
     def gradients(batch, parts):
         args.accumulate = parts
         optimizer = torch.optim.SGD(model.parameters(), 0.0)
-        losses = train.train_step(model, train.Criterion(len(clips.categories), points=64), batch, args, torch.device("cpu"),
-                                  torch.float32, optimizer, scaler)
-        return torch.cat([parameter.grad.flatten() for parameter in model.parameters()]), losses
+        losses, norm = train.train_step(model, train.Criterion(len(clips.categories), points=64), batch, args, torch.device("cpu"),
+                                        torch.float32, optimizer, scaler)
+        found = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+        assert found.norm().item() == pytest.approx(norm)
+        return found, losses
 
     (first, one), (second, other), (both, mean) = (gradients(batch, parts) for batch, parts in (
         ([clips[0]], 1), ([clips[1]], 1), ([clips[0], clips[1]], 2)))
@@ -166,3 +170,60 @@ def test_seed_minus_one_is_drawn_once(data_root, tmp_path):
 
 def test_warmup_may_start_anywhere():
     assert [learning_rate_factor(step, 2, [3], start=1.0, gamma=0.5) for step in range(4)] == [1, 1, 1, 0.5]
+
+
+# What is not finite
+
+def poison(monkeypatch, steps, kind):
+    """Make a loss NaN, or a gradient alone, in some iterations."""
+    whole, number = train.Criterion.__call__, iter(range(100))
+
+    def poisoned(self, output, *others, **more):
+        losses, matches = whole(self, output, *others, **more)
+        if next(number) in steps:
+            broken = losses["loss_genvis_ce_clip0"]
+            losses["loss_genvis_ce_clip0"] = broken * math.nan if kind == "loss" else broken + (broken - broken.detach()).sqrt()
+        return losses, matches
+
+    monkeypatch.setattr(train.Criterion, "__call__", poisoned)
+
+
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_stops_the_run(data_root, tmp_path, monkeypatch, kind):
+    """The sentence says which loss, when, and the files of the clips; the last checkpoint is that of the last good step."""
+    poison(monkeypatch, {2}, kind)
+    what = "loss_genvis_ce_clip0 nan" if kind == "loss" else "the gradient's norm (nan|inf)"
+    with pytest.raises(FloatingPointError, match=rf"^not finite at iteration 2, learning rate 0.001: {what}; clips: .*0000\d.jpg"):
+        run(data_root, tmp_path, "--iterations", "4", "--batch", "1", "--save-every", "1")
+    last = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert last["step"] == 2 and all(value.isfinite().all() for value in last["model"].values())
+
+
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+def test_some_steps_that_are_not_finite_can_be_left_out(data_root, tmp_path, monkeypatch, kind, capsys):
+    """They change nothing, not even a batch norm: two in a row are allowed, three are not."""
+    arguments = ["--batch", "1", "--skip-nonfinite", "2", "--weight-decay", "0"]
+    before = run(data_root, tmp_path / "before", *arguments, "--iterations", "1")["model"]
+    poison(monkeypatch, {1, 2, 5, 6, 7}, kind)
+    after = run(data_root, tmp_path / "after", *arguments, "--iterations", "3")["model"]
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert capsys.readouterr().out.count("left out: not finite at iteration") == 2
+    monkeypatch.undo()
+    poison(monkeypatch, {1, 2, 4, 5, 6}, kind)
+    with pytest.raises(FloatingPointError, match="not finite at iteration 6"):
+        run(data_root, tmp_path / "too_many", *arguments, "--iterations", "9")
+
+
+def test_weights_that_are_not_finite_are_not_saved(data_root, tmp_path, monkeypatch):
+    run(data_root, tmp_path, "--iterations", "1", "--batch", "1")
+    whole = train.train_step
+
+    def broken(network, *others):
+        result = whole(network, *others)
+        network.tracker.query_feat.weight.data[0, 0] = math.nan
+        return result
+
+    monkeypatch.setattr(train, "train_step", broken)
+    with pytest.raises(FloatingPointError, match="tracker.query_feat.weight is not finite at iteration 2: .*last.pt was left as it is"):
+        run(data_root, tmp_path, "--iterations", "2", "--batch", "1", "--resume", str(tmp_path / "last.pt"))
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 1
