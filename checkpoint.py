@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from data import InputError, exit_with_sentence
 from model import PRESETS, GRAttVIS, build_model
 
-SHIPPED_WEIGHTS = Path(__file__).with_name("weights") / "small.pt"  # of the preset "small", trained on the synthetic suites
 RENAMES = [(re.compile(pattern), replacement) for pattern, replacement in [
     # files of Mask2Former's first weight format
     (r"^sem_seg_head\.(?!predictor|pixel_decoder)", "sem_seg_head.pixel_decoder."),
@@ -88,6 +87,7 @@ IGNORED = re.compile(r"(criterion\.empty_weight|attn_mask)$|^pixel_(mean|std)$"
                      r"|^backbone\.(fc|head|norm|stem\.fc)\.")
 BACKBONE_ROOTS = ("stem.", "conv1.", "patch_embed.", "features.")  # a backbone alone, without "backbone." in front
 MODEL_ROOTS = ("backbone.", "pixel_decoder.", "frame_decoder.", "tracker.", "sem_seg_head.", "vita_module.")
+SHIPPED_WEIGHTS = Path(__file__).with_name("weights") / "small.pt"  # trained on synthetic suites; found from any folder
 CLASS_LAYERS = ("frame_decoder.class_embed.", "tracker.class_embed.")
 
 

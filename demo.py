@@ -1,5 +1,7 @@
 """Any video in, pictures out: segment and track a video of your own, or follow a live one.
 
+    python demo.py                                 # three held-out synthetic scenes with hidden objects: no files needed
+    python demo.py degraded:3                      # a scene of another suite: easy, occlusion, look-alike, degraded, long
     python demo.py clip.mp4 --weights grattvis_r50_ovis.pth --preset r50 --short-side 360 --categories ovis/annotations/valid.json
     python demo.py "frames/*.jpg"                  # or a folder of pictures, or an animated WebP or GIF; no ffmpeg needed
     python demo.py /dev/video0 --live              # prints the tracks of every frame as it comes (ffmpeg opens cameras)
@@ -31,7 +33,7 @@ from PIL import Image, ImageSequence
 from pycocotools import mask as rle
 from tqdm import tqdm
 
-from checkpoint import model_from_checkpoint, save_json
+from checkpoint import SHIPPED_WEIGHTS, model_from_checkpoint, save_json
 from data import InputError, at_test_size, exit_with_sentence, read_categories, read_picture
 from deform_attn import implementation
 from device import choose_amp, start_processes
@@ -40,18 +42,21 @@ from model import PRESETS, GRAttVIS, in_batches
 from plots import plot_timeline, require_matplotlib
 from recipes import at_least
 from results import EncodedVideo
+from synthetic import SUITES, make_video
 from tracker import PROPAGATIONS
 
+SCENES = ("occlusion:0", "occlusion:1", "occlusion:2")  # shown where no source is given
 LARGEST_SIDE = 2 ** 15  # pixels, of a picture on standard input
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line; the default weights are the toy run's."""
+    """The command line; the default weights are those that come with the code."""
     parser = argparse.ArgumentParser(description="Segment and track the objects of a video, and draw them.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("source", help="a folder of pictures, a pattern such as 'frames/*.jpg', an animated WebP or GIF, a video "
-                        "file, a camera (/dev/video0), or - for PPM pictures on standard input")
-    parser.add_argument("--weights", default="runs/toy/last.pt", help="checkpoint, ours or official")
+    parser.add_argument("source", nargs="?", help="a folder of pictures, a pattern such as 'frames/*.jpg', an animated WebP or GIF, a "
+                        f"video file, a camera (/dev/video0), - for PPM pictures on standard input, or a held-out synthetic scene: one of "
+                        f"{', '.join(SUITES)} with a number, as in long:0; without one, {', '.join(SCENES)} (with --live, the first)")
+    parser.add_argument("--weights", default=SHIPPED_WEIGHTS, help="checkpoint, ours or official")
     parser.add_argument("--preset", choices=PRESETS, help="of an official checkpoint (ours say it themselves)")
     parser.add_argument("--propagation", choices=PROPAGATIONS, help="where the checkpoint does not tell it")
     parser.add_argument("--categories", metavar="JSON", help="a data set's annotation file: names of an official model's classes")
@@ -59,7 +64,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-long-side", type=at_least(1), default=1333, help="pixels")
     parser.add_argument("--top-k", type=at_least(1), default=20, help="instances a video, before --score")
     parser.add_argument("--score", type=float, default=0.3, help="leave out instances that score less")
-    parser.add_argument("--output", help="folder to write, which must not be there yet (default: demo/ and the source's name)")
+    parser.add_argument("--output", help="folder to write, which must not be there yet (default: demo/ and the source's name); "
+                        "without a source, a folder for each scene in it")
     parser.add_argument("--fps", type=at_least(1), default=8, help="of the animation and the mp4, frames a second")
     parser.add_argument("--plot", action="store_true", help="draw when each track is seen and its gates open (needs matplotlib)")
     parser.add_argument("--live", action="store_true", help="print the tracks of every frame as it comes; nothing is written")
@@ -70,14 +76,18 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Follow the source live, or segment it and write the pictures."""
+    """Follow the source live, or segment it and write the pictures; without a source, those of some scenes."""
     if args.plot:
         require_matplotlib()
-    if not args.live and (args.source == "-" or is_camera(Path(args.source))):
-        raise InputError(f"{'standard input' if args.source == '-' else args.source} can be read only once: follow it with --live")
-    output = Path(args.output or Path("demo") / default_name(args.source))
-    if not args.live:
-        check_output(output)
+    if args.source is None:
+        outputs = {source: Path(args.output or "demo") / default_name(source) for source in (SCENES[:1] if args.live else SCENES)}
+    else:
+        outputs = {args.source: Path(args.output or Path("demo") / default_name(args.source))}
+    for source, output in outputs.items():
+        if not args.live and (source == "-" or is_camera(Path(source))):
+            raise InputError(f"{'standard input' if source == '-' else source} can be read only once: follow it with --live")
+        if not args.live:
+            check_output(output)
     model, config = model_from_checkpoint(args.weights, args.preset, args.propagation)
     if args.live and (model.propagation == "clip" or model.clip_length != 1):
         raise InputError(f"{args.weights} reads clips of several frames: it cannot follow a video live")
@@ -87,16 +97,17 @@ def main(args: argparse.Namespace) -> None:
     model.to(device).accelerate(amp)
     print(f"{args.weights}: {model.propagation} propagation, {model.num_classes} classes; {device.type}, "
           f"{str(amp).removeprefix('torch.')} ({reason}); deformable attention: {implementation(device)}", file=sys.stderr)
-    with torch.autocast(device.type, amp, enabled=amp != torch.float32), closing(read_frames(args.source)) as pictures:
-        if args.live:
-            return follow(model, pictures, names, args)
-        found, size, count = segment(model, pictures, args)
-    write(output, found, size, count, names, args)
+    for source, output in outputs.items():
+        with torch.autocast(device.type, amp, enabled=amp != torch.float32), closing(read_frames(source)) as pictures:
+            if args.live:
+                return follow(model, source, pictures, names, args)
+            found, size, count = segment(model, source, pictures, args)
+        write(output, source, found, size, count, names, args)
 
 
 def default_name(source: str) -> str:
-    """Of a clip.mp4, clip; of a pattern, the folder that it looks into."""
-    path = Path(source)
+    """Of a clip.mp4, clip; of a pattern, the folder that it looks into; of long:0, long_0."""
+    path = Path(source.replace(":", "_") if is_scene(source) else source)
     return (path.parent.name if glob.escape(source) != source else path.stem) or "frames"
 
 
@@ -130,6 +141,12 @@ def is_picture(path: Path) -> bool:
     return name in Image.OPEN and name != "MPEG"
 
 
+def is_scene(source: str) -> bool:
+    """Whether it is a suite's name and a number, such as occlusion:0."""
+    suite, _, number = source.partition(":")
+    return suite in SUITES and number.isdecimal()
+
+
 def by_number(path: Path) -> list[str | int]:
     """Sorts 2.png before 10.png."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
@@ -142,11 +159,14 @@ def read_frames(source: str) -> Iterator[Image.Image]:
         yield from read_ppm(sys.stdin.buffer, "standard input")
     elif is_camera(path):
         yield from read_with_ffmpeg(["-f", "v4l2", "-i", source], source)
+    elif is_scene(source):
+        yield from render(source)
     elif path.is_dir() or not path.exists():
         files = path.iterdir() if path.is_dir() else map(Path, glob.glob(source))
         files = sorted((file for file in files if is_picture(file) and file.is_file()), key=by_number)
         if not files:
-            raise InputError(f"no frames at {source}: it is no file, no camera, and neither a folder nor a pattern of pictures")
+            raise InputError(f"no frames at {source}: it is no file, no camera, neither a folder nor a pattern of pictures, and no "
+                             f"scene such as long:0 of the suites {', '.join(SUITES)}")
         for file in files:
             yield read_picture(file)
     elif is_picture(path):
@@ -158,6 +178,15 @@ def read_frames(source: str) -> Iterator[Image.Image]:
             raise InputError(f"a frame of {path} cannot be read: {error}") from error
     else:
         yield from read_with_ffmpeg(["-i", f"file:{source}"], source)
+
+
+def render(scene: str) -> Iterator[Image.Image]:
+    """The frames of a held-out scene, before JPEG: occlusion:0 is the first of the valid split of `data.py --suite occlusion`."""
+    name, _, number = scene.partition(":")
+    suite, height, width = SUITES[name], 96, 160
+    generator = np.random.default_rng((0, 1, int(number)))                # of seed 0, the second split, that video
+    frames, _ = make_video(generator, suite.frames, height, width, suite.objects, suite.difficulty)
+    yield from map(Image.fromarray, frames)
 
 
 def read_with_ffmpeg(opened: list[str], name: str) -> Iterator[Image.Image]:
@@ -197,12 +226,12 @@ def check_size(picture: Image.Image, size: tuple[int, int], number: int, source:
 
 # Live
 
-def follow(model: GRAttVIS, pictures: Iterator[Image.Image], names: list[str], args: argparse.Namespace) -> None:
+def follow(model: GRAttVIS, source: str, pictures: Iterator[Image.Image], names: list[str], args: argparse.Namespace) -> None:
     """Print the tracks of every frame as it comes: class, track, score so far, and the box that holds the mask."""
     state, size = model.reset(), None
     for number, picture in enumerate(pictures):
         size = size or picture.size
-        check_size(picture, size, number, args.source)
+        check_size(picture, size, number, source)
         frame = at_test_size(picture, args.short_side, args.max_long_side)
         tracks, state = model.step(frame, state, size[::-1], args.top_k)
         shown = []
@@ -216,25 +245,26 @@ def follow(model: GRAttVIS, pictures: Iterator[Image.Image], names: list[str], a
 
 # A whole video
 
-def segment(model: GRAttVIS, pictures: Iterator[Image.Image],
+def segment(model: GRAttVIS, source: str, pictures: Iterator[Image.Image],
             args: argparse.Namespace) -> tuple[EncodedVideo, tuple[int, int], int]:
     """What is in the video, the size of its frames (height, width), and how many they are."""
     first = next(pictures, None)
     if first is None:
-        raise InputError(f"{args.source} has no frames")
+        raise InputError(f"{source} has no frames")
     size, count = first.size[::-1], 0
 
     def frames() -> Iterator[torch.Tensor]:
         nonlocal count
         yield at_test_size(first, args.short_side, args.max_long_side)
         for count, picture in enumerate(tqdm(pictures, desc="segment", unit="frame", initial=1), 1):
-            check_size(picture, first.size, count, args.source)
+            check_size(picture, first.size, count, source)
             yield at_test_size(picture, args.short_side, args.max_long_side)
 
     return model.encode_video(in_batches(frames(), args.chunk), size, args.top_k), size, count + 1
 
 
-def write(output: Path, found: EncodedVideo, size: tuple[int, int], count: int, names: list[str], args: argparse.Namespace) -> None:
+def write(output: Path, source: str, found: EncodedVideo, size: tuple[int, int], count: int, names: list[str],
+          args: argparse.Namespace) -> None:
     """The folder of results; see the top of this file."""
     (output / "frames").mkdir(parents=True)
     chosen = best_labels(found, args.score)
@@ -247,10 +277,9 @@ def write(output: Path, found: EncodedVideo, size: tuple[int, int], count: int, 
             Image.fromarray(rle.decode(code) * 255).save(folder / f"{t:05d}.png")
         tracks.append({"track_id": track, "category": label, "score": float(found.scores[index]),
                        "segmentations": found.segmentations[index], "gates_open": found.gates[index].tolist()})
-    save_json(output / "results.json", {"source": args.source, "height": size[0], "width": size[1], "frames": count,
-                                        "tracks": tracks})
+    save_json(output / "results.json", {"source": source, "height": size[0], "width": size[1], "frames": count, "tracks": tracks})
 
-    with closing(read_frames(args.source)) as pictures:
+    with closing(read_frames(source)) as pictures:
         frames = (np.array(picture) for picture in tqdm(pictures, desc="draw", unit="frame", total=count))
         drawn = overlays(frames, found, names, args.score)
         save_pictures(output, "overlay", saved(drawn, output / "frames"), count, 1000 / args.fps)

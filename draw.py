@@ -1,6 +1,7 @@
 """Pictures of results: frames with the instances' masks over them, as a PNG sheet and an animated WebP of each video.
 
-A colour belongs to a track and stays with it over the video; the fill lets half of the frame through, the outline is solid.
+A colour belongs to a track and stays with it over the video; the fill lets half of the frame through, the outline is solid. Where
+the model has gates (GRAtt-VIS, arXiv 2305.17096, method section), a strip below each frame tells what they have done so far.
 """
 import math
 from collections.abc import Iterable, Iterator
@@ -19,11 +20,21 @@ SMALLEST_HEIGHT = 240  # pixels; smaller frames are enlarged by a whole factor, 
 SHEET_FRAMES = 6
 ANIMATED_FRAMES = 240  # are held in memory until the animation is written
 FRAME_MILLISECONDS = 125
+BAND_HEIGHT, LINE_HEIGHT = 7, 4  # pixels of the strip: where a track is seen, a layer's gates
+PAPER, UNDRAWN, INK = (255, 255, 255), (244, 244, 244), (30, 30, 30)
 
 
 def colour_of(track: int) -> tuple[int, int, int]:
     """The RGB colour of a track id, the same in every picture."""
     return tuple(round(255 * part) for part in hsv_to_rgb(track * GOLDEN_RATIO % 1, 0.75, 0.92))
+
+
+def stack(upper: Image.Image, lower: Image.Image) -> Image.Image:
+    """The two pictures, of one width, one above the other."""
+    both = Image.new("RGB", (upper.width, upper.height + lower.height))
+    both.paste(upper)
+    both.paste(lower, (0, upper.height))
+    return both
 
 
 def overlay(frame: np.ndarray, masks: np.ndarray, track_ids: list[int], captions: list[str]) -> Image.Image:
@@ -40,13 +51,56 @@ def overlay(frame: np.ndarray, masks: np.ndarray, track_ids: list[int], captions
         places.append((int(columns[0]), int(rows[0])) if len(rows) else None)
     picture = Image.fromarray(canvas.astype(np.uint8))
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=12)
-    for place, caption, track in zip(reversed(places), captions, track_ids):
+    for place, caption, track in zip(places, reversed(captions), reversed(track_ids)):
         if place and caption:
             left = max(0, min(place[0], picture.width - 1 - math.ceil(draw.textlength(caption, font=font))))
             corner = left, max(0, place[1] - 14)
             draw.rectangle(draw.textbbox(corner, caption, font=font), fill=colour_of(track))
             draw.text(corner, caption, fill="white", font=font)
     return picture
+
+
+def gate_strip(width: int, now: int, seen: np.ndarray, gates: np.ndarray, track_ids: list[int], captions: list[str]) -> Image.Image:
+    """What goes below frame `now`: a row for each of I tracks, time to the right, with nothing yet of later frames.
+
+    seen bool (I, T), gates bool (I, T, D), a track id and a caption each. A row has a band in the track's colour in the frames that
+    show it, and a line for each of D layers: dark where its gate is open, pale where it is closed.
+    """
+    layers, palette = gates.shape[2], list(map(strip_colours, track_ids))
+    font, small = ImageFont.load_default(size=12), ImageFont.load_default(size=10)
+    left, right = min(width // 2, math.ceil(max(map(font.getlength, captions))) + 8), width - 4
+    row_height = max(18, BAND_HEIGHT + layers * (LINE_HEIGHT + 1) + 5)
+    tops = [4 + row * row_height for row in range(len(captions))]
+    bottom = tops[-1] + row_height
+    strip = Image.new("RGB", (width, bottom + 15), PAPER)
+    draw = ImageDraw.Draw(strip)
+    for top, caption, (colour, _, _) in zip(tops, captions, palette):
+        draw.rectangle(draw.textbbox((4, top), caption, font=font), fill=colour)
+        draw.text((4, top), caption, fill="white", font=font)
+    place = 4
+    for meaning, colour in zip(("seen", "gate open", "gate closed"), palette[0]):
+        draw.rectangle((place, bottom + 3, place + 7, bottom + 9), fill=colour)
+        draw.text((place + 11, bottom), meaning, fill=INK, font=small)
+        place += 21 + math.ceil(small.getlength(meaning))
+    draw.text((place, bottom), f"open gates update the track; {layers} layers, a line each", fill=INK, font=small)
+
+    pixels = np.array(strip)
+    pixels[:bottom, left:] = PAPER                                            # cuts long captions off
+    frame_of = np.arange(right - left) * seen.shape[1] // (right - left)      # the frame of each column of pixels
+    begun = (frame_of <= now)[:, None]
+    for top, in_frame, layer_gates, (colour, dark, pale) in zip(tops, seen, gates, palette):
+        for height, filled, yes, no in [(BAND_HEIGHT, in_frame, colour, UNDRAWN),
+                                        *((LINE_HEIGHT, gate, dark, pale) for gate in layer_gates.T)]:
+            pixels[top:top + height, left:right] = np.where(begun, np.where(filled[frame_of, None], yes, no), UNDRAWN)
+            top += height + 1
+    pixels[:bottom - 1, left + begun.sum()] = INK                             # the cursor, behind the last column that is drawn
+    return Image.fromarray(pixels)
+
+
+def strip_colours(track: int) -> tuple[tuple[int, int, int], ...]:
+    """The RGB colours of a track's row: of the band, of an open gate, of a closed one."""
+    colour = colour_of(track)
+    return colour, tuple(round(0.4 * part) for part in colour), tuple(round(153 + 0.4 * part) for part in colour)
 
 
 def best_labels(found: EncodedVideo, least: float) -> list[int]:
@@ -59,14 +113,19 @@ def best_labels(found: EncodedVideo, least: float) -> list[int]:
 
 
 def overlays(frames: Iterable[np.ndarray], found: EncodedVideo, names: list[str], least: float) -> Iterator[Image.Image]:
-    """Every frame, uint8 (H, W, 3), with the masks of the instances that score at least so much; names: of the classes."""
+    """Every frame, uint8 (H, W, 3), with the masks of the instances that score at least so much, and the strip of their gates below.
+
+    names: of the classes. There is no strip where the model has no gates, or no instance scores enough.
+    """
     chosen = best_labels(found, least)
     tracks = found.track_ids[chosen].tolist()
     captions = [f"{names[found.labels[index]]} {found.scores[index]:.2f}" for index in chosen]
+    seen, gates = np.array([rle.area(found.segmentations[index]) > 0 for index in chosen]), found.gates[chosen].numpy()
     for t, frame in enumerate(frames):
         codes = [found.segmentations[index][t] for index in chosen]
         masks = rle.decode(codes).transpose(2, 0, 1).astype(bool) if codes else np.zeros((0, *frame.shape[:2]), bool)
-        yield overlay(frame, masks, tracks, captions)
+        picture = overlay(frame, masks, tracks, captions)
+        yield stack(picture, gate_strip(picture.width, t, seen, gates, tracks, captions)) if gates.size else picture
 
 
 def save_pictures(folder: Path, name: str, pictures: Iterable[Image.Image], count: int,

@@ -26,7 +26,7 @@ from checkpoint import model_from_checkpoint
 from data import InputError, at_test_size
 from draw import overlays
 from results import FrameTracks
-from synthetic import CATEGORIES, make_dataset
+from synthetic import CATEGORIES, Suite, make_dataset
 from test_bad_input import read_files, sentence, train_arguments
 from test_draw import read_animation
 from test_interruptions import ENVIRONMENT, REPOSITORY
@@ -284,6 +284,51 @@ def test_a_timeline_is_drawn_if_asked_for(tmp_path, weights, pictures):
         assert file.format == "PNG"
 
 
+# Without a source
+
+@pytest.fixture
+def short_scenes(tmp_path, monkeypatch):
+    """In an empty folder, scenes of two frames; without ffmpeg."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(demo.SUITES, "occlusion", Suite(frames=2))
+    monkeypatch.setattr(demo.shutil, "which", lambda name: None)
+
+
+def without_source(weights, *more):
+    return command(None, weights, *more)[1:]
+
+
+def test_without_a_source_three_scenes_are_shown_by_one_model(tmp_path, monkeypatch, short_scenes, weights):
+    loaded, load = [], demo.model_from_checkpoint
+    monkeypatch.setattr(demo, "model_from_checkpoint", lambda *given: loaded.append(given) or load(*given))
+    demo.main(demo.parse_arguments(without_source(weights, "--score", 0, "--top-k", 2)))
+    assert len(loaded) == 1 and {path.name for path in (tmp_path / "demo").iterdir()} == {f"occlusion_{index}" for index in range(3)}
+    for index in range(3):
+        folder, source = tmp_path / f"demo/occlusion_{index}", f"occlusion:{index}"
+        results = json.loads((folder / "results.json").read_text())
+        assert (results["source"], results["frames"], results["height"], results["width"]) == (source, 2, 96, 160)
+        run(source, weights, "--score", 0, "--top-k", 2, "--output", tmp_path / "alone" / str(index))
+        assert read_files(folder) == read_files(tmp_path / "alone" / str(index))      # as if it had been the only one
+
+
+def test_without_a_source_nothing_is_written_if_one_of_the_scenes_is_there(tmp_path, short_scenes, weights):
+    (tmp_path / "out/occlusion_2").mkdir(parents=True)
+    message = sentence(demo, without_source(weights, "--output", tmp_path / "out"))
+    assert message == f"{tmp_path}/out/occlusion_2 is there already: give another --output"
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["occlusion_2"]
+
+
+def test_without_a_source_the_first_scene_is_followed_live(tmp_path, capsys, short_scenes, weights):
+    for arguments in (without_source(weights, "--live"), command("occlusion:0", weights, "--live")):
+        demo.main(demo.parse_arguments(arguments))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and lines[:2] == lines[2:] and not list(tmp_path.iterdir())
+
+
+def test_the_weights_that_come_with_the_code_are_found_from_any_folder():
+    assert demo.parse_arguments([]).weights == REPOSITORY / "weights/small.pt"
+
+
 # Class names
 
 def names_of(config, *more):
@@ -432,7 +477,7 @@ def test_a_line_has_what_is_seen_and_scores_enough(capsys):
 
     stub, black = SimpleNamespace(reset=lambda: 0, step=step), Image.new("RGB", (WIDTH, HEIGHT))
     args = demo.parse_arguments(["-", "--live", "--short-side", "48", "--max-long-side", "40", "--top-k", "5", "--score", "0.25"])
-    demo.follow(stub, iter([black, black]), ["cat", "dog"], args)
+    demo.follow(stub, "-", iter([black, black]), ["cat", "dog"], args)
     assert capsys.readouterr().out == "frame 0: dog #12 0.90 at 30,10 to 30,20; cat #3 0.70 at 7,5 to 7,5\nframe 1: nothing\n"
     assert sizes == [((3, 32, 40), (HEIGHT, WIDTH), 5)] * 2
 

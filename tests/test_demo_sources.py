@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 import demo
+import synthetic
 from data import InputError
 
 needs_ffmpeg = pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="video files are made and read with ffmpeg")
@@ -51,16 +52,34 @@ def test_a_size_that_no_picture_has_is_refused(size):
         list(demo.read_ppm(io.BytesIO(f"P6\n{size}\n255\n".encode() + bytes(100)), "the pipe"))
 
 
+def test_a_scene_is_the_one_of_the_held_out_split(tmp_path):
+    """To the last bit of its JPEG files."""
+    suite = synthetic.SUITES["occlusion"]
+    synthetic.make_dataset(tmp_path / "set", 1, 2, suite.frames, objects=suite.objects, difficulty=suite.difficulty)
+    files = sorted((tmp_path / "set/valid/JPEGImages/00001").iterdir())
+    for picture, file in zip(demo.read_frames("occlusion:1"), files, strict=True):
+        picture.save(tmp_path / "frame.jpg", quality=synthetic.JPEG_QUALITY)
+        assert (tmp_path / "frame.jpg").read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize("source", ["nothing:3", "easy:", "easy:-1", "easy:x", "easy", ":1"])
+def test_what_is_no_scene_is_refused_with_the_names_of_the_suites(tmp_path, monkeypatch, source):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=f"^no frames at {source}: .*suites {', '.join(synthetic.SUITES)}$"):
+        list(demo.read_frames(source))
+
+
 def test_a_live_frame_of_another_size_is_refused(monkeypatch):
     """By a model that sees nothing."""
     monkeypatch.setattr(demo, "best_labels", lambda found, least: [])
     model = SimpleNamespace(reset=lambda: None, step=lambda *given: (None, None))
     with pytest.raises(InputError, match="^frame 1 of - is 5x5, the first 8x6$"):
-        demo.follow(model, iter([grey(1), grey(2, (5, 5))]), [], demo.parse_arguments(["-", "--live"]))
+        demo.follow(model, "-", iter([grey(1), grey(2, (5, 5))]), [], demo.parse_arguments(["-", "--live"]))
 
 
 @pytest.mark.parametrize("source, name", [("clip.mp4", "clip"), ("frames/*.jpg", "frames"), ("a/b/0[1-3]*.png", "b"),
-                                          ("*.jpg", "frames"), ("a/b", "b"), (".", "frames")])
+                                          ("*.jpg", "frames"), ("a/b", "b"), (".", "frames"),
+                                          ("look-alike:12", "look-alike_12"), ("a:1", "a:1")])
 def test_the_folder_of_results_is_named_after_the_source(source, name):
     assert demo.default_name(source) == name
 

@@ -1,11 +1,14 @@
-"""Pictures of results: only what is masked changes, a colour stays with its track, and the files hold every frame."""
+"""Pictures of results: only what is masked changes, a colour stays with its track, and the files hold every frame.
+
+Of the strip of gates, cells are found where two strips that differ in nothing else are not the same.
+"""
 import numpy
 import pytest
 import torch
 from PIL import Image
 
 import draw
-from draw import best_labels, colour_of, overlay, overlays, save_pictures
+from draw import best_labels, colour_of, gate_strip, overlay, overlays, save_pictures
 from results import EncodedVideo
 from run_length import encode
 
@@ -89,6 +92,11 @@ def test_the_best_is_drawn_on_top():
     assert (numpy.asarray(both)[outline] == numpy.asarray(alone)[outline]).all()
 
 
+def test_the_best_caption_is_on_top():
+    both = overlay(grey(), numpy.stack([LEFT, LEFT]), [2, 6], ["disc 0.9", "star 0.8"])
+    assert not (numpy.asarray(both) == colour_of(6)).all(2).any()
+
+
 def test_a_colour_has_nothing_to_do_with_the_place_in_the_list():
     one, other = (overlay(grey(), numpy.stack(masks), colours, ["", ""])
                   for masks, colours in (([LEFT, RIGHT], [3, 7]), ([RIGHT, LEFT], [7, 3])))
@@ -107,12 +115,12 @@ def test_small_frames_are_enlarged_by_a_whole_factor(height, factor):
     assert numpy.array_equal(changed(picture, expected), numpy.kron(mask, numpy.ones((factor, factor), bool)))
 
 
-def video_of(masks, tracks, scores=None):
-    """Masks bool (I, T, H, W), a track each -> what the model finds in a video."""
+def video_of(masks, tracks, scores=None, layers=3):
+    """Masks bool (I, T, H, W), a track each -> what the model finds in a video; all gates of so many layers are closed."""
     count = len(tracks)
     scores = torch.linspace(0.9, 0.5, count) if scores is None else torch.tensor(scores)
     return EncodedVideo(scores, torch.arange(count), torch.tensor(tracks, dtype=torch.int64), [encode(track) for track in masks],
-                        torch.zeros(count, masks.shape[1], 3, dtype=torch.bool))
+                        torch.zeros(count, masks.shape[1], layers, dtype=torch.bool))
 
 
 def moving(length):
@@ -133,7 +141,7 @@ def read_animation(path):
 @pytest.mark.parametrize("length, columns, rows", [(1, 1, 1), (2, 2, 1), (4, 3, 2), (9, 3, 2)])
 def test_a_sheet_and_an_animation_of_every_frame_are_written(tmp_path, length, columns, rows):
     frames, masks = moving(length)
-    pictures = overlays(frames, video_of(masks, [5, 8]), ["left", "right"], 0.3)
+    pictures = overlays(frames, video_of(masks, [5, 8], layers=0), ["left", "right"], 0.3)
     save_pictures(tmp_path / "new/folder", "00007", pictures, length)
     assert sorted(path.name for path in (tmp_path / "new/folder").iterdir()) == ["00007.png", "00007.webp"]
     pictures = read_animation(tmp_path / "new/folder/00007.webp")
@@ -180,3 +188,82 @@ def test_long_videos_are_shown_from_the_first_to_the_last_frame(tmp_path, monkey
     assert pixels.shape == (2, 3) and draw.SHEET_FRAMES == 6
     assert pixels.flatten().tolist() == [0, 40, 80, 120, 160, 200]
     assert [int(picture[0, 0, 0]) for picture in read_animation(tmp_path / "long.webp")] == pytest.approx(range(0, 201, 30), abs=3)
+
+
+# The strip of gates
+
+CELLS = numpy.random.default_rng(1).random((2, 8, 3)) < 0.5  # of two tracks, eight frames, three layers
+
+
+def strip(gates, now=7, seen=None, width=WIDTH, captions=("disc 0.90", "star 0.80")):
+    seen = numpy.ones(gates.shape[:2], bool) if seen is None else seen
+    return numpy.asarray(gate_strip(width, now, seen, gates, [3, 7], list(captions)))
+
+
+def runs(flags):
+    """Where stretches of True begin, and how long they are."""
+    steps = numpy.diff(numpy.concatenate(([0], flags.astype(int), [0])))
+    begins, ends = (steps == 1).nonzero()[0], (steps == -1).nonzero()[0]
+    return begins, ends - begins
+
+
+def cells_of(picture, places, frames):
+    """The pixel in the middle of every cell, (rows, T, 3); places bool (H, W): where the rows are."""
+    (begin,), (length,) = runs(places.any(0))
+    tops, heights = runs(places.any(1))
+    columns = (begin + (numpy.arange(frames) + 0.5) * length / frames).astype(int)
+    return picture[tops + heights // 2][:, columns]
+
+
+def test_a_gate_is_dark_where_it_is_open_and_pale_where_it_is_closed():
+    opened, closed = strip(numpy.ones_like(CELLS)), strip(numpy.zeros_like(CELLS))
+    lines = (opened != closed).any(2)
+    assert runs(lines.any(1))[1].tolist() == [draw.LINE_HEIGHT] * 6         # three layers of two tracks
+    cells = cells_of(strip(CELLS), lines, 8)
+    expected = CELLS.transpose(0, 2, 1).reshape(6, 8)
+    assert numpy.array_equal(cells.max(2) < 100, expected) and numpy.array_equal(cells.min(2) > 150, ~expected)
+
+
+def test_a_band_has_the_tracks_colour_where_it_is_seen():
+    seen = CELLS[:, :, 0]
+    bands = (strip(CELLS) != strip(CELLS, seen=numpy.zeros_like(seen))).any(2)
+    assert runs(bands.any(1))[1].tolist() == [draw.BAND_HEIGHT] * 2
+    cells = cells_of(strip(CELLS, seen=seen), bands, 8)
+    for row, track in enumerate((3, 7)):
+        assert numpy.array_equal((cells[row] == colour_of(track)).all(1), seen[row])
+        assert (cells[row][~seen[row]] == draw.UNDRAWN).all()
+
+
+def test_nothing_is_drawn_after_the_cursor():
+    lines = (strip(numpy.ones_like(CELLS)) != strip(numpy.zeros_like(CELLS))).any(2)
+    drawn = strip(CELLS, now=3)
+    assert (cells_of(drawn, lines, 8)[:, 4:] == draw.UNDRAWN).all()
+    assert numpy.array_equal(cells_of(drawn, lines, 8)[:, :4], cells_of(strip(CELLS), lines, 8)[:, :4])
+    for first, same in ((4, True), (3, False)):                             # the frame from which gates and masks are others
+        later = numpy.arange(8) >= first
+        other = strip(CELLS ^ later[:, None], now=3, seen=numpy.stack([~later, ~later]))
+        assert numpy.array_equal(drawn, other) == same
+    ends = [(strip(CELLS, now=now)[2] == draw.INK).all(1).nonzero()[0].tolist() for now in range(8)]
+    assert all(len(end) == 1 for end in ends) and ends == sorted(ends)      # one cursor, which goes to the right
+
+
+def test_a_strip_is_as_wide_as_its_picture_for_any_number_of_frames():
+    """A caption that is too long is cut off, of frames that are too many some are shown, and what is too narrow has no cells."""
+    many = numpy.zeros((2, 1000, 3), bool)
+    for width in (1, 2, 5, 60):
+        picture = strip(many, 999, width=width, captions=("a caption that is longer than that", "star 0.80"))
+        assert picture.shape[1] == width
+    opened = strip(~many, 999, width=60, captions=("a caption that is longer than that", "star 0.80"))
+    assert [value.tolist() for value in runs((opened != picture).any((0, 2)))] == [[30], [26]]
+
+
+@pytest.mark.parametrize("layers", [0, 1, 6])
+def test_the_strip_is_below_the_overlay_where_there_are_gates(layers):
+    frames, masks = moving(2)
+    masks[1, 1] = False
+    captions = ["left 0.90", "right 0.50"]
+    pictures = list(overlays(frames, video_of(masks, [3, 7], layers=layers), ["left", "right"], 0.3))
+    for t, picture in enumerate(map(numpy.asarray, pictures)):
+        assert numpy.array_equal(picture[:HEIGHT], overlay(frames[t], masks[:, t].numpy(), [3, 7], captions))
+        expected = strip(numpy.zeros((2, 2, layers), bool), t, numpy.array([[1, 1], [1, 0]], bool), captions=captions)
+        assert numpy.array_equal(picture[HEIGHT:], expected[:None if layers else 0])
