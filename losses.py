@@ -25,6 +25,7 @@ from tracker import ClipPrediction
 from transformer import mask_logits
 
 GATE_LOSSES = ("logits", "released")
+SIMILARITY_SPANS = ("clip", "video")
 MOST_NUMBERS = 2 ** 26  # in one tensor (a quarter of a GB): more points or masks are worked off in parts
 
 
@@ -38,11 +39,14 @@ class Criterion:
     def __init__(self, num_classes: int, class_weight: float = 2.0, mask_weight: float = 5.0, dice_weight: float = 5.0,
                  similarity_weight: float = 0.5, no_object_weight: float = 0.1, points: int = 12544,
                  oversample: float = 3.0, importance: float = 0.75, gate_weight: float = 0.0, gate_loss: str = "logits",
-                 freeze_detector: bool = False):
+                 freeze_detector: bool = False, similarity_span: str = "clip"):
         """points: P of every mask in matching and loss; oversample * P candidates, of which `importance` * P are kept as the
         most uncertain. gate_weight 0 leaves the gate loss out, as all official recipes do; "logits" trains the gate to open
         where its query is matched and visible, "released" is the official one, which squashes twice (see gate_loss).
-        freeze_detector: frame matches without frame losses; the similarity loss needs the matches."""
+        freeze_detector: frame matches without frame losses; the similarity loss needs the matches. similarity_span: whether it
+        compares the queries of each clip (as upstream), or of all clips of a video."""
+        if similarity_span not in SIMILARITY_SPANS:
+            raise ValueError(f"unknown span {similarity_span!r}: choose one of {', '.join(SIMILARITY_SPANS)}")
         if gate_loss not in GATE_LOSSES:
             raise ValueError(f"unknown gate loss {gate_loss!r}: choose one of {', '.join(GATE_LOSSES)}")
         self.num_classes, self.no_object_weight, self.freeze_detector = num_classes, no_object_weight, freeze_detector
@@ -50,7 +54,7 @@ class Criterion:
         self.loss_weights = {"ce": class_weight, "mask": mask_weight, "dice": dice_weight, "sim": similarity_weight,
                              "gate": gate_weight}
         self.points, self.candidates = points, int(points * oversample)
-        self.uncertain, self.gate_kind = int(importance * points), gate_loss
+        self.uncertain, self.gate_kind, self.similarity_span = int(importance * points), gate_loss, similarity_span
 
     @torch.autocast("cuda", enabled=False)
     @torch.autocast("cpu", enabled=False)
@@ -69,18 +73,20 @@ class Criterion:
 
         groups = [loss_index(frames, targets, frame_matching, self.num_classes),
                   loss_index(tracks, targets, matching, self.num_classes),
-                  similarity_index(output.clips, targets, tracks.clip_of, frame_matching, matching)]
+                  similarity_index(output.clips, targets, tracks.clip_of, frame_matching, matching, self.similarity_span)]
         moved = iter(to_device([array for group in groups for array in group.values()], device))
         frame_index, clip_index, members = ({name: next(moved) for name in group} for group in groups)
+        spans = len(output.clips) if self.similarity_span == "clip" else 1
         frame_counts, clip_counts, pairs = average_over_processes([
             self.counts(groups[0]["classes"], frame_matching.ids).sum(1),
             by_layer(self.counts(groups[1]["classes"], matching.ids), layers).sum(3),
-            count_pairs(groups[2]["ids"], len(output.clips))], full_precision(tracks.features[:0]))
+            count_pairs(groups[2]["ids"], spans)], full_precision(tracks.features[:0]))
 
         sums = by_layer(self.summed_losses(tracks, targets.masks, clip_index), layers).sum(3)
         values = quotients(sums, clip_counts)                                                 # (G, D) each
         # at weight 0 too: a parameter without a gradient would stall the other processes
-        values["sim"] = (similarity_losses(output.clips, **members) / pairs)[:, None]         # (G, 1): the last layer's
+        similarity = similarity_losses(output.clips, **members).view(spans, -1).sum(1) / pairs
+        values["sim"] = (similarity * (len(output.clips) / spans))[:, None]                   # (G or 1, 1): the last layer's
         if output.clips[0].gate_soft and self.loss_weights["gate"]:
             values["gate"] = self.gate_loss(output.clips, clip_index["classes"])
         losses = self.named(values, *(("loss_vita", "") if whole_video else ("loss_genvis", "_clip{}")))
@@ -194,7 +200,7 @@ def full_masks(kernel: Tensor, features: Tensor) -> Tensor:
 def similarity_losses(clips: list[ClipPrediction], members: Tensor, ids: Tensor) -> Tensor:
     """Do two embeddings of one stream belong to one instance? BCE over all pairs of its matched frame and clip queries.
 
-    members, ids: see similarity_index. Sums of each clip: (G,).
+    members, ids: see similarity_index. Sums of each stream of a span.
     """
     frame_embed = torch.cat([clip.frame_embed for clip in clips], 2).flatten(0, 3)            # (L B T F, C)
     clip_embed = torch.stack([clip.clip_embed for clip in clips]).flatten(0, 3)               # (G L B Q, C)
@@ -203,12 +209,12 @@ def similarity_losses(clips: list[ClipPrediction], members: Tensor, ids: Tensor)
     same = (ids[:, :, None] == ids[:, None]).to(embeds.dtype)
     pairs = (ids >= 0)[:, :, None] & (ids >= 0)[:, None]
     loss = F.binary_cross_entropy_with_logits(embeds @ embeds.transpose(1, 2), same, reduction="none") * pairs
-    return loss.sum((1, 2)).view(len(clips), -1).sum(1)
+    return loss.sum((1, 2))
 
 
-def count_pairs(ids: np.ndarray, clips: int) -> np.ndarray:
-    """Pairs that a clip's similarity loss is the mean of, never quite 0: (G,). ids: see similarity_index."""
-    return ((ids != -1).sum(1) ** 2).reshape(clips, -1).sum(1) + 1e-6
+def count_pairs(ids: np.ndarray, spans: int) -> np.ndarray:
+    """Pairs that the similarity loss of each span is the mean of, never quite 0: (spans,). ids: see similarity_index."""
+    return ((ids != -1).sum(1) ** 2).reshape(spans, -1).sum(1) + 1e-6
 
 
 def by_layer(values, layers: int):
@@ -261,10 +267,10 @@ def loss_index(predictions: Predictions, targets: Targets, matching: Matching, n
 
 
 def similarity_index(clips: list[ClipPrediction], targets: Targets, clip_of: np.ndarray, frame_matching: Matching,
-                     matching: Matching) -> dict[str, np.ndarray]:
-    """The matched frame and clip queries of every stream in every clip: members of the similarity loss, and their ids.
+                     matching: Matching, span: str) -> dict[str, np.ndarray]:
+    """The matched frame and clip queries of every stream in every clip, or in the video: members of the similarity loss, and their ids.
 
-    members (G S, most of a stream): where they are among the frame embeddings (L, B, T, F), flattened, followed by the clip
+    members (G S or S, most of a stream): where they are among the frame embeddings (L, B, T, F), flattened, followed by the clip
     embeddings (G, L, B, Q); ids likewise, -1 where a stream has fewer.
     """
     video_of, (layers, batch, queries) = targets.video_of, clips[0].clip_embed.shape[:3]
@@ -283,7 +289,11 @@ def similarity_index(clips: list[ClipPrediction], targets: Targets, clip_of: np.
     of_clips = at // queries, at + np.prod(frame_shape), matching.ids[instance, clip]
 
     stream, at, identity = np.concatenate((of_frames, of_clips), 1)
-    order, count = np.argsort(stream), np.bincount(stream, minlength=np.prod(clip_shape[:3]))
+    streams = np.prod(clip_shape[:3])
+    if span == "video":
+        streams //= len(clips)
+        stream %= streams
+    order, count = np.argsort(stream), np.bincount(stream, minlength=streams)
     place = np.arange(len(stream)) - np.repeat(np.cumsum(count) - count, count)               # among its stream's, in order
     members = np.zeros((len(count), count.max()), dtype=np.int64)
     ids = np.full_like(members, -1)

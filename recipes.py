@@ -15,7 +15,7 @@ from augmentation import JITTER
 from backbone import SwinBackbone
 from data import InputError, find_split, first_existing
 from detector import SUPERVISED_LAYERS
-from losses import GATE_LOSSES, Criterion
+from losses import GATE_LOSSES, SIMILARITY_SPANS, Criterion
 from model import PIXEL_MEAN, PIXEL_STD, PRESETS, SIZE_DIVISOR, GRAttVIS
 from synthetic import SUITES
 from tracker import GATE_MASKS, PROPAGATIONS
@@ -177,6 +177,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     loss.add_argument("--points", type=at_least(4), default=512, help="points a mask (official: 12544)")
     loss.add_argument("--no-object-weight", type=float, default=0.1)
     loss.add_argument("--similarity-weight", type=float, default=0.5)
+    loss.add_argument("--similarity-span", default="clip", choices=SIMILARITY_SPANS, help="what the similarity loss compares: queries of "
+                      "a clip and its frames, as in VITA, or of all clips of the video, as the contrast of CTVIS does")
+    loss.add_argument("--query-noise", type=float, default=0.0, help="share of the carried queries that are mixed with another one (DVIS)")
     loss.add_argument("--gate-weight", type=float, default=0.0, help="0 = no gate loss, as in all official recipes of GRAtt-VIS")
     loss.add_argument("--gate-loss", default="logits", choices=GATE_LOSSES, help="released = the official double sigmoid")
     optimisation = parser.add_argument_group("optimisation")

@@ -18,7 +18,7 @@ Propagation modes:
     "clip"          VITA: nothing is carried, one clip is the whole video
 """
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -60,6 +60,7 @@ def logistic_noise(logits: Tensor) -> Tensor:
 
 class Tracker(nn.Module):
     """Frame queries of a clip in, class logits and mask embeddings of the carried instance queries out."""
+    query_noise = 0.0  # in training: share of the carried queries that are mixed with another one
 
     def __init__(self, num_classes: int, channels: int = 256, mask_channels: int = 256, queries: int = 100,
                  frame_queries: int = 100, encoder_layers: int = 6, decoder_layers: int = 3, heads: int = 8,
@@ -109,6 +110,8 @@ class Tracker(nn.Module):
         normed, gate_logits, gate_soft = [], [], []                              # of each clip, then of each decoder layer
         state = self.initial_state(layers * batch) if state is None else state
         for clip in range(clips):
+            if clip and self.training and self.query_noise:
+                state = replace(state, query=self.disturb(state.query))
             state, *found = self.carry([(keys[:, clip], values[:, clip]) for keys, values in read], state, layers)
             for values, all_clips in zip(found, (normed, gate_logits, gate_soft)):
                 all_clips.append([value.unflatten(0, (layers, batch)) for value in values])
@@ -183,6 +186,15 @@ class Tracker(nn.Module):
         others = ~torch.eye(gate.shape[1], dtype=torch.bool, device=gate.device)
         mask = closed & others
         return (None, mask) if self.gate_mask == "blocked" else (mask.to(gate.dtype), None)
+
+    def disturb(self, query: Tensor) -> Tensor:
+        """Carried queries (S, Q, C), some of them up to half another one of their stream, so that recovering is learned.
+
+        Not of GRAtt-VIS: the noise of DVIS (arXiv 2306.03413), section 3.3, weighted averaging."""
+        other = query[:, torch.randperm(query.shape[1], device=query.device)]
+        share = torch.rand(*query.shape[:2], 1, device=query.device, dtype=query.dtype) / 2
+        noisy = torch.rand_like(share) < self.query_noise
+        return torch.where(noisy, query + share * (other - query), query)
 
     def read_memory(self, state: TrackerState) -> Tensor:
         """GenVIS: every query reads its own past, unscaled; its own value is added even when the memory is empty."""

@@ -41,8 +41,8 @@ from model import PRESETS, GRAttVIS, build_model
 from recipes import RECIPES, find_named_set, official_setting, parse_arguments
 
 MAY_CHANGE = {"recipe", "dry_run", "iterations", "output", "resume", "init", "backbone_weights", "reset_classes", "workers",
-              "device", "recompute", "skip_nonfinite", "log_every", "save_every", "skip_bad", "data_root", "train_json", "train_images", "test_sets",
-              "evaluate_every", "test_short_side", "test_max_long_side", "top_k"}                      # between a run and its resumption
+              "device", "recompute", "skip_nonfinite", "log_every", "save_every", "skip_bad", "data_root", "train_json", "train_images",
+              "test_sets", "evaluate_every", "test_short_side", "test_max_long_side", "top_k"}                      # between a run and its resumption
 
 
 def main(args: argparse.Namespace) -> None:
@@ -65,6 +65,7 @@ def main(args: argparse.Namespace) -> None:
     model.to(device, memory_format=torch.channels_last if on_gpu else torch.contiguous_format).train()
     if amp != torch.float32:
         model.hold_frozen(amp)
+    model.tracker.query_noise = args.query_noise
     model.pixel_decoder.recompute, model.backbone.recompute = args.recompute != "off", args.recompute == "all"
     if args.compile != "off":
         model.compile_parts(detector=args.compile == "all")
@@ -86,7 +87,7 @@ def main(args: argparse.Namespace) -> None:
                                                       find_unused_parameters=unread_memory)
     criterion = Criterion(len(clips.categories), points=args.points, no_object_weight=args.no_object_weight,
                           similarity_weight=args.similarity_weight, gate_weight=args.gate_weight, gate_loss=args.gate_loss,
-                          freeze_detector=args.freeze_detector)
+                          freeze_detector=args.freeze_detector, similarity_span=args.similarity_span)
     loader = DataLoader(clips, batch_sampler=StepSampler(start, args.iterations, args.batch // world, rank, world),
                         num_workers=args.workers, collate_fn=list, pin_memory=on_gpu, prefetch_factor=4 if args.workers else None)
     if rank == 0:
@@ -97,8 +98,8 @@ def main(args: argparse.Namespace) -> None:
 
     def save(path: Path, step: int) -> None:
         if broken := [name for name, value in model.state_dict().items() if not value.isfinite().all()]:
-            raise FloatingPointError(f"{', '.join(broken[:3])} {'is' if len(broken) == 1 else 'are'} not finite at iteration {step}: {path} "
-                                     "was left as it is")
+            raise FloatingPointError(f"{', '.join(broken[:3])} {'is' if len(broken) == 1 else 'are'} not finite at iteration {step}: "
+                                     f"{path} was left as it is")
         states = {name: part.state_dict() for name, part in parts.items()}
         save_checkpoint(path, {"model": model.state_dict(), "step": step, "best": best, "config": config} | states)
 

@@ -67,6 +67,8 @@ CONFIGURATIONS = {  # name: flags of train.py
     "gated+memory": ("--propagation", "gated+memory"),
     "gate-loss": ("--propagation", "gated", "--gate-weight", "1"),
     "long-clips": ("--propagation", "gated", "--frames", "10", "--reach", "12"),
+    "contrast": ("--propagation", "gated", "--similarity-span", "video"),      # over all clips of a video, as in CTVIS
+    "query-noise": ("--propagation", "gated", "--query-noise", "0.5"),         # as in DVIS
 }
 COMMON = ("--stage", "grattvis", "--preset", "small", "--render", "easy", "occlusion", "look-alike", "degraded", "--frames", "6", "--reach",
           "10", "--batch", "16", "--lr", "5e-4", "--warmup", "100", "--workers", "2", "--log-every", "100")

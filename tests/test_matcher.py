@@ -411,23 +411,26 @@ def slow_mask_loss(logits: torch.Tensor, truth: torch.Tensor, criterion: Criteri
     return F.binary_cross_entropy_with_logits(sampled, true), dice
 
 
-def test_similarity_loss_is_a_loop_over_pairs():
-    """Two videos, two layers, clips of frame 0 and of frames 1 and 2: pairs of one stream in one clip, same id or not."""
+@pytest.mark.parametrize("span", ["clip", "video"])
+def test_similarity_loss_is_a_loop_over_pairs(span):
+    """Two videos, two layers, clips of frame 0 and of frames 1 and 2: pairs of one stream in one clip, or in both, same id or not."""
     torch.manual_seed(0)
     targets = make_targets(make_clip([[1, 1, 0], [1, 0, 1]]), make_clip([[0, 1, 1]]))
     clips = random_output(batch=2, frames=3, clip_length=2).clips[::-1]  # of one frame and of two
     frames = Matching(targets.ids, numpy.array([[[0, 1, -1], [1, 0, -1]], [[2, -1, 4], [3, -1, 5]], [[-1, 3, 5], [-1, 2, -1]]]))
     clip_ids = numpy.array([[10, 10], [11, 11], [-1, 10]])              # (A, G)
     query_of = numpy.array([[[9, 9, 9], [9, 9, 9], [4, 1, -1], [5, 0, -1]], [[9, 9, 9], [9, 9, 9], [4, 1, 2], [5, 0, 3]]])
-    index = similarity_index(clips, targets, numpy.array([0, 1, 1]), frames, Matching(clip_ids, query_of))  # 9: not the last layer
-    counts = losses_module.count_pairs(index["ids"], 2)
-    losses = similarity_losses(clips, **{name: torch.from_numpy(value) for name, value in index.items()})
+    index = similarity_index(clips, targets, numpy.array([0, 1, 1]), frames, Matching(clip_ids, query_of), span)  # 9: not the last layer
+    spans = [[0], [1]] if span == "clip" else [[0, 1]]                  # the clips that are compared
+    counts = losses_module.count_pairs(index["ids"], len(spans))
+    losses = similarity_losses(clips, **{name: torch.from_numpy(value) for name, value in index.items()}).view(len(spans), -1).sum(1)
 
-    for clip, shown in enumerate(([0], [1, 2])):
+    for number, own in enumerate(spans):
         total = pairs = 0
         for layer, video in itertools.product(range(2), range(2)):
             members = []                                                # (id, embedding) of this stream
-            for instance in ([0, 1], [2])[video]:
+            for clip, instance in itertools.product(own, ([0, 1], [2])[video]):
+                shown = ([0], [1, 2])[clip]
                 for offset, t in enumerate(shown):
                     query = frames.query_of[t, layer, instance]
                     if query >= 0:
@@ -439,9 +442,9 @@ def test_similarity_loss_is_a_loop_over_pairs():
                 target = torch.tensor(float(one == other), dtype=torch.float64)
                 total = total + F.binary_cross_entropy_with_logits(first @ second, target)
                 pairs += 1
-        assert pairs == (4 * 4 + 4 * 4, 4 * 4 + 4 * 4 + 3 * 3 + 2 * 2)[clip]
-        assert counts[clip] == pairs + 1e-6
-        torch.testing.assert_close(losses[clip], total)
+        assert span == "video" or pairs == (4 * 4 + 4 * 4, 4 * 4 + 4 * 4 + 3 * 3 + 2 * 2)[number]
+        assert counts[number] == pairs + 1e-6
+        torch.testing.assert_close(losses[number], total)
 
 
 def test_gate_losses():

@@ -379,3 +379,22 @@ def test_gate_noise_keeps_full_precision_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         prediction, _ = tracker(torch.randn(3, 1, 1, 4, 16))
     assert prediction.gate_soft[0].dtype == torch.float32 and prediction.logits[0].dtype == torch.bfloat16
+
+
+def test_disturbed_queries_are_mixed_with_others_of_their_stream():
+    """About the asked share of them, each at most halfway; from the second clip on, in training alone."""
+    torch.manual_seed(0)
+    tracker = Tracker(3, channels=8, mask_channels=8, queries=400, frame_queries=4, encoder_layers=1, heads=2, feed_forward=16).train()
+    tracker.query_noise = 0.3
+    query = torch.arange(2 * 400.0)[:, None].expand(-1, 8).reshape(2, 400, 8)             # a number a query
+    noisy = tracker.disturb(query)
+    moved = (noisy != query).any(2)
+    assert moved.double().mean().item() == pytest.approx(0.3, abs=0.08)                   # five standard errors
+    assert ((noisy - query).abs().amax(2) <= 399 / 2).all() and (noisy[0] < 400).all() and (noisy[1] >= 400).all()
+
+    calls = []
+    tracker.disturb = lambda query: calls.append(len(calls)) or query
+    tracker.follow(torch.randn(1, 1, 3, 1, 4, 8))
+    assert len(calls) == 2
+    tracker.eval().follow(torch.randn(1, 1, 3, 1, 4, 8))
+    assert len(calls) == 2
