@@ -76,7 +76,7 @@ class ClipDataset(Dataset):
             raise InputError(f"{videos.path} has no annotated video to train on")
         if frames < 1 or reach < 1:
             raise InputError(f"clips need at least one frame and a reach of one, not {frames} and {reach}")
-        self.categories, self.skipped = videos.categories, videos.skipped
+        self.categories, self.skipped, self.paths = videos.categories, videos.skipped, [videos.path]
         self.frames, self.reach, self.augmentation = frames, reach, augmentation
         self.seed, self.skip_bad = seed, skip_bad
 
@@ -120,7 +120,7 @@ class RenderedClips(Dataset):
 
     def __init__(self, suites: list[str], frames: int, reach: int, augmentation: Augmentation, seed: int = 0):
         self.names = list(suites)
-        self.categories, self.skipped = list(enumerate(CATEGORIES, 1)), []
+        self.categories, self.skipped, self.paths = list(enumerate(CATEGORIES, 1)), [], []
         self.frames, self.reach, self.augmentation, self.seed = frames, reach, augmentation, seed
 
     def __getitem__(self, index: int) -> Clip:
@@ -153,6 +153,7 @@ class MixedClips(Dataset):
         self.categories = sources[0].categories
         self.videos = [video for source in sources for video in source.videos]
         self.skipped = [sentence for source in sources for sentence in source.skipped]
+        self.paths = [path for source in sources for path in source.paths]
 
     def __getitem__(self, index: int) -> Clip:
         source = np.random.default_rng((self.seed, 2, index)).choice(len(self.sources), p=self.shares)

@@ -39,10 +39,11 @@ from inference import segment_videos, to_entries
 from metric import check_ground_truth, evaluate_results
 from model import PRESETS, GRAttVIS, build_model
 from recipes import RECIPES, find_named_set, official_setting, parse_arguments
+from synthetic import checksum
 
 MAY_CHANGE = {"recipe", "dry_run", "iterations", "output", "resume", "init", "backbone_weights", "reset_classes", "workers",
               "device", "recompute", "skip_nonfinite", "log_every", "save_every", "skip_bad", "data_root", "train_json", "train_images",
-              "test_sets", "evaluate_every", "test_short_side", "test_max_long_side", "top_k"}                      # between a run and its resumption
+              "test_sets", "evaluate_every", "test_short_side", "test_max_long_side", "top_k"}       # between a run and its resumption
 
 
 def main(args: argparse.Namespace) -> None:
@@ -61,6 +62,9 @@ def main(args: argparse.Namespace) -> None:
     held_out = open_held_out(args, clips.categories)
     torch.manual_seed(args.seed)
     model, config = make_model(args, clips.categories, resumed, say)
+    config["data"] = [checksum(path) for path in clips.paths]
+    if resumed and resumed["config"].get("data", config["data"]) != config["data"]:
+        say(f"the annotations are not those that {args.resume} was trained on: from here on this is another run")
     on_gpu = device.type == "cuda"                             # channels last: convolutions are faster there
     model.to(device, memory_format=torch.channels_last if on_gpu else torch.contiguous_format).train()
     if amp != torch.float32:

@@ -1,6 +1,7 @@
 """Training: an interrupted run resumes exactly, parts of a step add up, the best is kept, parameters are treated as upstream."""
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -170,6 +171,16 @@ def test_seed_minus_one_is_drawn_once(data_root, tmp_path):
 
 def test_warmup_may_start_anywhere():
     assert [learning_rate_factor(step, 2, [3], start=1.0, gamma=0.5) for step in range(4)] == [1, 1, 1, 0.5]
+
+
+def test_a_data_set_that_has_changed_is_told(data_root, tmp_path, capsys):
+    """Not when it has only moved."""
+    make_dataset(tmp_path / "other", train_videos=3, valid_videos=1, frames=4, height=64, width=64, objects=(1, 2), seed=1)
+    shutil.copytree(data_root, tmp_path / "moved")
+    run(data_root, tmp_path / "run", "--iterations", "1", "--batch", "1")
+    for iterations, (root, told) in enumerate(((tmp_path / "moved", False), (tmp_path / "other", True)), 2):
+        run(root, tmp_path / "run", "--iterations", str(iterations), "--batch", "1", "--resume", str(tmp_path / "run/last.pt"))
+        assert ("the annotations are not those that" in capsys.readouterr().out) == told
 
 
 # What is not finite
