@@ -278,7 +278,8 @@ class GRAttVIS(nn.Module):
         length, size = sum(len(stretch.features) for stretch in stretches), output_size or stretches[0].size
         masks, first = torch.empty(len(chosen), length, *size, dtype=torch.bool, device=logits.device), 0
         mask_sum, mask_area = 0, 0
-        for stretch in stretches:
+        while stretches:
+            stretch = stretches.pop(0)                                                   # let go of its features one by one
             for kernel, features in zip(stretch.mask_kernel[:, chosen].split(MASKS_TOGETHER), stretch.features.split(MASKS_TOGETHER)):
                 found, frame_sum, frame_area = frame_masks(kernel, features, stretch.size, padded(*stretch.size), size)
                 masks[:, first:first + len(kernel)] = found.transpose(0, 1)
