@@ -7,18 +7,24 @@
 
 Official files (GRAtt-VIS, GenVIS, VITA, Mask2Former; upstream names as in their state dicts) are translated by the table
 RENAMES. Nothing of a file is executed: .pth goes through torch.load(weights_only=True), .pkl through an unpickler that
-admits arrays and containers alone.
+admits arrays and containers alone. No memory is taken for what a file claims and does not hold.
 
 A checkpoint of ours is one .pt: model, optimizer, schedule, scaler, step, and the config (arguments, categories). It needs
 no random states: every training step seeds its generators from (seed, step, rank), see train.py.
 """
 import argparse
+import io
 import json
 import os
 import pickle
+import pickletools
 import re
+import zipfile
+from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from reprlib import repr as shown
 
 import numpy as np
 import torch
@@ -89,6 +95,7 @@ BACKBONE_ROOTS = ("stem.", "conv1.", "patch_embed.", "features.")  # a backbone 
 MODEL_ROOTS = ("backbone.", "pixel_decoder.", "frame_decoder.", "tracker.", "sem_seg_head.", "vita_module.")
 SHIPPED_WEIGHTS = Path(__file__).with_name("weights") / "small.pt"  # trained on synthetic suites; found from any folder
 CLASS_LAYERS = ("frame_decoder.class_embed.", "tracker.class_embed.")
+MOST_TUPLES = 50_000  # of a pickle: some thousands are usual, and Python's stack overflows at 200,000 inside of one another
 
 
 @dataclass
@@ -110,16 +117,95 @@ class LoadReport:
         return "; ".join(parts)
 
 
+class PickledArray(np.ndarray):
+    """A numpy array of plain numbers: numpy itself believes whatever a file says about the types of what it points to."""
+
+    def __setstate__(self, state: tuple) -> None:
+        version, shape, kind, by_column, numbers = state
+        super().__setstate__((version, shape, kind.numbers(), by_column, numbers))
+
+
+class PickledType:
+    """The numpy type of that name; what else a file says of it is not believed, apart from the order of the bytes."""
+
+    def __init__(self, name: str, *_):
+        self.name, self.order = name, "="
+
+    def __setstate__(self, state: tuple) -> None:
+        self.order = state[1]
+
+    def numbers(self) -> np.dtype:
+        """Refused unless it is a type of numbers."""
+        found = np.dtype(self.name)
+        if found.kind not in "biufc":
+            raise pickle.UnpicklingError(f"an array of {found}")
+        return found.newbyteorder("=" if self.order == "|" else self.order)
+
+
+def empty_array(*_) -> PickledArray:
+    """What numpy makes first, to fill it afterwards."""
+    return PickledArray((0,), np.uint8)
+
+
+def array_of(numbers: bytes, kind: PickledType, shape: tuple, order: str) -> np.ndarray:
+    """What numpy calls _frombuffer."""
+    return np.frombuffer(numbers, kind.numbers()).reshape(shape, order=order)
+
+
+def number_of(kind: PickledType, number: bytes | str) -> np.number:
+    """What numpy calls scalar; Python 2 wrote its bytes as text."""
+    return np.frombuffer(number.encode("latin1") if isinstance(number, str) else number, kind.numbers())[0]
+
+
+def bytes_of(text: str, _) -> bytes:
+    """How old protocols write bytes."""
+    return text.encode("latin1")
+
+
 class ArrayUnpickler(pickle.Unpickler):
     """Admits numpy arrays, numbers, strings and containers: all that a detectron2 .pkl holds; refuses any other class."""
-    ADMITTED = {("collections", "OrderedDict"), ("_codecs", "encode"), ("numpy", "ndarray"), ("numpy", "dtype")} | {
-        (f"numpy.{core}.{module}", name) for core in ("core", "_core")
-        for module, name in (("multiarray", "_reconstruct"), ("multiarray", "scalar"), ("numeric", "_frombuffer"))}
+    ADMITTED = {("collections", "OrderedDict"): OrderedDict, ("_codecs", "encode"): bytes_of, ("numpy", "ndarray"): object,
+                ("numpy", "dtype"): PickledType} | {            # object: what is asked for is known, it makes no array by itself
+        (f"numpy.{core}.{module}", name): ours for core in ("core", "_core") for module, name, ours in (
+            ("multiarray", "_reconstruct", empty_array), ("multiarray", "scalar", number_of), ("numeric", "_frombuffer", array_of))}
 
     def find_class(self, module: str, name: str):
         if (module, name) not in self.ADMITTED:
             raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
-        return super().find_class(module, name)
+        return self.ADMITTED[module, name]
+
+
+def check_pickle(stream: io.BytesIO) -> None:
+    """UnpicklingError for one that would make Python take memory that it does not fill, or overflow its stack; reads to its end."""
+    tuples, most = 0, stream.getbuffer().nbytes
+    for opcode, argument, _ in pickletools.genops(stream):        # which refuses what is longer than the file
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > most:
+            raise pickle.UnpicklingError(f"place {argument} of the memory, in {most} bytes")
+        tuples += opcode.name.startswith("TUPLE")
+    if tuples > MOST_TUPLES:
+        raise pickle.UnpicklingError(f"{tuples} tuples")
+
+
+def check_archive(path: Path) -> None:
+    """UnpicklingError for an archive that unpacks to more than it has: torch.save packs nothing."""
+    with zipfile.ZipFile(path) as archive:
+        if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+            raise pickle.UnpicklingError("packed entries")
+        for name in archive.namelist():
+            if name.endswith("data.pkl"):
+                check_pickle(io.BytesIO(archive.read(name)))
+
+
+def find_tensors(contents) -> Iterator[Tensor]:
+    """All tensors in nested containers, which may hold one another."""
+    waiting, seen = [contents], set()
+    while waiting:
+        thing = waiting.pop()
+        if isinstance(thing, Tensor):
+            yield thing
+        elif isinstance(thing, (dict, list, tuple)) and id(thing) not in seen:
+            seen.add(id(thing))
+            waiting += thing.values() if isinstance(thing, dict) else thing
 
 
 def read_file(path: str | Path) -> dict:
@@ -129,18 +215,32 @@ def read_file(path: str | Path) -> dict:
         raise InputError(f"no checkpoint at {path}")
     try:
         if path.suffix == ".pkl":
-            with open(path, "rb") as file:
-                contents = ArrayUnpickler(file, encoding="latin1").load()
+            stream = io.BytesIO(path.read_bytes())
+            check_pickle(stream)
+            stream.seek(0)
+            contents = ArrayUnpickler(stream, encoding="latin1").load()
         else:
+            with open(path, "rb") as file:
+                packed = file.read(2) == b"PK"
+            if packed:
+                check_archive(path)
+            else:                                                 # of an old PyTorch: five pickles, then the numbers
+                stream = io.BytesIO(path.read_bytes())
+                for _ in range(5):
+                    check_pickle(stream)
             contents = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, ValueError, TypeError, AttributeError,
-            IndexError, ImportError) as error:
+    except Exception as error:                                    # a damaged file makes either raise almost anything
         asked = re.search(r"GLOBAL ([\w.]+)", str(error))
         reason = (f"it asks for {asked[1]}, which is neither a tensor, an array nor a container" if asked else
                   "it is damaged, or another kind of file")
         raise InputError(f"{path} is no checkpoint that can be read safely: {reason}") from error
     if not isinstance(contents, dict):
         raise InputError(f"{path} is no checkpoint: it holds a {type(contents).__name__}, not named tensors")
+    for tensor in find_tensors(contents):
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
+            raise InputError(f"{path} is no checkpoint: it holds a tensor that is not plain numbers")
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise InputError(f"{path} is no checkpoint: it holds a tensor of shape {tuple(tensor.shape)}, but not so many numbers")
     return contents
 
 
@@ -154,14 +254,19 @@ def translate(contents: dict, source: str = "the state dict") -> tuple[dict[str,
         entries = {f"backbone.{name}": value for name, value in entries.items()}
     if not any(name.startswith(MODEL_ROOTS) for name in entries):
         raise InputError(f"{source} is no checkpoint of this model family: none of its entries is known, "
-                         f"it has {len(entries)}, such as {next(iter(entries), None)!r}")
+                         f"it has {len(entries)}, such as {shown(next(iter(entries), None))}")
     translated, ignored = {}, []
     for name, value in entries.items():
+        if not name.isprintable():
+            raise InputError(f"{source} has an entry called {shown(name)}, which is no name")
         if IGNORED.search(name):
             ignored.append(name)
             continue
         if isinstance(value, np.ndarray):
-            value = torch.from_numpy(value)
+            try:
+                value = torch.from_numpy(value)
+            except (TypeError, ValueError) as error:
+                raise InputError(f"{source}: entry {name} is an array that PyTorch cannot read: {error}") from error
         if not isinstance(value, Tensor):
             raise InputError(f"{source}: entry {name} is a {type(value).__name__}, not a tensor")
         for pattern, replacement in RENAMES:
@@ -241,9 +346,9 @@ def model_from_checkpoint(path: str | Path, preset: str | None = None, propagati
     "clip"). InputError where an argument contradicts the file, or where anything of the model is missing.
     """
     contents = read_file(path)
-    config = contents.get("config") or {}
+    config = read_config(contents, path)
     weights, _ = translate(contents, str(path))
-    if "tracker.class_embed.weight" not in weights:
+    if "tracker.class_embed.weight" not in weights or not weights["tracker.class_embed.weight"].ndim:
         raise InputError(f"{path} has no tracker: it can start a training (--init), but segments no videos")
     preset = stated("preset", preset, config.get("preset"), path)
     if preset is None:
@@ -256,13 +361,34 @@ def model_from_checkpoint(path: str | Path, preset: str | None = None, propagati
         options = options | {name: stated(name.replace("_", " "), value, options.get(name), path)}
     num_classes = len(weights["tracker.class_embed.weight"]) - 1
     try:
+        if any(size > len(weights) for name, size in options.items() if name.endswith("_layers")):
+            raise ValueError("it has more layers than the file has entries")
+        with torch.device("meta"):                                # takes no memory
+            needed = sum(value.numel() for value in build_model(preset, num_classes, propagation, **options).state_dict().values())
+        held = sum(value.numel() for value in weights.values())
+        if needed > 2 * held:                                     # a little less gets a report of what is missing
+            raise ValueError(f"it has {needed} numbers, the file {held}")
         model = build_model(preset, num_classes, propagation, **options).eval()
-    except ValueError as error:
-        raise InputError(f"{path} asks for a model that cannot be built: {error}") from error
+    except Exception as error:                                    # options of a file are of any type and any size
+        raise InputError(f"{path} asks for a model that cannot be built: {' '.join(str(error).split()) or repr(error)}") from error
     report = load_weights(model, contents)
     if report.missing or report.unexpected:
         raise InputError(f"{path} does not fit a {preset} with {propagation} propagation: {report}")
     return model, config
+
+
+def read_config(contents: dict, path: str | Path) -> dict:
+    """The config of a file of ours, {} of another; InputError if it is not as train.py writes it."""
+    config = {} if contents.get("config") is None else contents["config"]
+    try:
+        texts = [config.get("preset"), config.get("propagation"), *config.get("model_options", {})]
+        texts += [name for _, name in config.get("categories", [])]
+        if all(text is None or isinstance(text, str) and text.isprintable() for text in texts) and not any(
+                isinstance(option, (Tensor, np.ndarray)) for option in config.get("model_options", {}).values()):
+            return config
+    except (AttributeError, TypeError, ValueError) as error:
+        raise InputError(f"{path} holds a config that training did not write: {error!r}") from error
+    raise InputError(f"{path} holds a config that training did not write")
 
 
 def stated(what: str, asked: str | None, found: str | None, path: str | Path) -> str | None:

@@ -9,22 +9,33 @@ videos) is read as videos of one frame. Upstream: vita/data/datasets/ytvis.py an
 made of them in clips.py. Shape letters: T frames, I instances, H, W.
 """
 import argparse
+import io
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from reprlib import repr as shown          # one short line, whatever a file holds
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from pycocotools import mask as rle
 from torch import Tensor
 
 from augmentation import short_side_size
 from run_length import find_fault
+
+LARGEST_PICTURE = Image.MAX_IMAGE_PIXELS   # pixels; a small file can claim any number
+LONGEST_OUTLINE = 2 ** 20                  # pixels, of all polygons of one segmentation
+# What people store frames as. Others have decoders that are seldom tried, and PostScript is a program that another program runs.
+Image.init()
+PICTURE_FORMATS = [name for name in Image.OPEN if name in ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM",
+                                                           "QOI", "SGI", "TGA", "TIFF", "WEBP")]
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # what Pillow warns about is refused below
 
 
 class InputError(ValueError):
@@ -72,7 +83,7 @@ def read_json(path: str | Path):
     path = first_existing("file", [Path(path)])
     try:
         return json.loads(path.read_text())
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise InputError(f"{path} is not a JSON file: {error}") from error
 
 
@@ -81,11 +92,25 @@ def read_categories(path: str | Path) -> list[tuple[int, str]]:
     content = read_json(path)
     try:
         categories = sorted((int(category["id"]), str(category["name"])) for category in content["categories"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise InputError(f"{path} has no list of categories") from error
     if not categories:
         raise InputError(f"{path} has an empty list of categories")
     return categories
+
+
+def inside(root: Path, name: str, where: str | Path) -> Path:
+    """The file of that name in a folder; InputError if a JSON's name leads out of it, or is no name."""
+    plain = os.path.normpath(name)
+    if os.path.isabs(plain) or plain.split(os.sep)[0] == os.pardir or name.splitlines() != [name]:
+        raise InputError(f"{where} names the file {name!r}, which cannot be inside of {root}")
+    return root / plain
+
+
+def check_pixels(height: int, width: int, what: str) -> None:
+    """InputError unless a picture can be so large; before any memory is taken for it."""
+    if min(height, width) < 1 or height * width > LARGEST_PICTURE:
+        raise InputError(f"{what} is said to be {width}x{height}: at least 1x1 and at most {LARGEST_PICTURE} pixels are read")
 
 
 def images_to_videos(content: dict) -> dict:
@@ -115,7 +140,7 @@ class VideoSet:
         try:
             if isinstance(content, dict) and "images" in content and "videos" not in content:
                 content = images_to_videos(content)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{json_path} is not in the COCO format: {error!r} in an entry") from error
         self.ground_truth = content
         for key in ("videos", "categories"):
@@ -125,7 +150,7 @@ class VideoSet:
             own = sorted((int(category["id"]), str(category["name"])) for category in content["categories"])
             self.categories = own if category_map is None else categories
             self.videos = [Video(int(video["id"]), int(video["height"]), int(video["width"]),
-                                 [root / name for name in video["file_names"]], []) for video in content["videos"]]
+                                 [inside(root, name, json_path) for name in video["file_names"]], []) for video in content["videos"]]
             self.videos.sort(key=lambda video: video.id)
             for what, ids in (("video", [video.id for video in self.videos]), ("category", [i for i, _ in own])):
                 if len(set(ids)) < len(ids):
@@ -135,7 +160,7 @@ class VideoSet:
             self.add_annotations(content.get("annotations") or [], left_out)
         except InputError:
             raise
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise InputError(f"{json_path} is not in the YouTube-VIS format: {error!r} in an entry") from error
 
     def accept(self, check: Callable, *arguments) -> bool:
@@ -162,6 +187,9 @@ class VideoSet:
 
     def check_annotation(self, annotation: dict, videos: dict[int, Video], labels: dict[int, int]) -> None:
         """Its video and its category exist, and it has a segmentation or null for every frame."""
+        for key in ("id", "video_id", "category_id"):
+            if not isinstance(annotation[key], int):
+                raise InputError(f"an annotation of {self.path} has {key} {shown(annotation[key])}, which is no whole number")
         where = f"annotation {annotation['id']} of {self.path}"
         if annotation["video_id"] not in videos:
             raise InputError(f"{where} belongs to video {annotation['video_id']}, which does not exist")
@@ -173,7 +201,8 @@ class VideoSet:
                              f"its video has {length} frames")
 
     def check_frames(self, video: Video) -> None:
-        """At least one frame, and every file there."""
+        """At least one frame, every file there, and a size that can be read."""
+        check_pixels(video.height, video.width, f"video {video.id} of {self.path}")
         if not video.files:
             raise InputError(f"video {video.id} of {self.path} has no frames")
         for file in video.files:
@@ -187,19 +216,30 @@ class VideoSet:
 @cache
 def folder_names(folder: Path) -> frozenset[str]:
     """The names in a folder, listed once: a data set has a hundred thousand frames, but few thousand folders."""
-    return frozenset(os.listdir(folder)) if folder.is_dir() else frozenset()
+    return frozenset(os.listdir(folder)) if os.path.isdir(folder) else frozenset()
+
+
+def open_picture(path: Path) -> Image.Image:
+    """A picture or animation whose pixels are not read yet. It lies in memory: of a file, Pillow asks for as many bytes as it claims."""
+    try:
+        return Image.open(io.BytesIO(path.read_bytes()), formats=PICTURE_FORMATS)
+    except UnidentifiedImageError as error:
+        raise InputError(f"frame {path} cannot be read: cannot identify image file {str(path)!r}") from error
 
 
 def read_picture(path: Path) -> Image.Image:
     """An RGB picture, turned as it says itself; InputError if it is damaged."""
     try:
-        with Image.open(path) as file:
+        with open_picture(path) as file:
+            check_pixels(file.height, file.width, f"frame {path}")
             ImageOps.exif_transpose(file, in_place=True)
             picture = file if file.mode == "RGB" else file.convert("RGB")                # no copy of what is RGB already
             picture.load()
             return picture
-    except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError for some broken headers
-        raise InputError(f"frame {path} cannot be read: {error}") from error
+    except InputError:
+        raise
+    except Exception as error:               # a damaged file makes Pillow raise almost anything
+        raise InputError(f"frame {path} cannot be read: {str(error) or repr(error)}") from error
 
 
 def read_frame(path: Path, height: int, width: int) -> Image.Image:
@@ -220,22 +260,35 @@ def to_rle(segmentation: dict | list | None, height: int, width: int, where: str
             if not all(isinstance(polygon, list) for polygon in segmentation):
                 raise ValueError("a part of it is no list of coordinates")
             polygons = [polygon for polygon in segmentation if len(polygon) % 2 == 0 and len(polygon) >= 6]
+            check_outlines(polygons)
             return rle.merge(rle.frPyObjects(polygons, height, width)) if polygons else None
         if not segmentation:
             return None
         if list(segmentation["size"]) != [height, width]:
-            raise ValueError(f"its size is {segmentation['size']}, its video's [height, width] {[height, width]}")
+            raise ValueError(f"its size is {shown(segmentation['size'])}, its video's [height, width] {[height, width]}")
         counts = segmentation["counts"]
         if not isinstance(counts, list):
             if fault := None if checked else find_fault([counts], [height * width]):
                 raise ValueError(fault[1])
             return segmentation
-        if min(counts, default=0) < 0 or sum(counts) != height * width:
+        if min(counts, default=0) < 0 or any(run % 1 for run in counts) or sum(counts) != height * width:
             raise ValueError("its runs do not fill the frame")
         return rle.frPyObjects(segmentation, height, width)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         reason = error if isinstance(error, ValueError) else repr(error)
         raise InputError(f"{where} has a segmentation that cannot be read: {reason}") from error
+
+
+def check_outlines(polygons: list[list]) -> None:
+    """ValueError unless every coordinate is a number and all outlines together have an end: pycocotools walks along them."""
+    length = 0.0
+    for polygon in polygons:
+        points = np.array(polygon, dtype=np.float64).reshape(-1, 2)
+        if not (np.abs(points) < LONGEST_OUTLINE).all():       # nor is that so of NaN
+            raise ValueError("a coordinate is no number or lies far outside of the frame")
+        length += np.abs(np.diff(points, axis=0, append=points[:1])).max(1).sum()
+    if length > LONGEST_OUTLINE:
+        raise ValueError(f"its outline is longer than {LONGEST_OUTLINE} pixels")
 
 
 def read_mask(segmentation: dict | list | None, height: int, width: int, where: str) -> np.ndarray:

@@ -34,7 +34,8 @@ from pycocotools import mask as rle
 from tqdm import tqdm
 
 from checkpoint import SHIPPED_WEIGHTS, model_from_checkpoint, save_json
-from data import InputError, at_test_size, exit_with_sentence, read_categories, read_picture
+from data import (LARGEST_PICTURE, PICTURE_FORMATS, InputError, at_test_size, check_pixels, exit_with_sentence, open_picture,
+                  read_categories, read_picture)
 from deform_attn import implementation
 from device import choose_amp, start_processes
 from draw import best_labels, overlays, save_pictures
@@ -46,7 +47,6 @@ from synthetic import SUITES, make_video
 from tracker import PROPAGATIONS
 
 SCENES = ("occlusion:0", "occlusion:1", "occlusion:2")  # shown where no source is given
-LARGEST_SIDE = 2 ** 15  # pixels, of a picture on standard input
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -138,7 +138,7 @@ def is_camera(path: Path) -> bool:
 def is_picture(path: Path) -> bool:
     """Whether Pillow reads files of that name, as a picture or an animation."""
     name = Image.registered_extensions().get(path.suffix.lower())
-    return name in Image.OPEN and name != "MPEG"
+    return name in PICTURE_FORMATS
 
 
 def is_scene(source: str) -> bool:
@@ -172,10 +172,14 @@ def read_frames(source: str) -> Iterator[Image.Image]:
     elif is_picture(path):
         yield read_picture(path)                              # which turns a photograph as it says itself
         try:
-            with Image.open(path) as file:
-                yield from (frame.convert("RGB") for frame in islice(ImageSequence.Iterator(file), 1, None))
-        except (OSError, SyntaxError) as error:
-            raise InputError(f"a frame of {path} cannot be read: {error}") from error
+            with open_picture(path) as file:
+                for frame in islice(ImageSequence.Iterator(file), 1, None):
+                    check_pixels(frame.height, frame.width, f"a frame of {path}")
+                    yield frame.convert("RGB")
+        except InputError:
+            raise
+        except Exception as error:                            # as in read_picture
+            raise InputError(f"a frame of {path} cannot be read: {str(error) or repr(error)}") from error
     else:
         yield from read_with_ffmpeg(["-i", f"file:{source}"], source)
 
@@ -208,8 +212,8 @@ def read_ppm(stream: BinaryIO, name: str) -> Iterator[Image.Image]:
     """Binary PPM pictures, one behind the other, until the stream ends."""
     while header := stream.readline(8):
         size, depth = stream.readline(32).split(), stream.readline(8).strip()
-        sides = [int(side) for side in size if side.isdigit() and 0 < int(side) <= LARGEST_SIDE]
-        if header.strip() != b"P6" or len(size) != 2 or len(sides) != 2 or depth != b"255":
+        sides = [int(side) for side in size if side.isdigit() and 0 < int(side) <= LARGEST_PICTURE]
+        if header.strip() != b"P6" or len(size) != 2 or len(sides) != 2 or depth != b"255" or math.prod(sides) > LARGEST_PICTURE:
             raise InputError(f"{name} is no stream of PPM pictures: make one with ffmpeg -i ... -f image2pipe -c:v ppm "
                              "-pix_fmt rgb24 -")
         pixels = stream.read(3 * math.prod(sides))

@@ -203,6 +203,8 @@ def finish(results_path: Path, annotations: list[str | Path], output: Path, plot
         if part.get("categories") != first.get("categories"):
             raise InputError(f"{path} has other categories than {annotations[0]}: they are not parts of one set")
         part["annotations"] = part.get("annotations") or []
+        if not isinstance(part["annotations"], list):
+            raise InputError(f"{path} has no list of annotations: it is not in the YouTube-VIS format")
     whole = first | {name: [entry for part in parts.values() for entry in part[name]] for name in ("videos", "annotations")}
     check_results(results, whole)
     output.mkdir(parents=True, exist_ok=True)

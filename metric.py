@@ -19,12 +19,13 @@ Letters: D predictions and G ground truth tracks of one video and category, L fr
 R recall points, K categories, A area ranges, M limits on the number of predictions.
 """
 
+import sys
 from collections import defaultdict
 
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from data import InputError, to_rle
+from data import InputError, check_pixels, shown, to_rle
 from run_length import find_fault
 
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)  # index 0 is AP50, index 5 is AP75
@@ -84,10 +85,10 @@ def check_results(results, ground_truth):
         check_keys(name, prediction, ("video_id", "category_id", "score", "segmentations"))
         for key, known in known_ids.items():
             if not np.isscalar(prediction[key]) or prediction[key] not in known:  # a list has no hash
-                raise InputError(f"{name} has {key} {prediction[key]!r}, which the annotations do not define")
+                raise InputError(f"{name} has {key} {shown(prediction[key])}, which the annotations do not define")
         score = prediction["score"]
-        if not isinstance(score, (int, float, np.number)) or not abs(score) < np.inf:
-            raise InputError(f"{name} has the score {score!r}, which is not a finite number")
+        if not isinstance(score, (int, float, np.number)) or not abs(score) <= sys.float_info.max:
+            raise InputError(f"{name} has the score {shown(score)}, which is not a finite number")
         tracks.append((name, prediction["segmentations"], videos[prediction["video_id"]]))
     check_tracks(tracks)
 
@@ -99,16 +100,27 @@ def check_ground_truth(ground_truth):
             raise InputError(f"the ground truth has no list of {key}: this metric needs a file with annotations")
     for index, video in enumerate(ground_truth["videos"]):
         check_keys(f"videos[{index}]", video, ("id", "length", "height", "width"))
+        check_whole(f"videos[{index}]", video, ("id", "length", "height", "width"))
+        check_pixels(video["height"], video["width"], f"videos[{index}]")
+        if video["length"] < 1:
+            raise InputError(f"videos[{index}] has no frames")
     for index, category in enumerate(ground_truth["categories"]):
         check_keys(f"categories[{index}]", category, ("id", "name"))
+        check_whole(f"categories[{index}]", category, ("id",))
+        if not isinstance(category["name"], str):
+            raise InputError(f"categories[{index}] has the name {shown(category['name'])}, which is no text")
     videos = {video["id"]: video for video in ground_truth["videos"]}
     tracks = []
     for index, annotation in enumerate(ground_truth["annotations"]):
         name = f"annotations[{index}]"
         check_keys(name, annotation, ("video_id", "category_id", "areas", "segmentations"))
+        check_whole(name, annotation, ("video_id", "category_id"))
         if annotation["video_id"] in videos:  # others are never looked at
             if not isinstance(annotation["areas"], list):
                 raise InputError(f"{name} has no list of areas")
+            for area in annotation["areas"]:
+                if area is not None and not (isinstance(area, (int, float, np.number)) and 0 <= area <= 1e10):
+                    raise InputError(f"{name} has the area {shown(area)}, which is no number of pixels")
             tracks.append((name, annotation["segmentations"], videos[annotation["video_id"]]))
     check_tracks(tracks, polygons=True)
 
@@ -118,6 +130,13 @@ def check_keys(name, entry, keys):
     missing = [key for key in keys if key not in entry] if isinstance(entry, dict) else keys
     if missing:
         raise InputError(f"{name} lacks {', '.join(missing)}")
+
+
+def check_whole(name, entry, keys):
+    """Raise InputError unless the entry called `name` has whole numbers under the keys."""
+    for key in keys:
+        if not isinstance(entry[key], (int, np.integer)):
+            raise InputError(f"{name} has {key} {shown(entry[key])}, which is no whole number")
 
 
 def check_tracks(tracks, polygons=False):

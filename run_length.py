@@ -216,7 +216,10 @@ def find_fault(codes: list[str | bytes], pixels: list[int]) -> tuple[int, str] |
                 return begin + int(np.searchsorted(code_ends, wrong[0], side="right")), fault
         runs, runs_each = decode_runs(some)
         first = np.cumsum(runs_each) - runs_each
-        wrong = (np.minimum.reduceat(runs, first) < 0) | (np.add.reduceat(runs, first) != pixels[begin:begin + CHECKED_AT_ONCE])
+        expected = np.array(pixels[begin:begin + CHECKED_AT_ONCE])
+        # None longer than the frame, or the sum of many could wrap round to any number.
+        wrong = (np.minimum.reduceat(runs, first) < 0) | (np.maximum.reduceat(runs, first) > expected)
+        wrong |= np.add.reduceat(runs, first) != expected
         if wrong.any():
             return begin + int(wrong.argmax()), UNFILLED
     return None

@@ -9,6 +9,7 @@ import os
 import pickle
 import re
 import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ from PIL import Image
 import evaluate
 import synthetic
 import train
-from data import InputError
+from data import InputError, VideoSet, read_mask, read_picture
 
 SMALL = ["--batch", "1", "--frames", "2", "--points", "64", "--workers", "0", "--short-sides", "64", "--device", "cpu"]
 
@@ -147,11 +148,50 @@ NO_FORMAT = "train.json is not in the YouTube-VIS format"
     (put(None, "videos", 0, "height"), NO_FORMAT),
     (put("a name", "videos", 0), NO_FORMAT),
     pytest.param(put("tall", "videos", 0, "height"), NO_FORMAT),
+    (put(float("inf"), "videos", 0, "height"), NO_FORMAT),
+    (put(10 ** 6, "videos", 0, "height"), "video 1 of .*train.json is said to be 96x1000000: at least 1x1 and at most"),
+    (put(0, "videos", 0, "width"), "video 1 of .*train.json is said to be 0x64"),
+    (put("two\nlines", "annotations", 0, "id"), r"an annotation of .* has id 'two\\nlines', which is no whole number"),
+    (put([1], "annotations", 0, "video_id"), "in an entry|which is no whole number"),
 ], ids=["videos missing", "videos empty", "categories no list", "number of masks", "category", "video", "no frames",
-        "no annotations", "no file names", "no height", "no entry", "height no number"])
+        "no annotations", "no file names", "no height", "no entry", "height no number", "endless height", "huge", "no width",
+        "id no number", "video no number"])
 def test_an_impossible_entry_is_named(dataset, tmp_path, change, expected):
     edit(dataset, "train", change)
     assert re.search(expected, refuse_training(dataset, tmp_path))
+
+
+@pytest.mark.parametrize("name", ["/etc/hostname", "../valid.json", "00000/../../../valid.json", "..", "//etc/hostname", "two\nlines",
+                                  "\u2028", ""])
+def test_a_frame_outside_of_the_folder_is_refused(dataset, tmp_path, name):
+    edit(dataset, "train", put(name, "videos", 0, "file_names", 0))
+    message = refuse_training(dataset, tmp_path)
+    assert message == f"{dataset / 'train.json'} names the file {name!r}, which cannot be inside of {dataset / 'train/JPEGImages'}"
+
+
+def test_a_frame_may_go_up_and_down_inside_of_the_folder(dataset):
+    edit(dataset, "train", put("00000/../00000/./00000.jpg", "videos", 0, "file_names", 0))
+    videos = VideoSet(dataset / "train.json", dataset / "train/JPEGImages")
+    assert videos.videos[0].files[0] == dataset / "train/JPEGImages/00000/00000.jpg"
+
+
+def test_a_json_of_a_hundred_thousand_brackets(dataset, tmp_path):
+    (dataset / "train.json").write_text("[" * 100_000)
+    assert refuse_training(dataset, tmp_path).startswith(f"{dataset / 'train.json'} is not a JSON file: ")
+
+
+@pytest.mark.parametrize("segmentation, reason", [
+    ([[-1e9, 0, 1e9, 0, 1e9, 1e9]], "a coordinate is no number or lies far outside"),
+    ([[float("nan")] * 6], "a coordinate is no number"),
+    ([[None] * 6], "a coordinate is no number"),
+    ([[0, 0, 1e5, 1e5] * 500], "its outline is longer than"),
+    ([[10 ** 400] * 6], "OverflowError"),
+    ({"size": [64, 96], "counts": [0.5, 64 * 96 - 0.5]}, "its runs do not fill the frame"),
+    ({"size": [2 ** 32, 2 ** 32], "counts": "0"}, "its size is .*, its video's"),
+], ids=["far away", "nan", "null", "long", "huge number", "half pixels", "huge size"])
+def test_a_mask_that_would_take_all_memory(segmentation, reason):
+    with pytest.raises(InputError, match=f"^annotation 1 has a segmentation that cannot be read: .*{reason}"):
+        read_mask(segmentation, 64, 96, "annotation 1")
 
 
 # Frames
@@ -179,6 +219,23 @@ def test_a_bad_frame_is_named(good, dataset, tmp_path, spoil, expected):
     for split, message in (("train", refuse_training(dataset, tmp_path)),
                            ("valid", refuse_evaluating(dataset, tmp_path, good / "run/last.pt"))):
         assert re.match(f"frame {dataset}/{split}/JPEGImages/0000./0000..jpg {expected}", message)
+
+
+def picture_of(width, height):
+    """The begin of a bitmap that says it is so large."""
+    return b"BM" + struct.pack("<IHHIIiiHHIIiiII", 100, 0, 0, 54, 40, width, height, 1, 24, 0, 0, 0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("content, expected", [
+    (picture_of(10_000, 10_000), "frame .* is said to be 10000x10000: at least 1x1 and at most 89478485 pixels are read"),
+    (picture_of(10 ** 5, 10 ** 5), "frame .* cannot be read: Image size .* exceeds limit"),
+    (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n", "cannot identify image file"),
+], ids=["large", "bomb", "program"])
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_picture_that_is_too_much_to_ask(tmp_path, content, expected):
+    (tmp_path / "picture.jpg").write_bytes(content)
+    with pytest.raises(InputError, match=expected):
+        read_picture(tmp_path / "picture.jpg")
 
 
 # Checkpoints

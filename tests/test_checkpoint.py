@@ -1,5 +1,6 @@
 """Weights in and out: every official state dict fits, what does not fit is refused, and no file can run code."""
 import pickle
+import zipfile
 from collections import OrderedDict
 
 import numpy
@@ -78,6 +79,54 @@ def test_files_that_run_code_are_refused(tmp_path, monkeypatch, suffix):
     with pytest.raises(InputError, match="no checkpoint that can be read safely"):
         load_weights(tiny_model(), path)
     assert not (tmp_path / "harm").exists()
+
+
+CLAIMS = {
+    "nested": b"\x80\x02}(K\x01" + b"\x85" * 300_000 + b"K\x01u.",
+    "memory": b"\x80\x02}r\xff\xff\xff\x7f.",
+    "bytes": b"\x80\x05\x96" + (2 ** 34).to_bytes(8, "little") + b"x.",
+    "shape": pickle.dumps({"a": numpy.zeros((2, 3), "f4")}, 2).replace(b"K\x02K\x03\x86", b"J\0\0\0\x7fK\x03\x86"),
+    "objects": pickle.dumps({"a": numpy.array([[], {}], dtype=object)}, 2),
+    "pointers": pickle.dumps({"a": numpy.zeros((2, 3))}, 2).replace(b"f8", b"O8"),
+}
+
+
+@pytest.mark.parametrize("kind", CLAIMS)
+def test_pickles_that_claim_what_they_do_not_hold_are_refused(tmp_path, kind):
+    (tmp_path / "claim.pkl").write_bytes(CLAIMS[kind])
+    with pytest.raises(InputError, match="claim.pkl is no checkpoint that can be read safely: "):
+        load_weights(tiny_model(), tmp_path / "claim.pkl")
+
+
+def test_an_archive_that_unpacks_to_more_is_refused(tmp_path):
+    torch.save({"a": torch.zeros(10_000)}, tmp_path / "whole.pth")
+    with zipfile.ZipFile(tmp_path / "whole.pth") as whole, zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as bomb:
+        for name in whole.namelist():
+            bomb.writestr(name, whole.read(name))
+    with pytest.raises(InputError, match="bomb.pth is no checkpoint that can be read safely"):
+        load_weights(tiny_model(), tmp_path / "bomb.pth")
+
+
+@pytest.mark.parametrize("tensor, expected", [
+    (torch.zeros(1).expand(10 ** 12), r"holds a tensor of shape \(1000000000000,\), but not so many numbers"),
+    (torch.empty(10 ** 12, device="meta"), "a tensor that is not plain numbers"),
+    (torch.eye(3).to_sparse(), "a tensor that is not plain numbers")], ids=["expanded", "meta", "sparse"])
+def test_tensors_that_claim_what_they_do_not_hold_are_refused(tmp_path, tensor, expected):
+    torch.save({"model": {"tracker.class_embed.weight": tensor}}, tmp_path / "claim.pth")
+    with pytest.raises(InputError, match=expected):
+        model_from_checkpoint(tmp_path / "claim.pth", "toy")
+
+
+@pytest.mark.parametrize("config, expected", [
+    ([], "holds a config that training did not write"), ({"preset": ["toy"]}, "holds a config that training did not write"),
+    ({"preset": "toy", "categories": [[1, "a\nb"]]}, "holds a config that training did not write"),
+    ({"preset": "toy", "model_options": {"channels": 10 ** 6}}, "cannot be built: it has [0-9]+ numbers, the file [0-9]+"),
+    ({"preset": "toy", "model_options": {"frame_layers": 10 ** 9}}, "cannot be built: it has more layers than the file has entries"),
+    ({"preset": "toy", "model_options": {"heads": 0}}, "cannot be built: ")], ids=["list", "preset", "name", "channels", "layers", "heads"])
+def test_a_config_that_asks_for_the_impossible(tmp_path, config, expected):
+    torch.save({"model": tiny_model().state_dict(), "config": config}, tmp_path / "odd.pt")
+    with pytest.raises(InputError, match=expected):
+        model_from_checkpoint(tmp_path / "odd.pt", propagation="gated")
 
 
 def test_class_counts():

@@ -232,6 +232,8 @@ def without_score():
         (with_entry(score=float("inf")), r"results\[1\] has the score inf"),
         (with_entry(score="0.5"), r"results\[1\] has the score '0.5'"),
         (with_entry(score=None), r"results\[1\] has the score None"),
+        (with_entry(score=10**400), r"results\[1\] has the score 10000"),
+        (with_entry(video_id="two\nlines"), r"results\[1\] has video_id 'two\\nlines'"),
     ],
 )
 def test_bad_results_are_refused(results, message):
@@ -247,6 +249,14 @@ def test_bad_results_are_refused(results, message):
         (truth(annotation(LEFT) | {"areas": None}), r"annotations\[0\] has no list of areas"),
         (truth({"id": 1, "video_id": 1}), r"annotations\[0\] lacks category_id, areas, segmentations"),
         (truth(annotation(LEFT[:3])), r"annotations\[0\] has 3 masks for the 4 frames"),
+        (truth(annotation(LEFT) | {"areas": ["large"]}), r"annotations\[0\] has the area 'large', which is no number of pixels"),
+        (truth(annotation(LEFT) | {"areas": [10**400] * 4}), r"annotations\[0\] has the area 10000"),
+        (truth(annotation(LEFT) | {"areas": [1e308] * 4}), r"annotations\[0\] has the area 1e\+308, which is no number of pixels"),
+        (truth(annotation(LEFT) | {"video_id": [1]}), r"annotations\[0\] has video_id \[1\], which is no whole number"),
+        (truth(annotation(LEFT), categories=([1],)), r"categories\[0\] has id \[1\], which is no whole number"),
+        (truth(annotation(LEFT), size=(10**6, 10**6)), r"videos\[0\] is said to be 1000000x1000000"),
+        (truth(annotation(LEFT), size=("8", 8)), r"videos\[0\] has height '8', which is no whole number"),
+        (truth(frames=0), r"videos\[0\] has no frames"),
         (truth(annotation(LEFT), size=(8, 9)), r"annotations\[0\], frame 0, .* its size is \[8, 8\]"),
     ],
 )

@@ -224,6 +224,16 @@ def test_a_code_of_endless_runs_or_foreign_letters_is_a_fault(code):
     assert find_fault(["\x40", code], [16, 10])[0] == 1
 
 
+def test_runs_whose_sum_wraps_round_are_a_fault():
+    """None is negative, and in 64 bits they add up to the very number of pixels."""
+    steps = numpy.arange(97_000) // 2 + 1                     # of a length that each run is longer than the one before the last
+    length = 2 ** 64 // int(steps.sum())
+    runs = numpy.concatenate(([2 ** 64 - length * int(steps.sum()) + 20 * 30], steps * length))
+    code = compress(runs, numpy.array([len(runs)]))[0].tobytes()
+    assert (decode_runs([code])[0] == runs).all() and runs.min() > 0 and runs.sum() == 20 * 30
+    assert find_fault([GOOD[0], code], [20 * 30] * 2) == (1, "its runs do not fill the frame")
+
+
 @pytest.mark.parametrize("lengths", [(1, 2, 3, 4, 5, 6), (7, 1, 1, 900, 3, 64), (4, 4, 4, 4, 4, 4)])
 def test_packed_codes_come_out_as_they_went_in(lengths):
     """Every character that a code may have, codes of any lengths; in three quarters of their bytes, and of three things in turn."""
