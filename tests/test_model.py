@@ -317,7 +317,7 @@ def test_pixel_decoder_in_16_bit():
 @pytest.mark.parametrize("preset, channels", [
     ("r50", [256, 512, 1024, 2048]), ("r101", [256, 512, 1024, 2048]), ("swin_t", [96, 192, 384, 768]),
     ("swin_s", [96, 192, 384, 768]), ("swin_b", [128, 256, 512, 1024]), ("swin_l", [192, 384, 768, 1536]),
-    ("toy", [64, 128, 256, 512])])
+    ("toy", [64, 128, 256, 512]), ("small", [64, 128, 256, 256])])
 def test_presets(preset, channels):
     """On the meta device nothing is allocated or drawn."""
     with torch.device("meta"):
@@ -325,7 +325,7 @@ def test_presets(preset, channels):
     assert model.backbone.channels == channels
     assert [block[0].in_channels for block in model.pixel_decoder.input_proj] == channels[:0:-1]     # res5, res4, res3
     assert model.tracker.class_embed.out_features == 26 and model.training
-    assert len(model.frame_decoder.query_feat.weight) == {"swin_l": 200, "toy": 20}.get(preset, 100)
+    assert len(model.frame_decoder.query_feat.weight) == {"swin_l": 200, "toy": 20, "small": 20}.get(preset, 100)
 
 
 def test_presets_are_all_tested():
