@@ -98,6 +98,18 @@ def test_pickles_that_claim_what_they_do_not_hold_are_refused(tmp_path, kind):
         load_weights(tiny_model(), tmp_path / "claim.pkl")
 
 
+class Zeros:
+    def __reduce__(self):
+        return bytearray, (2 ** 34,)
+
+
+def test_an_endless_row_of_zeros_is_refused(tmp_path):
+    for new in (True, False):
+        torch.save({"a": Zeros()}, tmp_path / "zeros.pth", _use_new_zipfile_serialization=new)
+        with pytest.raises(InputError, match="it asks for builtins.bytearray"):
+            load_weights(tiny_model(), tmp_path / "zeros.pth")
+
+
 def test_an_archive_that_unpacks_to_more_is_refused(tmp_path):
     torch.save({"a": torch.zeros(10_000)}, tmp_path / "whole.pth")
     with zipfile.ZipFile(tmp_path / "whole.pth") as whole, zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as bomb:
