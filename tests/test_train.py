@@ -177,9 +177,9 @@ def test_a_data_set_that_has_changed_is_told(data_root, tmp_path, capsys):
     """Not when it has only moved."""
     make_dataset(tmp_path / "other", train_videos=3, valid_videos=1, frames=4, height=64, width=64, objects=(1, 2), seed=1)
     shutil.copytree(data_root, tmp_path / "moved")
-    run(data_root, tmp_path / "run", "--iterations", "1", "--batch", "1")
-    for iterations, (root, told) in enumerate(((tmp_path / "moved", False), (tmp_path / "other", True)), 2):
-        run(root, tmp_path / "run", "--iterations", str(iterations), "--batch", "1", "--resume", str(tmp_path / "run/last.pt"))
+    run(data_root, tmp_path / "run", "--iterations", "0", "--batch", "1")
+    for root, told in ((tmp_path / "moved", False), (tmp_path / "other", True)):
+        run(root, tmp_path / "run", "--iterations", "0", "--batch", "1", "--resume", str(tmp_path / "run/last.pt"))
         assert ("the annotations are not those that" in capsys.readouterr().out) == told
 
 
@@ -210,18 +210,17 @@ def test_a_step_that_is_not_finite_stops_the_run(data_root, tmp_path, monkeypatc
     assert last["step"] == 2 and all(value.isfinite().all() for value in last["model"].values())
 
 
-@pytest.mark.parametrize("kind", ["loss", "gradient"])
-def test_some_steps_that_are_not_finite_can_be_left_out(data_root, tmp_path, monkeypatch, kind, capsys):
+def test_some_steps_that_are_not_finite_can_be_left_out(data_root, tmp_path, monkeypatch, capsys):
     """They change nothing, not even a batch norm: two in a row are allowed, three are not."""
     arguments = ["--batch", "1", "--skip-nonfinite", "2", "--weight-decay", "0"]
     before = run(data_root, tmp_path / "before", *arguments, "--iterations", "1")["model"]
-    poison(monkeypatch, {1, 2, 5, 6, 7}, kind)
+    poison(monkeypatch, {1, 2}, "loss")
     after = run(data_root, tmp_path / "after", *arguments, "--iterations", "3")["model"]
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     assert capsys.readouterr().out.count("left out: not finite at iteration") == 2
     monkeypatch.undo()
-    poison(monkeypatch, {1, 2, 4, 5, 6}, kind)
-    with pytest.raises(FloatingPointError, match="not finite at iteration 6"):
+    poison(monkeypatch, {0, 2, 3, 4}, "gradient")
+    with pytest.raises(FloatingPointError, match="not finite at iteration 4"):
         run(data_root, tmp_path / "too_many", *arguments, "--iterations", "9")
 
 

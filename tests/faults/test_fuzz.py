@@ -2,7 +2,7 @@
 import pytest
 from fuzz import LOADERS, fuzz
 
-FEW = {"annotations": 200, "results": 200, "pth": 40, "pkl": 60, "pictures": 200}
+FEW = {"annotations": 100, "results": 100, "pth": 20, "pkl": 30, "pictures": 100}
 
 
 @pytest.fixture(scope="module")
