@@ -18,10 +18,10 @@ from torchvision import tv_tensors
 
 from augmentation import Augmentation
 from data import InputError, Video, VideoSet, read_frame, read_mask
-from synthetic import CATEGORIES, SUITES, make_video
+from scenes import CATEGORIES
+from synthetic import HEIGHT, SUITES, WIDTH, make_video
 
 MOST_BAD_IN_A_ROW = 20  # clips; more than that is no accident
-RENDERED_SIZE = 96, 160  # pixels, height and width, as of the files that data.py writes
 
 
 @dataclass
@@ -129,7 +129,7 @@ class RenderedClips(Dataset):
         generator = np.random.default_rng((self.seed, 3, index))   # the files' scenes are drawn from (seed, 0 or 1, index)
         for _ in range(MOST_BAD_IN_A_ROW):
             chosen = sample_frames(suite.frames, self.frames, self.reach, generator)
-            pictures, instances = make_video(generator.spawn(1)[0], suite.frames, *RENDERED_SIZE, suite.objects, suite.difficulty, chosen)
+            pictures, instances = make_video(generator.spawn(1)[0], suite.frames, HEIGHT, WIDTH, suite.objects, suite.difficulty, chosen)
             if instances:                                          # somewhere in the video there are, perhaps not in these frames
                 clip = make_clip(pictures, np.stack([masks for _, masks in instances]), [category_id - 1 for category_id, _ in instances],
                                  self.augmentation, generator)

@@ -43,7 +43,7 @@ from model import PRESETS, GRAttVIS, in_batches
 from plots import plot_timeline, require_matplotlib
 from recipes import at_least
 from results import EncodedVideo
-from synthetic import SUITES, make_video
+from synthetic import HEIGHT, SUITES, WIDTH, make_video
 from tracker import PROPAGATIONS
 
 SCENES = ("occlusion:0", "occlusion:1", "occlusion:2")  # shown where no source is given
@@ -187,9 +187,9 @@ def read_frames(source: str) -> Iterator[Image.Image]:
 def render(scene: str) -> Iterator[Image.Image]:
     """The frames of a held-out scene, before JPEG: occlusion:0 is the first of the valid split of `data.py --suite occlusion`."""
     name, _, number = scene.partition(":")
-    suite, height, width = SUITES[name], 96, 160
+    suite = SUITES[name]
     generator = np.random.default_rng((0, 1, int(number)))                # of seed 0, the second split, that video
-    frames, _ = make_video(generator, suite.frames, height, width, suite.objects, suite.difficulty)
+    frames, _ = make_video(generator, suite.frames, HEIGHT, WIDTH, suite.objects, suite.difficulty)
     yield from map(Image.fromarray, frames)
 
 

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from augmentation import Augmentation
-from checkpoint import load_backbone, load_weights, read_file, save_checkpoint, save_json
+from checkpoint import load_backbone, load_weights, save_checkpoint, save_json
 from clips import ClipDataset, MixedClips, RenderedClips, StepSampler
 from data import InputError, VideoSet, exit_with_sentence, find_split
 from deform_attn import implementation
@@ -39,6 +39,7 @@ from inference import segment_videos, to_entries
 from metric import check_ground_truth, evaluate_results
 from model import PRESETS, GRAttVIS, build_model
 from recipes import RECIPES, find_named_set, official_setting, parse_arguments
+from safe_reading import read_file
 from synthetic import checksum
 
 MAY_CHANGE = {"recipe", "dry_run", "iterations", "output", "resume", "init", "backbone_weights", "reset_classes", "workers",

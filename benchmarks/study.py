@@ -57,7 +57,8 @@ from model import GRAttVIS  # noqa: E402
 from plots import new_figure, require_matplotlib  # noqa: E402
 from recipes import at_least  # noqa: E402
 from results import EncodedVideo  # noqa: E402
-from synthetic import SUITES, Difficulty, checksum  # noqa: E402
+from scenes import Difficulty  # noqa: E402
+from synthetic import SUITES, checksum  # noqa: E402
 
 CONFIGURATIONS = {  # name: flags of train.py
     "plain": ("--propagation", "plain"),

@@ -26,7 +26,8 @@ from checkpoint import model_from_checkpoint
 from data import InputError, at_test_size
 from draw import overlays
 from results import FrameTracks
-from synthetic import CATEGORIES, Suite, make_dataset
+from scenes import CATEGORIES
+from synthetic import Suite, make_dataset
 from test_bad_input import read_files, sentence, train_arguments
 from test_draw import read_animation
 from test_interruptions import ENVIRONMENT, REPOSITORY

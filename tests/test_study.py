@@ -15,7 +15,8 @@ from data import InputError, Video
 from model import build_model
 from results import EncodedVideo
 from run_length import encode
-from synthetic import SUITES, Difficulty, make_dataset, make_video
+from scenes import Difficulty
+from synthetic import SUITES, make_dataset, make_video
 from test_metric import LEFT, RIGHT, annotation, prediction, truth
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))     # at the end: some of its files have names of ours

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 from pycocotools import mask as rle
 
+import scenes
 import synthetic
 from data import VideoSet
 
@@ -142,7 +143,7 @@ def test_an_object_is_painted_where_its_mask_is():
     rng = np.random.default_rng(0)
     background = np.full((64, 96, 3), 128, dtype=np.float32)
     for _ in range(30):
-        thing = synthetic.make_object(rng, 1, 64, 96, background[0, 0])
+        thing = scenes.make_object(rng, 1, 64, 96, background[0, 0])
         thing = replace(thing, centres=np.array([[47.7, 31.2]]))  # chance may put it outside the frame
         image = background.copy()
         mask = synthetic.draw_object(image, thing, 0)
@@ -216,7 +217,7 @@ def test_a_view_is_what_pillow_cuts_out():
 def make_pair(difficulty, video=0, frames=20, objects=(1, 4)):
     """The same scene without and with a difficulty."""
     return [synthetic.make_video(np.random.default_rng((0, 1, video)), frames, 64, 96, objects, setting)
-            for setting in (synthetic.Difficulty(), difficulty)]
+            for setting in (scenes.Difficulty(), difficulty)]
 
 
 @pytest.mark.parametrize("length", [1, 4, 7])
@@ -224,7 +225,7 @@ def test_a_cover_hides_its_object_for_so_many_frames(length):
     """Whole, while the object would be seen; before and after, it is seen as often as it can be."""
     hidden = 0
     for video in range(12):
-        (_, plain), (_, covered) = make_pair(synthetic.Difficulty(occluded=1.0, occluded_frames=(length, length)), video, objects=(1, 1))
+        (_, plain), (_, covered) = make_pair(scenes.Difficulty(occluded=1.0, occluded_frames=(length, length)), video, objects=(1, 1))
         before = plain[0][1].any((1, 2))
         after = covered[0][1].any((1, 2)) if covered else np.zeros_like(before)
         assert not (after & ~before).any()
@@ -234,14 +235,14 @@ def test_a_cover_hides_its_object_for_so_many_frames(length):
 
 
 def test_covers_belong_to_no_instance():
-    (_, plain), (_, covered) = make_pair(synthetic.Difficulty(occluded=1.0), objects=(3, 3))
+    (_, plain), (_, covered) = make_pair(scenes.Difficulty(occluded=1.0), objects=(3, 3))
     assert len(covered) <= len(plain) and {category for category, _ in covered} <= {category for category, _ in plain}
 
 
 def test_look_alikes_differ_by_their_paths_alone():
     rng = np.random.default_rng(0)
-    things = [synthetic.make_object(rng, 8, 64, 96, np.zeros(3)) for _ in range(4)]
-    alike, covers = synthetic.make_harder(rng, things, 64, 96, synthetic.Difficulty(look_alike=1.0))
+    things = [scenes.make_object(rng, 8, 64, 96, np.zeros(3)) for _ in range(4)]
+    alike, covers = scenes.make_harder(rng, things, 64, 96, scenes.Difficulty(look_alike=1.0))
     assert not covers
     for thing, original in zip(alike, things):
         assert thing.category_id == things[0].category_id and thing.texture == things[0].texture
@@ -251,7 +252,7 @@ def test_look_alikes_differ_by_their_paths_alone():
 
 @pytest.mark.parametrize("name, value", [("blur", 1.0), ("light", 1.0), ("texture", 1.0), ("noisy", 0.3)])
 def test_pictures_change_and_masks_do_not(name, value):
-    (images, plain), (harder, found) = make_pair(synthetic.Difficulty(**{name: value}))
+    (images, plain), (harder, found) = make_pair(scenes.Difficulty(**{name: value}))
     assert all((one[1] == other[1]).all() for one, other in zip(plain, found, strict=True))
     changed = (images != harder).any((1, 2, 3))
     assert changed.any()
@@ -260,14 +261,14 @@ def test_pictures_change_and_masks_do_not(name, value):
 
 
 def test_light_changes_once():
-    (images, _), (harder, _) = make_pair(synthetic.Difficulty(light=1.0), video=1)
+    (images, _), (harder, _) = make_pair(scenes.Difficulty(light=1.0), video=1)
     ratio = harder.mean((1, 2, 3)) / images.mean((1, 2, 3))
     first = int(np.argmax(abs(ratio - 1) > 0.02))
     assert np.allclose(ratio[:first], 1) and np.allclose(ratio[first:], ratio[first], rtol=0.1) and abs(ratio[first] - 1) > 0.1
 
 
 def test_speed_stretches_the_path():
-    slow, fast = (synthetic.crossing_path(np.random.default_rng(3), 6, 64, 96, factor) for factor in (1.0, 2.0))
+    slow, fast = (scenes.crossing_path(np.random.default_rng(3), 6, 64, 96, factor) for factor in (1.0, 2.0))
     assert (fast[-1, 0] - fast[0, 0]) / (slow[-1, 0] - slow[0, 0]) == pytest.approx(2)  # along y it may swing
 
 
@@ -275,7 +276,7 @@ def test_speed_stretches_the_path():
                                    dict(speed=0), dict(noise=-1)])
 def test_impossible_difficulties_are_refused(wrong):
     with pytest.raises(ValueError, match="not"):
-        synthetic.Difficulty(**wrong).check()
+        scenes.Difficulty(**wrong).check()
 
 
 @pytest.mark.parametrize("name", synthetic.SUITES)
