@@ -89,6 +89,7 @@ BACKBONE_ROOTS = ("stem.", "conv1.", "patch_embed.", "features.")  # a backbone 
 MODEL_ROOTS = ("backbone.", "pixel_decoder.", "frame_decoder.", "tracker.", "sem_seg_head.", "vita_module.")
 SHIPPED_WEIGHTS = Path(__file__).with_name("weights") / "small.pt"  # trained on synthetic suites; found from any folder
 CLASS_LAYERS = ("frame_decoder.class_embed.", "tracker.class_embed.")
+TEST_SIDES = {"r50": 360, "r101": 360, "swin_t": 448, "swin_s": 448, "swin_b": 448, "swin_l": 448, "toy": 96, "small": 96}
 
 
 @dataclass
@@ -249,12 +250,19 @@ def read_config(contents: dict, path: str | Path) -> dict:
     try:
         texts = [config.get("preset"), config.get("propagation"), *config.get("model_options", {})]
         texts += [name for _, name in config.get("categories", [])]
-        if all(text is None or isinstance(text, str) and text.isprintable() for text in texts) and not any(
+        if type(config.get("test_short_side", 1)) is int and config.get("test_short_side", 1) > 0 and all(
+                text is None or isinstance(text, str) and text.isprintable() for text in texts) and not any(
                 isinstance(option, (Tensor, np.ndarray)) for option in config.get("model_options", {}).values()):
             return config
     except (AttributeError, TypeError, ValueError) as error:
         raise InputError(f"{path} holds a config that training did not write: {error!r}") from error
     raise InputError(f"{path} holds a config that training did not write")
+
+
+def default_short_side(config: dict, preset: str | None) -> int:
+    """Short side of the frames, pixels, that a model reads where nobody asks for another: what its run was to be tested at, or of a file
+    that does not say it the official side of the preset (96 for those on synthetic videos)."""
+    return config.get("test_short_side") or TEST_SIDES[config.get("preset") or preset]
 
 
 def stated(what: str, asked: str | None, found: str | None, path: str | Path) -> str | None:

@@ -33,7 +33,7 @@ from PIL import Image, ImageSequence
 from pycocotools import mask as rle
 from tqdm import tqdm
 
-from checkpoint import SHIPPED_WEIGHTS, model_from_checkpoint, save_json
+from checkpoint import SHIPPED_WEIGHTS, model_from_checkpoint, save_json, default_short_side
 from data import (LARGEST_PICTURE, PICTURE_FORMATS, InputError, at_test_size, check_pixels, exit_with_sentence, open_picture,
                   read_categories, read_picture)
 from deform_attn import implementation
@@ -60,7 +60,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--preset", choices=PRESETS, help="of an official checkpoint (ours say it themselves)")
     parser.add_argument("--propagation", choices=PROPAGATIONS, help="where the checkpoint does not tell it")
     parser.add_argument("--categories", metavar="JSON", help="a data set's annotation file: names of an official model's classes")
-    parser.add_argument("--short-side", type=at_least(1), default=96, help="of the frames, pixels (official: 360, Swin-L 448)")
+    parser.add_argument("--short-side", type=at_least(1), help="of the frames, pixels (default: what the model was made "
+                        "for; official: 360, Swin 448)")
     parser.add_argument("--max-long-side", type=at_least(1), default=1333, help="pixels")
     parser.add_argument("--top-k", type=at_least(1), default=20, help="instances a video, before --score")
     parser.add_argument("--score", type=float, default=0.3, help="leave out instances that score less")
@@ -89,13 +90,14 @@ def main(args: argparse.Namespace) -> None:
         if not args.live:
             check_output(output)
     model, config = model_from_checkpoint(args.weights, args.preset, args.propagation)
+    args.short_side = args.short_side or default_short_side(config, args.preset)
     if args.live and (model.propagation == "clip" or model.clip_length != 1):
         raise InputError(f"{args.weights} reads clips of several frames: it cannot follow a video live")
     names = class_names(args, config, model.num_classes)
     _, _, device = start_processes(args.device)
     amp, reason = choose_amp(args.amp, device)
     model.to(device).accelerate(amp)
-    print(f"{args.weights}: {model.propagation} propagation, {model.num_classes} classes; {device.type}, "
+    print(f"{args.weights}: {model.propagation} propagation, {model.num_classes} classes, short side {args.short_side}; {device.type}, "
           f"{str(amp).removeprefix('torch.')} ({reason}); deformable attention: {implementation(device)}", file=sys.stderr)
     for source, output in outputs.items():
         with torch.autocast(device.type, amp, enabled=amp != torch.float32), closing(read_frames(source)) as pictures:

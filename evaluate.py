@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as distributed
 
-from checkpoint import SHIPPED_WEIGHTS, model_from_checkpoint, save_json
+from checkpoint import SHIPPED_WEIGHTS, model_from_checkpoint, save_json, default_short_side
 from data import InputError, Video, VideoSet, exit_with_sentence, find_split, read_frame, read_json
 from deform_attn import implementation
 from device import choose_amp, start_processes
@@ -62,7 +62,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--suites", nargs="+", choices=SUITES, default=["easy", "occlusion"], metavar="SUITE", help="where no data set is "
                       f"given: the held-out videos of synthetic suites, written if they are not there: {', '.join(SUITES)}")
     data.add_argument("--sets", default="datasets/suites", help="the folder that holds a folder for each suite")
-    data.add_argument("--short-side", type=at_least(1), default=96, help="short side of the frames, pixels (official: 360, Swin-L 448)")
+    data.add_argument("--short-side", type=at_least(1), help="of the frames, pixels (default: what the model was made "
+                        "for; official: 360, Swin 448)")
     data.add_argument("--max-long-side", type=at_least(1), default=1333, help="pixels")
     result = parser.add_argument_group("result")
     result.add_argument("--top-k", type=at_least(1), default=10, help="instances a video (official: 10, OVIS 20)")
@@ -98,6 +99,7 @@ def main(args: argparse.Namespace) -> dict | None:
         raise InputError("--json and --images go together")
     options = {"gate_mask": args.gate_mask} if args.gate_mask else {}
     model, config = model_from_checkpoint(args.weights, args.preset, args.propagation, **options)
+    args.short_side = args.short_side or default_short_side(config, args.preset)
     rank, world, device = start_processes(args.device)
     sets = open_sets(args, rank, world)
     for videos in sets.values():
@@ -107,8 +109,8 @@ def main(args: argparse.Namespace) -> dict | None:
     amp, reason = choose_amp(args.amp, device)
     model.to(device).accelerate(amp, args.compile)
     if rank == 0:
-        print(f"{args.weights}: {model.propagation} propagation, {model.num_classes} classes; {device.type} x {world}, "
-              f"{str(amp).removeprefix('torch.')} ({reason}); deformable attention: {implementation(device)}")
+        print(f"{args.weights}: {model.propagation} propagation, {model.num_classes} classes, short side {args.short_side}; "
+              f"{device.type} x {world}, {str(amp).removeprefix('torch.')} ({reason}); deformable attention: {implementation(device)}")
     weights = Path(args.weights)
     beside = Path("runs") / weights.stem if weights.parent.resolve() == SHIPPED_WEIGHTS.parent else weights.parent
     metrics = {name: evaluate_set(model, videos, Path(args.output or beside / "evaluation") / name, args, amp, rank, world)

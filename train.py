@@ -344,7 +344,7 @@ def make_model(args: argparse.Namespace, categories: list[tuple[int, str]], resu
     options = {"gate_mask": args.gate_mask, "clip_length": args.clip_length}
     options |= {name: getattr(args, name) for name in ("norm", "window") if getattr(args, name) is not None}
     model = build_model(args.preset, len(categories), args.propagation, **options)
-    config = {"preset": args.preset, "propagation": args.propagation, "model_options": options,
+    config = {"preset": args.preset, "propagation": args.propagation, "model_options": options, "test_short_side": args.test_short_side,
               "categories": [list(category) for category in categories], "args": vars(args)}
     if resumed:
         if resumed["config"].get("categories") != config["categories"]:

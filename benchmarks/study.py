@@ -46,7 +46,7 @@ from tqdm import tqdm
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
-from checkpoint import model_from_checkpoint, save_json  # noqa: E402
+from checkpoint import default_short_side, model_from_checkpoint, save_json  # noqa: E402
 from data import InputError, Video, VideoSet, exit_with_sentence, read_frame, read_json  # noqa: E402
 from device import choose_amp, start_processes  # noqa: E402
 from draw import best_labels  # noqa: E402
@@ -67,13 +67,14 @@ CONFIGURATIONS = {  # name: flags of train.py
     "memory": ("--propagation", "memory"),
     "gated+memory": ("--propagation", "gated+memory"),
     "gate-loss": ("--propagation", "gated", "--gate-weight", "1"),
-    "long-clips": ("--propagation", "gated", "--frames", "10", "--reach", "12"),
+    "long-clips": ("--propagation", "gated", "--frames", "10", "--reach", "12", "--batch", "10"),     # about as many frames a step
     "contrast": ("--propagation", "gated", "--similarity-span", "video"),      # over all clips of a video, as in CTVIS
     "query-noise": ("--propagation", "gated", "--query-noise", "0.5"),         # as in DVIS
 }
 COMMON = ("--stage", "grattvis", "--preset", "small", "--render", "easy", "occlusion", "look-alike", "degraded", "--frames", "6", "--reach",
-          "10", "--batch", "16", "--lr", "5e-4", "--warmup", "100", "--workers", "2", "--log-every", "100")
-SHORT_SIDE, MAX_LONG_SIDE, TOP_K = 96, 1333, 10
+          "10", "--batch", "16", "--short-sides", "128", "--test-short-side", "128", "--lr", "5e-4", "--warmup", "100", "--workers", "2",
+          "--log-every", "100")
+MAX_LONG_SIDE, TOP_K = 1333, 10
 LEAST_SCORE = 0.3                                # of a track that can be given to an instance
 LEAST_IOU = 0.5
 GAPS = {"0": (0, 0), "1-3": (1, 3), "4-6": (4, 6), "7-10": (7, 10), "11+": (11, float("inf"))}     # frames, both ends included
@@ -204,10 +205,11 @@ def frame_groups(areas: np.ndarray, noisy: np.ndarray | None) -> dict[str, np.nd
     return dict(zip(STATES + SHARES, (visible, present & ~visible, ~present, clean, lost, *shares)))
 
 
-def measure_suite(model: GRAttVIS, videos: VideoSet, device: torch.device, amp: torch.dtype, difficulty: Difficulty) -> dict[str, dict]:
+def measure_suite(model: GRAttVIS, videos: VideoSet, device: torch.device, amp: torch.dtype, short_side: int,
+                  difficulty: Difficulty) -> dict[str, dict]:
     """All that TITLES names, and "instances by gap", of a model on a set of that difficulty."""
     results, switches, opened = [], 0, defaultdict(list)
-    for video, found in segment_videos(model, videos.videos, device, amp, SHORT_SIDE, MAX_LONG_SIDE, TOP_K):
+    for video, found in segment_videos(model, videos.videos, device, amp, short_side, MAX_LONG_SIDE, TOP_K):
         results += to_entries(video, found, videos.categories)
         tracks = best_labels(found, LEAST_SCORE)
         assigned = assign_tracks(frame_overlaps(found, tracks, video))
@@ -249,13 +251,14 @@ def measure(args: argparse.Namespace) -> None:
         model, config = model_from_checkpoint(weights)
         model.to(device).accelerate(amp)
         setting = {"weights": weights, "propagation": model.propagation, "gate_mask": model.tracker.gate_mask,
-                   "seed": config.get("args", {}).get("seed"), "amp": str(amp).removeprefix("torch.")}
+                   "short_side": default_short_side(config, None), "seed": config.get("args", {}).get("seed"),
+                   "amp": str(amp).removeprefix("torch.")}
         kind = f"{model.propagation}, {model.tracker.gate_mask}" if model.tracker.gated else model.propagation
         trained = Path(weights).parent.name.rpartition("-")[0]                 # of gated-blocked-2/last.pt, gated-blocked
         setting["name"] = args.names[number] if args.names else trained if trained in CONFIGURATIONS else kind
         for suite, videos in sets.items():
             check_categories(model, config, videos, weights)
-            found = measure_suite(model, videos, device, amp, SUITES[suite].difficulty)
+            found = measure_suite(model, videos, device, amp, setting["short_side"], SUITES[suite].difficulty)
             records.append(setting | {"suite": suite, "videos": len(videos), "checksum": checksum(videos.path)} | found)
             save_json(output, records)
             print(f"{weights}, {setting['name']}, {suite}: AP {100 * found['scores']['AP']:.1f}, "

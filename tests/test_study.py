@@ -165,7 +165,7 @@ def test_perfect_tracks_with_gates_that_close_when_hidden(sets, monkeypatch, lay
                                       torch.arange(count), codes, gates[..., :layers])
 
     monkeypatch.setattr(study, "segment_videos", perfect)
-    found = study.measure_suite(None, videos, None, None, Difficulty())
+    found = study.measure_suite(None, videos, None, None, 96, Difficulty())
     assert found["scores"] == {"AP": pytest.approx(1), "AP50": pytest.approx(1), "AR10": 1, "switches": 0}
     assert found["instances by gap"] == {"0": 0, "1-3": 1, "4-6": 0, "7-10": 0, "11+": 0}
     assert [found["open by state"][name] for name in study.STATES] == all_layers
