@@ -46,7 +46,7 @@ from results import EncodedVideo
 from synthetic import HEIGHT, SUITES, WIDTH, make_video
 from tracker import PROPAGATIONS
 
-SCENES = ("occlusion:0", "occlusion:1", "occlusion:2")  # shown where no source is given
+SCENES = ("occlusion:0", "occlusion:4", "occlusion:6")  # shown where no source is given
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -268,7 +268,7 @@ def measure(args: argparse.Namespace) -> None:
 # Tables
 
 def read_groups(paths: list[str]) -> dict[tuple[str, str], list[dict]]:
-    """The records of several files by suite and name, suites in their order; InputError where records cannot be put together."""
+    """The records of several files by suite and name, both in their order; InputError where records cannot be put together."""
     groups, checksums = defaultdict(list), {}
     for path in paths:
         records = read_json(path)
@@ -282,8 +282,8 @@ def read_groups(paths: list[str]) -> dict[tuple[str, str], list[dict]]:
                 raise InputError(f"{path}: {name} has two records of seed {record['seed']} on the suite {suite}; other settings need "
                                  "other --names")
             groups[suite, name].append(record)
-    order = list(SUITES)
-    return dict(sorted(groups.items(), key=lambda item: order.index(item[0][0])))
+    order = [*SUITES, *CONFIGURATIONS]
+    return dict(sorted(groups.items(), key=lambda item: [order.index(name) if name in order else len(order) for name in item[0]]))
 
 
 def mean_and_spread(records: list[dict], key: str, column: str) -> tuple[float, float]:
@@ -317,6 +317,8 @@ def plot_lines(path: Path, groups: dict[tuple[str, str], list[dict]], suite: str
         columns = list(records[0][key])
         means, spreads = 100 * np.array([mean_and_spread(records, key, column) for column in columns]).T
         places = (means >= 0).nonzero()[0]
+        if not len(places):                                        # gates of a model that has none
+            continue
         line, = axes.plot(places, means[places], marker="o", label=f"{name} (n = {len(records)})")
         axes.fill_between(places, (means - spreads)[places], (means + spreads)[places], color=line.get_color(), alpha=0.2, linewidth=0)
     axes.set_xticks(range(len(columns)), columns)
@@ -331,6 +333,10 @@ def table(args: argparse.Namespace) -> None:
     if args.plot:
         require_matplotlib()
     groups = read_groups(args.files)
+    if args.names:
+        groups = {group: records for group, records in groups.items() if group[1] in args.names}
+        if missing := set(args.names) - {name for _, name in groups}:
+            raise InputError(f"no record has the name {', '.join(sorted(missing))}")
     print("Mean ± standard deviation over n seeds.", *(format_table(groups, key) for key in TITLES), sep="\n\n")
     if args.plot:
         folder = Path(args.plot)
@@ -363,6 +369,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     measuring.add_argument("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"), help="see evaluate.py")
     tables = commands.add_parser("table")
     tables.add_argument("files", nargs="+", help="what `measure` has written")
+    tables.add_argument("--names", nargs="+", help="leave out the others")
     tables.add_argument("--plot", metavar="FOLDER", help="also draw AP over occlusion and open gates over visible share (needs matplotlib)")
     return parser.parse_args(arguments)
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from backbone import build_backbone
-from checkpoint import (load_backbone, load_weights, model_from_checkpoint, read_propagation, save_checkpoint, save_weights,
-                        translate)
+from checkpoint import (TEST_SIDES, default_short_side, load_backbone, load_weights, model_from_checkpoint, read_propagation,
+                        save_checkpoint, save_weights, translate)
 from data import InputError
 from golden_set import meta, names_shapes
-from model import build_model
+from model import PRESETS, build_model
 
 TINY = dict(channels=32, heads=2, feed_forward=32, pixel_feed_forward=32)
 
@@ -132,9 +132,10 @@ def test_tensors_that_claim_what_they_do_not_hold_are_refused(tmp_path, tensor, 
 @pytest.mark.parametrize("config, expected", [
     ([], "holds a config that training did not write"), ({"preset": ["toy"]}, "holds a config that training did not write"),
     ({"preset": "toy", "categories": [[1, "a\nb"]]}, "holds a config that training did not write"),
+    ({"preset": "toy", "test_short_side": 10.5}, "holds a config that training did not write"),
     ({"preset": "toy", "model_options": {"channels": 10 ** 6}}, "cannot be built: it has [0-9]+ numbers, the file [0-9]+"),
     ({"preset": "toy", "model_options": {"frame_layers": 10 ** 9}}, "cannot be built: it has more layers than the file has entries"),
-    ({"preset": "toy", "model_options": {"heads": 0}}, "cannot be built: ")], ids=["list", "preset", "name", "channels", "layers", "heads"])
+    ({"preset": "toy", "model_options": {"heads": 0}}, "cannot be built: ")], ids=["list", "preset", "name", "side", "channels", "layers", "heads"])
 def test_a_config_that_asks_for_the_impossible(tmp_path, config, expected):
     torch.save({"model": tiny_model().state_dict(), "config": config}, tmp_path / "odd.pt")
     with pytest.raises(InputError, match=expected):
@@ -222,6 +223,17 @@ def test_our_checkpoint_builds_its_model(tmp_path):
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in built.state_dict().items())
     with pytest.raises(InputError, match="was made with propagation 'gated\\+memory', not 'plain'"):
         model_from_checkpoint(tmp_path / "last.pt", propagation="plain")
+
+
+def test_a_model_is_read_at_the_size_it_was_made_for(tmp_path):
+    """Ours say it; of others the preset tells the official size."""
+    sides = {(): 96, (("test_short_side", 128),): 128}
+    for more, side in sides.items():
+        config = {"preset": "toy", "propagation": "gated", "model_options": TINY} | dict(more)
+        save_checkpoint(tmp_path / "last.pt", {"model": tiny_model().state_dict(), "config": config})
+        assert default_short_side(model_from_checkpoint(tmp_path / "last.pt")[1], None) == side
+    assert (default_short_side({}, "r50"), default_short_side({}, "swin_l")) == (360, 448)
+    assert PRESETS.keys() == TEST_SIDES.keys()
 
 
 def test_official_checkpoint_needs_what_its_names_do_not_tell(tmp_path):

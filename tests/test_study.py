@@ -218,8 +218,12 @@ def test_mean_and_spread_over_seeds(tmp_path, capsys):
     assert "| occlusion | gated | 1 | 10.0 | 0.00 |" in lines
     start = lines.index(study.TITLES["AP by gap"])
     assert lines[start + 2:start + 7] == ["| suite | name | n | 0 | 1-3 |", "| --- | --- | --- | --- | --- |",
-                                          "| easy | *instances* |  | 40 | 0 |", "| easy | gated | 2 | 50.0 ± 0.0 | - |",
-                                          "| easy | plain | 1 | 20.0 | 40.0 |"]
+                                          "| easy | *instances* |  | 40 | 0 |", "| easy | plain | 1 | 20.0 | 40.0 |",
+                                          "| easy | gated | 2 | 50.0 ± 0.0 | - |"]     # in the order of CONFIGURATIONS
+    study.table(study.parse_arguments(["table", first, second, "--names", "plain"]))
+    assert "gated" not in capsys.readouterr().out
+    with pytest.raises(InputError, match="no record has the name clip"):
+        study.table(study.parse_arguments(["table", first, "--names", "clip", "gated"]))
 
 
 @pytest.mark.parametrize("records, message", [
