@@ -15,6 +15,8 @@ import argparse
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from reprlib import repr as shown
@@ -23,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data import InputError, exit_with_sentence
+from data import InputError, told_in_a_sentence
 from model import PRESETS, GRAttVIS, build_model
 from safe_reading import read_file
 
@@ -272,23 +274,37 @@ def stated(what: str, asked: str | None, found: str | None, path: str | Path) ->
     return asked or found
 
 
-def save_checkpoint(path: str | Path, contents: dict) -> None:
-    """Write `contents` (tensors, numbers, strings, containers) under a temporary name, then rename: never half a file."""
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A temporary name to write to, which takes the place of `path` when the block has ended well: never half a file.
+
+    InputError where the disk is full or may not be written to: `path` is as it was, and nothing new is left."""
     path = Path(path)
     temporary = path.with_name(path.name + ".part")
-    with open(temporary, "wb") as file:
-        torch.save(contents, file)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        with suppress(OSError):                                    # nobody may remove it either
+            temporary.unlink()
+        raise InputError(f"{path} cannot be written: {error.strerror or error}; it is as it was before") from error
+
+
+def save_checkpoint(path: str | Path, contents: dict) -> None:
+    """Write `contents` (tensors, numbers, strings, containers) under a temporary name, then rename: never half a file."""
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        try:
+            torch.save(contents, file)
+        except RuntimeError as error:                              # PyTorch's, as it closes what a full disk has not taken
+            raise error.__context__ if isinstance(error.__context__, OSError) else error
         file.flush()
         os.fsync(file.fileno())                                    # or a power cut could keep the name and lose the bytes
-    os.replace(temporary, path)
 
 
 def save_json(path: str | Path, contents, indent: int | None = 1) -> None:
     """The same for JSON; indent None = all on one line."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(contents, indent=indent) + "\n")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(contents, indent=indent) + "\n")
 
 
 def save_weights(source: str | Path, target: str | Path) -> int:
@@ -318,10 +334,8 @@ def main() -> None:
     parser.add_argument("source", help="checkpoint of train.py")
     parser.add_argument("target", help="file to write; must not exist yet")
     args = parser.parse_args()
-    try:
+    with told_in_a_sentence():
         print(f"{args.target}: {save_weights(args.source, args.target) / 1e6:.2f} MB")
-    except InputError as error:
-        exit_with_sentence(error)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,15 @@ videos) is read as videos of one frame. Upstream: vita/data/datasets/ytvis.py an
 made of them in clips.py. Shape letters: T frames, I instances, H, W.
 """
 import argparse
+import errno
 import io
 import json
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -25,6 +28,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from pycocotools import mask as rle
 from torch import Tensor
+from tqdm import tqdm
 
 from augmentation import short_side_size
 from run_length import find_fault
@@ -314,10 +318,31 @@ def at_test_size(picture: Image.Image, short_side: int, max_long_side: int = 133
 test_frames.__test__ = False  # its name is not pytest's business
 
 
-def exit_with_sentence(error: Exception) -> None:
-    """Print an InputError as the one sentence it is, also where a loader's worker has wrapped it, and exit with 2."""
-    sentence = str(error).strip().splitlines()[-1]
-    print(f"error: {sentence.removeprefix('data.InputError: ').removeprefix('InputError: ')}", file=sys.stderr)
+@contextmanager
+def told_in_a_sentence() -> Iterator[None]:
+    """What a person can mend ends the program in one sentence, with exit status 2: an InputError (also one that a loader's process has
+    wrapped), a file that the system refuses, a number that is not finite, a loader's process that was killed."""
+    try:
+        yield
+    except (InputError, FloatingPointError) as error:
+        sentence = str(error).strip().splitlines()[-1].removeprefix("data.InputError: ").removeprefix("InputError: ")
+    except BrokenPipeError:                                        # who reads what is printed has seen enough, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except (ConnectionError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker (pid"):
+            raise
+        with suppress(RuntimeError):                               # PyTorch's signal of the same death may still come: not later
+            time.sleep(0.5)
+        sentence = (f"a process that reads ahead was killed ({' '.join(str(error).split())}): often memory has run out, try fewer --workers; "
+                    "the same command goes on, training with --resume")
+    except OSError as error:
+        if not error.filename and error.errno != errno.ENOSPC:
+            raise
+        sentence = f"{error.filename or 'a file'}: {error.strerror}"
+    else:
+        return
+    tqdm.write(f"error: {sentence}", file=sys.stderr)              # on a line of its own, also where a bar is
     sys.exit(2)
 
 
@@ -339,11 +364,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same set, to the last pixel")
     args = parser.parse_args()
     suite = SUITES[args.suite]
-    try:
-        make_dataset(args.root, args.videos, args.valid_videos, suite.frames if args.frames is None else args.frames, args.height,
-                     args.width, tuple(args.objects or suite.objects), args.seed, suite.difficulty)
-    except (ValueError, OSError) as error:
-        exit_with_sentence(error)
+    with told_in_a_sentence():
+        try:
+            make_dataset(args.root, args.videos, args.valid_videos, suite.frames if args.frames is None else args.frames, args.height,
+                         args.width, tuple(args.objects or suite.objects), args.seed, suite.difficulty)
+        except ValueError as error:
+            raise InputError(str(error)) from error
 
 
 if __name__ == "__main__":

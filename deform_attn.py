@@ -26,13 +26,14 @@ def deformable_attention(value: Tensor, level_shapes: LevelShapes, offsets: Tens
     returns  (B, S, M * D), of the inputs' type; locations, weights and sums are in float32 or better
 
     Raises ValueError if the levels do not fit. This is the dispatch point: on a GPU the fused kernel of deform_attn_cuda/
-    does the work, elsewhere (or where it cannot be built, or DEFORM_ATTN_CUDA=0) `attend_in_pytorch`.
+    does the work, elsewhere (or where it cannot be built, or DEFORM_ATTN_CUDA=0) `attend_in_pytorch`; so it does in training under
+    torch.use_deterministic_algorithms, as the order in which the kernel's backward adds up is left to chance.
     """
     if value.shape[1] != sum(height * width for height, width in level_shapes):
         raise ValueError(f"value holds {value.shape[1]} pixels, the levels {level_shapes} another number")
     dtype = torch.promote_types(torch.promote_types(value.dtype, offsets.dtype), logits.dtype)
     value, offsets, logits = value.to(dtype), offsets.to(dtype), logits.to(dtype)
-    if value.is_cuda and deform_attn_cuda.load():
+    if value.is_cuda and deform_attn_cuda.load() and not (torch.is_grad_enabled() and torch.are_deterministic_algorithms_enabled()):
         return torch.ops.deform_attn.forward(value, offsets, logits, [size for shape in level_shapes for size in shape])
     return attend_in_pytorch(value, level_shapes, offsets, logits)
 

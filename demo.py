@@ -33,9 +33,9 @@ from PIL import Image, ImageSequence
 from pycocotools import mask as rle
 from tqdm import tqdm
 
-from checkpoint import SHIPPED_WEIGHTS, model_from_checkpoint, save_json, default_short_side
-from data import (LARGEST_PICTURE, PICTURE_FORMATS, InputError, at_test_size, check_pixels, exit_with_sentence, open_picture,
-                  read_categories, read_picture)
+from checkpoint import SHIPPED_WEIGHTS, default_short_side, model_from_checkpoint, save_json
+from data import (LARGEST_PICTURE, PICTURE_FORMATS, InputError, at_test_size, check_pixels, open_picture, read_categories, read_picture,
+                  told_in_a_sentence)
 from deform_attn import implementation
 from device import choose_amp, start_processes
 from draw import best_labels, overlays, save_pictures
@@ -307,7 +307,5 @@ def saved(pictures: Iterator[Image.Image], folder: Path) -> Iterator[Image.Image
 
 
 if __name__ == "__main__":
-    try:
+    with told_in_a_sentence():
         main(parse_arguments())
-    except InputError as error:
-        exit_with_sentence(error)

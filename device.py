@@ -27,6 +27,12 @@ def start_processes(asked: str) -> tuple[int, int, torch.device]:
     return rank, world, device
 
 
+def make_deterministic() -> None:
+    """The same run twice gives the same bits on a GPU, too (of one kind, with one PyTorch); slower. Before anything is computed."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+
+
 def choose_amp(asked: str, device: torch.device) -> tuple[torch.dtype, str]:
     """The dtype of autocast (float32 = off) and why."""
     if asked != "auto":

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 import torch.distributed as distributed
 
-from checkpoint import SHIPPED_WEIGHTS, model_from_checkpoint, save_json, default_short_side
-from data import InputError, Video, VideoSet, exit_with_sentence, find_split, read_frame, read_json
+from checkpoint import SHIPPED_WEIGHTS, default_short_side, model_from_checkpoint, replacing, save_json
+from data import InputError, Video, VideoSet, find_split, read_frame, read_json, told_in_a_sentence
 from deform_attn import implementation
 from device import choose_amp, start_processes
 from draw import overlays, save_pictures
@@ -238,10 +238,8 @@ def finish(results_path: Path, annotations: list[str | Path], output: Path, plot
 
 def zip_results(path: Path, target: Path) -> None:
     """The file as results.json in an archive, which is written whole or not at all."""
-    temporary = target.with_name(target.name + ".part")
-    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
+    with replacing(target) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.write(path, "results.json")
-    os.replace(temporary, target)
 
 
 def check_categories(model: GRAttVIS, config: dict, videos: VideoSet, weights: str) -> None:
@@ -261,7 +259,5 @@ def draw_video(folder: Path, video: Video, found: EncodedVideo, categories: list
 
 
 if __name__ == "__main__":
-    try:
+    with told_in_a_sentence():
         main(parse_arguments())
-    except InputError as error:
-        exit_with_sentence(error)

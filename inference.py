@@ -9,7 +9,6 @@ end, in the order of the videos' ids: so it is the same file for any number of p
 Upstream: vita/data/ytvis_eval.py. Shape letters as in model.py.
 """
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from checkpoint import save_json
+from checkpoint import replacing, save_json
 from data import InputError, Video, read_json, test_frames
 from model import GRAttVIS
 from results import EncodedVideo
@@ -119,15 +118,13 @@ class Unfinished:
 
     def join(self, videos: list[Video], path: Path) -> None:
         """Write the results of all videos into one file, a video at a time, and remove the folder."""
-        temporary = path.with_name(path.name + ".part")
-        with open(temporary, "w") as file:
+        with replacing(path) as temporary, open(temporary, "w") as file:
             start = "["
             for video in videos:
                 for entry in read_json(self.path(video)):
                     file.write(start + json.dumps(entry))
                     start = ",\n"
             file.write("[]\n" if start == "[" else "]\n")
-        os.replace(temporary, path)
         done = self.folder.with_name(self.folder.name + ".done")
         if done.exists():
             shutil.rmtree(done)

@@ -117,7 +117,23 @@ def random_points(rows: int, count: int, like: Tensor) -> Tensor:
 
 def sample_at(maps: Tensor, points: Tensor) -> Tensor:
     """Bilinear values of maps (N, C, H, W) at points (N, P, 2), (x, y) in 0..1 over the whole map: (N, C, P)."""
+    if maps.is_cuda and torch.are_deterministic_algorithms_enabled():
+        return gather_at(maps, points)
     return F.grid_sample(maps, points.mul(2).sub_(1)[:, :, None], align_corners=False).squeeze(3)
+
+
+def gather_at(maps: Tensor, points: Tensor) -> Tensor:
+    """sample_at, slower, whose gradient is summed in the same order every time (on a GPU, grid_sample's is not)."""
+    height, width = maps.shape[-2:]
+    place = points * points.new_tensor((width, height)) - 0.5
+    low, values = place.detach().floor(), 0
+    for corner in ((0, 0), (1, 0), (0, 1), (1, 1)):
+        pixel = low + points.new_tensor(corner)
+        x, y = pixel.unbind(-1)
+        share = (1 - (place - pixel).abs()).prod(-1) * ((x >= 0) & (x < width) & (y >= 0) & (y < height))
+        index = (y.clamp(0, height - 1) * width + x.clamp(0, width - 1)).long()
+        values = values + maps.flatten(2).gather(2, index[:, None].expand(-1, maps.shape[1], -1)) * share[:, None]
+    return values
 
 
 def with_ones(features: Tensor) -> Tensor:

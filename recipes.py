@@ -145,7 +145,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
                          help="with --init: class layers of another class count start anew (a recipe does)")
     weights.add_argument("--backbone-weights", metavar="FILE", help='local file, or "imagenet" for torchvision\'s own')
     weights.add_argument("--freeze-detector", action=switch, default=False, help="train the tracker alone")
-    weights.add_argument("--resume", metavar="FILE", help="go on with this checkpoint of an interrupted run")
+    weights.add_argument("--resume", metavar="FILE", help="go on with this checkpoint of an interrupted run; auto = last.pt of "
+                         "--output where there is one, else start: for torchrun --max-restarts and queues that start a job again")
     data = parser.add_argument_group("data")
     data.add_argument("--data-root", help="data set with a train split (default: datasets/synthetic); with --train-sets: the folder "
                       "that holds ovis, coco and so on (default: $DETECTRON2_DATASETS, else datasets)")
@@ -214,6 +215,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     run.add_argument("--output", help="folder of the run (default: runs/ and the recipe's name, or runs/toy)")
     run.add_argument("--seed", type=at_least(-1), default=0, help="-1 = any, drawn when the run starts")
     run.add_argument("--device", default="auto", help="auto, cpu, cuda")
+    run.add_argument("--deterministic", action=switch, default=False, help="the same losses to the last bit in every run, on a GPU too "
+                     "(a CPU's always are): slower")
     run.add_argument("--log-every", type=at_least(1), default=20, help="iterations between lines of log.jsonl")
     run.add_argument("--save-every", type=at_least(1), default=500, help="iterations between checkpoints")
 

@@ -28,11 +28,11 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from augmentation import Augmentation
-from checkpoint import load_backbone, load_weights, save_checkpoint, save_json
+from checkpoint import load_backbone, load_weights, replacing, save_checkpoint, save_json
 from clips import ClipDataset, MixedClips, RenderedClips, StepSampler
-from data import InputError, VideoSet, exit_with_sentence, find_split
+from data import InputError, VideoSet, find_split, told_in_a_sentence
 from deform_attn import implementation
-from device import choose_amp, start_processes
+from device import choose_amp, make_deterministic, start_processes
 from losses import Criterion
 from matcher import upload
 from inference import segment_videos, to_entries
@@ -54,8 +54,12 @@ def main(args: argparse.Namespace) -> None:
         return
     rank, world, device = start_processes(args.device)
     say = print if rank == 0 else lambda *_: None
+    if args.deterministic:
+        make_deterministic()
     amp, reason = choose_amp(args.amp, device)
     output, last = Path(args.output), Path(args.output) / "last.pt"
+    if args.resume == "auto":
+        args.resume = str(last) if last.exists() else None
     resumed = read_file(args.resume) if args.resume else None
     choose_seed(args, resumed, world)
     check_run(args, resumed, world, last)
@@ -74,7 +78,7 @@ def main(args: argparse.Namespace) -> None:
     model.pixel_decoder.recompute, model.backbone.recompute = args.recompute != "off", args.recompute == "all"
     if args.compile != "off":
         model.compile_parts(detector=args.compile == "all")
-    optimizer = torch.optim.AdamW(parameter_groups(model, args.lr, args.weight_decay, args.backbone_lr_factor), fused=on_gpu)
+    optimizer = torch.optim.AdamW(parameter_groups(model, args.lr, args.weight_decay, args.backbone_lr_factor), fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(
         step, args.warmup, args.lr_steps, args.warmup_start, args.lr_gamma))
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
@@ -231,8 +235,11 @@ def describe(args: argparse.Namespace, model: GRAttVIS, clips, world: int, devic
 
 def log_line(output: Path, record: dict) -> None:
     """Append a line to log.jsonl."""
-    with open(output / "log.jsonl", "a") as log:
-        log.write(json.dumps(record) + "\n")
+    try:
+        with open(output / "log.jsonl", "a") as log:
+            log.write(json.dumps(record) + "\n")
+    except OSError as error:
+        raise InputError(f"{output / 'log.jsonl'} cannot be written: {error.strerror}; --resume {output / 'last.pt'} goes on") from error
 
 
 def trim_log(path: Path, step: int) -> None:
@@ -243,9 +250,8 @@ def trim_log(path: Path, step: int) -> None:
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} holds a line that training did not write: {error!r}") from error
     if len(kept) < len(lines):
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(kept))
-        partial.replace(path)
+        with replacing(path) as temporary:
+            temporary.write_text("".join(kept))
 
 
 def choose_seed(args: argparse.Namespace, resumed: dict | None, world: int) -> None:
@@ -272,6 +278,8 @@ def check_run(args: argparse.Namespace, resumed: dict | None, world: int, last: 
     if args.batch % (world * args.accumulate):
         parts = f" in {args.accumulate} parts" if args.accumulate > 1 else ""
         raise InputError(f"--batch {args.batch} cannot be shared by {world} processes{parts}")
+    if args.deterministic and args.compile != "off":
+        raise InputError("--deterministic and --compile do not go together: compiled sums are in any order")
     if bool(args.train_json) != bool(args.train_images):
         raise InputError("--train-json and --train-images go together")
     if args.render and (args.train_json or args.train_sets):
@@ -396,7 +404,5 @@ def check_resumed(args: argparse.Namespace, resumed: dict) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with told_in_a_sentence():
         main(parse_arguments())
-    except (InputError, FloatingPointError) as error:
-        exit_with_sentence(error)

@@ -47,7 +47,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
 from checkpoint import default_short_side, model_from_checkpoint, save_json  # noqa: E402
-from data import InputError, Video, VideoSet, exit_with_sentence, read_frame, read_json  # noqa: E402
+from data import InputError, Video, VideoSet, read_frame, read_json, told_in_a_sentence  # noqa: E402
 from device import choose_amp, start_processes  # noqa: E402
 from draw import best_labels  # noqa: E402
 from evaluate import check_categories, open_suite  # noqa: E402
@@ -375,8 +375,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    try:
+    with told_in_a_sentence():
         args = parse_arguments()
         {"train": train, "measure": measure, "table": table}[args.command](args)
-    except InputError as error:
-        exit_with_sentence(error)

@@ -25,12 +25,12 @@ import train
 from checkpoint import model_from_checkpoint
 from data import InputError, at_test_size
 from draw import overlays
+from processes import ENVIRONMENT, REPOSITORY
 from results import FrameTracks
 from scenes import CATEGORIES
 from synthetic import Suite, make_dataset
 from test_bad_input import read_files, sentence, train_arguments
 from test_draw import read_animation
-from test_interruptions import ENVIRONMENT, REPOSITORY
 
 FRAMES, HEIGHT, WIDTH = 4, 64, 80
 SHORT_SIDE, TOP_K = 48, 40                          # shrunk for the model; twice as many instances as there are tracks

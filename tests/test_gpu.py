@@ -1,4 +1,6 @@
 """The same numbers on a GPU: inference in float64 against the official ones, and training steps in 16 bit."""
+import json
+
 import pytest
 import torch
 
@@ -33,6 +35,23 @@ def test_training_steps(tmp_path, amp):
         states.append(torch.load(output / "last.pt", weights_only=True, map_location="cpu")["model"])
     assert all(value.isfinite().all() for value in states[1].values())
     assert not torch.equal(states[0]["tracker.query_feat.weight"], states[1]["tracker.query_feat.weight"])
+
+
+@pytest.mark.parametrize("more", [(), ("--freeze-detector",), ("--propagation", "gated+memory", "--amp", "off")], ids=" ".join)
+def test_deterministic_training(tmp_path, more):
+    """Two runs of one seed: every loss and every weight to the last bit."""
+    make_dataset(tmp_path / "set", train_videos=2, valid_videos=1, frames=4, height=96, width=96, objects=(2, 4))
+    common = ["--data-root", str(tmp_path / "set"), "--frames", "3", "--short-sides", "96", "--workers", "0", "--batch", "4",
+              "--iterations", "10", "--log-every", "1", "--deterministic", *more]
+    try:
+        for name in ("one", "other"):
+            train.main(train.parse_arguments([*common, "--output", str(tmp_path / name)]))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    losses = [[json.loads(line)["loss"] for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in ("one", "other")]
+    assert losses[0] == losses[1] and len(set(losses[0])) == 10
+    one, other = (torch.load(tmp_path / name / "last.pt", weights_only=True)["model"] for name in ("one", "other"))
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
 
 
 @pytest.mark.parametrize("propagation", ["gated", "memory", "gated+memory"])

@@ -21,8 +21,8 @@ from conftest import fixed_threads
 from data import InputError, Video, VideoSet, test_frames
 from inference import FrameBatches, Unfinished, share
 from metric import evaluate_results
+from processes import ENVIRONMENT, REPOSITORY, free_port, wait_until
 from synthetic import make_dataset
-from test_interruptions import ENVIRONMENT, REPOSITORY, free_port, wait_until
 from test_model import HEIGHT, WIDTH, make_frames, make_model
 
 LENGTHS = (5, 2, 4, 3, 2, 2, 3, 2)                  # frames of the videos

@@ -17,7 +17,7 @@ import losses as losses_module
 import matcher
 from clips import Clip
 from losses import GATE_LOSSES, Criterion, average_over_processes, quotients, similarity_index, similarity_losses
-from matcher import (Matching, Targets, assign, bring_costs, clip_predictions, frame_predictions, match_clip, match_cost,
+from matcher import (Matching, Targets, assign, bring_costs, clip_predictions, frame_predictions, gather_at, match_clip, match_cost,
                      matching_costs, pad_targets, sample_at, uncertain_points)
 from model import FrameOutput, TrainingOutput, build_model
 from tracker import ClipPrediction
@@ -145,6 +145,15 @@ def test_sample_at_by_hand():
           (0.0, 0.0): 0.25, (0.5, 0.0): 0.75, (1.0, 0.5): 1.5, (1.5, 0.5): 0}
     values = sample_at(maps, torch.tensor([list(at)]))
     assert values.shape == (1, 1, 9) and values[0, 0].tolist() == list(at.values())
+
+
+def test_gather_at_is_sample_at():
+    """What --deterministic runs on a GPU: the same values and gradients, at points outside the map too."""
+    maps = torch.randn(3, 5, 7, 9, dtype=torch.float64, requires_grad=True)
+    points = torch.rand(3, 40, 2, dtype=torch.float64) * 1.4 - 0.2
+    upstream = torch.randn(3, 5, 40, dtype=torch.float64)
+    both = [(values, torch.autograd.grad(values, maps, upstream)[0]) for values in (sample_at(maps, points), gather_at(maps, points))]
+    torch.testing.assert_close(*both, rtol=0, atol=1e-13)
 
 
 def test_uncertain_points(monkeypatch):

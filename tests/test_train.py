@@ -2,6 +2,8 @@
 import json
 import math
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch import nn
 import train
 from backbone import SwinBackbone
 from data import InputError
+from processes import ENVIRONMENT, free_port
 from synthetic import make_dataset
 from train import learning_rate_factor, parameter_groups, parse_arguments
 
@@ -237,3 +240,57 @@ def test_weights_that_are_not_finite_are_not_saved(data_root, tmp_path, monkeypa
     with pytest.raises(FloatingPointError, match="tracker.query_feat.weight is not finite at iteration 2: .*last.pt was left as it is"):
         run(data_root, tmp_path, "--iterations", "2", "--batch", "1", "--resume", str(tmp_path / "last.pt"))
     assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 1
+
+
+# A step shared by processes
+
+SAME_POINTS = """
+import sys
+import torch
+import matcher
+import train
+
+def same_points(rows, count, like):
+    points = torch.rand(count, 2, generator=torch.Generator().manual_seed(count), dtype=torch.float64)
+    return points.to(like).expand(rows, count, 2)
+
+torch.set_default_dtype(torch.float64)
+matcher.random_points = same_points
+train.main(train.parse_arguments(sys.argv[1:]))
+"""
+
+
+def instances_per_video(root):
+    """How many instances each training video has; all are visible in all frames."""
+    annotations = json.loads((root / "train.json").read_text())["annotations"]
+    assert all(mask is not None for annotation in annotations for mask in annotation["segmentations"])
+    videos = [annotation["video_id"] for annotation in annotations]
+    return sorted(map(videos.count, set(videos)))
+
+
+def test_two_processes_have_the_gradients_of_one(tmp_path):
+    """The gradients of 2 x 1 clip are those of 1 x 2 clips to rounding, where both draw the same points.
+
+    One clip has one instance, the other two: a loss that a process divides by a count of its own differs by percents.
+    In float64 what remains, relative to the largest gradient, is the 1e-6 that each process adds to its (here 12 and 48) pairs
+    of the similarity loss; in float32 it is 1e-5.
+    """
+    make_dataset(tmp_path / "set", train_videos=2, valid_videos=1, frames=2, height=64, width=64, objects=(1, 2))
+    assert instances_per_video(tmp_path / "set") == [1, 2]  # a batch of two is one clip of each
+    (tmp_path / "driver.py").write_text(SAME_POINTS)
+    arguments = [str(tmp_path / "driver.py"), "--data-root", str(tmp_path / "set"), *TINY, "--iterations", "1",
+                 "--batch", "2", "--norm", "group", "--propagation", "plain", "--clip-gradient", "0"]
+    launchers = {"one": [], "two": ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port()]}
+    moments = []
+    for name, launcher in launchers.items():
+        process = subprocess.run([sys.executable, *launcher, *arguments, "--output", str(tmp_path / name)], cwd=tmp_path,
+                                 env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+        assert process.returncode == 0, process.stderr[-3000:]
+        state = torch.load(tmp_path / name / "last.pt", weights_only=True)["optimizer"]["state"]
+        moments.append({index: entry["exp_avg"] for index, entry in state.items()})  # after one step: a tenth of the gradient
+    one, two = moments
+    assert one.keys() == two.keys() and len(one) > 100
+    largest = max(gradient.abs().max().item() for gradient in one.values())
+    for index, gradient in one.items():
+        assert gradient.dtype == torch.float64
+        torch.testing.assert_close(two[index], gradient, rtol=0, atol=1e-7 * largest, msg=lambda text: f"{index}: {text}")

@@ -1,30 +1,24 @@
-"""What must survive accidents: a run that is killed at any moment, a checkpoint half written, a step shared by processes.
+"""kill -9 at any moment: of training, of evaluation, in the middle of writing a checkpoint. Nothing is lost, nothing is done twice.
 
-KILLS=10 python -m pytest -s tests/test_interruptions.py kills the training ten times instead of twice.
+Twice in the usual run, twenty times in `python -m pytest -s tests/faults -m faults`, which prints how often what was hit.
 """
 import json
-import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
 import train
 from checkpoint import save_checkpoint
+from processes import ENVIRONMENT, REPOSITORY, wait_until
 from synthetic import make_dataset
 
-REPOSITORY = Path(__file__).parent.parent
-KILLS = int(os.environ.get("KILLS", 2))
-ENVIRONMENT = {"OMP_NUM_THREADS": "1"} | os.environ | {  # one thread: the cores may be busy
-    "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])}
-ITERATIONS = 3 * KILLS + 1  # of the run that is killed: a kill costs it about two
+KILLS = [2, pytest.param(20, marks=pytest.mark.faults)]
 TINY = ["--device", "cpu", "--frames", "2", "--points", "64", "--short-sides", "64", "--workers", "0", "--lr-steps", "3",
         "--warmup", "0", "--log-every", "1"]
 
@@ -52,12 +46,6 @@ def finish(process, folder):
     assert process.wait(timeout=300) == 0, (folder.parent / "printed.txt").read_text()[-3000:]
 
 
-def wait_until(condition, process):
-    """Look every 2 ms, until the condition holds or the process has ended."""
-    while process.poll() is None and not condition():
-        time.sleep(0.002)
-
-
 def read_log(folder):
     """The log's lines, without a last one that is not yet whole."""
     log = folder / "log.jsonl"
@@ -83,13 +71,15 @@ def kill_somewhere(process, folder, chance, while_saving):
     process.kill()
 
 
-def test_killed_runs_resume_exactly(data_root, tmp_path):
+@pytest.mark.parametrize("kills", KILLS)
+def test_killed_runs_resume_exactly(data_root, tmp_path, kills):
     """However often a run dies, its loss curve, weights and optimiser state are those of a run that does not, bit for bit."""
     chance, began, deaths, deaths_while_saving = random.Random(0), time.perf_counter(), 0, 0
-    arguments = ["--data-root", str(data_root), *TINY, "--iterations", str(ITERATIONS), "--batch", "1"]
+    iterations = 3 * kills + 1                       # a kill costs it about two
+    arguments = ["--data-root", str(data_root), *TINY, "--iterations", str(iterations), "--batch", "1"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     finish(start(whole, *arguments), whole)
-    for number in range(KILLS):
+    for number in range(kills):
         process = start(killed, *arguments, "--save-every", "1")
         try:
             kill_somewhere(process, killed, chance, while_saving=number % 2 == 0)
@@ -103,10 +93,10 @@ def test_killed_runs_resume_exactly(data_root, tmp_path):
             shutil.rmtree(killed)  # it died before its first checkpoint: start anew
     finish(start(killed, *arguments, "--save-every", "1"), killed)
     print(f"{deaths} kills, {deaths_while_saving} of them while a checkpoint was written, {time.perf_counter() - began:.0f} s")
-    assert not KILLS or deaths_while_saving
+    assert deaths_while_saving
 
     curve, found_curve = ({record["step"]: record["loss"] for record in read_log(folder)} for folder in (whole, killed))
-    assert list(curve) == list(range(1, ITERATIONS + 1))
+    assert list(curve) == list(range(1, iterations + 1))
     assert curve == found_curve  # of a step that was repeated, the last line
     expected, found = (torch.load(folder / "last.pt", weights_only=True) for folder in (whole, killed))
     assert expected["model"].keys() == found["model"].keys()
@@ -125,6 +115,40 @@ def test_half_a_line_in_the_log_costs_no_step(data_root, tmp_path):
         log.write('{"step": 2, "loss": 12')
     train.main(train.parse_arguments([*arguments, "--iterations", "2", "--resume", str(tmp_path / "last.pt")]))
     assert {record["step"] for record in read_log(tmp_path)} == {1, 2}
+
+
+# An evaluation that is killed
+
+@pytest.mark.parametrize("kills", KILLS)
+def test_killed_evaluations_go_on_where_they_were(data_root, tmp_path, kills):
+    """However often it dies, at whatever moment: the same results.json as of one that does not, to the last byte."""
+    make_dataset(tmp_path / "set", train_videos=1, valid_videos=4 * kills, frames=2, height=64, width=64, objects=(1, 2))
+    train.main(train.parse_arguments(["--data-root", str(data_root), "--output", str(tmp_path / "run"), *TINY, "--batch", "1",
+                                      "--iterations", "1"]))
+    command = [sys.executable, str(REPOSITORY / "evaluate.py"), "--weights", str(tmp_path / "run/last.pt"), "--data-root",
+               str(tmp_path / "set"), "--short-side", "48", "--device", "cpu", "--workers", "0", "--output"]
+    unfinished, chance, deaths, moments = tmp_path / "killed/unfinished", random.Random(0), 0, []
+    for number in range(kills):
+        before = len(list(unfinished.glob("[0-9]*.json")))
+        process = subprocess.Popen([*command, str(tmp_path / "killed")], env=ENVIRONMENT, stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.DEVNULL, start_new_session=True)
+        try:
+            if number % 4:                           # else while it still starts, or a little later
+                wait_until(lambda: len(list(unfinished.glob("[0-9]*.json"))) > before, process)
+            time.sleep(chance.random() * (0.1 if number % 4 else 6))
+        finally:
+            process.kill()
+        if process.wait() == 0:
+            break                                    # it was faster than its murderer
+        assert process.returncode == -signal.SIGKILL
+        deaths += 1
+        moments.append(len(list(unfinished.glob("[0-9]*.json"))))
+    print(f"{deaths} kills, after which so many of {4 * kills} videos were done: {moments}")
+    assert deaths > kills // 2 and moments == sorted(moments)
+    for folder in ("killed", "whole"):
+        subprocess.run([*command, str(tmp_path / folder)], env=ENVIRONMENT, check=True, capture_output=True)
+    assert (tmp_path / "killed/results.json").read_bytes() == (tmp_path / "whole/results.json").read_bytes()
+    assert {path.name for path in (tmp_path / "killed").iterdir()} == {path.name for path in (tmp_path / "whole").iterdir()}
 
 
 # A checkpoint half written
@@ -164,63 +188,3 @@ def test_half_a_checkpoint_never_takes_the_place_of_a_whole_one(tmp_path):
     save_checkpoint(path, {"step": 3})
     assert torch.load(path, weights_only=True) == {"step": 3}
     assert list(tmp_path.iterdir()) == [path]
-
-
-# A step shared by processes
-
-SAME_POINTS = """
-import sys
-import torch
-import matcher
-import train
-
-def same_points(rows, count, like):
-    points = torch.rand(count, 2, generator=torch.Generator().manual_seed(count), dtype=torch.float64)
-    return points.to(like).expand(rows, count, 2)
-
-torch.set_default_dtype(torch.float64)
-matcher.random_points = same_points
-train.main(train.parse_arguments(sys.argv[1:]))
-"""
-
-
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return str(listener.getsockname()[1])
-
-
-def instances_per_video(root):
-    """How many instances each training video has; all are visible in all frames."""
-    annotations = json.loads((root / "train.json").read_text())["annotations"]
-    assert all(mask is not None for annotation in annotations for mask in annotation["segmentations"])
-    videos = [annotation["video_id"] for annotation in annotations]
-    return sorted(map(videos.count, set(videos)))
-
-
-def test_two_processes_have_the_gradients_of_one(tmp_path):
-    """The gradients of 2 x 1 clip are those of 1 x 2 clips to rounding, where both draw the same points.
-
-    One clip has one instance, the other two: a loss that a process divides by a count of its own differs by percents.
-    In float64 what remains, relative to the largest gradient, is the 1e-6 that each process adds to its (here 12 and 48) pairs
-    of the similarity loss; in float32 it is 1e-5.
-    """
-    make_dataset(tmp_path / "set", train_videos=2, valid_videos=1, frames=2, height=64, width=64, objects=(1, 2))
-    assert instances_per_video(tmp_path / "set") == [1, 2]  # a batch of two is one clip of each
-    (tmp_path / "driver.py").write_text(SAME_POINTS)
-    arguments = [str(tmp_path / "driver.py"), "--data-root", str(tmp_path / "set"), *TINY, "--iterations", "1",
-                 "--batch", "2", "--norm", "group", "--propagation", "plain", "--clip-gradient", "0"]
-    launchers = {"one": [], "two": ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port()]}
-    moments = []
-    for name, launcher in launchers.items():
-        process = subprocess.run([sys.executable, *launcher, *arguments, "--output", str(tmp_path / name)], cwd=tmp_path,
-                                 env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
-        assert process.returncode == 0, process.stderr[-3000:]
-        state = torch.load(tmp_path / name / "last.pt", weights_only=True)["optimizer"]["state"]
-        moments.append({index: entry["exp_avg"] for index, entry in state.items()})  # after one step: a tenth of the gradient
-    one, two = moments
-    assert one.keys() == two.keys() and len(one) > 100
-    largest = max(gradient.abs().max().item() for gradient in one.values())
-    for index, gradient in one.items():
-        assert gradient.dtype == torch.float64
-        torch.testing.assert_close(two[index], gradient, rtol=0, atol=1e-7 * largest, msg=lambda text: f"{index}: {text}")

@@ -1,0 +1,75 @@
+"""Work that goes on for long, by small models, and what it takes meanwhile: tests/faults/test_load.py watches it.
+
+    python tests/faults/load.py train FOLDER 100000      # a training run of so many steps, with a checkpoint every 1,000
+    python tests/faults/load.py step 10000               # a live stream of so many frames
+"""
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(REPOSITORY))
+TINY = dict(backbone="resnet10_thin", norm="batch", channels=32, heads=2, queries=4, frame_queries=4, pixel_layers=1, pixel_feed_forward=16,
+            frame_layers=1, tracker_encoder_layers=1, tracker_decoder_layers=1, feed_forward=16)
+SIDE = 32  # of its frames, pixels
+
+
+def family(pid: int) -> list[int]:
+    """The process and all that come from it; those that ended meanwhile are left out."""
+    found = [pid]
+    for parent in found:
+        try:
+            for task in Path(f"/proc/{parent}/task").iterdir():
+                found += map(int, (task / "children").read_text().split())
+        except OSError:
+            pass
+    return found
+
+
+def usage(pid: int) -> dict[str, int]:
+    """What a process and its children hold: bytes of memory of their own, open files, bytes of shared memory that has a name."""
+    held = {"memory": 0, "files": 0, "processes": 0, "shared": sum(path.stat().st_size for path in Path("/dev/shm").glob("torch_*"))}
+    for member in family(pid):
+        try:
+            rollup = Path(f"/proc/{member}/smaps_rollup").read_text()
+            files = len(os.listdir(f"/proc/{member}/fd"))
+        except OSError:                                            # it has just ended
+            continue
+        private = sum(int(line.split()[1]) for line in rollup.splitlines() if line.startswith(("Private", "Swap:")))
+        held["memory"] += 1024 * private
+        held["files"] += files
+        held["processes"] += 1
+    return held
+
+
+def watch(command: list, log: Path, every: float = 2.0) -> list[dict[str, int]]:
+    """Run a command to its end and look at it so often, seconds; RuntimeError if it fails."""
+    samples = []
+    with open(log, "w") as said:
+        process = subprocess.Popen(list(map(str, command)), stdout=said, stderr=said, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        while process.poll() is None:
+            samples.append(usage(process.pid))
+            time.sleep(every)
+    if process.returncode:
+        raise RuntimeError(f"{command} ended with {process.returncode}: {log.read_text()[-2000:]}")
+    return samples[:-1]                                            # in the last one it may have been ending
+
+
+def train_long(folder: str, iterations: str) -> None:
+    """A training run on a small set that is written to the folder, the detector frozen, one loader process."""
+    import model
+    import train
+    from recipes import parse_arguments
+    from synthetic import make_dataset
+    model.PRESETS["toy"] = TINY
+    make_dataset(Path(folder) / "set", train_videos=40, valid_videos=1, frames=4, height=SIDE, width=SIDE, objects=(1, 2))
+    train.main(parse_arguments(
+        ["--data-root", f"{folder}/set", "--output", f"{folder}/run", "--device", "cpu", "--freeze-detector", "--frames", "2", "--reach", "3",
+         "--batch", "1", "--points", "16", "--short-sides", str(SIDE), "--workers", "1", "--lr", "1e-5", "--iterations", iterations,
+         "--log-every", "100", "--save-every", "1000"]))
+
+
+if __name__ == "__main__":
+    train_long(*sys.argv[2:])

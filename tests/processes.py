@@ -1,0 +1,22 @@
+"""Programs of ours that tests start as processes of their own."""
+import os
+import socket
+import time
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parent.parent
+ENVIRONMENT = {"OMP_NUM_THREADS": "1"} | os.environ | {  # one thread: the cores may be busy
+    "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])}
+
+
+def wait_until(condition, process):
+    """Look every 2 ms, until the condition holds or the process has ended."""
+    while process.poll() is None and not condition():
+        time.sleep(0.002)
+
+
+def free_port():
+    """A port for torchrun."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return str(listener.getsockname()[1])
