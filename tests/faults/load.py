@@ -1,19 +1,23 @@
 """Work that goes on for long, by small models, and what it takes meanwhile: tests/faults/test_load.py watches it.
 
-    python tests/faults/load.py train FOLDER 100000      # a training run of so many steps, with a checkpoint every 1,000
-    python tests/faults/load.py step 10000               # a live stream of so many frames
+    python tests/faults/load.py train FOLDER 100000          # a training run of so many steps, with a checkpoint every 1,000
+    python tests/faults/load.py step FOLDER 10000            # a live stream of so many frames
+    python tests/faults/load.py evaluate FOLDER 1 10000      # results.json of so many videos of so many frames
 """
+import json
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import torch
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
 TINY = dict(backbone="resnet10_thin", norm="batch", channels=32, heads=2, queries=4, frame_queries=4, pixel_layers=1, pixel_feed_forward=16,
             frame_layers=1, tracker_encoder_layers=1, tracker_decoder_layers=1, feed_forward=16)
-SIDE = 32  # of its frames, pixels
+SIDE = 64  # of frames, pixels; half as much in training
 
 
 def family(pid: int) -> list[int]:
@@ -57,19 +61,43 @@ def watch(command: list, log: Path, every: float = 2.0) -> list[dict[str, int]]:
     return samples[:-1]                                            # in the last one it may have been ending
 
 
-def train_long(folder: str, iterations: str) -> None:
+def train(folder: str, iterations: str) -> None:
     """A training run on a small set that is written to the folder, the detector frozen, one loader process."""
-    import model
-    import train
-    from recipes import parse_arguments
-    from synthetic import make_dataset
-    model.PRESETS["toy"] = TINY
-    make_dataset(Path(folder) / "set", train_videos=40, valid_videos=1, frames=4, height=SIDE, width=SIDE, objects=(1, 2))
-    train.main(parse_arguments(
+    import train as program
+    make_dataset(Path(folder) / "set", train_videos=40, valid_videos=1, frames=4, height=SIDE // 2, width=SIDE // 2, objects=(1, 2))
+    program.main(program.parse_arguments(
         ["--data-root", f"{folder}/set", "--output", f"{folder}/run", "--device", "cpu", "--freeze-detector", "--frames", "2", "--reach", "3",
-         "--batch", "1", "--points", "16", "--short-sides", str(SIDE), "--workers", "1", "--lr", "1e-5", "--iterations", iterations,
+         "--batch", "1", "--points", "16", "--short-sides", str(SIDE // 2), "--workers", "1", "--lr", "1e-5", "--iterations", iterations,
          "--log-every", "100", "--save-every", "1000"]))
 
 
+def step(folder: str, frames: str) -> None:
+    """A live stream through `step`, by the modes that remember most."""
+    for propagation in ("gated", "gated+memory"):
+        network, state = model.build_model("toy", 3, propagation).eval(), None
+        for _ in range(int(frames)):
+            _, state = network.step(torch.randint(0, 256, (3, SIDE, SIDE), dtype=torch.uint8), state, top_k=4)
+
+
+def evaluate(folder: str, videos: str, frames: str) -> None:
+    """Results of many or long videos, whose frames are a few files over and over."""
+    import evaluate as program
+    make_dataset(Path(folder) / "set", train_videos=1, valid_videos=1, frames=20, height=SIDE, width=SIDE, objects=(1, 2))
+    path = Path(folder) / "set/valid.json"
+    content = json.loads(path.read_text())
+    video, content["annotations"] = content["videos"][0], []
+    names = (video["file_names"] * (int(frames) // 20 + 1))[:int(frames)]
+    content["videos"] = [video | {"id": number, "file_names": names, "length": len(names)} for number in range(1, int(videos) + 1)]
+    path.write_text(json.dumps(content))
+    network = model.build_model("toy", 6)
+    config = {"preset": "toy", "propagation": "gated", "model_options": {}, "test_short_side": SIDE}
+    torch.save({"model": network.state_dict(), "config": config}, Path(folder) / "model.pt")
+    program.main(program.parse_arguments(["--weights", f"{folder}/model.pt", "--data-root", f"{folder}/set", "--output", f"{folder}/out",
+                                          "--device", "cpu", "--workers", "1", "--top-k", "4"]))
+
+
 if __name__ == "__main__":
-    train_long(*sys.argv[2:])
+    import model
+    from synthetic import make_dataset
+    model.PRESETS["toy"] = TINY
+    {"train": train, "step": step, "evaluate": evaluate}[sys.argv[1]](*sys.argv[2:])

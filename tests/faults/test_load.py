@@ -1,0 +1,72 @@
+"""Hours of work take no more memory, files or shared memory than minutes: what a process and its children hold, watched from outside.
+
+`python -m pytest -s tests/faults/test_load.py -m faults` does the whole of it, for two hours.
+"""
+import os
+import sys
+
+import numpy
+import pytest
+from load import usage, watch
+
+MEGABYTE = 10 ** 6
+
+
+def hold(tmp_path, *command, every):
+    """Run load.py; what it held in the second tenth of its time (all is loaded then) and in the last one, medians."""
+    samples = watch([sys.executable, __file__.replace("test_load", "load"), *command], tmp_path / "said.txt", every)
+    tenth = len(samples) // 10
+    early, late = ({name: numpy.median([sample[name] for sample in part]) for name in samples[0]}
+                   for part in (samples[tenth:2 * tenth], samples[-tenth:]))
+    print(f"{' '.join(command)}: {len(samples)} looks; {early['memory'] / MEGABYTE:.1f} MB, {early['files']:.0f} files, then "
+          f"{late['memory'] / MEGABYTE:.1f} MB, {late['files']:.0f} files")
+    return early, late
+
+
+def assert_steady(early, late, growth):
+    """Memory grows by no more than so many bytes, files and the rest not at all."""
+    assert late["memory"] - early["memory"] < growth
+    assert (late["files"], late["processes"], late["shared"]) == (early["files"], early["processes"], early["shared"])
+
+
+@pytest.mark.faults
+def test_a_hundred_thousand_steps_of_training(tmp_path):
+    """Less than a hundred bytes a step, which the allocator's own disorder may take."""
+    assert_steady(*hold(tmp_path, "train", str(tmp_path), "100000", every=5), growth=100_000 * 100)
+
+
+@pytest.mark.faults
+def test_a_stream_of_ten_thousand_frames(tmp_path):
+    assert_steady(*hold(tmp_path, "step", str(tmp_path), "10000", every=1), growth=10_000 * 100)
+
+
+@pytest.mark.faults
+def test_a_video_of_ten_thousand_frames(tmp_path):
+    """Codes of masks are kept until the video's scores are known: here those of four queries, a few dozen bytes each."""
+    assert_steady(*hold(tmp_path, "evaluate", str(tmp_path), "1", "10000", every=1), growth=10_000 * 1500)
+
+
+@pytest.mark.faults
+def test_two_thousand_videos_in_a_row(tmp_path):
+    assert_steady(*hold(tmp_path, "evaluate", str(tmp_path), "2000", "4", every=1), growth=8_000 * 100)
+
+
+def test_what_a_process_holds(tmp_path):
+    """Memory and files that a child holds are seen, and that they are given back."""
+    script = ("import subprocess, sys, time\n"
+              "child = 'import time; held = bytearray(50_000_000); held[:] = b\"x\" * len(held); time.sleep(2)'\n"
+              "subprocess.run([sys.executable, '-c', child]); time.sleep(1)")
+    samples = watch([sys.executable, "-c", script], tmp_path / "said.txt", every=0.1)
+    with_child = [sample["memory"] for sample in samples if sample["processes"] == 2]
+    alone = [sample["memory"] for sample in samples if sample["processes"] == 1]
+    assert max(with_child) - alone[-1] > 50_000_000 and samples[-1]["processes"] == 1
+    files = [open(tmp_path / "said.txt") for _ in range(10)]
+    held = usage(os.getpid())["files"]
+    for file in files:
+        file.close()
+    assert held - usage(os.getpid())["files"] == 10
+
+
+def test_a_command_that_fails_is_told(tmp_path):
+    with pytest.raises(RuntimeError, match="no such thing"):
+        watch([sys.executable, "-c", "raise SystemExit('no such thing')"], tmp_path / "said.txt", every=0.1)
