@@ -4,6 +4,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as distributed
+from torch.distributed.rendezvous import rendezvous
 
 from data import InputError
 
@@ -22,8 +23,12 @@ def start_processes(asked: str) -> tuple[int, int, torch.device]:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
         torch.cuda.set_device(device)
     if world > 1:
+        store, *_ = next(rendezvous("env://", rank, world))
+        # torchrun --max-restarts keeps the store, and in it the addresses of the processes that died
+        store = distributed.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         # long enough for one process to evaluate while the others wait
-        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=3))
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world,
+                                       timeout=timedelta(hours=3))
     return rank, world, device
 
 
