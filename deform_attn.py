@@ -40,7 +40,8 @@ def deformable_attention(value: Tensor, level_shapes: LevelShapes, offsets: Tens
 
 def implementation(device: torch.device) -> str:
     """What `deformable_attention` runs on this device, for people to read; builds the kernel if that has to be done."""
-    return "fused CUDA kernel" if device.type == "cuda" and deform_attn_cuda.load() else "PyTorch path"
+    fused = device.type == "cuda" and deform_attn_cuda.load()
+    return "PyTorch path" if not fused else "fused CUDA kernel" + ", PyTorch in training" * torch.are_deterministic_algorithms_enabled()
 
 
 def attend_in_pytorch(value: Tensor, level_shapes: LevelShapes, offsets: Tensor, logits: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Work that goes on for long, by small models, and what it takes meanwhile: tests/faults/test_load.py watches it.
 
     python tests/faults/load.py train FOLDER 100000          # a training run of so many steps, with a checkpoint every 1,000
-    python tests/faults/load.py step FOLDER 10000            # a live stream of so many frames
+    python tests/faults/load.py step gated+memory 10000      # a live stream of so many frames
     python tests/faults/load.py evaluate FOLDER 1 10000      # results.json of so many videos of so many frames
 """
 import json
@@ -71,12 +71,11 @@ def train(folder: str, iterations: str) -> None:
          "--log-every", "100", "--save-every", "1000"]))
 
 
-def step(folder: str, frames: str) -> None:
-    """A live stream through `step`, by the modes that remember most."""
-    for propagation in ("gated", "gated+memory"):
-        network, state = model.build_model("toy", 3, propagation).eval(), None
-        for _ in range(int(frames)):
-            _, state = network.step(torch.randint(0, 256, (3, SIDE, SIDE), dtype=torch.uint8), state, top_k=4)
+def step(propagation: str, frames: str) -> None:
+    """A live stream through `step`."""
+    network, state = model.build_model("toy", 3, propagation).eval(), None
+    for _ in range(int(frames)):
+        _, state = network.step(torch.randint(0, 256, (3, SIDE, SIDE), dtype=torch.uint8), state, top_k=4)
 
 
 def evaluate(folder: str, videos: str, frames: str) -> None:
@@ -93,7 +92,7 @@ def evaluate(folder: str, videos: str, frames: str) -> None:
     config = {"preset": "toy", "propagation": "gated", "model_options": {}, "test_short_side": SIDE}
     torch.save({"model": network.state_dict(), "config": config}, Path(folder) / "model.pt")
     program.main(program.parse_arguments(["--weights", f"{folder}/model.pt", "--data-root", f"{folder}/set", "--output", f"{folder}/out",
-                                          "--device", "cpu", "--workers", "1", "--top-k", "4"]))
+                                          "--device", "cpu", "--workers", "0", "--top-k", "4"]))
 
 
 if __name__ == "__main__":
