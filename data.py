@@ -334,8 +334,8 @@ def told_in_a_sentence() -> Iterator[None]:
             raise
         with suppress(RuntimeError):                               # PyTorch's signal of the same death may still come: not later
             time.sleep(0.5)
-        sentence = (f"a process that reads ahead was killed ({' '.join(str(error).split())}): often memory has run out, try fewer --workers; "
-                    "the same command goes on, training with --resume")
+        sentence = (f"a process that reads ahead was killed ({' '.join(str(error).split())}): often memory has run out, try fewer "
+                    "--workers; the same command goes on, training with --resume")
     except OSError as error:
         if not error.filename and error.errno != errno.ENOSPC:
             raise

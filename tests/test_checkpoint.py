@@ -135,7 +135,8 @@ def test_tensors_that_claim_what_they_do_not_hold_are_refused(tmp_path, tensor, 
     ({"preset": "toy", "test_short_side": 10.5}, "holds a config that training did not write"),
     ({"preset": "toy", "model_options": {"channels": 10 ** 6}}, "cannot be built: it has [0-9]+ numbers, the file [0-9]+"),
     ({"preset": "toy", "model_options": {"frame_layers": 10 ** 9}}, "cannot be built: it has more layers than the file has entries"),
-    ({"preset": "toy", "model_options": {"heads": 0}}, "cannot be built: ")], ids=["list", "preset", "name", "side", "channels", "layers", "heads"])
+    ({"preset": "toy", "model_options": {"heads": 0}}, "cannot be built: ")],
+    ids=["list", "preset", "name", "side", "channels", "layers", "heads"])
 def test_a_config_that_asks_for_the_impossible(tmp_path, config, expected):
     torch.save({"model": tiny_model().state_dict(), "config": config}, tmp_path / "odd.pt")
     with pytest.raises(InputError, match=expected):

@@ -66,8 +66,8 @@ def train(folder: str, iterations: str) -> None:
     import train as program
     make_dataset(Path(folder) / "set", train_videos=40, valid_videos=1, frames=4, height=SIDE // 2, width=SIDE // 2, objects=(1, 2))
     program.main(program.parse_arguments(
-        ["--data-root", f"{folder}/set", "--output", f"{folder}/run", "--device", "cpu", "--freeze-detector", "--frames", "2", "--reach", "3",
-         "--batch", "1", "--points", "16", "--short-sides", str(SIDE // 2), "--workers", "1", "--lr", "1e-5", "--iterations", iterations,
+        ["--data-root", f"{folder}/set", "--output", f"{folder}/run", "--device", "cpu", "--freeze-detector", "--frames", "2",
+         "--reach", "3", "--batch", "1", "--points", "16", "--short-sides", str(SIDE // 2), "--workers", "1", "--lr", "1e-5", "--iterations", iterations,
          "--log-every", "100", "--save-every", "1000"]))
 
 

@@ -182,7 +182,8 @@ def test_clocks_and_hashes_that_change(folder, tmp_path):
     """Files from the past and from the future, another seed of Python's hashes, another time zone after each kill."""
     for number, (step, changed) in enumerate({1: 0, 2: 2 ** 31 - 1, STEPS: 86400}.items()):
         command = training(folder, tmp_path / "run", "--resume", "auto", "--iterations", str(step))
-        subprocess.run(command, env=ENVIRONMENT | {"PYTHONHASHSEED": str(number + 1), "TZ": f"X{5 * number}"}, check=True, capture_output=True)
+        other = ENVIRONMENT | {"PYTHONHASHSEED": str(number + 1), "TZ": f"X{5 * number}"}
+        subprocess.run(command, env=other, check=True, capture_output=True)
         for path in (tmp_path / "run").iterdir():
             os.utime(path, (changed, changed))
     assert_same_run(folder, tmp_path / "run")
