@@ -1,7 +1,7 @@
 """Work that goes on for long, by small models, and what it takes meanwhile: tests/faults/test_load.py watches it.
 
     python tests/faults/load.py train FOLDER 100000          # a training run of so many steps, with a checkpoint every 1,000
-    python tests/faults/load.py step gated+memory 10000      # a live stream of so many frames
+    python tests/faults/load.py step gated 10000             # a live stream of so many frames
     python tests/faults/load.py evaluate FOLDER 1 10000      # results.json of so many videos of so many frames
 """
 import json
