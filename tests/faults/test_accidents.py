@@ -162,10 +162,14 @@ def test_a_rank_is_killed(folder, tmp_path, restarts):
     arguments = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port(), "--max-restarts",
                  str(restarts), *training(folder, tmp_path / "run", "--resume", "auto")[1:]]
     process = subprocess.Popen(arguments, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    wait_until((tmp_path / "run/last.pt").exists, process)
-    os.kill(with_rank(process, 1), signal.SIGKILL)
-    began = time.perf_counter()
-    said, _ = process.communicate(timeout=180)
+    try:
+        wait_until((tmp_path / "run/last.pt").exists, process)
+        os.kill(with_rank(process, 1), signal.SIGKILL)
+        began = time.perf_counter()
+        said, _ = process.communicate(timeout=180)
+    finally:                                         # no job that hangs is left behind
+        for left in family(process.pid)[::-1] if process.poll() is None else ():
+            os.kill(left, signal.SIGKILL)
     step = torch.load(tmp_path / "run/last.pt", weights_only=True)["step"]
     if restarts:
         assert process.returncode == 0, said[-3000:]
