@@ -4,7 +4,7 @@ Everything that happens to a few frames is a function of tensors that launches h
 GPU is idle most of the time. `Replay` captures it once and replays it as one. `Beside` runs what needs little of the GPU, the
 tracker, while it works on something large, the detector's next frames.
 
-    replay, beside = Replay(module), Beside(device)
+    replay, beside = Replay(), Beside(device)
     outputs = replay(function, *tensors)         # captures at the first call with tensors of these shapes and dtypes
     with beside:
         ...                                      # launched after all before it; what is launched after it does not wait
@@ -42,8 +42,8 @@ class Replay:
 
     What is recorded is kernels: hooks are not called again, and another value of an attribute is not seen before `forget`."""
 
-    def __init__(self, module: nn.Module):
-        self.module, self.graphs, self.weights = module, {}, None
+    def __init__(self):
+        self.graphs, self.weights = {}, None
 
     def __call__(self, function: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> tuple[Tensor, ...]:
         """The function of these inputs; the outputs are the caller's to keep."""
@@ -58,11 +58,11 @@ class Replay:
         found.graph.replay()
         return tuple(output.clone() for output in found.outputs)
 
-    def check_weights(self) -> None:
+    def check_weights(self, module: nn.Module) -> None:
         """Forget all graphs if the module's weights are no longer where they were; to be called now and then, it takes a millisecond.
         That their values change does no harm."""
-        weights = [tensor.data_ptr() for module in self.module.modules()             # thrice as fast as parameters() and buffers()
-                   for tensor in (*module._parameters.values(), *module._buffers.values()) if tensor is not None]
+        weights = [tensor.data_ptr() for part in module.modules()                    # thrice as fast as parameters() and buffers()
+                   for tensor in (*part._parameters.values(), *part._buffers.values()) if tensor is not None]
         if weights != self.weights:
             self.forget()
             self.weights = weights
@@ -91,7 +91,7 @@ class Replay:
 
     def __reduce__(self) -> tuple:
         """A copy of the module has no graphs yet."""
-        return Replay, (self.module,)
+        return Replay, ()
 
 
 class Beside:

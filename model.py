@@ -84,7 +84,7 @@ class GRAttVIS(nn.Module):
                                tracker_decoder_layers, heads, feed_forward, propagation, gate_mask, window)
         self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN)[:, None, None], persistent=False)
         self.register_buffer("pixel_std", torch.tensor(PIXEL_STD)[:, None, None], persistent=False)
-        self.replay = Replay(self)
+        self.replay = Replay()
 
     def train(self, mode: bool = True) -> "GRAttVIS":
         """Training mode, or not; what is kept to infer faster is given back before training."""
@@ -205,7 +205,7 @@ class GRAttVIS(nn.Module):
         together = FRAMES_TOGETHER if self.pixel_mean.is_cuda else 1
         clip_length = sys.maxsize if self.propagation == "clip" else self.clip_length
         beside = Beside(self.pixel_mean.device)
-        self.replay.check_weights()
+        self.replay.check_weights(self)
         for frames in regrouped(batches, together):
             size, count = tuple(frames.shape[-2:]), len(frames)
             frames = frames.to(self.pixel_mean.device, non_blocking=True)
@@ -337,7 +337,7 @@ class GRAttVIS(nn.Module):
         check_frame(frame)
         size = tuple(frame.shape[-2:])
         if state is None:
-            self.replay.check_weights()
+            self.replay.check_weights(self)
         elif state.size != size:
             raise ValueError(f"all frames of a video must have one size, not {state.size} and {size}")
         frames = frame[None].to(self.pixel_mean.device, non_blocking=True)
@@ -422,6 +422,8 @@ PRESETS = {  # a model of the paper a line; every value is an argument of GRAttV
     "small": dict(backbone="resnet10_thin", norm="batch", channels=96, heads=6, queries=20, frame_queries=20, pixel_layers=3,
                   pixel_feed_forward=384, frame_layers=6, tracker_encoder_layers=2, feed_forward=384),
 }
+# Short side of the frames that they are tested on, pixels: the official one, and that of the synthetic videos
+TEST_SIDES = {"r50": 360, "r101": 360, "swin_t": 448, "swin_s": 448, "swin_b": 448, "swin_l": 448, "toy": 96, "small": 96}
 
 
 def build_model(preset: str, num_classes: int, propagation: str = "gated", gate_mask: str = "additive",

@@ -3,8 +3,10 @@
 Where a formula is simple it is written out again here: the position encoding, the normalisation, the mask score.
 """
 import copy
+import gc
 import math
 import pickle
+import weakref
 from functools import partial
 
 import numpy
@@ -449,7 +451,20 @@ def test_regrouped():
         list(regrouped([frames[:3], make_frames(1, 40, 50)], 4))
 
 
-def test_a_copy_replays_its_own_weights():
+def test_a_copy_has_no_graphs_of_the_model():
     model = make_model()
+    model.replay.graphs["key"] = None
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert other.replay.module is other and other.replay is not model.replay
+        assert other.replay is not model.replay and not other.replay.graphs
+
+
+def test_a_model_is_gone_with_its_last_name():
+    """And its memory with it: nothing in it refers back to the whole, so no garbage collection is waited for."""
+    model = make_model()
+    model.segment_video(make_frames(2))
+    alive = weakref.ref(model)
+    gc.disable()
+    del model
+    gone = alive() is None
+    gc.enable()
+    assert gone
