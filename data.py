@@ -326,9 +326,13 @@ def told_in_a_sentence() -> Iterator[None]:
         yield
     except (InputError, FloatingPointError) as error:
         sentence = str(error).strip().splitlines()[-1].removeprefix("data.InputError: ").removeprefix("InputError: ")
-    except BrokenPipeError:                                        # who reads what is printed has seen enough, as head does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+    except BrokenPipeError:
+        try:
+            print(flush=True)
+        except BrokenPipeError:                                    # who reads what is printed has seen enough, as head does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+        raise                                                      # another pipe, another program that has failed
     except (ConnectionError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker (pid"):
             raise

@@ -91,6 +91,19 @@ def test_evaluating_without_weights_exits_with_one_sentence(good, tmp_path):
     assert code == 2 and lines == [f"error: no checkpoint at {tmp_path / 'last.pt'}"]
 
 
+def test_who_reads_what_is_printed_may_leave():
+    """As head does: that is no error, but a pipe to another program that breaks is one."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    for statement, stdout, said in [("print('enough', flush=True)", writing, ""),
+                                    ("raise BrokenPipeError('ffmpeg has gone')", None, "BrokenPipeError: ffmpeg has gone")]:
+        script = f"import data\nwith data.told_in_a_sentence():\n    {statement}"
+        ended = subprocess.run([sys.executable, "-c", script], cwd=Path(train.__file__).parent, text=True, stdout=stdout,
+                               stderr=subprocess.PIPE, timeout=120)
+        assert ended.returncode == 1 and ended.stderr.strip().endswith(said) and bool(ended.stderr) == bool(said)
+    os.close(writing)
+
+
 def test_an_error_in_a_loader_process_exits_with_one_sentence(dataset, tmp_path):
     spoil_frames(dataset, "train", cut_short)
     code, lines = run("train.py", *train_arguments(dataset, tmp_path / "run"), "--workers", "1")
