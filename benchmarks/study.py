@@ -35,7 +35,10 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -93,6 +96,18 @@ TITLES = {  # what a record holds, each a number for every column; -1 where it i
 
 # Training
 
+@contextmanager
+def ending(running: dict[Path, tuple[subprocess.Popen, IO]]) -> Iterator[None]:
+    """However it is left, what is still running then is ended."""
+    try:
+        yield
+    finally:
+        for process, said in running.values():
+            process.terminate()
+            process.wait()
+            said.close()
+
+
 def train(args: argparse.Namespace) -> None:
     """Run train.py for every configuration and seed, so many at a time, on the GPUs in turn; InputError if one fails."""
     output, gpus = Path(args.output), torch.cuda.device_count()
@@ -103,7 +118,7 @@ def train(args: argparse.Namespace) -> None:
     output.mkdir(parents=True, exist_ok=True)
     steps = str(args.iterations * 4 // 5)
     waiting, running = list(enumerate(runs)), {}
-    with tqdm(total=len(runs), desc="train", unit="run") as bar:
+    with tqdm(total=len(runs), desc="train", unit="run") as bar, ending(running):
         while waiting or running:
             while waiting and len(running) < args.parallel:
                 number, (name, seed, folder) = waiting.pop(0)
@@ -121,8 +136,6 @@ def train(args: argparse.Namespace) -> None:
                     del running[folder]
                     bar.update()
                     if process.returncode:
-                        for other, _ in running.values():
-                            other.terminate()
                         raise InputError(f"the run {folder} ended with {process.returncode}: see {said.name}")
 
 

@@ -1,5 +1,7 @@
 """The study of the gate: switches, gaps and bins of hand-made tracks, noise in rendered frames, tables of hand-made records."""
 import json
+import signal
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -83,6 +85,15 @@ def test_weak_tracks_and_none_at_all():
 @pytest.mark.parametrize("seen, gap", [("1", 0), ("0110", 0), ("101", 1), ("1001011", 2), ("0100001", 4)])
 def test_the_longest_gap_is_between_frames_with_a_mask(seen, gap):
     assert study.longest_gap(annotation([LEFT[0] if letter == "1" else None for letter in seen])) == gap
+
+
+def test_no_run_is_left_behind(tmp_path):
+    """Whatever ends the study, Ctrl-C too."""
+    said = open(tmp_path / "said.txt", "w")
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
+    with pytest.raises(KeyboardInterrupt), study.ending({tmp_path: (process, said)}):
+        raise KeyboardInterrupt
+    assert process.returncode == -signal.SIGTERM and said.closed
 
 
 def test_bins_hold_every_gap_once():
