@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from data import InputError, told_in_a_sentence
-from model import PRESETS, GRAttVIS, build_model
+from model import PRESETS, TEST_SIDES, GRAttVIS, build_model
 from safe_reading import read_file
 
 RENAMES = [(re.compile(pattern), replacement) for pattern, replacement in [
@@ -91,7 +91,6 @@ BACKBONE_ROOTS = ("stem.", "conv1.", "patch_embed.", "features.")  # a backbone 
 MODEL_ROOTS = ("backbone.", "pixel_decoder.", "frame_decoder.", "tracker.", "sem_seg_head.", "vita_module.")
 SHIPPED_WEIGHTS = Path(__file__).with_name("weights") / "small.pt"  # trained on synthetic suites; found from any folder
 CLASS_LAYERS = ("frame_decoder.class_embed.", "tracker.class_embed.")
-TEST_SIDES = {"r50": 360, "r101": 360, "swin_t": 448, "swin_s": 448, "swin_b": 448, "swin_l": 448, "toy": 96, "small": 96}
 
 
 @dataclass

@@ -16,7 +16,7 @@ from backbone import SwinBackbone
 from data import InputError, find_split, first_existing
 from detector import SUPERVISED_LAYERS
 from losses import GATE_LOSSES, SIMILARITY_SPANS, Criterion
-from model import PIXEL_MEAN, PIXEL_STD, PRESETS, SIZE_DIVISOR, GRAttVIS
+from model import PIXEL_MEAN, PIXEL_STD, PRESETS, SIZE_DIVISOR, TEST_SIDES, GRAttVIS
 from synthetic import SUITES
 from tracker import GATE_MASKS, PROPAGATIONS
 
@@ -53,8 +53,7 @@ VITA_2021 = YTVIS_2021 | dict(train_ratio=(1.0, 0.8), iterations=187500, lr_step
 VITA_2019 = YTVIS_2019 | dict(iterations=140000, lr_steps=(75000,), frames=5, reach=20)
 VITA_OVIS = OVIS | dict(iterations=150000, lr_steps=(50000, 125000), frames=6, reach=8)
 MEMORY = dict(propagation="gated+memory")
-R50, R101, SWIN_L = (dict(preset="r50", test_short_side=360), dict(preset="r101", test_short_side=360),
-                     dict(preset="swin_l", test_short_side=448))
+R50, R101, SWIN_L = (dict(preset=preset, test_short_side=TEST_SIDES[preset]) for preset in ("r50", "r101", "swin_l"))
 COCO_50 = COCO | dict(iterations=368750, lr_steps=(327778, 355092),
                       backbone_weights="detectron2://ImageNetPretrained/torchvision/R-50.pkl")
 COCO_100 = COCO | dict(iterations=737500, lr_steps=(655556, 710184), backbone_weights="swin_large_patch4_window12_384_22k.pkl")

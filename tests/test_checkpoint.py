@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from backbone import build_backbone
-from checkpoint import (TEST_SIDES, default_short_side, load_backbone, load_weights, model_from_checkpoint, read_propagation,
+from checkpoint import (default_short_side, load_backbone, load_weights, model_from_checkpoint, read_propagation,
                         save_checkpoint, save_weights, translate)
 from data import InputError
 from golden_set import meta, names_shapes
-from model import PRESETS, build_model
+from model import PRESETS, TEST_SIDES, build_model
 
 TINY = dict(channels=32, heads=2, feed_forward=32, pixel_feed_forward=32)
 

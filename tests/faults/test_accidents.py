@@ -21,7 +21,7 @@ from load import family
 from processes import ENVIRONMENT, REPOSITORY, free_port, wait_until
 from synthetic import make_dataset
 
-# A file system of its own that is gone with the process; {} is filled in.
+# A shell that may mount file systems, which are gone with it; the script follows.
 MOUNT = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
 STEPS = 3
 one_thread = fixed_threads(1)
