@@ -1,4 +1,4 @@
-"""What a training run is: the command line, the stages, the official settings by name, and the data sets these name.
+"""What a training run is: the command line, the stages, the official settings by name, and the data that these name.
 
     python train.py --recipe grattvis/ovis/r50 --dry-run        # print the setting as JSON, under the official names
     python train.py --recipe grattvis/ovis/r50 --batch 4        # every flag overrides the recipe's
@@ -11,11 +11,13 @@ import inspect
 import os
 from pathlib import Path
 
-from augmentation import JITTER
+from augmentation import JITTER, Augmentation
 from backbone import SwinBackbone
-from data import InputError, find_split, first_existing
+from clips import ClipDataset, MixedClips, RenderedClips
+from data import InputError, VideoSet, find_split, first_existing
 from detector import SUPERVISED_LAYERS
 from losses import GATE_LOSSES, SIMILARITY_SPANS, Criterion
+from metric import check_ground_truth
 from model import PIXEL_MEAN, PIXEL_STD, PRESETS, SIZE_DIVISOR, TEST_SIDES, GRAttVIS
 from synthetic import SUITES
 from tracker import GATE_MASKS, PROPAGATIONS
@@ -110,6 +112,65 @@ def find_named_set(root: str | Path, name: str) -> tuple[Path, Path, dict[int, i
         raise InputError(f"no data set is called {name}: ovis, ytvis_2019, ytvis_2021, ytvis_2022 and coco_2017 with _train or _val "
                          f"are, and {', '.join(f'coco2{target}_train' for target in COCO_MAPS)}")
     return *find_split(Path(root) / folder, split), None
+
+
+def open_clips(args: argparse.Namespace) -> ClipDataset | MixedClips | RenderedClips:
+    """The training clips that the arguments describe: of one data set, of several by name, the last of which says the classes, or
+    of scenes drawn on the fly."""
+    def augmentation(pseudo: bool) -> Augmentation:
+        return Augmentation(
+            tuple(args.pseudo_short_sides if pseudo else args.short_sides), args.max_long_side, tuple(args.crop_short_sides),
+            tuple(args.pseudo_crop_size if pseudo else args.crop_size), args.crop_relative and not pseudo, args.flip,
+            args.rotation if pseudo else 0.0, args.lsj_size if args.lsj else 0)
+
+    def clips(videos: VideoSet, pseudo: bool) -> ClipDataset:
+        return ClipDataset(videos, args.frames, args.reach, augmentation(pseudo), args.seed, args.skip_bad)
+
+    if args.render:
+        rendered = RenderedClips(args.render, args.frames, args.reach, augmentation(pseudo=False), args.seed)
+        if args.num_classes not in (None, len(rendered.categories)):
+            raise InputError(f"the scenes of --render have {len(rendered.categories)} categories, not {args.num_classes}")
+        return rendered
+    if args.train_json or not args.train_sets:
+        target = VideoSet(*((args.train_json, args.train_images) if args.train_json else find_split(args.data_root, "train")),
+                          skip_bad=args.skip_bad)
+        sources = []
+    else:
+        *others, own = [find_named_set(args.data_root, name) for name in args.train_sets]
+        if own[2]:
+            raise InputError(f"--train-sets {' '.join(args.train_sets)}: the last must be the data set whose classes are trained")
+        target = VideoSet(*own[:2], skip_bad=args.skip_bad)
+        known = {category_id for category_id, _ in target.categories}
+        for _, _, category_map in others:
+            if category_map and not known >= set(category_map.values()):
+                raise InputError(f"{target.path} lacks categories that COCO's are mapped to: "
+                                 f"{sorted(set(category_map.values()) - known)}")
+        sources = [VideoSet(json_path, frames, args.skip_bad, category_map, target.categories if category_map else None)
+                   for json_path, frames, category_map in others]
+    if args.num_classes not in (None, len(target.categories)):
+        raise InputError(f"{target.path} has {len(target.categories)} categories, not {args.num_classes}")
+    if not sources:
+        return clips(target, pseudo=False)
+    if len(args.train_ratio or []) != len(args.train_sets):
+        raise InputError(f"--train-ratio must give one share for each of the {len(args.train_sets)} sets")
+    return MixedClips([*(clips(videos, pseudo=videos.category_map is not None) for videos in sources), clips(target, pseudo=False)],
+                      args.train_ratio, args.seed)
+
+
+def open_held_out(args: argparse.Namespace, categories: list[tuple[int, str]]) -> VideoSet | None:
+    """The videos of periodic evaluation, which must have annotations of these categories; None without --evaluate-every."""
+    if not args.evaluate_every:
+        return None
+    if args.train_json:
+        raise InputError("--evaluate-every needs --data-root or --test-sets")
+    found = find_named_set(args.data_root, args.test_sets[0])[:2] if args.test_sets else find_split(args.data_root, "valid")
+    videos = VideoSet(*found)
+    if not videos.ground_truth.get("annotations"):
+        raise InputError(f"--evaluate-every: {videos.path} has no annotations")
+    if videos.categories != categories:
+        raise InputError(f"--evaluate-every: {videos.path} has other categories than the training clips")
+    check_ground_truth(videos.ground_truth)
+    return videos
 
 
 def at_least(minimum: int):

@@ -27,18 +27,17 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from augmentation import Augmentation
 from checkpoint import load_backbone, load_weights, replacing, save_checkpoint, save_json
-from clips import ClipDataset, MixedClips, RenderedClips, StepSampler
-from data import InputError, VideoSet, find_split, told_in_a_sentence
+from clips import StepSampler
+from data import InputError, VideoSet, told_in_a_sentence
 from deform_attn import implementation
 from device import choose_amp, make_deterministic, start_processes
 from losses import Criterion
 from matcher import upload
 from inference import segment_videos, to_entries
-from metric import check_ground_truth, evaluate_results
+from metric import evaluate_results
 from model import PRESETS, GRAttVIS, build_model
-from recipes import RECIPES, find_named_set, official_setting, parse_arguments
+from recipes import RECIPES, official_setting, open_clips, open_held_out, parse_arguments
 from safe_reading import read_file
 from synthetic import checksum
 
@@ -70,25 +69,8 @@ def main(args: argparse.Namespace) -> None:
     config["data"] = [checksum(path) for path in clips.paths]
     if resumed and resumed["config"].get("data", config["data"]) != config["data"]:
         say(f"the annotations are not those that {args.resume} was trained on: from here on this is another run")
-    on_gpu = device.type == "cuda"                             # channels last: convolutions are faster there
-    model.to(device, memory_format=torch.channels_last if on_gpu else torch.contiguous_format).train()
-    if amp != torch.float32:
-        model.hold_frozen(amp)
-    model.tracker.query_noise = args.query_noise
-    model.pixel_decoder.recompute, model.backbone.recompute = args.recompute != "off", args.recompute == "all"
-    if args.compile != "off":
-        model.compile_parts(detector=args.compile == "all")
-    optimizer = torch.optim.AdamW(parameter_groups(model, args.lr, args.weight_decay, args.backbone_lr_factor), fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(
-        step, args.warmup, args.lr_steps, args.warmup_start, args.lr_gamma))
-    scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
-    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema)) if args.ema else None
-    parts = {"optimizer": optimizer, "schedule": schedule, "scaler": scaler} | ({"ema": averaged} if args.ema else {})
-    for name, part in parts.items():
-        if resumed:
-            part.load_state_dict(resumed[name])
-    start, best = (resumed["step"], resumed.get("best", -1.0)) if resumed else (0, -1.0)
-
+    set_up(model, args, device, amp)
+    run = Run(model, config, args, device, amp, resumed)
     network = model
     if world > 1:
         unread_memory = model.tracker.remembers and args.frames <= args.clip_length  # one clip: written, never read
@@ -97,79 +79,123 @@ def main(args: argparse.Namespace) -> None:
     criterion = Criterion(len(clips.categories), points=args.points, no_object_weight=args.no_object_weight,
                           similarity_weight=args.similarity_weight, gate_weight=args.gate_weight, gate_loss=args.gate_loss,
                           freeze_detector=args.freeze_detector, similarity_span=args.similarity_span)
-    loader = DataLoader(clips, batch_sampler=StepSampler(start, args.iterations, args.batch // world, rank, world),
-                        num_workers=args.workers, collate_fn=list, pin_memory=on_gpu, prefetch_factor=4 if args.workers else None)
+    loader = DataLoader(clips, batch_sampler=StepSampler(run.step, args.iterations, args.batch // world, rank, world),
+                        num_workers=args.workers, collate_fn=list, pin_memory=device.type == "cuda",
+                        prefetch_factor=4 if args.workers else None)
     if rank == 0:
-        describe(args, model, clips, world, device, f"{str(amp).removeprefix('torch.')} ({reason})", start)
+        describe(args, model, clips, world, device, f"{str(amp).removeprefix('torch.')} ({reason})", run.step)
         output.mkdir(parents=True, exist_ok=True)
         save_json(output / "args.json", vars(args))
-        trim_log(output / "log.jsonl", start)
+        trim_log(output / "log.jsonl", run.step)
 
-    def save(path: Path, step: int) -> None:
-        if broken := [name for name, value in model.state_dict().items() if not value.isfinite().all()]:
-            raise FloatingPointError(f"{', '.join(broken[:3])} {'is' if len(broken) == 1 else 'are'} not finite at iteration {step}: "
-                                     f"{path} was left as it is")
-        states = {name: part.state_dict() for name, part in parts.items()}
-        save_checkpoint(path, {"model": model.state_dict(), "step": step, "best": best, "config": config} | states)
-
-    bar = tqdm(loader, initial=start, total=args.iterations, desc="train", disable=rank > 0, mininterval=1)
-    waited, mark, skipped, in_a_row = 0.0, time.perf_counter(), len(clips.skipped), 0
-    began = mark
-    for step, batch in enumerate(bar, start):
+    bar = tqdm(loader, initial=run.step, total=args.iterations, desc="train", disable=rank > 0, mininterval=1)
+    waited, skipped = 0.0, len(clips.skipped)
+    began = mark = time.perf_counter()
+    for batch in bar:
         waited += time.perf_counter() - mark
-        torch.manual_seed(hash((args.seed, step, rank)) % 2 ** 63)
         for sentence in (sentence for clip in batch for sentence in clip.skipped):
             skipped += 1
             bar.write(f"skipped: {sentence}")
-        norms = [buffer.clone() for buffer in model.buffers()] if args.skip_nonfinite else []
-        losses, gradient = train_step(network, criterion, batch, args, device, amp, optimizer, scaler)
-        total = sum(losses.values())
-        found_scale = scaler.is_enabled() and math.isfinite(total)                # in fp16 the scaler leaves such a step out by itself
-        in_a_row = 0 if math.isfinite(gradient + total) or found_scale else in_a_row + 1
-        if in_a_row:
-            sentence = describe_nonfinite(losses, gradient, step, schedule.get_last_lr()[0], batch)
-            if in_a_row > args.skip_nonfinite:
-                raise FloatingPointError(sentence)
-            bar.write(f"left out: {sentence}")
-            for buffer, before in zip(model.buffers(), norms):
-                buffer.copy_(before)
-        if not in_a_row or scaler.is_enabled():
-            scaler.step(optimizer)
-        scaler.update()
-        schedule.step()
-        if averaged:
-            averaged.update_parameters(model)
-        done = step + 1
-        if rank == 0 and done % args.log_every == 0:
+        torch.manual_seed(hash((args.seed, run.step, rank)) % 2 ** 63)
+        losses, gradient, left_out = run.advance(network, criterion, batch)
+        if left_out:
+            bar.write(f"left out: {left_out}")
+        if rank == 0 and run.step % args.log_every == 0:
             seconds, began = time.perf_counter() - began, time.perf_counter()
-            log_line(output, {"step": done, "loss": total, "lr": schedule.get_last_lr()[0],
+            total = sum(losses.values())
+            log_line(output, {"step": run.step, "loss": total, "lr": run.schedule.get_last_lr()[0],
                               "gradient_norm": gradient if math.isfinite(gradient) else None,  # fp16 skips such a step
                               "iterations_per_second": args.log_every / seconds, "data_share": waited / seconds,
                               "memory_gib": torch.cuda.max_memory_allocated() / 2 ** 30 if device.type == "cuda" else None,
                               "skipped": skipped} | losses)
             bar.set_postfix(loss=f"{total:.2f}", data=f"{waited / seconds:.0%}", refresh=False)
             waited = 0.0
-        if held_out and done % args.evaluate_every == 0:
+        if held_out and run.step % args.evaluate_every == 0:
             paused = time.perf_counter()
             if rank == 0:
-                metrics = evaluate(averaged.module if averaged else model, held_out, args, device, amp)
-                log_line(output, {"step": done} | metrics)
-                bar.write(f"iteration {done}: AP {100 * metrics['AP']:.1f}" + (", the best so far" if metrics["AP"] > best else ""))
-                if metrics["AP"] > best:
-                    best = metrics["AP"]
-                    save_checkpoint(output / "best.pt", {"model": (averaged.module if averaged else model).state_dict(),
-                                                         "step": done, "best": best, "config": config})
+                bar.write(run.evaluate(held_out, output))
             if world > 1:
                 distributed.barrier()
             began += time.perf_counter() - paused                  # the log tells the speed of training
-        if rank == 0 and done % args.save_every == 0:
-            save(last, done)
+        if rank == 0 and run.step % args.save_every == 0:
+            run.save(last)
         mark = time.perf_counter()
     if rank == 0:
-        save(last, args.iterations)
+        run.save(last)
         say(f"saved {last}" + (f"; left out {skipped} bad videos, annotations and clips" if skipped else ""))
     if world > 1:
         distributed.destroy_process_group()
+
+
+class Run:
+    """What training changes, and so what a checkpoint holds: weights, their average, optimiser, schedule, scaler, the step."""
+
+    def __init__(self, model: GRAttVIS, config: dict, args: argparse.Namespace, device: torch.device, amp: torch.dtype,
+                 resumed: dict | None):
+        """resumed: the contents of a checkpoint to go on from, whose weights the model has already."""
+        self.model, self.config, self.args, self.device, self.amp = model, config, args, device, amp
+        self.optimizer = torch.optim.AdamW(parameter_groups(model, args.lr, args.weight_decay, args.backbone_lr_factor), fused=True)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: learning_rate_factor(
+            step, args.warmup, args.lr_steps, args.warmup_start, args.lr_gamma))
+        self.scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
+        self.averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema)) if args.ema else None
+        self.parts = {"optimizer": self.optimizer, "schedule": self.schedule, "scaler": self.scaler}
+        self.parts |= {"ema": self.averaged} if args.ema else {}
+        self.step, self.best, self.left_out = 0, -1.0, 0           # steps done, the best AP, steps left out in a row
+        if resumed:
+            self.step, self.best = resumed["step"], resumed.get("best", -1.0)
+            for name, part in self.parts.items():
+                part.load_state_dict(resumed[name])
+
+    def advance(self, network: nn.Module, criterion: Criterion, batch: list) -> tuple[dict[str, float], float, str]:
+        """One step, by this process's clips of it: losses, gradient norm, and why it was left out, if it was. FloatingPointError if it
+        is not finite, and --skip-nonfinite steps before it were not."""
+        norms = [buffer.clone() for buffer in self.model.buffers()] if self.args.skip_nonfinite else []
+        losses, gradient = train_step(network, criterion, batch, self.args, self.device, self.amp, self.optimizer, self.scaler)
+        total, reason = sum(losses.values()), ""
+        found_scale = self.scaler.is_enabled() and math.isfinite(total)           # in fp16 the scaler leaves such a step out by itself
+        self.left_out = 0 if math.isfinite(gradient + total) or found_scale else self.left_out + 1
+        if self.left_out:
+            reason = describe_nonfinite(losses, gradient, self.step, self.schedule.get_last_lr()[0], batch)
+            if self.left_out > self.args.skip_nonfinite:
+                raise FloatingPointError(reason)
+            for buffer, before in zip(self.model.buffers(), norms):
+                buffer.copy_(before)
+        if not self.left_out or self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.schedule.step()
+        if self.averaged:
+            self.averaged.update_parameters(self.model)
+        self.step += 1
+        return losses, gradient, reason
+
+    def evaluate(self, videos: VideoSet, output: Path) -> str:
+        """Measure the model on held-out videos (the averaged one where there is one): a line of the log, and best.pt if it is the best
+        so far; returns a sentence."""
+        model, args = self.averaged.module if self.averaged else self.model, self.args
+        model.eval()
+        results = [entry for video, found in segment_videos(model, videos.videos, self.device, self.amp, args.test_short_side,
+                                                            args.test_max_long_side, args.top_k, workers=args.workers)
+                   for entry in to_entries(video, found, videos.categories)]
+        model.train()
+        metrics = {name: value for name, value in evaluate_results(results, videos.ground_truth).items() if isinstance(value, float)}
+        log_line(output, {"step": self.step} | metrics)
+        sentence = f"iteration {self.step}: AP {100 * metrics['AP']:.1f}"
+        if metrics["AP"] <= self.best:
+            return sentence
+        self.best = metrics["AP"]
+        save_checkpoint(output / "best.pt", {"model": model.state_dict(), "step": self.step, "best": self.best, "config": self.config})
+        return f"{sentence}, the best so far"
+
+    def save(self, path: Path) -> None:
+        """Write the checkpoint; FloatingPointError, and the one before is left, if a weight is not finite."""
+        weights = self.model.state_dict()
+        if broken := [name for name, value in weights.items() if not value.isfinite().all()]:
+            raise FloatingPointError(f"{', '.join(broken[:3])} {'is' if len(broken) == 1 else 'are'} not finite at iteration {self.step}: "
+                                     f"{path} was left as it was")
+        states = {name: part.state_dict() for name, part in self.parts.items()}
+        save_checkpoint(path, {"model": weights, "step": self.step, "best": self.best, "config": self.config} | states)
 
 
 def train_step(network: nn.Module, criterion: Criterion, batch: list, args: argparse.Namespace, device: torch.device,
@@ -204,16 +230,6 @@ def describe_nonfinite(losses: dict[str, float], gradient: float, step: int, rat
     broken = [f"{name} {value}" for name, value in losses.items() if not math.isfinite(value)] or [f"the gradient's norm {gradient}"]
     return (f"not finite at iteration {step}, learning rate {rate:g}: {', '.join(broken)}; clips: "
             + "; ".join(clip.source for clip in batch) + ". Look at these, lower --lr, or pass --skip-nonfinite N")
-
-
-def evaluate(model: GRAttVIS, videos: VideoSet, args: argparse.Namespace, device: torch.device, amp: torch.dtype) -> dict:
-    """The metrics of the model on held-out videos; leaves it in training mode."""
-    model.eval()
-    results = [entry for video, found in segment_videos(model, videos.videos, device, amp, args.test_short_side,
-                                                        args.test_max_long_side, args.top_k, workers=args.workers)
-               for entry in to_entries(video, found, videos.categories)]
-    model.train()
-    return {name: value for name, value in evaluate_results(results, videos.ground_truth).items() if isinstance(value, float)}
 
 
 def describe(args: argparse.Namespace, model: GRAttVIS, clips, world: int, device: torch.device, dtype: str, start: int) -> None:
@@ -288,65 +304,6 @@ def check_run(args: argparse.Namespace, resumed: dict | None, world: int, last: 
         raise InputError(f"--frames {args.frames} is no multiple of --clip-length {args.clip_length}")
 
 
-def open_clips(args: argparse.Namespace) -> ClipDataset | MixedClips | RenderedClips:
-    """The training clips that the arguments describe: of one data set, of several by name, the last of which says the classes, or
-    of scenes drawn on the fly."""
-    def augmentation(pseudo: bool) -> Augmentation:
-        return Augmentation(
-            tuple(args.pseudo_short_sides if pseudo else args.short_sides), args.max_long_side, tuple(args.crop_short_sides),
-            tuple(args.pseudo_crop_size if pseudo else args.crop_size), args.crop_relative and not pseudo, args.flip,
-            args.rotation if pseudo else 0.0, args.lsj_size if args.lsj else 0)
-
-    def clips(videos: VideoSet, pseudo: bool) -> ClipDataset:
-        return ClipDataset(videos, args.frames, args.reach, augmentation(pseudo), args.seed, args.skip_bad)
-
-    if args.render:
-        rendered = RenderedClips(args.render, args.frames, args.reach, augmentation(pseudo=False), args.seed)
-        if args.num_classes not in (None, len(rendered.categories)):
-            raise InputError(f"the scenes of --render have {len(rendered.categories)} categories, not {args.num_classes}")
-        return rendered
-    if args.train_json or not args.train_sets:
-        target = VideoSet(*((args.train_json, args.train_images) if args.train_json else find_split(args.data_root, "train")),
-                          skip_bad=args.skip_bad)
-        sources = []
-    else:
-        *others, own = [find_named_set(args.data_root, name) for name in args.train_sets]
-        if own[2]:
-            raise InputError(f"--train-sets {' '.join(args.train_sets)}: the last must be the data set whose classes are trained")
-        target = VideoSet(*own[:2], skip_bad=args.skip_bad)
-        known = {category_id for category_id, _ in target.categories}
-        for _, _, category_map in others:
-            if category_map and not known >= set(category_map.values()):
-                raise InputError(f"{target.path} lacks categories that COCO's are mapped to: "
-                                 f"{sorted(set(category_map.values()) - known)}")
-        sources = [VideoSet(json_path, frames, args.skip_bad, category_map, target.categories if category_map else None)
-                   for json_path, frames, category_map in others]
-    if args.num_classes not in (None, len(target.categories)):
-        raise InputError(f"{target.path} has {len(target.categories)} categories, not {args.num_classes}")
-    if not sources:
-        return clips(target, pseudo=False)
-    if len(args.train_ratio or []) != len(args.train_sets):
-        raise InputError(f"--train-ratio must give one share for each of the {len(args.train_sets)} sets")
-    return MixedClips([*(clips(videos, pseudo=videos.category_map is not None) for videos in sources), clips(target, pseudo=False)],
-                      args.train_ratio, args.seed)
-
-
-def open_held_out(args: argparse.Namespace, categories: list[tuple[int, str]]) -> VideoSet | None:
-    """The videos of periodic evaluation, which must have annotations of these categories; None without --evaluate-every."""
-    if not args.evaluate_every:
-        return None
-    if args.train_json:
-        raise InputError("--evaluate-every needs --data-root or --test-sets")
-    found = find_named_set(args.data_root, args.test_sets[0])[:2] if args.test_sets else find_split(args.data_root, "valid")
-    videos = VideoSet(*found)
-    if not videos.ground_truth.get("annotations"):
-        raise InputError(f"--evaluate-every: {videos.path} has no annotations")
-    if videos.categories != categories:
-        raise InputError(f"--evaluate-every: {videos.path} has other categories than the training clips")
-    check_ground_truth(videos.ground_truth)
-    return videos
-
-
 def make_model(args: argparse.Namespace, categories: list[tuple[int, str]], resumed: dict | None, say) -> tuple[GRAttVIS, dict]:
     """The model with the weights it starts from, and the config that a checkpoint will carry; `say` prints what was loaded."""
     options = {"gate_mask": args.gate_mask, "clip_length": args.clip_length}
@@ -368,6 +325,18 @@ def make_model(args: argparse.Namespace, categories: list[tuple[int, str]], resu
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not args.freeze_detector or name.startswith("tracker."))
     return model, config
+
+
+def set_up(model: GRAttVIS, args: argparse.Namespace, device: torch.device, amp: torch.dtype) -> None:
+    """Put the model on its device, ready to be trained as the arguments say."""
+    on_gpu = device.type == "cuda"                                 # channels last: convolutions are faster there
+    model.to(device, memory_format=torch.channels_last if on_gpu else torch.contiguous_format).train()
+    if amp != torch.float32:
+        model.hold_frozen(amp)
+    model.tracker.query_noise = args.query_noise
+    model.pixel_decoder.recompute, model.backbone.recompute = args.recompute != "off", args.recompute == "all"
+    if args.compile != "off":
+        model.compile_parts(detector=args.compile == "all")
 
 
 def parameter_groups(model: nn.Module, lr: float, weight_decay: float, backbone_factor: float) -> list[dict]:

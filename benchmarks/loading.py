@@ -37,10 +37,9 @@ import clips as clips_module
 import data
 from augmentation import Augmentation, transforms
 from clips import ClipDataset, StepSampler
-from recipes import parse_arguments
+from recipes import open_clips, parse_arguments
 from scenes import CATEGORIES
 from synthetic import make_video, write_split
-from train import open_clips
 
 HEIGHT, WIDTH, FRAMES, OBJECTS = 720, 1280, 14, 6      # of a video; reach 6 sees 13 frames
 NOISE = 5.0                                            # grey levels, standard deviation

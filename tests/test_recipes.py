@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from pycocotools import mask as rle
 
+import recipes
 import train
 from data import InputError, VideoSet
 from recipes import COCO_MAPS, RECIPES, find_named_set, official_setting, parse_arguments
@@ -150,7 +151,7 @@ def test_a_set_that_is_not_there_or_not_known(tmp_path):
 
 
 def open_clips(root, *more):
-    return train.open_clips(parse_arguments(["--recipe", "grattvis/ovis/r50", "--data-root", str(root), *SMALL, *more]))
+    return recipes.open_clips(parse_arguments(["--recipe", "grattvis/ovis/r50", "--data-root", str(root), *SMALL, *more]))
 
 
 def test_images_become_pseudo_videos_of_the_targets_classes(data_sets):
@@ -209,7 +210,7 @@ def test_broken_data_is_told_by_name(broken):
             wrong = 1 if "video1" in sentence else 3 if "annotation 3" in sentence else 4
             content[key] = [entry for entry in content[key] if entry["id"] != wrong]
         (root / "train.json").write_text(json.dumps(content))
-    clips = train.open_clips(parse_arguments(["--data-root", str(root), *SMALL]))
+    clips = recipes.open_clips(parse_arguments(["--data-root", str(root), *SMALL]))
     with pytest.raises(InputError, match="video2/.* cannot be read"):
         [clips[index] for index in range(8)]
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import recipes
 import train
 from backbone import SwinBackbone
 from data import InputError
@@ -98,7 +99,7 @@ def test_parts_of_a_step_add_up(data_root, monkeypatch):
     monkeypatch.setattr("matcher.random_points", fixed_points)
     args = parse_arguments(["--data-root", str(data_root), "--batch", "2", "--norm", "group", "--propagation", "plain", *TINY,
                             "--clip-gradient", "0"])
-    clips = train.open_clips(args)
+    clips = recipes.open_clips(args)
     model, _ = train.make_model(args, clips.categories, None, print)
     model.double()
     scaler = torch.amp.GradScaler("cpu", enabled=False)
@@ -237,7 +238,7 @@ def test_weights_that_are_not_finite_are_not_saved(data_root, tmp_path, monkeypa
         return result
 
     monkeypatch.setattr(train, "train_step", broken)
-    with pytest.raises(FloatingPointError, match="tracker.query_feat.weight is not finite at iteration 2: .*last.pt was left as it is"):
+    with pytest.raises(FloatingPointError, match="tracker.query_feat.weight is not finite at iteration 2: .*last.pt was left as it was"):
         run(data_root, tmp_path, "--iterations", "2", "--batch", "1", "--resume", str(tmp_path / "last.pt"))
     assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 1
 
