@@ -174,6 +174,7 @@ class Run:
         """Measure the model on held-out videos (the averaged one where there is one): a line of the log, and best.pt if it is the best
         so far; returns a sentence."""
         model, args = self.averaged.module if self.averaged else self.model, self.args
+        weights = self.finite_weights(model)
         model.eval()
         results = [entry for video, found in segment_videos(model, videos.videos, self.device, self.amp, args.test_short_side,
                                                             args.test_max_long_side, args.top_k, workers=args.workers)
@@ -185,17 +186,22 @@ class Run:
         if metrics["AP"] <= self.best:
             return sentence
         self.best = metrics["AP"]
-        save_checkpoint(output / "best.pt", {"model": model.state_dict(), "step": self.step, "best": self.best, "config": self.config})
+        save_checkpoint(output / "best.pt", {"model": weights, "step": self.step, "best": self.best, "config": self.config})
         return f"{sentence}, the best so far"
 
-    def save(self, path: Path) -> None:
-        """Write the checkpoint; FloatingPointError, and the one before is left, if a weight is not finite."""
-        weights = self.model.state_dict()
+    def finite_weights(self, model: GRAttVIS) -> dict[str, torch.Tensor]:
+        """The model's state; FloatingPointError if there is anything in it that is not finite."""
+        weights = model.state_dict()
         if broken := [name for name, value in weights.items() if not value.isfinite().all()]:
             raise FloatingPointError(f"{', '.join(broken[:3])} {'is' if len(broken) == 1 else 'are'} not finite at iteration {self.step}: "
-                                     f"{path} was left as it was")
+                                     "the checkpoints were left as they were")
+        return weights
+
+    def save(self, path: Path) -> None:
+        """Write the checkpoint."""
         states = {name: part.state_dict() for name, part in self.parts.items()}
-        save_checkpoint(path, {"model": weights, "step": self.step, "best": self.best, "config": self.config} | states)
+        save_checkpoint(path, {"model": self.finite_weights(self.model), "step": self.step, "best": self.best, "config": self.config}
+                        | states)
 
 
 def train_step(network: nn.Module, criterion: Criterion, batch: list, args: argparse.Namespace, device: torch.device,

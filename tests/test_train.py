@@ -238,9 +238,11 @@ def test_weights_that_are_not_finite_are_not_saved(data_root, tmp_path, monkeypa
         return result
 
     monkeypatch.setattr(train, "train_step", broken)
-    with pytest.raises(FloatingPointError, match="tracker.query_feat.weight is not finite at iteration 2: .*last.pt was left as it was"):
-        run(data_root, tmp_path, "--iterations", "2", "--batch", "1", "--resume", str(tmp_path / "last.pt"))
-    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 1
+    arguments = ["--iterations", "2", "--batch", "1", "--resume", str(tmp_path / "last.pt")]
+    for more in ([], ["--evaluate-every", "1", "--test-short-side", "32"]):
+        with pytest.raises(FloatingPointError, match="tracker.query_feat.weight is not finite at iteration 2: the checkpoints were left"):
+            run(data_root, tmp_path, *arguments, *more)
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 1 and not (tmp_path / "best.pt").exists()
 
 
 # A step shared by processes
