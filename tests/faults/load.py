@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -34,7 +35,10 @@ def family(pid: int) -> list[int]:
 
 def usage(pid: int) -> dict[str, int]:
     """What a process and its children hold: bytes of memory of their own, open files, bytes of shared memory that has a name."""
-    held = {"memory": 0, "files": 0, "processes": 0, "shared": sum(path.stat().st_size for path in Path("/dev/shm").glob("torch_*"))}
+    held = {"memory": 0, "files": 0, "processes": 0, "shared": 0}
+    for path in Path("/dev/shm").glob("torch_*"):
+        with suppress(FileNotFoundError):                          # handed over and gone
+            held["shared"] += path.stat().st_size
     for member in family(pid):
         try:
             rollup = Path(f"/proc/{member}/smaps_rollup").read_text()
@@ -53,9 +57,13 @@ def watch(command: list, log: Path, every: float = 2.0) -> list[dict[str, int]]:
     samples = []
     with open(log, "w") as said:
         process = subprocess.Popen(list(map(str, command)), stdout=said, stderr=said, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        while process.poll() is None:
-            samples.append(usage(process.pid))
-            time.sleep(every)
+        try:
+            while process.poll() is None:
+                samples.append(usage(process.pid))
+                time.sleep(every)
+        finally:
+            process.kill()
+            process.wait()
     if process.returncode:
         raise RuntimeError(f"{command} ended with {process.returncode}: {log.read_text()[-2000:]}")
     return samples[:-1]                                            # in the last one it may have been ending
