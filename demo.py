@@ -292,7 +292,9 @@ def write(output: Path, source: str, found: EncodedVideo, size: tuple[int, int],
     if shutil.which("ffmpeg"):
         command = ["ffmpeg", "-loglevel", "error", "-framerate", str(args.fps), "-i", "frames/%05d.png",
                    "-vf", "pad=ceil(iw/2)*2:ceil(ih/2)*2", "-pix_fmt", "yuv420p", "overlay.mp4"]
-        subprocess.run(command, check=True, stdin=subprocess.DEVNULL, cwd=output)        # the folder's name may have a %
+        made = subprocess.run(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=output)  # its name may have a %
+        if made.returncode:
+            print(f"overlay.mp4 was not made: {' '.join(made.stderr.split()) or f'ffmpeg ended with {made.returncode}'}")
     if args.plot:
         plot_timeline(output / "timeline.png", found, names, args.score)
     best = "; ".join(f"{track['category']} #{track['track_id']} {track['score']:.2f}" for track in tracks)

@@ -277,6 +277,14 @@ def test_where_nothing_scores_enough_the_frames_stay_as_they_are(tmp_path, monke
         assert animation.n_frames == 2 and animation.info["duration"] == 250
 
 
+def test_an_mp4_that_cannot_be_made_is_told(tmp_path, monkeypatch, capsys, weights, pictures):
+    """By ffmpeg's own words; all else is there."""
+    fake_ffmpeg(tmp_path, monkeypatch, "echo Unknown encoder >&2; exit 8")
+    run(save_animation(tmp_path / "two.webp", pictures[:2]), weights, "--output", tmp_path / "out")
+    assert "overlay.mp4 was not made: Unknown encoder\n" in capsys.readouterr().out
+    assert {"results.json", "overlay.webp", "overlay.png"} <= {path.name for path in (tmp_path / "out").iterdir()}
+
+
 def test_a_timeline_is_drawn_if_asked_for(tmp_path, weights, pictures):
     pytest.importorskip("matplotlib", reason="plots need matplotlib")
     pictures[0].save(tmp_path / "one.png")
