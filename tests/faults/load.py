@@ -34,7 +34,10 @@ def family(pid: int) -> list[int]:
 
 
 def usage(pid: int) -> dict[str, int]:
-    """What a process and its children hold: bytes of memory of their own, open files, bytes of shared memory that has a name."""
+    """What a process and its children hold: bytes of memory that is no file's, open files, bytes of shared memory that has a name.
+
+    What they share since a fork counts for each: when one writes to it and gets a copy, nothing has grown but the copy's cost,
+    which is bounded."""
     held = {"memory": 0, "files": 0, "processes": 0, "shared": 0}
     for path in Path("/dev/shm").glob("torch_*"):
         with suppress(FileNotFoundError):                          # handed over and gone
@@ -45,8 +48,7 @@ def usage(pid: int) -> dict[str, int]:
             files = len(os.listdir(f"/proc/{member}/fd"))
         except OSError:                                            # it has just ended
             continue
-        private = sum(int(line.split()[1]) for line in rollup.splitlines() if line.startswith(("Private", "Swap:")))
-        held["memory"] += 1024 * private
+        held["memory"] += 1024 * sum(int(line.split()[1]) for line in rollup.splitlines() if line.startswith(("Anonymous:", "Swap:")))
         held["files"] += files
         held["processes"] += 1
     return held

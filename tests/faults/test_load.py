@@ -70,6 +70,16 @@ def test_what_a_process_holds(tmp_path):
     assert held - usage(os.getpid())["files"] == 10
 
 
+def test_a_copy_of_what_was_shared_since_a_fork_is_no_growth(tmp_path):
+    """Loader processes are forked, and both sides write to what they share, sooner or later."""
+    script = ("import os, time\nheld = bytearray(b'x') * 50_000_000\nreading, writing = os.pipe()\n"
+              "if not os.fork():\n    os.close(writing)\n    os.read(reading, 1)\n    os._exit(0)\n"       # it ends with the first one
+              "time.sleep(0.5)\nheld[::4096] = b'y' * len(held[::4096])\ntime.sleep(1)")
+    memory = [sample["memory"] for sample in watch([sys.executable, "-c", script], tmp_path / "said.txt", every=0.1)
+              if sample["processes"] == 2][1:-1]                 # at the ends, one of them may not be whole
+    assert min(memory) > 100_000_000 and max(memory) - min(memory) < 5_000_000
+
+
 def test_a_command_that_fails_is_told(tmp_path):
     with pytest.raises(RuntimeError, match="no such thing"):
         watch([sys.executable, "-c", "raise SystemExit('no such thing')"], tmp_path / "said.txt", every=0.1)
