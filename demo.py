@@ -292,7 +292,8 @@ def write(output: Path, source: str, found: EncodedVideo, size: tuple[int, int],
     if shutil.which("ffmpeg"):
         command = ["ffmpeg", "-loglevel", "error", "-framerate", str(args.fps), "-i", "frames/%05d.png",
                    "-vf", "pad=ceil(iw/2)*2:ceil(ih/2)*2", "-pix_fmt", "yuv420p", "overlay.mp4"]
-        made = subprocess.run(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=output)  # its name may have a %
+        # from inside of the folder, whose name may have a %
+        made = subprocess.run(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=output)
         if made.returncode:
             print(f"overlay.mp4 was not made: {' '.join(made.stderr.split()) or f'ffmpeg ended with {made.returncode}'}")
     if args.plot:

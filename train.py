@@ -32,9 +32,9 @@ from clips import StepSampler
 from data import InputError, VideoSet, told_in_a_sentence
 from deform_attn import implementation
 from device import choose_amp, make_deterministic, start_processes
+from inference import segment_videos, to_entries
 from losses import Criterion
 from matcher import upload
-from inference import segment_videos, to_entries
 from metric import evaluate_results
 from model import PRESETS, GRAttVIS, build_model
 from recipes import RECIPES, official_setting, open_clips, open_held_out, parse_arguments

@@ -5,7 +5,8 @@ import time
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parent.parent
-ENVIRONMENT = {"OMP_NUM_THREADS": "1"} | os.environ | {  # one thread: the cores may be busy
+ENVIRONMENT = os.environ | {
+    "OMP_NUM_THREADS": "1",  # whatever the user's is: the cores may be busy, and sums depend on it in their last bit
     "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])}
 
 

@@ -87,15 +87,6 @@ def test_the_longest_gap_is_between_frames_with_a_mask(seen, gap):
     assert study.longest_gap(annotation([LEFT[0] if letter == "1" else None for letter in seen])) == gap
 
 
-def test_no_run_is_left_behind(tmp_path):
-    """Whatever ends the study, Ctrl-C too."""
-    said = open(tmp_path / "said.txt", "w")
-    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
-    with pytest.raises(KeyboardInterrupt), study.ending({tmp_path: (process, said)}):
-        raise KeyboardInterrupt
-    assert process.returncode == -signal.SIGTERM and said.closed
-
-
 def test_bins_hold_every_gap_once():
     for gap in range(30):
         assert sum(fewest <= gap <= most for fewest, most in study.GAPS.values()) == 1
@@ -255,3 +246,14 @@ def test_plots(tmp_path):
     study.table(study.parse_arguments(["table", path, "--plot", str(tmp_path / "plots")]))
     assert sorted(file.name for file in (tmp_path / "plots").iterdir()) == [
         "AP_by_gap_easy.png", "last_open_by_share_easy.png", "open_by_share_easy.png"]
+
+
+# Training
+
+def test_no_run_is_left_behind(tmp_path):
+    """Whatever ends the study, Ctrl-C too."""
+    said = open(tmp_path / "said.txt", "w")
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
+    with pytest.raises(KeyboardInterrupt), study.ending({tmp_path: (process, said)}):
+        raise KeyboardInterrupt
+    assert process.returncode == -signal.SIGTERM and said.closed

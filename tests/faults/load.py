@@ -6,6 +6,7 @@
 """
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -31,6 +32,14 @@ def family(pid: int) -> list[int]:
         except OSError:
             pass
     return found
+
+
+def end(process: subprocess.Popen) -> None:
+    """Kill what is left of a process and of all that come from it, the youngest first."""
+    for member in family(process.pid)[::-1] if process.poll() is None else ():
+        with suppress(ProcessLookupError):
+            os.kill(member, signal.SIGKILL)
+    process.wait()
 
 
 def usage(pid: int) -> dict[str, int]:
@@ -64,8 +73,7 @@ def watch(command: list, log: Path, every: float = 2.0) -> list[dict[str, int]]:
                 samples.append(usage(process.pid))
                 time.sleep(every)
         finally:
-            process.kill()
-            process.wait()
+            end(process)
     if process.returncode:
         raise RuntimeError(f"{command} ended with {process.returncode}: {log.read_text()[-2000:]}")
     return samples[:-1]                                            # in the last one it may have been ending
@@ -77,8 +85,8 @@ def train(folder: str, iterations: str) -> None:
     make_dataset(Path(folder) / "set", train_videos=40, valid_videos=1, frames=4, height=SIDE // 2, width=SIDE // 2, objects=(1, 2))
     program.main(program.parse_arguments(
         ["--data-root", f"{folder}/set", "--output", f"{folder}/run", "--device", "cpu", "--freeze-detector", "--frames", "2",
-         "--reach", "3", "--batch", "1", "--points", "16", "--short-sides", str(SIDE // 2), "--workers", "1", "--lr", "1e-5", "--iterations", iterations,
-         "--log-every", "100", "--save-every", "1000"]))
+         "--reach", "3", "--batch", "1", "--points", "16", "--short-sides", str(SIDE // 2), "--workers", "1", "--lr", "1e-5",
+         "--iterations", iterations, "--log-every", "100", "--save-every", "1000"]))
 
 
 def step(propagation: str, frames: str) -> None:

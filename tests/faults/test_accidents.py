@@ -17,7 +17,7 @@ import torch
 import evaluate
 import train
 from conftest import fixed_threads
-from load import family
+from load import end, family
 from processes import ENVIRONMENT, REPOSITORY, free_port, wait_until
 from synthetic import make_dataset
 
@@ -168,8 +168,7 @@ def test_a_rank_is_killed(folder, tmp_path, restarts):
         began = time.perf_counter()
         said, _ = process.communicate(timeout=180)
     finally:                                         # no job that hangs is left behind
-        for left in family(process.pid)[::-1] if process.poll() is None else ():
-            os.kill(left, signal.SIGKILL)
+        end(process)
     step = torch.load(tmp_path / "run/last.pt", weights_only=True)["step"]
     if restarts:
         assert process.returncode == 0, said[-3000:]
