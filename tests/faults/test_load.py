@@ -26,7 +26,7 @@ def hold(tmp_path, *command, every):
 def assert_steady(early, late, growth):
     """Memory grows by no more than so many bytes, files and the rest not at all."""
     assert late["memory"] - early["memory"] < growth
-    assert (late["files"], late["processes"], late["shared"]) == (early["files"], early["processes"], early["shared"])
+    assert all(late[name] <= early[name] for name in ("files", "processes", "shared"))
 
 
 @pytest.mark.faults
