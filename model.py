@@ -30,10 +30,10 @@ from backbone import ResNetBackbone, build_backbone, fold_norms
 from detector import FrameDecoder, PixelDecoder
 from graph import Beside, Replay
 from results import (EncodedVideo, FrameTracks, RunningScores, StepState, Stretch, VideoResult, best_pairs, class_probabilities,
-                     frame_masks, mask_confidence, resize_masks, upsample_masks, with_mask_scores)
+                     mask_confidence, resize_masks, with_mask_scores)
 from run_length import PackedCodes, encode_counts
 from tracker import ClipPrediction, Tracker, TrackerState
-from transformer import cast_products
+from transformer import cast_products, mask_logits
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)   # RGB, 0..255
 PIXEL_STD = (58.395, 57.12, 57.375)
@@ -84,7 +84,7 @@ class GRAttVIS(nn.Module):
                                tracker_decoder_layers, heads, feed_forward, propagation, gate_mask, window)
         self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN)[:, None, None], persistent=False)
         self.register_buffer("pixel_std", torch.tensor(PIXEL_STD)[:, None, None], persistent=False)
-        self.replay = Replay()
+        self.replay, self.mask_confidence = Replay(), mask_confidence
 
     def train(self, mode: bool = True) -> "GRAttVIS":
         """Training mode, or not; what is kept to infer faster is given back before training."""
@@ -275,18 +275,18 @@ class GRAttVIS(nn.Module):
         stretches = list(self.follow(frames.split(FRAMES_TOGETHER) if isinstance(frames, Tensor) else in_batches(frames, FRAMES_TOGETHER)))
         logits = torch.cat([stretch.logits for stretch in stretches])                    # (clips, Q, K + 1)
         scores, labels, chosen = best_pairs(class_probabilities(logits).amax(0), top_k)
-        length, size = sum(len(stretch.features) for stretch in stretches), output_size or stretches[0].size
-        masks, first = torch.empty(len(chosen), length, *size, dtype=torch.bool, device=logits.device), 0
-        mask_sum, mask_area = 0, 0
+        size, found, confidence = stretches[0].size, [], []
         while stretches:
             stretch = stretches.pop(0)                                                   # let go of its features one by one
-            for kernel, features in zip(stretch.mask_kernel[:, chosen].split(MASKS_TOGETHER), stretch.features.split(MASKS_TOGETHER)):
-                found, frame_sum, frame_area = frame_masks(kernel, features, stretch.size, padded(*stretch.size), size)
-                masks[:, first:first + len(kernel)] = found.transpose(0, 1)
-                mask_sum, mask_area = mask_sum + frame_sum.sum(0), mask_area + frame_area.sum(0)
-                first += len(kernel)
-        scores, order = with_mask_scores(scores, mask_sum, mask_area)
-        return VideoResult(scores, labels[order], masks[order], chosen[order], logits)
+            for kernel, features in zip(*(part.split(FRAMES_TOGETHER) for part in (stretch.mask_kernel[:, chosen], stretch.features))):
+                found.append(mask_logits(kernel, features).transpose(0, 1))
+                confidence.append(self.mask_confidence(resize_masks(found[-1], size)))
+        scores, order = with_mask_scores(scores, *(torch.cat(part, 1).sum(1) for part in zip(*confidence)))
+        found = torch.cat(found, 1)[order]                                               # (K, T, h, w), small
+        masks = torch.empty(*found.shape[:2], *(output_size or size), dtype=torch.bool, device=logits.device)
+        for part, own in zip(found.split(MASKS_TOGETHER, 1), masks.split(MASKS_TOGETHER, 1)):
+            torch.gt(resize_masks(part, size, output_size), 0, out=own)
+        return VideoResult(scores, labels[order], masks, chosen[order], logits)
 
     @torch.no_grad()
     def encode_video(self, batches: Iterable[Tensor], output_size: tuple[int, int] | None = None,
@@ -300,7 +300,7 @@ class GRAttVIS(nn.Module):
         scores, codes, gates, recent, buffer = None, None, [], 0, None
         for stretch in self.follow(batches):
             size, count = output_size or stretch.size, stretch.mask_kernel.shape[1]
-            part = max(1, MASK_PIXELS // 2 // max(math.prod(size), math.prod(padded(*stretch.size))))
+            part = max(1, MASK_PIXELS // 2 // max(math.prod(size), math.prod(stretch.size)))
             if buffer is None:
                 frames = min(8, max(1, MASK_PIXELS // (count * math.prod(size))))        # encoded together: fewer waits for the GPU
                 buffer = torch.empty(frames, count, *size, dtype=torch.bool, device=stretch.logits.device)
@@ -309,9 +309,9 @@ class GRAttVIS(nn.Module):
             for kernels, feature in zip(stretch.mask_kernel, stretch.features):
                 confidence = []
                 for kernel, masks in zip(kernels.split(part), buffer[recent].split(part)):
-                    found, *own = frame_masks(kernel[None], feature[None], stretch.size, padded(*stretch.size), size)
-                    masks.copy_(found[0])
-                    confidence.append([values[0] for values in own])
+                    found = mask_logits(kernel[None], feature[None])[0]                  # (part of Q, h, w)
+                    torch.gt(resize_masks(found, stretch.size, size), 0, out=masks)
+                    confidence.append(self.mask_confidence(resize_masks(found, stretch.size)))
                 scores = RunningScores(class_scores, *map(torch.cat, zip(*confidence))).joined(scores)
                 recent += 1
                 if recent == len(buffer):
@@ -343,11 +343,11 @@ class GRAttVIS(nn.Module):
         frames = frame[None].to(self.pixel_mean.device, non_blocking=True)
         queries, features = self.replay(self.detect_queries, frames)
         (logits, kernel, gates), tracker_state = self.track_frames(queries, 1, state.tracker if state else None)
-        mask_logits = upsample_masks(kernel, features, size, padded(*size))
-        confidence = (part[0] for part in mask_confidence(mask_logits))
+        found = mask_logits(kernel, features)[0]                                         # (Q, h, w)
+        confidence = self.mask_confidence(resize_masks(found, size))
         running = RunningScores(class_probabilities(logits[0]), *confidence).joined(state.scores if state else None)
         scores, labels, chosen = running.best(top_k)
-        masks = resize_masks(mask_logits[:, chosen], output_size)[0] > 0
+        masks = resize_masks(found[chosen], size, output_size) > 0
         return FrameTracks(scores, labels, masks, chosen, logits[0], gates[0].T[chosen]), StepState(size, tracker_state, running)
 
     @staticmethod

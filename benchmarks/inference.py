@@ -27,9 +27,10 @@ from data import VideoSet  # noqa: E402
 from deform_attn import implementation  # noqa: E402
 from inference import FrameBatches, segment_videos, to_entries  # noqa: E402
 import model as model_module  # noqa: E402
-from model import FRAMES_TOGETHER, build_model, padded, regrouped  # noqa: E402
-from results import frame_masks  # noqa: E402
+from model import FRAMES_TOGETHER, build_model, regrouped  # noqa: E402
+from results import mask_confidence, resize_masks  # noqa: E402
 from run_length import encode, encode_counts  # noqa: E402
+from transformer import mask_logits  # noqa: E402
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -165,8 +166,9 @@ def speed(videos: int, frames: int, chunk: int, workers: int) -> None:
 
         def masks() -> None:
             for kernels, feature in zip(kernel, features):
-                found, *_ = frame_masks(kernels[None], feature[None], (HEIGHT, WIDTH), padded(HEIGHT, WIDTH), OUTPUT)
-                encode_counts(found[0])
+                found = mask_logits(kernels[None], feature[None])[0]
+                mask_confidence(resize_masks(found, (HEIGHT, WIDTH)))
+                encode_counts(resize_masks(found, (HEIGHT, WIDTH), OUTPUT) > 0)
 
         stages = {f"decoding ({workers} workers; {alone:.0f} a core)": 1 / decode,
                   "detector": seconds(lambda: model.replay(model.detect_queries, batch), 9) / len(batch),
