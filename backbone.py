@@ -71,6 +71,7 @@ def build_backbone(name: str, norm: str = "frozen", window: int | None = None) -
 class ResNetBackbone(nn.Module):
     """torchvision's ResNet without its classifier; the stride of a Bottleneck sits in its 3x3 convolution."""
     recompute = False  # in training: what blocks keep for backward is made there again
+    fused = False      # for inference with folded norms: blocks as `block_fused`, the first convolution as `convolve_halves`
 
     def __init__(self, block, layers, norm_layer, last_planes: int = 512):
         super().__init__()
@@ -86,21 +87,60 @@ class ResNetBackbone(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """images (N, 3, H, W), normalised -> [res2, res3, res4, res5], each (N, channels[i], H / stride, W / stride)."""
-        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
-        maps = []
+        x, maps = self.stem(images), []
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             for block in stage:
+                if self.fused:
+                    x = block_fused(block, x)
+                    continue
                 # the first two stages keep most of the memory and do a third of the work
                 recomputed = self.recompute and x.requires_grad and stage in (self.layer1, self.layer2)
                 x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False) if recomputed else block(x)
             maps.append(x)
         return maps
 
+    def stem(self, images: Tensor) -> Tensor:
+        """What comes before the blocks: images -> (N, 64, H / 4, W / 4)."""
+        first = convolve_halves(self.conv1, images) if self.fused else self.bn1(self.conv1(images))
+        return self.maxpool(self.relu(first))
+
+
+def convolve_halves(convolution: nn.Conv2d, images: Tensor) -> Tensor:
+    """The first convolution, 7x7 of stride 2 on 3 channels, as 4x4 of stride 1 on the 12 numbers of every 2x2 pixels: the same
+    products, in a form that tensor cores take. H and W must be even.
+
+    Output y reads pixels 2 y - 3 to 2 y + 3: those of the pairs y - 2 to y + 1, but for the very first, whose weight is 0. Four more
+    channels of zeros make 16, as kernels of 16 bit want a multiple of 8."""
+    weight = F.pad(convolution.weight, (1, 0, 1, 0)).unflatten(3, (4, 2)).unflatten(2, (4, 2))             # (64, 3, 4, 2, 4, 2)
+    weight = F.pad(weight.permute(0, 2, 4, 3, 5, 1).flatten(3), (0, 4)).permute(0, 3, 1, 2)                # (64, 16, 4, 4)
+    pairs = images.to(weight.dtype).permute(0, 2, 3, 1).unflatten(2, (-1, 2)).unflatten(1, (-1, 2))        # (N, H / 2, 2, W / 2, 2, 3)
+    pairs = F.pad(pairs.transpose(2, 3).flatten(3), (0, 4, 2, 1, 2, 1)).permute(0, 3, 1, 2)                # (N, 16, H / 2 + 3, W / 2 + 3)
+    return F.conv2d(pairs, weight, convolution.bias)
+
+
+def convolve_fused(convolution: nn.Conv2d, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    """relu(convolution(x) + residual) in one kernel of cuDNN's."""
+    how = convolution.bias, convolution.stride, convolution.padding, convolution.dilation, convolution.groups
+    if residual is None:
+        return torch.cudnn_convolution_relu(x, convolution.weight, *how)
+    return torch.cudnn_convolution_add_relu(x, convolution.weight, residual, 1.0, *how)
+
+
+def block_fused(block: BasicBlock | Bottleneck, x: Tensor) -> Tensor:
+    """A block of a ResNet whose norms are folded."""
+    residual = x if block.downsample is None else block.downsample(x)
+    *others, last = (getattr(block, f"conv{number}") for number in (1, 2, 3) if hasattr(block, f"conv{number}"))
+    for convolution in others:
+        x = convolve_fused(convolution, x)
+    return convolve_fused(last, x, residual)
+
 
 def fold_norms(network: ResNetBackbone) -> None:
-    """Put every batch norm into the convolution before it, in place, for inference: the same but for rounding, in fewer passes."""
+    """Put every batch norm into the convolution before it, in place, for inference: the same but for rounding, in fewer passes.
+    What a block adds at its end gets the constants of both sides on one."""
     pairs = [(network, "conv1", "bn1")]
-    for block in (block for stage in (network.layer1, network.layer2, network.layer3, network.layer4) for block in stage):
+    blocks = [block for stage in (network.layer1, network.layer2, network.layer3, network.layer4) for block in stage]
+    for block in blocks:
         pairs += [(block, f"conv{number}", f"bn{number}") for number in (1, 2, 3) if hasattr(block, f"conv{number}")]
         pairs += [(block.downsample, "0", "1")] if block.downsample else []
     for owner, convolution, norm in pairs:
@@ -109,6 +149,10 @@ def fold_norms(network: ResNetBackbone) -> None:
             own.weight, own.bias = fuse_conv_bn_weights(own.weight, own.bias, its.running_mean, its.running_var, its.eps, its.weight,
                                                         its.bias)
             setattr(owner, norm, nn.Identity())
+    for block in blocks:
+        if block.downsample and block.downsample[0].bias is not None:
+            last = block.conv3 if isinstance(block, Bottleneck) else block.conv2
+            last.bias, block.downsample[0].bias = nn.Parameter(last.bias + block.downsample[0].bias), None
 
 
 class DetectorWindowAttention(ShiftedWindowAttention):

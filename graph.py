@@ -43,7 +43,7 @@ class Replay:
     What is recorded is kernels: hooks are not called again, and another value of an attribute is not seen before `forget`."""
 
     def __init__(self):
-        self.graphs, self.weights = {}, None
+        self.graphs, self.places, self.weights = {}, None, None
 
     def __call__(self, function: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> tuple[Tensor, ...]:
         """The function of these inputs; the outputs are the caller's to keep."""
@@ -59,17 +59,19 @@ class Replay:
         return tuple(output.clone() for output in found.outputs)
 
     def check_weights(self, module: nn.Module) -> None:
-        """Forget all graphs if the module's weights are no longer where they were; to be called now and then, it takes a millisecond.
+        """Forget all graphs if weights of the module, always the same one, are no longer where they were; to be called now and then.
         That their values change does no harm."""
-        weights = [tensor.data_ptr() for part in module.modules()                    # thrice as fast as parameters() and buffers()
-                   for tensor in (*part._parameters.values(), *part._buffers.values()) if tensor is not None]
+        if self.places is None:                                               # where modules keep them: walking there takes a millisecond
+            self.places = [place for part in module.modules() for place in (part._parameters, part._buffers) if place]
+        weights = [tensor.data_ptr() for place in self.places for tensor in place.values() if tensor is not None]
         if weights != self.weights:
-            self.forget()
+            self.graphs.clear()
             self.weights = weights
 
     def forget(self) -> None:
         """Give all graphs and their memory back."""
         self.graphs.clear()
+        self.places = None
 
     def capture(self, function: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor, ...]) -> Captured:
         """Run the function once to warm up, and once to record it."""
@@ -97,14 +99,18 @@ class Replay:
 class Beside:
     """A context: what is launched in it runs beside what is launched after it, until `join`. Without a GPU it changes nothing.
 
-    What is read in it must be kept until `join`, and what is made in it used after that only."""
+    What is read in it must be kept until `join`, and what is made in it used after that only. waits: for what was launched before
+    it, too; what reads nothing of that, a copy from the CPU, need not."""
 
-    def __init__(self, device: torch.device):
-        self.stream = side_stream(device, -1) if device.type == "cuda" else None  # small kernels need not queue behind large ones
+    def __init__(self, device: torch.device, waits: bool = True):
+        self.waits = waits
+        # small kernels need not queue behind large ones, and no copy behind those
+        self.stream = side_stream(device, -1 if waits else -2) if device.type == "cuda" else None
 
     def __enter__(self) -> None:
         if self.stream:
-            self.stream.wait_stream(torch.cuda.current_stream())
+            if self.waits:
+                self.stream.wait_stream(torch.cuda.current_stream())
             self.context = torch.cuda.stream(self.stream)
             self.context.__enter__()
 
@@ -112,7 +118,10 @@ class Beside:
         if self.stream:
             self.context.__exit__(*failure)
 
-    def join(self) -> None:
-        """What is launched from here on waits for it."""
+    def join(self, *made: Tensor) -> None:
+        """What is launched from here on waits for it, and what was made in it is the current stream's."""
         if self.stream:
-            torch.cuda.current_stream().wait_stream(self.stream)
+            current = torch.cuda.current_stream()
+            current.wait_stream(self.stream)
+            for tensor in made:
+                tensor.record_stream(current)             # its memory is not given to the next copy before it is read

@@ -97,10 +97,13 @@ class GRAttVIS(nn.Module):
 
         dtype: that of the autocast it will run under: the weights of all products are cast once, as autocast would at every call,
         so results are the same. compiled: by torch.compile, which takes half a minute for every size of frames, then about half the
-        time a frame, and rounds otherwise; a ResNet's batch norms become part of its convolutions.
+        time a frame, and rounds otherwise; a ResNet's batch norms become part of its convolutions, and in 16 bit on a GPU each of
+        these is one kernel with all that follows it.
         """
         if compiled and isinstance(self.backbone, ResNetBackbone):
             fold_norms(self.backbone)
+            self.backbone.fused = (self.pixel_mean.is_cuda and dtype != torch.float32 and torch.backends.cudnn.is_available()
+                                   and not any(isinstance(module, nn.GroupNorm) for module in self.backbone.modules()))
         if dtype != torch.float32:
             cast_products(self.modules(), dtype)
         if self.pixel_mean.is_cuda:
@@ -112,12 +115,19 @@ class GRAttVIS(nn.Module):
     def compile_parts(self, detector: bool = True) -> None:
         """torch.compile what takes the time, for training or inference: the detector, anew for every size of frames, and the tracker,
         which sees none of the size. What is made again in backward is compiled apart: inside of something larger it would be kept."""
-        apart = [(self.backbone, "forward"), *((layer, "forward") for layer in self.pixel_decoder.layers), (self.pixel_decoder, "join"),
-                 (self.frame_decoder, "forward")]
-        detectors = (apart if self.pixel_decoder.recompute else [(self, "look")]) if detector else []
-        for owner, name in [*detectors, (self.tracker, "read"), (self.tracker, "carry")]:
+        parts = [(self.tracker, "read"), (self.tracker, "carry")]
+        if detector:
+            fused = isinstance(self.backbone, ResNetBackbone) and self.backbone.fused    # its blocks are cuDNN's kernels, nothing else
+            parts.append((self.backbone, "stem" if fused else "forward"))
+        if detector and self.pixel_decoder.recompute:
+            parts += [*((layer, "forward") for layer in self.pixel_decoder.layers), (self.pixel_decoder, "join"),
+                      (self.frame_decoder, "forward")]
+        elif detector:
+            parts.append((self, "decode"))
+        for owner, name in parts:
             compiled = torch.compile(getattr(type(owner), name), dynamic=False)
             setattr(owner, name, MethodType(compiled, owner))                            # a copy of the model has its own
+        self.mask_confidence = torch.compile(mask_confidence)
 
     def hold_frozen(self, dtype: torch.dtype) -> None:
         """Keep the weights of products that are not trained in `dtype`, as autocast would cast them at every use. `state_dict` has
@@ -158,8 +168,12 @@ class GRAttVIS(nn.Module):
 
     def look(self, images: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Tensor, Tensor]:
         """What FrameOutput holds, as plain tensors, which can be compiled and captured."""
-        levels, features = self.pixel_decoder(self.backbone(images))
-        device = images.device.type
+        return self.decode(self.backbone(images))                                        # apart: not both are always compiled
+
+    def decode(self, maps: list[Tensor]) -> tuple[list[tuple[Tensor, Tensor]], Tensor, Tensor]:
+        """What `look` returns, of the backbone's maps."""
+        levels, features = self.pixel_decoder(maps)
+        device = features.device.type
         if torch.is_autocast_enabled(device):
             features = features.to(torch.get_autocast_dtype(device))                     # what all that read them would cast them to
         predictions, queries = self.frame_decoder(levels, features, self.pixel_decoder.mask_features)
@@ -204,11 +218,13 @@ class GRAttVIS(nn.Module):
         queries, features, state, size, stretch = [], [], None, None, None
         together = FRAMES_TOGETHER if self.pixel_mean.is_cuda else 1
         clip_length = sys.maxsize if self.propagation == "clip" else self.clip_length
-        beside = Beside(self.pixel_mean.device)
+        beside, ahead = Beside(self.pixel_mean.device), Beside(self.pixel_mean.device, waits=False)
         self.replay.check_weights(self)
         for frames in regrouped(batches, together):
             size, count = tuple(frames.shape[-2:]), len(frames)
-            frames = frames.to(self.pixel_mean.device, non_blocking=True)
+            with ahead:                                                                  # while the frames before are looked at
+                frames = frames.to(self.pixel_mean.device, non_blocking=True)
+            ahead.join(frames)
             if count < together:
                 frames = torch.cat((frames, frames[-1:].expand(together - count, -1, -1, -1)))
             found = self.replay(self.detect_queries, frames)

@@ -99,7 +99,15 @@ class FeedForward(nn.Module):
         nn.init.xavier_uniform_(self.linear2.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(x + self.linear2(F.relu(self.linear1(x))))
+        return self.norm(x + self.linear2(linear_relu(self.linear1, x)))
+
+
+def linear_relu(linear: nn.Linear, x: Tensor) -> Tensor:
+    """relu(linear(x)); on a GPU, where weights are cast for inference, in one kernel: nothing of the hidden width is read again."""
+    if torch.is_grad_enabled() or not x.is_cuda or linear.weight.dtype not in (torch.float16, torch.bfloat16):
+        return F.relu(linear(x))
+    flat = x.to(linear.weight.dtype).flatten(0, -2)
+    return torch._addmm_activation(linear.bias, flat, linear.weight.T).unflatten(0, x.shape[:-1])
 
 
 class MLP(nn.Sequential):

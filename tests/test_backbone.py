@@ -1,6 +1,7 @@
 """Backbones: ResNet equals torchvision's, Swin equals the detectors' (and torchvision's where the two agree)."""
 import pytest
 import torch
+import torch.nn.functional as F
 from torchvision.models import resnet50
 from torchvision.models.swin_transformer import SwinTransformer
 
@@ -51,6 +52,30 @@ def test_folded_norms_change_nothing(name, norm):
     for found, before in zip(network(images), expected, strict=True):
         torch.testing.assert_close(found, before, rtol=1e-9, atol=1e-9)
     assert isinstance(network.layer4[0].downsample[1], torch.nn.Identity) == (norm != "group")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["resnet10", "resnet50"])
+def test_fused_convolutions_are_the_same(monkeypatch, name):
+    """What cuDNN's kernels are to compute, computed by PyTorch: the same maps, with the first convolution on pairs of pixels."""
+    def convolve(x, weight, bias, stride, padding, dilation, groups):
+        return F.conv2d(x, weight, bias, stride, padding, dilation, groups).relu()
+
+    def convolve_and_add(x, weight, residual, alpha, bias, *how):
+        return (F.conv2d(x, weight, bias, *how) + alpha * residual).relu()
+
+    monkeypatch.setattr(torch, "cudnn_convolution_relu", convolve, raising=False)
+    monkeypatch.setattr(torch, "cudnn_convolution_add_relu", convolve_and_add, raising=False)
+    torch.manual_seed(0)
+    network, images = build_backbone(name).double().eval(), torch.randn(2, 3, 64, 96).double()
+    for key, value in network.state_dict().items():
+        if value.ndim == 1:
+            value.uniform_(0.5, 1.5)
+    expected = network(images)
+    fold_norms(network)
+    network.fused = True
+    for found, before in zip(network(images), expected, strict=True):
+        torch.testing.assert_close(found, before, rtol=1e-9, atol=1e-9)
 
 
 def test_the_thin_backbone_has_half_of_the_weights():

@@ -1,14 +1,17 @@
 """The same numbers on a GPU: inference in float64 against the official ones, and training steps in 16 bit."""
+import copy
 import json
 
 import pytest
 import torch
 
 import train
+from backbone import build_backbone, fold_norms
 from golden_set import PROPAGATION, golden_model, make_video, meta, read_arrays, relative_error
 from graph import Replay
 from model import build_model
 from synthetic import make_dataset
+from transformer import cast_products, linear_relu
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that PyTorch sees")
 
@@ -52,6 +55,26 @@ def test_deterministic_training(tmp_path, more):
     assert losses[0] == losses[1] and len(set(losses[0])) == 10
     one, other = (torch.load(tmp_path / name / "last.pt", weights_only=True)["model"] for name in ("one", "other"))
     assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+@torch.no_grad()
+def test_fused_kernels_are_as_exact_as_others():
+    """In 16 bit, against float64: convolutions with all that follows them, and linear maps with their ReLU."""
+    torch.manual_seed(0)
+    network, images = build_backbone("resnet50").cuda().eval(), torch.randn(2, 3, 64, 96, device="cuda")
+    exact, errors = copy.deepcopy(network).double()(images.double()), []
+    for fused in (False, True):
+        own = copy.deepcopy(network)
+        if fused:
+            fold_norms(own)
+        own.fused = fused
+        cast_products(own.modules(), torch.bfloat16)
+        with torch.autocast("cuda", torch.bfloat16):
+            maps = own.to(memory_format=torch.channels_last)(images)
+        errors.append([(found.double() - expected).norm() / expected.norm() for found, expected in zip(maps, exact, strict=True)])
+    assert all(fused < 0.02 and fused < 1.5 * plain for plain, fused in zip(*errors, strict=True))
+    linear, x = torch.nn.Linear(64, 256).cuda().bfloat16(), torch.randn(3, 50, 64, device="cuda", dtype=torch.bfloat16)
+    assert torch.equal(linear_relu(linear, x), linear(x).relu())
 
 
 @pytest.mark.parametrize("propagation", ["gated", "memory", "gated+memory"])
