@@ -71,7 +71,7 @@ def build_backbone(name: str, norm: str = "frozen", window: int | None = None) -
 class ResNetBackbone(nn.Module):
     """torchvision's ResNet without its classifier; the stride of a Bottleneck sits in its 3x3 convolution."""
     recompute = False  # in training: what blocks keep for backward is made there again
-    fused = False      # for inference with folded norms: blocks as `block_fused`, the first convolution as `convolve_halves`
+    fused = False      # for inference with folded norms: blocks as `block_fused`, the first convolution as `convolve_pairs`
 
     def __init__(self, block, layers, norm_layer, last_planes: int = 512):
         super().__init__()
@@ -101,11 +101,11 @@ class ResNetBackbone(nn.Module):
 
     def stem(self, images: Tensor) -> Tensor:
         """What comes before the blocks: images -> (N, 64, H / 4, W / 4)."""
-        first = convolve_halves(self.conv1, images) if self.fused else self.bn1(self.conv1(images))
+        first = convolve_pairs(self.conv1, images) if self.fused else self.bn1(self.conv1(images))
         return self.maxpool(self.relu(first))
 
 
-def convolve_halves(convolution: nn.Conv2d, images: Tensor) -> Tensor:
+def convolve_pairs(convolution: nn.Conv2d, images: Tensor) -> Tensor:
     """The first convolution, 7x7 of stride 2 on 3 channels, as 4x4 of stride 1 on the 12 numbers of every 2x2 pixels: the same
     products, in a form that tensor cores take. H and W must be even.
 

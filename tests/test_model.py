@@ -458,6 +458,18 @@ def test_a_copy_has_no_graphs_of_the_model():
         assert other.replay is not model.replay and not other.replay.graphs
 
 
+def test_graphs_are_forgotten_when_weights_move():
+    """Their values may change: a graph reads them where they are."""
+    model = make_model()
+    for move, kept in ((lambda: torch.nn.init.normal_(model.tracker.class_embed.weight), True), (model.float, False),
+                       (lambda: setattr(model.tracker.class_embed, "weight", torch.nn.Parameter(torch.zeros(CLASSES + 1, 64))), False)):
+        model.replay.check_weights(model)
+        model.replay.graphs["key"] = None
+        move()
+        model.replay.check_weights(model)
+        assert bool(model.replay.graphs) == kept
+
+
 def test_a_model_is_gone_with_its_last_name():
     """And its memory with it: nothing in it refers back to the whole, so no garbage collection is waited for."""
     model = make_model()
