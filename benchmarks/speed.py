@@ -1,6 +1,7 @@
 """Speed of the whole on a GPU: inference of a video, a live stream and training, at the sizes at which the official code was measured.
 
     python benchmarks/speed.py                          # all parts; --parts video live swin train others, --profile 10
+    python benchmarks/speed.py --amp fp16 --compile     # masks nearer to those of float32 than in bfloat16
 
 Random weights; time and memory do not depend on them. Video: uint8 frames on the CPU to masks at output size on the GPU
 (`segment_video`, top 10). Live: `step`, frame by frame, each waited for. Train: whole iterations, from clips on the CPU to the
@@ -27,7 +28,7 @@ from transformer import mask_logits  # noqa: E402
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
-AMP = torch.bfloat16 if CUDA else torch.float32
+TRAINING_AMP = AMP = torch.bfloat16 if CUDA else torch.float32
 TOP_K = 10
 TRAINING = {"frozen8": (8, True), "frozen2": (2, True), "unfrozen2": (2, False)}
 
@@ -63,8 +64,8 @@ def make_model(preset: str, compiled: bool, fast: bool = True) -> nn.Module:
     return build_model(preset, 25).to(DEVICE).accelerate(AMP if fast else torch.float32, compiled)
 
 
-def autocast(dtype: torch.dtype = AMP) -> torch.autocast:
-    return torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32)
+def autocast() -> torch.autocast:
+    return torch.autocast(DEVICE.type, AMP, enabled=AMP != torch.float32)
 
 
 def video(preset: str, frames: int, size: tuple[int, int], output: tuple[int, int], args: argparse.Namespace) -> None:
@@ -140,7 +141,7 @@ def train(clips: int, frozen: bool, args: argparse.Namespace, size: tuple[int, i
     model = build_model("r50", 25).to(DEVICE, memory_format=torch.channels_last).train()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not frozen or name.startswith("tracker."))
-    model.hold_frozen(AMP)
+    model.hold_frozen(TRAINING_AMP)
     model.pixel_decoder.recompute, model.backbone.recompute = args.recompute != "off", args.recompute == "all"
     if args.compile:
         model.compile_parts()
@@ -152,7 +153,7 @@ def train(clips: int, frozen: bool, args: argparse.Namespace, size: tuple[int, i
         batch = [clip.pin_memory() for clip in batch]                    # as a loader gives them
 
     def iterate() -> None:
-        train_step(model, criterion, batch, setting, DEVICE, AMP, optimizer, scaler)
+        train_step(model, criterion, batch, setting, DEVICE, TRAINING_AMP, optimizer, scaler)
         optimizer.step()
 
     for _ in range(3):
@@ -219,16 +220,20 @@ def others(chunks: list[int], frames: int = 36) -> None:
 
 def main() -> None:
     """The parts that the command line asks for."""
+    global AMP
     parser = argparse.ArgumentParser(description="Measure speed.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     names = ("video", "live", "swin", "train", "others")
     parser.add_argument("--parts", nargs="+", default=names, choices=names)
     parser.add_argument("--frames", type=int, nargs="+", default=[36, 200], help="lengths of the videos")
     parser.add_argument("--training", nargs="+", default=list(TRAINING), choices=TRAINING, help="clips, and whether the detector is frozen")
     parser.add_argument("--chunks", type=int, nargs="+", default=[1, 8, 36], help="frames that the other model takes at once")
+    parser.add_argument("--amp", default="bf16", choices=("bf16", "fp16"), help="16 bit of which kind, in inference on a GPU")
     parser.add_argument("--compile", action="store_true", help="torch.compile the model")
     parser.add_argument("--recompute", default="off", choices=("off", "decoder", "all"), help="as train.py's")
     parser.add_argument("--profile", type=int, default=0, metavar="N", help="print the N longest kernels of every part")
     args = parser.parse_args()
+    if CUDA and args.amp == "fp16":
+        AMP = torch.float16
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if CUDA else 'CPU'}, {AMP}, {implementation(DEVICE)}", flush=True)
     if "video" in args.parts:
         errors("r50", (360, 640), args)
