@@ -33,13 +33,14 @@ from PIL import Image, ImageSequence
 from pycocotools import mask as rle
 from tqdm import tqdm
 
+from batching import in_batches
 from checkpoint import SHIPPED_WEIGHTS, default_short_side, model_from_checkpoint, save_json
 from data import (LARGEST_PICTURE, PICTURE_FORMATS, InputError, at_test_size, check_pixels, open_picture, read_categories, read_picture,
                   told_in_a_sentence)
 from deform_attn import implementation
 from device import choose_amp, start_processes
 from draw import best_labels, overlays, save_pictures
-from model import PRESETS, GRAttVIS, in_batches
+from model import PRESETS, GRAttVIS
 from plots import plot_timeline, require_matplotlib
 from recipes import at_least
 from results import EncodedVideo

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from backbone import ResNetBackbone, build_backbone, fold_norms
+from batching import check_frame, in_batches, padded, regrouped
 from detector import FrameDecoder, PixelDecoder
 from graph import Beside, Replay
 from results import (EncodedVideo, FrameTracks, RunningScores, StepState, Stretch, VideoResult, best_pairs, class_probabilities,
@@ -37,7 +38,6 @@ from transformer import cast_products, mask_logits
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)   # RGB, 0..255
 PIXEL_STD = (58.395, 57.12, 57.375)
-SIZE_DIVISOR = 32
 VITA_WINDOW = 6                          # frames an encoder window of VITA spans
 FRAMES_TOGETHER = 12                     # that a GPU takes at once; another number is another rounding
 FROZEN_TOGETHER = 20                     # frames that a frozen detector takes at once in training
@@ -326,8 +326,9 @@ class GRAttVIS(nn.Module):
                 confidence = []
                 for kernel, masks in zip(kernels.split(part), buffer[recent].split(part)):
                     found = mask_logits(kernel[None], feature[None])[0]                  # (part of Q, h, w)
-                    torch.gt(resize_masks(found, stretch.size, size), 0, out=masks)
-                    confidence.append(self.mask_confidence(resize_masks(found, stretch.size)))
+                    at_frame = resize_masks(found, stretch.size)
+                    confidence.append(self.mask_confidence(at_frame))
+                    torch.gt(at_frame if size == stretch.size else resize_masks(found, stretch.size, size), 0, out=masks)
                 scores = RunningScores(class_scores, *map(torch.cat, zip(*confidence))).joined(scores)
                 recent += 1
                 if recent == len(buffer):
@@ -379,51 +380,6 @@ class GRAttVIS(nn.Module):
             raise ValueError(f"top_k must be at least 1, not {top_k}")
         if output_size is not None and min(output_size) < 1:
             raise ValueError(f"output_size must be (height, width) of at least 1 pixel, not {output_size}")
-
-
-def padded(height: int, width: int) -> tuple[int, int]:
-    """A size rounded up to multiples of 32."""
-    return math.ceil(height / SIZE_DIVISOR) * SIZE_DIVISOR, math.ceil(width / SIZE_DIVISOR) * SIZE_DIVISOR
-
-
-def check_frame(frame: Tensor) -> None:
-    """ValueError unless it is uint8 (3, H, W)."""
-    if not isinstance(frame, Tensor):
-        raise ValueError(f"a frame must be a torch tensor, not {type(frame).__module__}.{type(frame).__name__}")
-    if frame.dtype != torch.uint8 or frame.ndim != 3 or len(frame) != 3:
-        raise ValueError(f"a frame must be uint8 of shape (3, H, W), not {frame.dtype} {tuple(frame.shape)}")
-
-
-def regrouped(batches: Iterable[Tensor], count: int) -> Iterator[Tensor]:
-    """Batches of frames, however many each holds -> batches of `count`, but for the last. ValueError if their sizes differ."""
-    rest = None
-    for batch in batches:
-        if not len(batch):
-            continue
-        check_frame(batch[0])
-        if rest is not None and batch.shape[1:] != rest.shape[1:]:
-            raise ValueError(f"all frames of a video must have one size, not {sorted({(*rest.shape[2:],), (*batch.shape[2:],)})}")
-        rest = batch if rest is None or not len(rest) else torch.cat((rest, batch))
-        whole = len(rest) - len(rest) % count
-        yield from rest[:whole].split(count) if whole else ()
-        rest = rest[whole:]
-    if rest is not None and len(rest):
-        yield rest
-
-
-def in_batches(frames: Tensor | Iterable[Tensor], count: int) -> Iterator[Tensor]:
-    """Frames (3, H, W) -> batches of up to `count` of one size."""
-    if count < 1:
-        raise ValueError(f"a batch needs at least one frame, not {count}")
-    batch = []
-    for frame in frames:
-        check_frame(frame)
-        if batch and (len(batch) == count or frame.shape != batch[0].shape):
-            yield torch.stack(batch)
-            batch = []
-        batch.append(frame)
-    if batch:
-        yield torch.stack(batch)
 
 
 PRESETS = {  # a model of the paper a line; every value is an argument of GRAttVIS and can be overridden in build_model

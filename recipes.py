@@ -13,12 +13,13 @@ from pathlib import Path
 
 from augmentation import JITTER, Augmentation
 from backbone import SwinBackbone
+from batching import SIZE_DIVISOR
 from clips import ClipDataset, MixedClips, RenderedClips
 from data import InputError, VideoSet, find_split, first_existing
 from detector import SUPERVISED_LAYERS
 from losses import GATE_LOSSES, SIMILARITY_SPANS, Criterion
 from metric import check_ground_truth
-from model import PIXEL_MEAN, PIXEL_STD, PRESETS, SIZE_DIVISOR, TEST_SIDES, GRAttVIS
+from model import PIXEL_MEAN, PIXEL_STD, PRESETS, TEST_SIDES, GRAttVIS
 from synthetic import SUITES
 from tracker import GATE_MASKS, PROPAGATIONS
 

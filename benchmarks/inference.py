@@ -23,11 +23,12 @@ from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from batching import regrouped  # noqa: E402
 from data import VideoSet  # noqa: E402
 from deform_attn import implementation  # noqa: E402
 from inference import FrameBatches, segment_videos, to_entries  # noqa: E402
 import model as model_module  # noqa: E402
-from model import FRAMES_TOGETHER, build_model, regrouped  # noqa: E402
+from model import FRAMES_TOGETHER, build_model  # noqa: E402
 from results import mask_confidence, resize_masks  # noqa: E402
 from run_length import encode, encode_counts  # noqa: E402
 from transformer import mask_logits  # noqa: E402

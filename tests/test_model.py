@@ -14,9 +14,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from batching import regrouped
 from detector import DeformableEncoderLayer, FrameDecoder, MasksAtLevels, sine_position
 from golden_set import relative_error
-from model import PIXEL_MEAN, PIXEL_STD, PRESETS, GRAttVIS, build_model, regrouped
+from model import PIXEL_MEAN, PIXEL_STD, PRESETS, GRAttVIS, build_model
 
 CLASSES, HEIGHT, WIDTH = 3, 40, 56
 STEPPING = ("gated", "plain", "memory", "gated+memory")  # the propagations that go frame by frame
