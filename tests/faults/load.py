@@ -43,22 +43,28 @@ def end(process: subprocess.Popen) -> None:
 
 
 def usage(pid: int) -> dict[str, int]:
-    """What a process and its children hold: bytes of memory that is no file's, open files, bytes of shared memory that has a name.
+    """What a process and its children hold: bytes of memory that is no file's, open files, tensors on their way from a loader (files of
+    shared memory without a name, more or fewer by a batch from look to look), bytes of shared memory that has a name.
 
     What they share since a fork counts for each: when one writes to it and gets a copy, nothing has grown but the copy's cost,
     which is bounded."""
-    held = {"memory": 0, "files": 0, "processes": 0, "shared": 0}
+    held = {"memory": 0, "files": 0, "on the way": 0, "processes": 0, "shared": 0}
     for path in Path("/dev/shm").glob("torch_*"):
         with suppress(FileNotFoundError):                          # handed over and gone
             held["shared"] += path.stat().st_size
     for member in family(pid):
         try:
             rollup = Path(f"/proc/{member}/smaps_rollup").read_text()
-            files = len(os.listdir(f"/proc/{member}/fd"))
+            files = []
+            for file in Path(f"/proc/{member}/fd").iterdir():
+                with suppress(FileNotFoundError):                  # closed meanwhile
+                    files.append(os.readlink(file))
         except OSError:                                            # it has just ended
             continue
         held["memory"] += 1024 * sum(int(line.split()[1]) for line in rollup.splitlines() if line.startswith(("Anonymous:", "Swap:")))
-        held["files"] += files
+        on_the_way = sum(file.startswith("/dev/shm/torch_") for file in files)
+        held["files"] += len(files) - on_the_way
+        held["on the way"] += on_the_way
         held["processes"] += 1
     return held
 
