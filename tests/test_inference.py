@@ -3,6 +3,7 @@
 Results are compared byte for byte, so everything here runs with one thread: a CPU rounds differently with several.
 """
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -279,14 +280,18 @@ def test_a_killed_evaluation_goes_on_where_it_was(trained, whole, tmp_path, caps
     def done():
         return [path for path in (tmp_path / "unfinished").glob("*.json") if path.stem.isdecimal()]
 
-    process = subprocess.Popen([sys.executable, str(REPOSITORY / "evaluate.py"), *arguments(trained, tmp_path)], env=ONE_THREAD,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    try:
-        wait_until(done, process)
-    finally:
-        process.kill()
-    _, printed = process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGKILL, f"it ended before it was killed, give it more videos: {printed.decode()[-3000:]}"
+    for _ in range(10):                             # on a busy machine the murderer may come too late
+        process = subprocess.Popen([sys.executable, str(REPOSITORY / "evaluate.py"), *arguments(trained, tmp_path)], env=ONE_THREAD,
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        try:
+            wait_until(done, process)
+        finally:
+            process.kill()
+        _, printed = process.communicate(timeout=60)
+        assert process.returncode in (0, -signal.SIGKILL), printed.decode()[-3000:]
+        if 0 < len(done()) < len(LENGTHS):
+            break
+        shutil.rmtree(tmp_path)
     count = len(done())
     assert 0 < count < len(LENGTHS), f"it was killed with {count} of {len(LENGTHS)} videos done, not amid them"
     assert not (tmp_path / "results.json").exists()
