@@ -43,7 +43,7 @@ from draw import best_labels, overlays, save_pictures
 from model import PRESETS, GRAttVIS
 from plots import plot_timeline, require_matplotlib
 from recipes import at_least
-from results import EncodedVideo
+from results import EncodedVideo, check_finite
 from synthetic import HEIGHT, SUITES, WIDTH, make_video
 from tracker import PROPAGATIONS
 
@@ -241,6 +241,7 @@ def follow(model: GRAttVIS, source: str, pictures: Iterator[Image.Image], names:
         check_size(picture, size, number, source)
         frame = at_test_size(picture, args.short_side, args.max_long_side)
         tracks, state = model.step(frame, state, size[::-1], args.top_k)
+        check_finite(tracks.scores)
         shown = []
         for index in best_labels(tracks, args.score):
             if tracks.masks[index].any():

@@ -55,8 +55,11 @@ def segment_videos(model: GRAttVIS, videos: list[Video], device: torch.device, a
     bar = tqdm(total=sum(len(video.files) for video in videos), desc="segment", unit="frame", mininterval=1)
     loaded = timed(loader, bar)
     for video in videos:
-        with torch.autocast(device.type, amp, enabled=amp != torch.float32):
-            found = model.encode_video(islice(loaded, -(-len(video.files) // chunk)), (video.height, video.width), top_k)
+        try:
+            with torch.autocast(device.type, amp, enabled=amp != torch.float32):
+                found = model.encode_video(islice(loaded, -(-len(video.files) // chunk)), (video.height, video.width), top_k)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{video.files[0].parent}: {error}") from error
         yield video, found
     bar.close()
 

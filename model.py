@@ -30,8 +30,8 @@ from backbone import ResNetBackbone, build_backbone, fold_norms
 from batching import check_frame, in_batches, padded, regrouped
 from detector import FrameDecoder, PixelDecoder
 from graph import Beside, Replay
-from results import (EncodedVideo, FrameTracks, RunningScores, StepState, Stretch, VideoResult, best_pairs, class_probabilities,
-                     mask_confidence, resize_masks, with_mask_scores)
+from results import (EncodedVideo, FrameTracks, RunningScores, StepState, Stretch, VideoResult, best_pairs, check_finite,
+                     class_probabilities, mask_confidence, resize_masks, with_mask_scores)
 from run_length import PackedCodes, encode_counts
 from tracker import ClipPrediction, Tracker, TrackerState
 from transformer import cast_products, mask_logits
@@ -310,7 +310,8 @@ class GRAttVIS(nn.Module):
         """What `segment_video` does, of a video of any length: nothing is kept of a frame but codes and scores.
 
         batches: as for `follow`. Which queries are among the best is known at the end alone, since a class score is a
-        maximum over all frames: until then every query's masks are kept, as codes on the CPU.
+        maximum over all frames: until then every query's masks are kept, as codes on the CPU. FloatingPointError where scores are
+        not finite (the other two leave that to their caller, since looking means waiting for the GPU).
         """
         self.check_request(output_size, top_k)
         scores, codes, gates, recent, buffer = None, None, [], 0, None
@@ -338,6 +339,7 @@ class GRAttVIS(nn.Module):
         if recent:
             codes.add(encode_counts(buffer[:recent].flatten(0, 1)))
         scores, labels, chosen = (values.cpu() for values in scores.best(top_k))
+        check_finite(scores)
         segmentations = [[{"size": list(size), "counts": code} for code in own] for own in codes.take(chosen.tolist())]
         return EncodedVideo(scores, labels, chosen, segmentations, torch.cat(gates).permute(2, 0, 1)[chosen])
 

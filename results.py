@@ -100,6 +100,13 @@ def with_mask_scores(scores: Tensor, mask_sum: Tensor, mask_area: Tensor) -> tup
     return scores[order], order
 
 
+def check_finite(scores: Tensor) -> None:
+    """FloatingPointError where scores are NaN or infinite, as they are once anything before them is."""
+    if not scores.isfinite().all():
+        raise FloatingPointError("the scores are not finite: the weights are damaged, or an activation exceeds what the dtype holds "
+                                 "(float16: 65504), then --amp bf16 or off helps")
+
+
 def class_probabilities(logits: Tensor) -> Tensor:
     """(..., K + 1) logits -> (..., K) probabilities, "no object" left out."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)[..., :-1]

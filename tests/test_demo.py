@@ -6,6 +6,7 @@ live one starts it and feeds it picture by picture.
 import functools
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -378,6 +379,16 @@ def refuse(tmp_path, source, weights, *more):
     message = sentence(demo, command(source, weights, "--output", tmp_path / "out", *more))
     assert not (tmp_path / "out").exists()
     return message
+
+
+@pytest.mark.parametrize("more", [(), ("--live",)], ids=" ".join)
+def test_weights_that_make_no_numbers_are_refused(tmp_path, folder, weights, more):
+    checkpoint = torch.load(weights, weights_only=True)
+    checkpoint["model"]["tracker.class_embed.weight"].fill_(math.nan)
+    torch.save(checkpoint, tmp_path / "damaged.pt")
+    with pytest.raises(FloatingPointError, match="the scores are not finite: the weights are damaged"):
+        demo.main(demo.parse_arguments(command(folder, tmp_path / "damaged.pt", "--output", tmp_path / "out", *more)))
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_output_folder_that_is_there_is_left_as_it_is(tmp_path, folder, weights):

@@ -57,8 +57,9 @@ def test_deterministic_training(tmp_path, more):
     assert all(torch.equal(value, other[name]) for name, value in one.items())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @torch.no_grad()
-def test_fused_kernels_are_as_exact_as_others():
+def test_fused_kernels_are_as_exact_as_others(dtype):
     """In 16 bit, against float64: convolutions with all that follows them, and linear maps with their ReLU."""
     torch.manual_seed(0)
     network, images = build_backbone("resnet50").cuda().eval(), torch.randn(2, 3, 64, 96, device="cuda")
@@ -68,12 +69,12 @@ def test_fused_kernels_are_as_exact_as_others():
         if fused:
             fold_norms(own)
         own.fused = fused
-        cast_products(own.modules(), torch.bfloat16)
-        with torch.autocast("cuda", torch.bfloat16):
+        cast_products(own.modules(), dtype)
+        with torch.autocast("cuda", dtype):
             maps = own.to(memory_format=torch.channels_last)(images)
         errors.append([(found.double() - expected).norm() / expected.norm() for found, expected in zip(maps, exact, strict=True)])
     assert all(fused < 0.02 and fused < 1.5 * plain for plain, fused in zip(*errors, strict=True))
-    linear, x = torch.nn.Linear(64, 256).cuda().bfloat16(), torch.randn(3, 50, 64, device="cuda", dtype=torch.bfloat16)
+    linear, x = torch.nn.Linear(64, 256).to("cuda", dtype), torch.randn(3, 50, 64, device="cuda", dtype=dtype)
     assert torch.equal(linear_relu(linear, x), linear(x).relu())
 
 

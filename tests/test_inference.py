@@ -3,6 +3,7 @@
 Results are compared byte for byte, so everything here runs with one thread: a CPU rounds differently with several.
 """
 import json
+import math
 import shutil
 import signal
 import subprocess
@@ -303,6 +304,16 @@ def test_a_killed_evaluation_goes_on_where_it_was(trained, whole, tmp_path, caps
     run(*arguments(trained, tmp_path))
     assert f"{count} of them done before" in capsys.readouterr().out
     assert_equal_results(tmp_path, whole)
+
+
+def test_weights_that_make_no_numbers_write_no_results(trained, tmp_path):
+    """The video is named; another one, or other weights, may have results later."""
+    checkpoint = torch.load(trained / "run/last.pt", weights_only=True)
+    checkpoint["model"]["tracker.query_feat.weight"].fill_(math.inf)
+    torch.save(checkpoint, tmp_path / "damaged.pt")
+    with pytest.raises(FloatingPointError, match=r"valid/JPEGImages/\d+: the scores are not finite"):
+        run("--weights", tmp_path / "damaged.pt", *arguments(trained, tmp_path / "out")[2:])
+    assert [path.name for path in (tmp_path / "out").rglob("*.json")] == ["setting.json"]
 
 
 def test_the_archive_holds_the_results_and_nothing_else(whole):

@@ -2,6 +2,7 @@
 
 Where a formula is simple it is written out again here: the position encoding, the normalisation, the mask score.
 """
+import contextlib
 import copy
 import gc
 import math
@@ -219,6 +220,19 @@ def test_what_is_no_video(model):
         model.segment_video(make_frames(2)[:0])
     with pytest.raises(ValueError, match=r"must have one size.*\(40, 50\).*\(40, 56\)"):  # though padded to one size
         model.segment_video([make_frames(1)[0], make_frames(1, 40, 50)[0]])
+
+
+def test_activations_that_float16_cannot_hold_are_told():
+    """Not for the first frame, so that no frame is overlooked; bfloat16 has the range of float32."""
+    model, frames = build_model("toy", CLASSES, norm="group").eval(), make_frames(3)
+    model.backbone.conv1.weight.data *= 1e5
+    frames[:2] = 123                              # what the mean leaves of them is nearly zero
+    for dtype, outcome in ((torch.float16, pytest.raises(FloatingPointError, match="float16: 65504")),
+                           (torch.bfloat16, contextlib.nullcontext())):
+        with torch.autocast("cpu", dtype):
+            assert model.encode_video([frames[:2]]).scores.isfinite().all()
+            with outcome:
+                model.encode_video([frames])
 
 
 def test_inference_needs_eval():
