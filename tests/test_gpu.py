@@ -11,6 +11,7 @@ from golden_set import PROPAGATION, golden_model, make_video, meta, read_arrays,
 from graph import Replay
 from model import build_model
 from synthetic import make_dataset
+from test_golden_inference import assert_masks_in_16_bit
 from transformer import cast_products, linear_relu
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that PyTorch sees")
@@ -76,6 +77,12 @@ def test_fused_kernels_are_as_exact_as_others(dtype):
     assert all(fused < 0.02 and fused < 1.5 * plain for plain, fused in zip(*errors, strict=True))
     linear, x = torch.nn.Linear(64, 256).to("cuda", dtype), torch.randn(3, 50, 64, device="cuda", dtype=dtype)
     assert torch.equal(linear_relu(linear, x), linear(x).relu())
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_masks_in_16_bit(compiled):
+    """Against those of a CPU in float32."""
+    assert_masks_in_16_bit("cuda", compiled)
 
 
 @pytest.mark.parametrize("propagation", ["gated", "memory", "gated+memory"])
