@@ -333,13 +333,13 @@ def told_in_a_sentence() -> Iterator[None]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
         raise                                                      # another pipe, another program that has failed
-    except (ConnectionError, RuntimeError) as error:
+    except (ConnectionError, EOFError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker (pid"):
             raise
         with suppress(RuntimeError):                               # PyTorch's signal of the same death may still come: not later
             time.sleep(0.5)
-        sentence = (f"a process that reads ahead was killed ({' '.join(str(error).split())}): often memory has run out, try fewer "
-                    "--workers; the same command goes on, training with --resume")
+        sentence = (f"a process that reads ahead was killed ({' '.join(str(error).split()) or 'it says no more'}): often memory has run "
+                    "out, try fewer --workers; the same command goes on, training with --resume")
     except OSError as error:
         if not error.filename and error.errno != errno.ENOSPC:
             raise

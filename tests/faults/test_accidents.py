@@ -144,6 +144,28 @@ def test_a_loaders_process_is_killed(folder, tmp_path, command):
     (assert_same_run if command is training else assert_same_results)(folder, tmp_path / "out")
 
 
+DYING_LOADER = """
+import multiprocessing.reduction, os, signal, sys
+from torch.utils.data import DataLoader
+import data
+
+multiprocessing.reduction.send_handle = lambda *_: os.kill(os.getpid(), signal.SIGKILL)      # its memory has just been asked for
+with data.told_in_a_sentence():
+    loader = iter(DataLoader([data.torch.zeros(1000)] * 2, batch_size=None, num_workers=1, multiprocessing_context="fork"))
+    if sys.argv[1] == "late":                        # as on a busy machine: what it had open is closed before it counts as dead
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        loader._workers[0].is_alive = lambda: True
+    next(loader)
+"""
+
+
+@pytest.mark.parametrize("news", ["early", "late"])
+def test_a_loaders_process_is_killed_while_it_hands_over(news):
+    """PyTorch is told of its death before or after the connection breaks."""
+    done = subprocess.run([sys.executable, "-c", DYING_LOADER, news], env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and error_line(done.stderr).startswith("a process that reads ahead was killed"), done.stderr
+
+
 def with_rank(process, rank):
     """The process of that rank, once torchrun has started it."""
     for child in family(process.pid)[1:]:
