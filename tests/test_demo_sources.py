@@ -5,6 +5,7 @@ import subprocess
 from types import SimpleNamespace
 
 import pytest
+import torch
 from PIL import Image
 
 import demo
@@ -72,7 +73,7 @@ def test_what_is_no_scene_is_refused_with_the_names_of_the_suites(tmp_path, monk
 def test_a_live_frame_of_another_size_is_refused(monkeypatch):
     """By a model that sees nothing."""
     monkeypatch.setattr(demo, "best_labels", lambda found, least: [])
-    model = SimpleNamespace(reset=lambda: None, step=lambda *given: (None, None))
+    model = SimpleNamespace(reset=lambda: None, step=lambda *given: (SimpleNamespace(scores=torch.zeros(0)), None))
     with pytest.raises(InputError, match="^frame 1 of - is 5x5, the first 8x6$"):
         demo.follow(model, "-", iter([grey(1), grey(2, (5, 5))]), [], demo.parse_arguments(["-", "--live", "--short-side", "6"]))
 
