@@ -126,15 +126,15 @@ def convolve_fused(convolution: nn.Conv2d, x: Tensor, residual: Tensor | None = 
     return torch.cudnn_convolution_add_relu(x, convolution.weight, residual, 1.0, *how)
 
 
-def numbers(block: BasicBlock | Bottleneck) -> tuple[int, ...]:
-    """Of its convolutions, by which torchvision names them."""
+def convolution_numbers(block: BasicBlock | Bottleneck) -> tuple[int, ...]:
+    """By which torchvision names its convolutions and norms."""
     return (1, 2, 3) if isinstance(block, Bottleneck) else (1, 2)
 
 
 def block_fused(block: BasicBlock | Bottleneck, x: Tensor) -> Tensor:
     """A block of a ResNet whose norms are folded."""
     residual = x if block.downsample is None else block.downsample(x)
-    *others, last = (getattr(block, f"conv{number}") for number in numbers(block))
+    *others, last = (getattr(block, f"conv{number}") for number in convolution_numbers(block))
     for convolution in others:
         x = convolve_fused(convolution, x)
     return convolve_fused(last, x, residual)
@@ -146,7 +146,7 @@ def fold_norms(network: ResNetBackbone) -> None:
     pairs = [(network, "conv1", "bn1")]
     blocks = [block for stage in (network.layer1, network.layer2, network.layer3, network.layer4) for block in stage]
     for block in blocks:
-        pairs += [(block, f"conv{number}", f"bn{number}") for number in numbers(block)]
+        pairs += [(block, f"conv{number}", f"bn{number}") for number in convolution_numbers(block)]
         pairs += [(block.downsample, "0", "1")] if block.downsample else []
     for owner, convolution, norm in pairs:
         own, its = getattr(owner, convolution), getattr(owner, norm)
@@ -156,7 +156,7 @@ def fold_norms(network: ResNetBackbone) -> None:
             setattr(owner, norm, nn.Identity())
     for block in blocks:
         if block.downsample and block.downsample[0].bias is not None:
-            last = getattr(block, f"conv{numbers(block)[-1]}")
+            last = getattr(block, f"conv{convolution_numbers(block)[-1]}")
             last.bias, block.downsample[0].bias = nn.Parameter(last.bias + block.downsample[0].bias), None
 
 

@@ -43,7 +43,7 @@ class Replay:
     What is recorded is kernels: hooks are not called again, and another value of an attribute is not seen before `forget`."""
 
     def __init__(self):
-        self.graphs, self.places, self.weights = {}, None, None
+        self.graphs, self.places, self.weights = {}, [], None
 
     def __call__(self, function: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> tuple[Tensor, ...]:
         """The function of these inputs; the outputs are the caller's to keep."""
@@ -59,19 +59,22 @@ class Replay:
         return tuple(output.clone() for output in found.outputs)
 
     def check_weights(self, module: nn.Module) -> None:
-        """Forget all graphs if weights of the module, always the same one, are no longer where they were; to be called now and then.
-        That their values change does no harm."""
-        if self.places is None:                                               # where modules keep them: walking there takes a millisecond
-            self.places = [place for part in module.modules() for place in (part._parameters, part._buffers) if place]
-        weights = [tensor.data_ptr() for place in self.places for tensor in place.values() if tensor is not None]
-        if weights != self.weights:
+        """Forget all graphs if weights of the module, always the same one, are no longer where they were, or a part of it is another
+        one; to be called now and then. That their values change does no harm."""
+        if self.look_up() != self.weights:
             self.graphs.clear()
-            self.weights = weights
+            # where modules keep what they have: walking there takes longer than looking it up
+            self.places = [place for part in module.modules() for place in (part._parameters, part._buffers, part._modules)]
+            self.weights = self.look_up()
+
+    def look_up(self) -> list[int | nn.Module]:
+        """Where weights are, and which modules there are."""
+        return [value.data_ptr() if isinstance(value, Tensor) else value for place in self.places for value in place.values()]
 
     def forget(self) -> None:
         """Give all graphs and their memory back."""
         self.graphs.clear()
-        self.places = None
+        self.weights = None
 
     def capture(self, function: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor, ...]) -> Captured:
         """Run the function once to warm up, and once to record it."""

@@ -102,8 +102,8 @@ class GRAttVIS(nn.Module):
         """
         if compiled and isinstance(self.backbone, ResNetBackbone):
             fold_norms(self.backbone)
-            self.backbone.fused = (self.pixel_mean.is_cuda and dtype != torch.float32 and torch.backends.cudnn.is_available()
-                                   and not any(isinstance(module, nn.GroupNorm) for module in self.backbone.modules()))
+            folded = isinstance(self.backbone.bn1, nn.Identity)                          # a group norm cannot be
+            self.backbone.fused = folded and self.pixel_mean.is_cuda and dtype != torch.float32 and torch.backends.cudnn.is_available()
         if dtype != torch.float32:
             cast_products(self.modules(), dtype)
         if self.pixel_mean.is_cuda:

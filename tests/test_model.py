@@ -477,7 +477,9 @@ def test_graphs_are_forgotten_when_weights_move():
     """Their values may change: a graph reads them where they are."""
     model = make_model()
     for move, kept in ((lambda: torch.nn.init.normal_(model.tracker.class_embed.weight), True), (model.float, False),
-                       (lambda: setattr(model.tracker.class_embed, "weight", torch.nn.Parameter(torch.zeros(CLASSES + 1, 64))), False)):
+                       (lambda: setattr(model.tracker.class_embed, "weight", torch.nn.Parameter(torch.zeros(CLASSES + 1, 64))), False),
+                       (lambda: setattr(model.tracker, "class_embed", torch.nn.Linear(64, CLASSES + 1)), False),
+                       (lambda: torch.nn.init.zeros_(model.tracker.class_embed.weight), True), (model.half, False)):
         model.replay.check_weights(model)
         model.replay.graphs["key"] = None
         move()
