@@ -72,7 +72,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--plot", action="store_true", help="draw when each track is seen and its gates open (needs matplotlib)")
     parser.add_argument("--live", action="store_true", help="print the tracks of every frame as it comes; nothing is written")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
-    parser.add_argument("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"), help="see train.py; off = float32")
+    parser.add_argument("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"), help="auto = fp16 on a GPU, off (float32) on a CPU")
     parser.add_argument("--chunk", type=at_least(1), default=8, help="frames that are read together; no result depends on it")
     return parser.parse_args(arguments)
 

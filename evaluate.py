@@ -77,7 +77,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
                         "and the mean of all (default: the data set's own, or gt_short.json and gt_long.json beside it)")
     run = parser.add_argument_group("run")
     run.add_argument("--device", default="auto", help="auto, cpu, cuda")
-    run.add_argument("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"), help="see train.py; off = float32")
+    run.add_argument("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"), help="auto = fp16 on a GPU, off (float32) on a CPU")
     run.add_argument("--compile", action="store_true", help="compile the model on a GPU: half a minute for each size of frames, then "
                      "faster; results differ by rounding")
     run.add_argument("--chunk", type=at_least(1), default=8, help="frames that are read together; no result depends on it")

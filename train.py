@@ -55,7 +55,7 @@ def main(args: argparse.Namespace) -> None:
     say = print if rank == 0 else lambda *_: None
     if args.deterministic:
         make_deterministic()
-    amp, reason = choose_amp(args.amp, device)
+    amp, reason = choose_amp(args.amp, device, training=True)
     output, last = Path(args.output), Path(args.output) / "last.pt"
     if args.resume == "auto":
         args.resume = str(last) if last.exists() else None

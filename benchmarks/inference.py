@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from batching import regrouped  # noqa: E402
 from data import VideoSet  # noqa: E402
 from deform_attn import implementation  # noqa: E402
+from device import choose_amp  # noqa: E402
 from inference import FrameBatches, segment_videos, to_entries  # noqa: E402
 import model as model_module  # noqa: E402
 from model import FRAMES_TOGETHER, build_model  # noqa: E402
@@ -35,6 +36,7 @@ from transformer import mask_logits  # noqa: E402
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
+AMP, _ = choose_amp("auto", DEVICE)
 HEIGHT, WIDTH, OUTPUT = 360, 640, (720, 1280)
 
 
@@ -84,11 +86,11 @@ def encoding() -> None:
 def make_model() -> torch.nn.Module:
     """R-50 on the device, with random weights."""
     torch.manual_seed(0)
-    return build_model("r50", 25).to(DEVICE).accelerate(torch.bfloat16 if CUDA else torch.float32)
+    return build_model("r50", 25).to(DEVICE).accelerate(AMP)
 
 
 def autocast() -> torch.autocast:
-    return torch.autocast(DEVICE.type, torch.bfloat16, enabled=CUDA)
+    return torch.autocast(DEVICE.type, AMP, enabled=CUDA)
 
 
 def make_batches(frames: int, chunk: int):
@@ -180,8 +182,7 @@ def speed(videos: int, frames: int, chunk: int, workers: int) -> None:
             print(f"  {name}: {1e3 * each:.2f} ms a frame, {1 / each:.0f} frames a second")
         for _ in range(2):
             began = time.perf_counter()
-            entries = [entry for video, result in segment_videos(model, found.videos, DEVICE, torch.bfloat16 if CUDA else torch.float32,
-                                                                 HEIGHT, 1333, 20, chunk, workers)
+            entries = [entry for video, result in segment_videos(model, found.videos, DEVICE, AMP, HEIGHT, 1333, 20, chunk, workers)
                        for entry in to_entries(video, result, found.categories)]
             (Path(folder) / "results.json").write_text(json.dumps(entries))
             print(f"  from files to results.json: {videos * frames / (time.perf_counter() - began):.1f} frames a second")
@@ -194,13 +195,13 @@ def chunks(frames: int) -> None:
     for enabled in (False, True) if CUDA else (False,):
         results = {}
         for chunk in (1, 4, 32):
-            with torch.autocast(DEVICE.type, torch.bfloat16, enabled=enabled):
+            with torch.autocast(DEVICE.type, AMP, enabled=enabled):
                 results[chunk] = model.encode_video(video.split(chunk), OUTPUT, 20)
         for chunk in (4, 32):
             one, other = results[1], results[chunk]
             same = one.track_ids.tolist() == other.track_ids.tolist() and one.labels.tolist() == other.labels.tolist()
             different = sum(a != b for first, second in zip(one.segmentations, other.segmentations) for a, b in zip(first, second))
-            print(f"chunks of {chunk} against 1, {'bfloat16' if enabled else 'float32'}: same instances {same}, scores differ by up to "
+            print(f"chunks of {chunk} against 1, {AMP if enabled else torch.float32}: same instances {same}, scores differ by up to "
                   f"{(one.scores - other.scores).abs().max():.1e}, {different} of {20 * frames} masks differ")
 
 

@@ -1,7 +1,7 @@
 """Speed of the whole on a GPU: inference of a video, a live stream and training, at the sizes at which the official code was measured.
 
     python benchmarks/speed.py                          # all parts; --parts video live swin train others, --profile 10
-    python benchmarks/speed.py --amp fp16 --compile     # masks nearer to those of float32 than in bfloat16
+    python benchmarks/speed.py --compile --amp bf16     # 16 bit of another kind than auto takes
 
 Random weights; time and memory do not depend on them. Video: uint8 frames on the CPU to masks at output size on the GPU
 (`segment_video`, top 10). Live: `step`, frame by frame, each waited for. Train: whole iterations, from clips on the CPU to the
@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from clips import Clip  # noqa: E402
 from deform_attn import implementation  # noqa: E402
+from device import choose_amp  # noqa: E402
 from losses import Criterion  # noqa: E402
 from model import build_model  # noqa: E402
 from recipes import parse_arguments  # noqa: E402
@@ -28,7 +29,6 @@ from transformer import mask_logits  # noqa: E402
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
-TRAINING_AMP = AMP = torch.bfloat16 if CUDA else torch.float32
 TOP_K = 10
 TRAINING = {"frozen8": (8, True), "frozen2": (2, True), "unfrozen2": (2, False)}
 
@@ -58,22 +58,20 @@ def make_video(frames: int, height: int, width: int) -> torch.Tensor:
     return frames.pin_memory() if CUDA else frames                       # as a loader gives them
 
 
-def make_model(preset: str, compiled: bool, fast: bool = True) -> nn.Module:
-    """A model of random weights for inference."""
+def make_model(preset: str, args: argparse.Namespace, fast: bool = True) -> tuple[nn.Module, torch.autocast]:
+    """A model of random weights for inference, and the autocast to run it under."""
     torch.manual_seed(0)
-    return build_model(preset, 25).to(DEVICE).accelerate(AMP if fast else torch.float32, compiled)
-
-
-def autocast() -> torch.autocast:
-    return torch.autocast(DEVICE.type, AMP, enabled=AMP != torch.float32)
+    dtype = choose_amp(args.amp, DEVICE)[0] if fast else torch.float32
+    model = build_model(preset, 25).to(DEVICE).accelerate(dtype, args.compile and fast)
+    return model, torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32)
 
 
 def video(preset: str, frames: int, size: tuple[int, int], output: tuple[int, int], args: argparse.Namespace) -> None:
     """A whole video to masks on the GPU."""
-    model, clip = make_model(preset, args.compile), make_video(frames, *size)
+    (model, autocast), clip = make_model(preset, args), make_video(frames, *size)
 
     def segment() -> object:
-        with autocast():
+        with autocast:
             return model.segment_video(clip, output, TOP_K)
 
     segment()
@@ -87,7 +85,7 @@ def video(preset: str, frames: int, size: tuple[int, int], output: tuple[int, in
     on_device = clip.to(DEVICE)
 
     def alone() -> None:
-        with autocast():
+        with autocast:
             for stretch in model.follow([on_device]):
                 mask_logits(stretch.mask_kernel, stretch.features)
 
@@ -98,23 +96,24 @@ def video(preset: str, frames: int, size: tuple[int, int], output: tuple[int, in
 
 def errors(preset: str, size: tuple[int, int], args: argparse.Namespace) -> None:
     """The fast path against float32 without it."""
-    model, frame = make_model(preset, args.compile), make_video(1, *size)
-    with autocast():
-        fast = model.segment_video(frame, None, TOP_K)
-    model = make_model(preset, False, fast=False)
-    exact = model.segment_video(frame, None, TOP_K)
-    error = (fast.logits.double() - exact.logits.double()).norm() / exact.logits.double().norm()
+    logits = []
+    for fast in (False, True):
+        model, autocast = make_model(preset, args, fast)
+        with autocast:
+            logits.append(model.segment_video(make_video(1, *size), None, TOP_K).logits.double())
+    exact, found = logits
+    error = (found - exact).norm() / exact.norm()
     print(f"{preset}, {size[0]}x{size[1]}: class logits of the fast path are {error:.1e} from float32", flush=True)
 
 
 def live(preset: str, size: tuple[int, int], output: tuple[int, int], args: argparse.Namespace, frames: int = 300) -> None:
     """Frame by frame, each waited for."""
-    model, clip, state = make_model(preset, args.compile), make_video(50, *size), None
+    (model, autocast), clip, state = make_model(preset, args), make_video(50, *size), None
     times = []
     reset_peak()
     for number in range(frames + 20):
         began = time.perf_counter()
-        with autocast():
+        with autocast:
             _, state = model.step(clip[number % 50], state, output, TOP_K)
         synchronize()
         times.append(time.perf_counter() - began)
@@ -141,20 +140,22 @@ def train(clips: int, frozen: bool, args: argparse.Namespace, size: tuple[int, i
     model = build_model("r50", 25).to(DEVICE, memory_format=torch.channels_last).train()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not frozen or name.startswith("tracker."))
-    model.hold_frozen(TRAINING_AMP)
+    amp, _ = choose_amp(args.amp, DEVICE, training=True)
+    model.hold_frozen(amp)
     model.pixel_decoder.recompute, model.backbone.recompute = args.recompute != "off", args.recompute == "all"
     if args.compile:
         model.compile_parts()
     criterion = Criterion(25, points=setting.points, freeze_detector=frozen)
     optimizer = torch.optim.AdamW(parameter_groups(model, 1e-6, setting.weight_decay, setting.backbone_lr_factor), fused=CUDA)
-    scaler = torch.amp.GradScaler(DEVICE.type, enabled=False)
+    scaler = torch.amp.GradScaler(DEVICE.type, enabled=amp == torch.float16)
     batch = [make_clip(5, *size, 6) for _ in range(clips)]
     if CUDA:
         batch = [clip.pin_memory() for clip in batch]                    # as a loader gives them
 
     def iterate() -> None:
-        train_step(model, criterion, batch, setting, DEVICE, TRAINING_AMP, optimizer, scaler)
-        optimizer.step()
+        train_step(model, criterion, batch, setting, DEVICE, amp, optimizer, scaler)
+        scaler.step(optimizer)
+        scaler.update()
 
     for _ in range(3):
         iterate()
@@ -194,7 +195,7 @@ def profile(function, rows: int) -> None:
         print(f"  {event.self_device_time_total / 1e3:8.2f} ms {event.count:6d} x  {event.key[:100]}")
 
 
-def others(chunks: list[int], frames: int = 36) -> None:
+def others(args: argparse.Namespace, frames: int = 36) -> None:
     """VidEoMT-S of transformers, random weights, 640x640: the model alone, frame by frame and in chunks."""
     try:
         from transformers import VideomtConfig, VideomtForUniversalSegmentation
@@ -202,12 +203,13 @@ def others(chunks: list[int], frames: int = 36) -> None:
         print(f"VidEoMT was not measured: {error}")
         return
     torch.manual_seed(0)
+    dtype, _ = choose_amp(args.amp, DEVICE)
     config = VideomtConfig(hidden_size=384, num_attention_heads=6, num_hidden_layers=12, num_blocks=3,
                            image_size=640, num_labels=40)
-    model = VideomtForUniversalSegmentation(config).eval().to(DEVICE, AMP)
+    model = VideomtForUniversalSegmentation(config).eval().to(DEVICE, dtype)
     compiled = torch.compile(model, dynamic=False)
-    for chunk in chunks:
-        clip = torch.randn(1, chunk, 3, 640, 640, device=DEVICE, dtype=AMP)
+    for chunk in args.chunks:
+        clip = torch.randn(1, chunk, 3, 640, 640, device=DEVICE, dtype=dtype)
 
         @torch.no_grad()
         def run() -> None:
@@ -220,21 +222,20 @@ def others(chunks: list[int], frames: int = 36) -> None:
 
 def main() -> None:
     """The parts that the command line asks for."""
-    global AMP
     parser = argparse.ArgumentParser(description="Measure speed.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     names = ("video", "live", "swin", "train", "others")
     parser.add_argument("--parts", nargs="+", default=names, choices=names)
     parser.add_argument("--frames", type=int, nargs="+", default=[36, 200], help="lengths of the videos")
     parser.add_argument("--training", nargs="+", default=list(TRAINING), choices=TRAINING, help="clips, and whether the detector is frozen")
     parser.add_argument("--chunks", type=int, nargs="+", default=[1, 8, 36], help="frames that the other model takes at once")
-    parser.add_argument("--amp", default="bf16", choices=("bf16", "fp16"), help="16 bit of which kind, in inference on a GPU")
+    parser.add_argument("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"), help="as evaluate.py's and train.py's")
     parser.add_argument("--compile", action="store_true", help="torch.compile the model")
     parser.add_argument("--recompute", default="off", choices=("off", "decoder", "all"), help="as train.py's")
     parser.add_argument("--profile", type=int, default=0, metavar="N", help="print the N longest kernels of every part")
     args = parser.parse_args()
-    if CUDA and args.amp == "fp16":
-        AMP = torch.float16
-    print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if CUDA else 'CPU'}, {AMP}, {implementation(DEVICE)}", flush=True)
+    kinds = [str(choose_amp(args.amp, DEVICE, training)[0]).removeprefix("torch.") for training in (False, True)]
+    print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if CUDA else 'CPU'}, {implementation(DEVICE)}, {kinds[0]}, in training "
+          f"{kinds[1]}", flush=True)
     if "video" in args.parts:
         errors("r50", (360, 640), args)
         for frames in args.frames:
@@ -248,7 +249,7 @@ def main() -> None:
         for setting in args.training:
             train(*TRAINING[setting], args)
     if "others" in args.parts:
-        others(args.chunks)
+        others(args)
 
 
 if __name__ == "__main__":
