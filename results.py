@@ -134,6 +134,6 @@ def resize_masks(logits: Tensor, size: tuple[int, int], output_size: tuple[int, 
 def mask_confidence(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Of mask logits (..., H, W), the sum of the probabilities above one half and their number, each (...): their ratio over a video
     is the mask score."""
-    soft = logits.to(torch.promote_types(logits.dtype, torch.float32)).sigmoid()
-    hard = soft > 0.5
-    return soft.mul_(hard).sum((-2, -1)), hard.sum((-2, -1))
+    soft = F.threshold(logits.to(torch.promote_types(logits.dtype, torch.float32)).sigmoid(), 0.5, 0)
+    mask_sum = soft.sum((-2, -1))
+    return mask_sum, soft.ceil_().sum((-2, -1)).long()      # a sum of bools would make integers of them all first
