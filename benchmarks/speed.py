@@ -1,12 +1,13 @@
 """Speed of the whole on a GPU: inference of a video, a live stream and training, at the sizes at which the official code was measured.
 
-    python benchmarks/speed.py                          # all parts; --parts video live swin train others, --profile 10
+    python benchmarks/speed.py                          # all parts; --parts floor video live swin train others, --profile 10
     python benchmarks/speed.py --compile --amp bf16     # 16 bit of another kind than auto takes
 
-Random weights; time and memory do not depend on them. Video: uint8 frames on the CPU to masks at output size on the GPU
-(`segment_video`, top 10). Live: `step`, frame by frame, each waited for. Train: whole iterations, from clips on the CPU to the
-optimiser's step. Others: VidEoMT of transformers, where that is installed, model alone, compiled. Every time is a median. Errors are of
-the fast path against float32 in the first frame, before differences can grow from frame to frame.
+Random weights; time and memory do not depend on them. Floor: all products of a frame at the rate of large ones. Video: uint8 frames on
+the CPU to masks at output size on the GPU (`segment_video`, top 10). Live: `step`, frame by frame, each waited for. Train: whole
+iterations, from clips on the CPU to the optimiser's step. Others: VidEoMT of transformers, where that is installed, model alone,
+compiled. Every time is a median. Errors are of the fast path against float32 in the first frame, before differences can grow from
+frame to frame. Without a GPU, floor and live are what is done in minutes.
 """
 import argparse
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -66,6 +68,18 @@ def make_model(preset: str, args: argparse.Namespace, fast: bool = True) -> tupl
     return model, torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32)
 
 
+def floor(preset: str, size: tuple[int, int], args: argparse.Namespace) -> None:
+    """What a frame takes at least: its products and convolutions at the rate of large products."""
+    model, dtype = build_model(preset, 25).eval().requires_grad_(False).to(DEVICE), choose_amp(args.amp, DEVICE)[0]
+    with FlopCounterMode(display=False) as counter:
+        model.tracker(model.detect(model.prepare(make_video(1, *size))).queries[:, None])
+    side = 8192 if CUDA else 2048
+    large = torch.randn(side, side, device=DEVICE, dtype=dtype)
+    rate, work = 2 * side ** 3 / seconds(lambda: large @ large, 9)[4], counter.get_total_flops()
+    print(f"{preset}, {size[0]}x{size[1]}: {work / 1e9:.1f} GFLOP a frame; products of {side}x{side} run at {rate / 1e9:.0f} GFLOP/s in "
+          f"{dtype}, so {1e3 * work / rate:.2f} ms a frame at least", flush=True)
+
+
 def video(preset: str, frames: int, size: tuple[int, int], output: tuple[int, int], args: argparse.Namespace) -> None:
     """A whole video to masks on the GPU."""
     (model, autocast), clip = make_model(preset, args), make_video(frames, *size)
@@ -106,19 +120,20 @@ def errors(preset: str, size: tuple[int, int], args: argparse.Namespace) -> None
     print(f"{preset}, {size[0]}x{size[1]}: class logits of the fast path are {error:.1e} from float32", flush=True)
 
 
-def live(preset: str, size: tuple[int, int], output: tuple[int, int], args: argparse.Namespace, frames: int = 300) -> None:
-    """Frame by frame, each waited for."""
+def live(preset: str, size: tuple[int, int], output: tuple[int, int], args: argparse.Namespace) -> None:
+    """Frame by frame, each waited for; few on a CPU."""
+    frames, warm_up = (300, 20) if CUDA else (15, 3)
     (model, autocast), clip, state = make_model(preset, args), make_video(50, *size), None
     times = []
     reset_peak()
-    for number in range(frames + 20):
+    for number in range(warm_up + frames):
         began = time.perf_counter()
         with autocast:
             _, state = model.step(clip[number % 50], state, output, TOP_K)
         synchronize()
         times.append(time.perf_counter() - began)
-    times = sorted(times[20:])
-    print(f"{preset} live, {size[0]}x{size[1]} to masks of {output[0]}x{output[1]}: {frames / sum(times):.0f} frames a second, p50 "
+    times = sorted(times[warm_up:])
+    print(f"{preset} live, {size[0]}x{size[1]} to masks of {output[0]}x{output[1]}: {frames / sum(times):.3g} frames a second, p50 "
           f"{1e3 * times[frames // 2]:.2f} ms, p99 {1e3 * times[int(0.99 * frames)]:.2f} ms{peak()}", flush=True)
 
 
@@ -223,7 +238,7 @@ def others(args: argparse.Namespace, frames: int = 36) -> None:
 def main() -> None:
     """The parts that the command line asks for."""
     parser = argparse.ArgumentParser(description="Measure speed.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    names = ("video", "live", "swin", "train", "others")
+    names = ("floor", "video", "live", "swin", "train", "others")
     parser.add_argument("--parts", nargs="+", default=names, choices=names)
     parser.add_argument("--frames", type=int, nargs="+", default=[36, 200], help="lengths of the videos")
     parser.add_argument("--training", nargs="+", default=list(TRAINING), choices=TRAINING, help="clips, and whether the detector is frozen")
@@ -236,6 +251,9 @@ def main() -> None:
     kinds = [str(choose_amp(args.amp, DEVICE, training)[0]).removeprefix("torch.") for training in (False, True)]
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if CUDA else 'CPU'}, {implementation(DEVICE)}, {kinds[0]}, in training "
           f"{kinds[1]}", flush=True)
+    if "floor" in args.parts:
+        floor("r50", (360, 640), args)
+        floor("swin_l", (448, 800), args)
     if "video" in args.parts:
         errors("r50", (360, 640), args)
         for frames in args.frames:
