@@ -39,14 +39,14 @@ def make_deterministic() -> None:
 
 
 def choose_amp(asked: str, device: torch.device, training: bool = False) -> tuple[torch.dtype, str]:
-    """The dtype of autocast (float32 = off) and why: of two that are equally fast, training wants the range of bfloat16, inference the
-    digits of float16."""
+    """The dtype of autocast (float32 = off) and why: of the two of 16 bit, training wants the range of bfloat16, inference the digits of
+    float16."""
     if asked != "auto":
         return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[asked], "asked for"
     if device.type != "cuda":
         return torch.float32, "a CPU is not faster in 16 bit"
     if not training:
-        return torch.float16, "as fast as bf16, nearer to float32"
+        return torch.float16, "nearer to float32 than bf16"
     if torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.bfloat16, "the GPU has it"
     return torch.float16, "the GPU has no bf16"
