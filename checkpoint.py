@@ -6,17 +6,14 @@
     python checkpoint.py runs/small/last.pt weights/small.pt  # the weights alone, in 16 bit, to hand on
 
 Official files (GRAtt-VIS, GenVIS, VITA, Mask2Former; upstream names as in their state dicts) are translated by the table
-RENAMES. Files are read by safe_reading.py, which executes nothing.
+RENAMES. Files are read by reading/checkpoints.py, which executes nothing.
 
 A checkpoint of ours is one .pt: model, optimizer, schedule, scaler, step, and the config (arguments, categories). It needs
 no random states: every training step seeds its generators from (seed, step, rank), see train.py.
 """
 import argparse
-import json
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from reprlib import repr as shown
@@ -25,9 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data import InputError, told_in_a_sentence
 from model import PRESETS, TEST_SIDES, GRAttVIS, build_model
-from safe_reading import read_file
+from reading.checkpoints import read_file
+from runtime.errors import InputError, cli_errors
+from runtime.files import atomic_write
 
 RENAMES = [(re.compile(pattern), replacement) for pattern, replacement in [
     # files of Mask2Former's first weight format
@@ -273,37 +271,15 @@ def stated(what: str, asked: str | None, found: str | None, path: str | Path) ->
     return asked or found
 
 
-@contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
-    """A temporary name to write to, which takes the place of `path` when the block has ended well: never half a file.
-
-    InputError where the disk is full or may not be written to: `path` is as it was, and nothing new is left."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".part")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        with suppress(OSError):                                    # nobody may remove it either
-            temporary.unlink()
-        raise InputError(f"{path} cannot be written: {error.strerror or error}; it is as it was before") from error
-
-
 def save_checkpoint(path: str | Path, contents: dict) -> None:
     """Write `contents` (tensors, numbers, strings, containers) under a temporary name, then rename: never half a file."""
-    with replacing(path) as temporary, open(temporary, "wb") as file:
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
         try:
             torch.save(contents, file)
         except RuntimeError as error:                              # PyTorch's, as it closes what a full disk has not taken
             raise error.__context__ if isinstance(error.__context__, OSError) else error
         file.flush()
         os.fsync(file.fileno())                                    # or a power cut could keep the name and lose the bytes
-
-
-def save_json(path: str | Path, contents, indent: int | None = 1) -> None:
-    """The same for JSON; indent None = all on one line."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(contents, indent=indent) + "\n")
 
 
 def save_weights(source: str | Path, target: str | Path) -> int:
@@ -333,7 +309,7 @@ def main() -> None:
     parser.add_argument("source", help="checkpoint of train.py")
     parser.add_argument("target", help="file to write; must not exist yet")
     args = parser.parse_args()
-    with told_in_a_sentence():
+    with cli_errors():
         print(f"{args.target}: {save_weights(args.source, args.target) / 1e6:.2f} MB")
 
 

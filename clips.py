@@ -17,7 +17,8 @@ from torch.utils.data import Dataset, Sampler
 from torchvision import tv_tensors
 
 from augmentation import Augmentation
-from data import InputError, Video, VideoSet, read_frame, read_mask
+from data import Video, VideoSet, read_frame, read_mask
+from runtime.errors import InputError
 from scenes import CATEGORIES
 from synthetic import HEIGHT, SUITES, WIDTH, make_video
 

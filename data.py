@@ -9,15 +9,8 @@ videos) is read as videos of one frame. Upstream: vita/data/datasets/ytvis.py an
 made of them in clips.py. Shape letters: T frames, I instances, H, W.
 """
 import argparse
-import errno
-import io
-import json
 import os
-import sys
-import time
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -25,25 +18,17 @@ from reprlib import repr as shown          # one short line, whatever a file hol
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from pycocotools import mask as rle
 from torch import Tensor
-from tqdm import tqdm
 
 from augmentation import short_side_size
+from reading.pictures import check_pixels, read_picture
 from run_length import find_fault
+from runtime.errors import InputError, cli_errors
+from runtime.files import first_existing, read_json
 
-LARGEST_PICTURE = Image.MAX_IMAGE_PIXELS   # pixels; a small file can claim any number
-LONGEST_OUTLINE = 2 ** 20                  # pixels, of all polygons of one segmentation
-# What people store frames as. Others have decoders that are seldom tried, and PostScript is a program that another program runs.
-Image.init()
-PICTURE_FORMATS = [name for name in Image.OPEN if name in ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM",
-                                                           "QOI", "SGI", "TGA", "TIFF", "WEBP")]
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # what Pillow warns about is refused below
-
-
-class InputError(ValueError):
-    """Something a user gave cannot be used; the message is one clear sentence. The programs print it and exit with 2."""
+LONGEST_OUTLINE = 2 ** 20  # pixels, of all polygons of one segmentation
 
 
 @dataclass
@@ -74,23 +59,6 @@ def find_split(root: str | Path, split: str) -> tuple[Path, Path]:
     return first_existing("annotation file", jsons), first_existing("folder of frames", [*folders, root / "JPEGImages"])
 
 
-def first_existing(what: str, candidates: list[Path]) -> Path:
-    """The first of the candidates that exists; InputError naming all of them otherwise."""
-    for candidate in candidates:
-        if candidate.exists():
-            return candidate
-    raise InputError(f"no {what} found; tried {', '.join(map(str, candidates))}")
-
-
-def read_json(path: str | Path):
-    """Parsed JSON; InputError if the file is missing or malformed."""
-    path = first_existing("file", [Path(path)])
-    try:
-        return json.loads(path.read_text())
-    except (ValueError, OSError, RecursionError) as error:
-        raise InputError(f"{path} is not a JSON file: {error}") from error
-
-
 def read_categories(path: str | Path) -> list[tuple[int, str]]:
     """The categories of a data set's JSON, in the order of their ids; InputError if it has none."""
     content = read_json(path)
@@ -109,12 +77,6 @@ def inside(root: Path, name: str, where: str | Path) -> Path:
     if os.path.isabs(plain) or plain.split(os.sep)[0] == os.pardir or name.splitlines() != [name]:
         raise InputError(f"{where} names the file {name!r}, which cannot be inside of {root}")
     return root / plain
-
-
-def check_pixels(height: int, width: int, what: str) -> None:
-    """InputError unless a picture can be so large; before any memory is taken for it."""
-    if min(height, width) < 1 or height * width > LARGEST_PICTURE:
-        raise InputError(f"{what} is said to be {width}x{height}: at least 1x1 and at most {LARGEST_PICTURE} pixels are read")
 
 
 def images_to_videos(content: dict) -> dict:
@@ -223,29 +185,6 @@ def folder_names(folder: Path) -> frozenset[str]:
     return frozenset(os.listdir(folder)) if os.path.isdir(folder) else frozenset()
 
 
-def open_picture(path: Path) -> Image.Image:
-    """A picture or animation whose pixels are not read yet. It lies in memory: of a file, Pillow asks for as many bytes as it claims."""
-    try:
-        return Image.open(io.BytesIO(path.read_bytes()), formats=PICTURE_FORMATS)
-    except UnidentifiedImageError as error:
-        raise InputError(f"frame {path} cannot be read: cannot identify image file {str(path)!r}") from error
-
-
-def read_picture(path: Path) -> Image.Image:
-    """An RGB picture, turned as it says itself; InputError if it is damaged."""
-    try:
-        with open_picture(path) as file:
-            check_pixels(file.height, file.width, f"frame {path}")
-            ImageOps.exif_transpose(file, in_place=True)
-            picture = file if file.mode == "RGB" else file.convert("RGB")                # no copy of what is RGB already
-            picture.load()
-            return picture
-    except InputError:
-        raise
-    except Exception as error:               # a damaged file makes Pillow raise almost anything
-        raise InputError(f"frame {path} cannot be read: {str(error) or repr(error)}") from error
-
-
 def read_frame(path: Path, height: int, width: int) -> Image.Image:
     """An RGB picture of the size that the JSON states; InputError if it is damaged or of another size."""
     picture = read_picture(path)
@@ -318,38 +257,6 @@ def at_test_size(picture: Image.Image, short_side: int, max_long_side: int = 133
 test_frames.__test__ = False  # its name is not pytest's business
 
 
-@contextmanager
-def told_in_a_sentence() -> Iterator[None]:
-    """What a person can mend ends the program in one sentence, with exit status 2: an InputError (also one that a loader's process has
-    wrapped), a file that the system refuses, a number that is not finite, a loader's process that was killed."""
-    try:
-        yield
-    except (InputError, FloatingPointError) as error:
-        sentence = str(error).strip().splitlines()[-1].removeprefix("data.InputError: ").removeprefix("InputError: ")
-    except BrokenPipeError:
-        try:
-            print(flush=True)
-        except BrokenPipeError:                                    # who reads what is printed has seen enough, as head does
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(1)
-        raise                                                      # another pipe, another program that has failed
-    except (ConnectionError, EOFError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker (pid"):
-            raise
-        with suppress(RuntimeError):                               # PyTorch's signal of the same death may still come: not later
-            time.sleep(0.5)
-        sentence = (f"a process that reads ahead was killed ({' '.join(str(error).split()) or 'it says no more'}): often memory has run "
-                    "out, try fewer --workers; the same command goes on, training with --resume")
-    except OSError as error:
-        if not error.filename and error.errno != errno.ENOSPC:
-            raise
-        sentence = f"{error.filename or 'a file'}: {error.strerror}"
-    else:
-        return
-    tqdm.write(f"error: {sentence}", file=sys.stderr)              # on a line of its own, also where a bar is
-    sys.exit(2)
-
-
 def main() -> None:
     """Write the synthetic set as the command line says."""
     from synthetic import SUITES, make_dataset
@@ -368,7 +275,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same set, to the last pixel")
     args = parser.parse_args()
     suite = SUITES[args.suite]
-    with told_in_a_sentence():
+    with cli_errors():
         try:
             make_dataset(args.root, args.videos, args.valid_videos, suite.frames if args.frames is None else args.frames, args.height,
                          args.width, tuple(args.objects or suite.objects), args.seed, suite.difficulty)

@@ -34,16 +34,18 @@ from pycocotools import mask as rle
 from tqdm import tqdm
 
 from batching import in_batches
-from checkpoint import SHIPPED_WEIGHTS, default_short_side, model_from_checkpoint, save_json
-from data import (LARGEST_PICTURE, PICTURE_FORMATS, InputError, at_test_size, check_pixels, open_picture, read_categories, read_picture,
-                  told_in_a_sentence)
+from checkpoint import SHIPPED_WEIGHTS, default_short_side, model_from_checkpoint
+from data import at_test_size, read_categories
 from deform_attn import implementation
-from device import choose_amp, start_processes
 from draw import best_labels, overlays, save_pictures
 from model import PRESETS, GRAttVIS
 from plots import plot_timeline, require_matplotlib
+from reading.pictures import LARGEST_PICTURE, PICTURE_FORMATS, check_pixels, open_picture, read_picture
 from recipes import at_least
 from results import EncodedVideo, check_finite
+from runtime.device import choose_amp, start_processes
+from runtime.errors import InputError, cli_errors
+from runtime.files import save_json
 from synthetic import HEIGHT, SUITES, WIDTH, make_video
 from tracker import PROPAGATIONS
 
@@ -312,5 +314,5 @@ def saved(pictures: Iterator[Image.Image], folder: Path) -> Iterator[Image.Image
 
 
 if __name__ == "__main__":
-    with told_in_a_sentence():
+    with cli_errors():
         main(parse_arguments())

@@ -21,10 +21,9 @@ import numpy as np
 import torch
 import torch.distributed as distributed
 
-from checkpoint import SHIPPED_WEIGHTS, default_short_side, model_from_checkpoint, replacing, save_json
-from data import InputError, Video, VideoSet, find_split, read_frame, read_json, told_in_a_sentence
+from checkpoint import SHIPPED_WEIGHTS, default_short_side, model_from_checkpoint
+from data import Video, VideoSet, find_split, read_frame
 from deform_attn import implementation
-from device import choose_amp, start_processes
 from draw import overlays, save_pictures
 from inference import Unfinished, segment_videos, share, to_entries
 from metric import accumulate, check_ground_truth, check_results, format_table, mean_metrics, summarize
@@ -32,6 +31,9 @@ from model import PRESETS, GRAttVIS
 from plots import plot_classes, plot_precision, plot_timeline, require_matplotlib
 from recipes import at_least
 from results import EncodedVideo
+from runtime.device import choose_amp, start_processes
+from runtime.errors import InputError, cli_errors
+from runtime.files import atomic_write, read_json, save_json
 from synthetic import SUITES, make_dataset
 from tracker import PROPAGATIONS
 
@@ -238,7 +240,7 @@ def finish(results_path: Path, annotations: list[str | Path], output: Path, plot
 
 def zip_results(path: Path, target: Path) -> None:
     """The file as results.json in an archive, which is written whole or not at all."""
-    with replacing(target) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
+    with atomic_write(target) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.write(path, "results.json")
 
 
@@ -259,5 +261,5 @@ def draw_video(folder: Path, video: Video, found: EncodedVideo, categories: list
 
 
 if __name__ == "__main__":
-    with told_in_a_sentence():
+    with cli_errors():
         main(parse_arguments())

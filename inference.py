@@ -20,10 +20,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from checkpoint import replacing, save_json
-from data import InputError, Video, read_json, test_frames
+from data import Video, test_frames
 from model import GRAttVIS
 from results import EncodedVideo
+from runtime.errors import InputError
+from runtime.files import atomic_write, read_json, save_json
 
 
 class FrameBatches(Dataset):
@@ -121,7 +122,7 @@ class Unfinished:
 
     def join(self, videos: list[Video], path: Path) -> None:
         """Write the results of all videos into one file, a video at a time, and remove the folder."""
-        with replacing(path) as temporary, open(temporary, "w") as file:
+        with atomic_write(path) as temporary, open(temporary, "w") as file:
             start = "["
             for video in videos:
                 for entry in read_json(self.path(video)):

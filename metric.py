@@ -25,8 +25,10 @@ from collections import defaultdict
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from data import InputError, check_pixels, shown, to_rle
+from data import shown, to_rle
+from reading.pictures import check_pixels
 from run_length import find_fault
+from runtime.errors import InputError
 
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)  # index 0 is AP50, index 5 is AP75
 RECALL_POINTS = np.linspace(0.0, 1.0, 101)

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 from pycocotools import mask as rle
 
-from data import InputError
 from draw import best_labels, colour_of
 from metric import IOU_THRESHOLDS, RECALL_POINTS
 from results import EncodedVideo
+from runtime.errors import InputError
 
 BAR = "#2f7d4f"
 

@@ -15,11 +15,13 @@ from augmentation import JITTER, Augmentation
 from backbone import SwinBackbone
 from batching import SIZE_DIVISOR
 from clips import ClipDataset, MixedClips, RenderedClips
-from data import InputError, VideoSet, find_split, first_existing
+from data import VideoSet, find_split
 from detector import SUPERVISED_LAYERS
 from losses import GATE_LOSSES, SIMILARITY_SPANS, Criterion
 from metric import check_ground_truth
 from model import PIXEL_MEAN, PIXEL_STD, PRESETS, TEST_SIDES, GRAttVIS
+from runtime.errors import InputError
+from runtime.files import first_existing
 from synthetic import SUITES
 from tracker import GATE_MASKS, PROPAGATIONS
 

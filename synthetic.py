@@ -15,7 +15,6 @@ Launch it through the data module:
     python data.py --suite occlusion --root datasets/occlusion
 """
 
-import hashlib
 import json
 import tempfile
 from dataclasses import asdict, dataclass
@@ -26,6 +25,7 @@ from PIL import Image
 from pycocotools import mask as rle
 from tqdm import tqdm
 
+from runtime.files import checksum
 from scenes import CATEGORIES, SHAPES, TEXTURES, Difficulty, make_degradation, make_harder, make_object
 
 MIN_VISIBLE_PIXELS = 12  # fewer are a sliver that nobody could label: the object counts as absent
@@ -253,11 +253,6 @@ def make_dataset(root, train_videos=240, valid_videos=24, frames=20, height=HEIG
         draft.rename(root)
     print(f"{root}: {train_videos} train + {valid_videos} valid videos of {frames} frames, "
           f"{width} x {height} pixels, {instances} instances; valid.json has the checksum {checksum(root / 'valid.json')}.")
-
-
-def checksum(path):
-    """The first twelve digits of a file's SHA-256: equal annotations, equal task."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
 
 
 def check_scene(frames, height, width, objects):

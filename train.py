@@ -27,19 +27,20 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from checkpoint import load_backbone, load_weights, replacing, save_checkpoint, save_json
+from checkpoint import load_backbone, load_weights, save_checkpoint
 from clips import StepSampler
-from data import InputError, VideoSet, told_in_a_sentence
+from data import VideoSet
 from deform_attn import implementation
-from device import choose_amp, make_deterministic, start_processes
 from inference import segment_videos, to_entries
 from losses import Criterion
 from matcher import upload
 from metric import evaluate_results
 from model import PRESETS, GRAttVIS, build_model
+from reading.checkpoints import read_file
 from recipes import RECIPES, official_setting, open_clips, open_held_out, parse_arguments
-from safe_reading import read_file
-from synthetic import checksum
+from runtime.device import choose_amp, make_deterministic, start_processes
+from runtime.errors import InputError, cli_errors
+from runtime.files import atomic_write, checksum, save_json
 
 MAY_CHANGE = {"recipe", "dry_run", "iterations", "output", "resume", "init", "backbone_weights", "reset_classes", "workers",
               "device", "recompute", "skip_nonfinite", "log_every", "save_every", "skip_bad", "data_root", "train_json", "train_images",
@@ -272,7 +273,7 @@ def trim_log(path: Path, step: int) -> None:
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} holds a line that training did not write: {error!r}") from error
     if len(kept) < len(lines):
-        with replacing(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_text("".join(kept))
 
 
@@ -379,5 +380,5 @@ def check_resumed(args: argparse.Namespace, resumed: dict) -> None:
 
 
 if __name__ == "__main__":
-    with told_in_a_sentence():
+    with cli_errors():
         main(parse_arguments())

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from batching import regrouped  # noqa: E402
 from data import VideoSet  # noqa: E402
 from deform_attn import implementation  # noqa: E402
-from device import choose_amp  # noqa: E402
+from runtime.device import choose_amp  # noqa: E402
 from inference import FrameBatches, segment_videos, to_entries  # noqa: E402
 import model as model_module  # noqa: E402
 from model import FRAMES_TOGETHER, build_model  # noqa: E402

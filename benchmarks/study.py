@@ -49,9 +49,8 @@ from tqdm import tqdm
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
-from checkpoint import default_short_side, model_from_checkpoint, save_json  # noqa: E402
-from data import InputError, Video, VideoSet, read_frame, read_json, told_in_a_sentence  # noqa: E402
-from device import choose_amp, start_processes  # noqa: E402
+from checkpoint import default_short_side, model_from_checkpoint  # noqa: E402
+from data import Video, VideoSet, read_frame  # noqa: E402
 from draw import best_labels  # noqa: E402
 from evaluate import check_categories, open_suite  # noqa: E402
 from inference import segment_videos, to_entries  # noqa: E402
@@ -61,7 +60,10 @@ from plots import new_figure, require_matplotlib  # noqa: E402
 from recipes import at_least  # noqa: E402
 from results import EncodedVideo  # noqa: E402
 from scenes import Difficulty  # noqa: E402
-from synthetic import SUITES, checksum  # noqa: E402
+from runtime.device import choose_amp, start_processes  # noqa: E402
+from runtime.errors import InputError, cli_errors  # noqa: E402
+from runtime.files import checksum, read_json, save_json  # noqa: E402
+from synthetic import SUITES  # noqa: E402
 
 CONFIGURATIONS = {  # name: flags of train.py
     "plain": ("--propagation", "plain"),
@@ -388,6 +390,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    with told_in_a_sentence():
+    with cli_errors():
         args = parse_arguments()
         {"train": train, "measure": measure, "table": table}[args.command](args)

@@ -97,7 +97,7 @@ def test_who_reads_what_is_printed_may_leave():
     os.close(reading)
     for statement, stdout, said in [("print('enough', flush=True)", writing, ""),
                                     ("raise BrokenPipeError('ffmpeg has gone')", None, "BrokenPipeError: ffmpeg has gone")]:
-        script = f"import data\nwith data.told_in_a_sentence():\n    {statement}"
+        script = f"from runtime import errors\nwith errors.cli_errors():\n    {statement}"
         ended = subprocess.run([sys.executable, "-c", script], cwd=Path(train.__file__).parent, text=True, stdout=stdout,
                                stderr=subprocess.PIPE, timeout=120)
         assert ended.returncode == 1 and ended.stderr.strip().endswith(said) and bool(ended.stderr) == bool(said)

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from device import choose_amp
+from runtime.device import choose_amp
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 

@@ -1,18 +1,18 @@
-"""The README says what is true: its first commands are one line each, and its references to our lines hold."""
+"""The README says what is true: its first commands are one line each, and the symbols that it refers to exist."""
 import re
 from pathlib import Path
 
 import pytest
 
 REPOSITORY = Path(__file__).parent.parent
-README = (REPOSITORY / "README.md").read_text()
-REFERENCES = re.findall(r"`(\w+)`, (\w+\.py):(\d+)", README)
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+REFERENCES = re.findall(r"`(\w+)`, ([\w/]+\.py)", README)
 
 
-@pytest.mark.parametrize("name, file, line", REFERENCES)
-def test_references_point_at_what_they_name(name, file, line):
-    text = (REPOSITORY / file).read_text().splitlines()[int(line) - 1]
-    assert re.search(rf"\b(def|class) {name}\b", text), f"README says {file}:{line} is {name}, there is {text!r}"
+@pytest.mark.parametrize("name, file", REFERENCES)
+def test_references_name_a_symbol_that_exists(name, file):
+    text = (REPOSITORY / file).read_text(encoding="utf-8")
+    assert re.search(rf"^ *(def|class) {name}\b", text, re.MULTILINE)
 
 
 def test_every_module_is_in_the_table_of_files():

@@ -147,11 +147,12 @@ def test_a_loaders_process_is_killed(folder, tmp_path, command):
 DYING_LOADER = """
 import multiprocessing.reduction, os, signal, sys
 from torch.utils.data import DataLoader
-import data
+import torch
+from runtime import errors
 
 multiprocessing.reduction.send_handle = lambda *_: os.kill(os.getpid(), signal.SIGKILL)      # its memory has just been asked for
-with data.told_in_a_sentence():
-    loader = iter(DataLoader([data.torch.zeros(1000)] * 2, batch_size=None, num_workers=1, multiprocessing_context="fork"))
+with errors.cli_errors():
+    loader = iter(DataLoader([torch.zeros(1000)] * 2, batch_size=None, num_workers=1, multiprocessing_context="fork"))
     if sys.argv[1] == "late":                        # as on a busy machine: what it had open is closed before it counts as dead
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         loader._workers[0].is_alive = lambda: True

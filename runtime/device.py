@@ -6,7 +6,7 @@ import torch
 import torch.distributed as distributed
 from torch.distributed.rendezvous import rendezvous
 
-from data import InputError
+from runtime.errors import InputError
 
 
 def start_processes(asked: str) -> tuple[int, int, torch.device]:

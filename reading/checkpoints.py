@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data import InputError
+from runtime.errors import InputError
 
 MOST_TUPLES = 50_000  # of a pickle: some thousands are usual, and Python's stack overflows at 200,000 inside of one another
 

@@ -1,0 +1,1 @@
+"""Files that other people wrote, read without trusting them: annotations, pictures, checkpoints."""

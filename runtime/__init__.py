@@ -1,0 +1,1 @@
+"""What every program needs around the model: errors, files, signals, processes, data loading."""
