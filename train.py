@@ -292,9 +292,9 @@ class Run:
         weights = model.state_dict()
         broken = [name for name, value in weights.items() if not value.isfinite().all()]
         if broken:
-            raise FloatingPointError(f"{', '.join(broken[:3])} {'is' if len(broken) == 1 else 'are'}"
-                                     f" not finite at iteration {self.step}: the checkpoints were "
-                                     "left as they were")
+            names = f"{', '.join(broken[:3])} {'is' if len(broken) == 1 else 'are'}"
+            raise FloatingPointError(f"{names} not finite at iteration {self.step}: the "
+                                     "checkpoints were left as they were")
         return weights
 
     def save(self) -> None:
@@ -308,18 +308,22 @@ class Run:
         self.saved = self.step
 
 
-def train_step(network: nn.Module, criterion: Criterion, batch: list, args: argparse.Namespace, device: torch.device,
-               amp: torch.dtype, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> tuple[dict[str, float], float]:
-    """Clipped gradients of one process's share of a step, in --accumulate parts; returns the losses, averaged over parts and
-    processes, and the norm that the gradients had: the same in all processes, also where they are not finite.
+def train_step(network: nn.Module, criterion: Criterion, batch: list, args: argparse.Namespace,
+               device: torch.device, amp: torch.dtype, optimizer: torch.optim.Optimizer,
+               scaler: torch.amp.GradScaler) -> tuple[dict[str, float], float]:
+    """Clipped gradients of one process's share of a step, computed in --accumulate parts.
 
-    Each part counts its own instances, as each process would: the mean of the parts is what the optimiser sees.
+    Returns the losses, averaged over parts and processes, and the norm of the gradients before
+    clipping: the same in all processes, also where they are not finite. Each part counts its own
+    instances, as each process would; the optimizer sees the mean of the parts.
     """
     optimizer.zero_grad(set_to_none=True)
     size, totals = len(batch) // args.accumulate, 0
     for first in range(0, len(batch), size):
-        part, synchronised = batch[first:first + size], first + size == len(batch)
-        with nullcontext() if synchronised or not hasattr(network, "no_sync") else network.no_sync():
+        part = batch[first:first + size]
+        # DDP exchanges gradients after the last part only.
+        last = first + size == len(batch) or not hasattr(network, "no_sync")
+        with nullcontext() if last else network.no_sync():
             with torch.autocast(device.type, amp, enabled=amp != torch.float32):
                 predictions = network([upload(clip.frames, device) for clip in part])
             losses, _ = criterion(predictions, part, whole_video=args.propagation == "clip")
@@ -327,48 +331,57 @@ def train_step(network: nn.Module, criterion: Criterion, batch: list, args: argp
             scaler.scale(values.sum()).backward()
         totals = totals + values.detach()
     scaler.unscale_(optimizer)
-    gradient = nn.utils.clip_grad_norm_(network.parameters(), args.clip_gradient or math.inf)
+    grad_norm = nn.utils.clip_grad_norm_(network.parameters(), args.clip_gradient or math.inf)
     if distributed.is_available() and distributed.is_initialized():
         distributed.all_reduce(totals)
         totals = totals / distributed.get_world_size()
-    *values, gradient = torch.cat((totals, gradient[None].to(totals))).tolist()  # one wait for the GPU
-    return dict(zip(losses, values)), gradient
+    # One wait for the GPU.
+    *values, grad_norm = torch.cat((totals, grad_norm[None].to(totals))).tolist()
+    return dict(zip(losses, values)), grad_norm
 
 
-def describe_nonfinite(losses: dict[str, float], gradient: float, step: int, rate: float, batch: list) -> str:
-    """What is not finite, when, and on what; the losses are all processes', the clips this one's."""
-    broken = [f"{name} {value}" for name, value in losses.items() if not math.isfinite(value)] or [f"the gradient's norm {gradient}"]
-    return (f"not finite at iteration {step}, learning rate {rate:g}: {', '.join(broken)}; clips: "
-            + "; ".join(clip.source for clip in batch) + ". Look at these, lower --lr, or pass --skip-nonfinite N")
+def describe_nonfinite(losses: dict[str, float], grad_norm: float, step: int, rate: float,
+                       batch: list) -> str:
+    """What is not finite, when, and on what clips of this process; losses are those of all."""
+    broken = [f"{name} {value}" for name, value in losses.items() if not math.isfinite(value)]
+    broken = ", ".join(broken or [f"the gradient's norm {grad_norm}"])
+    sources = "; ".join(clip.source for clip in batch)
+    return (f"not finite at iteration {step}, learning rate {rate:g}: {broken}; clips: {sources}. "
+            "Look at these, lower --lr, or pass --skip-nonfinite N")
 
 
-def describe(args: argparse.Namespace, model: GRAttVIS, clips, world: int, device: torch.device, dtype: str, start: int) -> None:
-    """Print what the run is, and what the learning rate of another batch size usually is."""
+def describe(args: argparse.Namespace, model: GRAttVIS, clips, world: int, device: torch.device,
+             dtype: str, start: int) -> None:
+    """Print what the run is, and the usual learning rate of another batch size."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    source = f"endless scenes ({', '.join(args.render)})" if args.render else f"{len(clips.videos)} videos"
-    print(f"{args.recipe or args.preset}, {args.propagation} propagation, {trained / 1e6:.1f} M trained parameters; {device.type} x "
-          f"{world}, {dtype}; deformable attention: {implementation(device)}\n"
-          f"{source} of {len(clips.categories)} classes; a step is {args.batch} clips of {args.frames} "
-          f"frames, {args.batch // world} a process" + (f" in {args.accumulate} parts" if args.accumulate > 1 else "")
-          + f"; iterations {start} to {args.iterations}; output {args.output}")
+    source = f"{len(clips.videos)} videos" if not args.render else (
+        f"endless scenes ({', '.join(args.render)})")
+    parts = f" in {args.accumulate} parts" if args.accumulate > 1 else ""
+    print(f"{args.recipe or args.preset}, {args.propagation} propagation, {trained / 1e6:.1f} M "
+          f"trained parameters; {device.type} x {world}, {dtype}; deformable attention: "
+          f"{implementation(device)}")
+    print(f"{source} of {len(clips.categories)} classes; a step is {args.batch} clips of "
+          f"{args.frames} frames, {args.batch // world} a process{parts}; iterations {start} to "
+          f"{args.iterations}; {args.workers} loader processes; output {args.output}")
     for sentence in clips.skipped:
         print(f"skipped: {sentence}")
     usual = RECIPES[args.recipe][1] if args.recipe else {}
     if usual.get("batch", args.batch) != args.batch and args.lr == usual["lr"]:
-        print(f"the recipe's learning rate {args.lr:g} is for {usual['batch']} clips a step; for {args.batch}, "
-              f"--lr {args.lr * args.batch / usual['batch']:g} is usual (nothing was changed)")
+        print(f"the recipe's learning rate {args.lr:g} is for {usual['batch']} clips a step; for "
+              f"{args.batch}, --lr {args.lr * args.batch / usual['batch']:g} is usual (nothing was "
+              "changed)")
 
 
 def trim_log(path: Path, step: int) -> None:
-    """Leave out what a run that died wrote after its last checkpoint, half a line perhaps: those steps are done again."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    """Remove what a run that died wrote after its last checkpoint: those steps are done again."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     try:
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} holds a line that training did not write: {error!r}") from error
     if len(kept) < len(lines):
         with atomic_write(path) as temporary:
-            temporary.write_text("".join(kept))
+            temporary.write_text("".join(kept), encoding="utf-8")
 
 
 # Before a run
@@ -437,12 +450,18 @@ def describe_run(args: argparse.Namespace, config: dict) -> dict[str, object]:
     return flags | files | {"the contents of the annotation files": config["data"]}
 
 
-def make_model(args: argparse.Namespace, categories: list[tuple[int, str]], resumed: dict | None, say) -> tuple[GRAttVIS, dict]:
-    """The model with the weights it starts from, and the config that a checkpoint will carry; `say` prints what was loaded."""
+def make_model(args: argparse.Namespace, categories: list[tuple[int, str]],
+               resumed: dict | None, say) -> tuple[GRAttVIS, dict]:
+    """The model with the weights it starts from, and the config that a checkpoint will carry.
+
+    say: prints what was loaded.
+    """
     options = {"gate_mask": args.gate_mask, "clip_length": args.clip_length}
-    options |= {name: getattr(args, name) for name in ("norm", "window") if getattr(args, name) is not None}
+    given = {"norm": args.norm, "window": args.window}  # None: the preset's
+    options |= {name: value for name, value in given.items() if value is not None}
     model = build_model(args.preset, len(categories), args.propagation, **options)
-    config = {"preset": args.preset, "propagation": args.propagation, "model_options": options, "test_short_side": args.test_short_side,
+    config = {"preset": args.preset, "propagation": args.propagation, "model_options": options,
+              "test_short_side": args.test_short_side,
               "categories": [list(category) for category in categories], "args": vars(args)}
     if resumed:
         if resumed["config"].get("categories") != config["categories"]:
@@ -454,7 +473,8 @@ def make_model(args: argparse.Namespace, categories: list[tuple[int, str]], resu
         if args.init:
             say(f"init: {load_weights(model, args.init, args.reset_classes)}")
         if args.backbone_weights:
-            say(f"backbone: {load_backbone(model, args.backbone_weights, PRESETS[args.preset]['backbone'])}")
+            backbone = PRESETS[args.preset]["backbone"]
+            say(f"backbone: {load_backbone(model, args.backbone_weights, backbone)}")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not args.freeze_detector or name.startswith("tracker."))
     return model, config
@@ -480,49 +500,66 @@ def make_criterion(args: argparse.Namespace, clips) -> Criterion:
                      similarity_span=args.similarity_span)
 
 
-def set_up(model: GRAttVIS, args: argparse.Namespace, device: torch.device, amp: torch.dtype) -> None:
+def set_up(model: GRAttVIS, args: argparse.Namespace, device: torch.device,
+           amp: torch.dtype) -> None:
     """Put the model on its device, ready to be trained as the arguments say."""
-    on_gpu = device.type == "cuda"                                 # channels last: convolutions are faster there
-    model.to(device, memory_format=torch.channels_last if on_gpu else torch.contiguous_format).train()
+    # Channels last: convolutions are faster there on a GPU.
+    on_gpu = device.type == "cuda"
+    memory_format = torch.channels_last if on_gpu else torch.contiguous_format
+    model.to(device, memory_format=memory_format).train()
     if amp != torch.float32:
         model.hold_frozen(amp)
     model.tracker.query_noise = args.query_noise
-    model.pixel_decoder.recompute, model.backbone.recompute = args.recompute != "off", args.recompute == "all"
+    model.pixel_decoder.recompute = args.recompute != "off"
+    model.backbone.recompute = args.recompute == "all"
     if args.compile != "off":
         model.compile_parts(detector=args.compile == "all")
 
 
-def parameter_groups(model: nn.Module, lr: float, weight_decay: float, backbone_factor: float) -> list[dict]:
-    """AdamW groups as upstream: no decay for norms, nn.Embedding and relative position tables; biases do decay."""
+def parameter_groups(model: nn.Module, lr: float, weight_decay: float,
+                     backbone_factor: float) -> list[dict]:
+    """AdamW groups as upstream.
+
+    No decay for norms, nn.Embedding and relative position tables; biases do decay.
+    """
     norms = (nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)
     groups: dict[tuple[float, float], list] = {}
     for module_name, module in model.named_modules():
+        rate = lr * (backbone_factor if module_name.startswith("backbone") else 1.0)
         for name, parameter in module.named_parameters(recurse=False):
             if not parameter.requires_grad:
                 continue
-            exempt = isinstance(module, (*norms, nn.Embedding)) or name == "relative_position_bias_table"
-            key = (lr * (backbone_factor if module_name.startswith("backbone") else 1.0), 0.0 if exempt else weight_decay)
-            groups.setdefault(key, []).append(parameter)
-    return [{"params": parameters, "lr": rate, "weight_decay": decay} for (rate, decay), parameters in groups.items()]
+            exempt = isinstance(module, (*norms, nn.Embedding))
+            exempt = exempt or name == "relative_position_bias_table"
+            groups.setdefault((rate, 0.0 if exempt else weight_decay), []).append(parameter)
+    return [{"params": parameters, "lr": rate, "weight_decay": decay}
+            for (rate, decay), parameters in groups.items()]
 
 
-def learning_rate_factor(step: int, warmup: int, milestones: list[int], start: float = 0.0, gamma: float = 0.1) -> float:
+def learning_rate_factor(step: int, warmup: int, milestones: list[int], start: float = 0.0,
+                         gamma: float = 0.1) -> float:
     """Linear warm-up from a share of the rate, then times gamma at every milestone."""
     warm = min(1.0, (step + 1) / max(warmup, 1))
-    return (start + (1 - start) * warm) * gamma ** sum(step >= milestone for milestone in milestones)
+    passed = sum(step >= milestone for milestone in milestones)
+    return (start + (1 - start) * warm) * gamma ** passed
 
 
 def check_resumed(args: argparse.Namespace, resumed: dict) -> None:
     """A resumed run must be the run that was interrupted: InputError naming what differs."""
-    if not {"step", "optimizer", "config"} <= resumed.keys() or "args" not in (resumed["config"] or {}):
-        raise InputError(f"{args.resume} is no checkpoint of a training run: start from it with --init")
-    before = vars(parse_arguments([])) | resumed["config"]["args"]     # what an older version did not know was at its default
-    changed = [name for name, value in vars(args).items() if name not in MAY_CHANGE and before[name] != value]
+    if not {"step", "optimizer", "config"} <= resumed.keys() or (
+            "args" not in (resumed["config"] or {})):
+        raise InputError(f"{args.resume} is no checkpoint of a training run: start from it with "
+                         "--init")
+    # What an older version did not know was at its default.
+    before = vars(parse_arguments([])) | resumed["config"]["args"]
+    changed = [f"--{name.replace('_', '-')} {before[name]} (now {value})"
+               for name, value in vars(args).items()
+               if name not in MAY_CHANGE and before[name] != value]
     if changed:
-        raise InputError(f"{args.resume} was trained with " + ", ".join(
-            f"--{name.replace('_', '-')} {before[name]} (now {getattr(args, name)})" for name in changed))
+        raise InputError(f"{args.resume} was trained with {', '.join(changed)}")
     if resumed["step"] > args.iterations:
-        raise InputError(f"{args.resume} is already at iteration {resumed['step']}, past --iterations {args.iterations}")
+        raise InputError(f"{args.resume} is already at iteration {resumed['step']}, past "
+                         f"--iterations {args.iterations}")
 
 
 if __name__ == "__main__":
