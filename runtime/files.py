@@ -7,6 +7,8 @@
 import hashlib
 import json
 import os
+import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -59,3 +61,27 @@ def save_json(path: str | Path, contents, indent: int | None = 1) -> None:
 def checksum(path: str | Path) -> str:
     """The first twelve digits of a file's SHA-256: equal annotations, equal task."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
+
+
+RESERVED_NAMES = {"CON", "PRN", "AUX", "NUL", *(f"{port}{number}" for port in ("COM", "LPT")
+                                                for number in range(10))}  # on Windows
+LONGEST_FILE_NAME = 80  # bytes, so that a caller can add to it: most file systems allow 255
+
+
+def file_name_for(text: str) -> str:
+    """A file name that says what the text says, and is valid wherever files are written.
+
+    Letters, digits and `_.-` stay. Where anything had to be replaced or cut off, a digest is
+    appended, so that different texts have different names.
+    """
+    encoding = sys.getfilesystemencoding()
+    encodable = text.encode(encoding, "replace").decode(encoding)
+    name = re.sub(r"[^\w.-]+", "_", encodable)
+    name = name.encode(encoding)[:LONGEST_FILE_NAME].decode(encoding, "ignore").rstrip(".")
+    if not name or name.startswith(".") or name.split(".")[0].upper() in RESERVED_NAMES:
+        name = f"_{name}"
+    if name == text and not re.search(r"-[0-9a-f]{8}$", name):  # which looks like a digest
+        return name
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    room = LONGEST_FILE_NAME - len(f"-{digest}")
+    return f"{name.encode(encoding)[:room].decode(encoding, 'ignore')}-{digest}"
