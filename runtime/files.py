@@ -10,18 +10,24 @@ import errno
 import hashlib
 import json
 import os
+import re
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+from reading.regular import read_regular
 from runtime.errors import InputError
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
+
+
+LARGEST_JSON = 2 ** 33  # bytes
 
 
 def first_existing(what: str, candidates: list[Path]) -> Path:
@@ -35,9 +41,10 @@ def first_existing(what: str, candidates: list[Path]) -> Path:
 def read_json(path: str | Path):
     """Parsed JSON in UTF-8, with or without BOM; InputError if it is missing or malformed."""
     path = first_existing("file", [Path(path)])
+    content = read_regular(path, LARGEST_JSON)
     try:
-        return json.loads(path.read_bytes())
-    except (ValueError, OSError, RecursionError) as error:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not a JSON file: {error}") from error
 
 
@@ -116,3 +123,27 @@ def open_locked(path: Path) -> IO:
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
             return file
         file.close()  # whoever held it has just removed it
+
+
+RESERVED_NAMES = {"CON", "PRN", "AUX", "NUL", *(f"{port}{number}" for port in ("COM", "LPT")
+                                                for number in range(10))}  # on Windows
+LONGEST_FILE_NAME = 80  # bytes, so that a caller can add to it: most file systems allow 255
+
+
+def file_name_for(text: str) -> str:
+    """A file name that says what the text says, and is valid wherever files are written.
+
+    Letters, digits, spaces and `_.-` stay. Where anything had to be replaced or cut off, a digest is
+    appended, so that different texts have different names.
+    """
+    encoding = sys.getfilesystemencoding()
+    encodable = text.encode(encoding, "replace").decode(encoding)
+    name = re.sub(r"[^\w. -]+", "_", encodable)
+    name = name.encode(encoding)[:LONGEST_FILE_NAME].decode(encoding, "ignore").strip(" ").rstrip(". ")
+    if not name or name.startswith(".") or name.split(".")[0].upper() in RESERVED_NAMES:
+        name = f"_{name}"
+    if name == text and not re.search(r"-[0-9a-f]{8}$", name):  # which looks like a digest
+        return name
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    room = LONGEST_FILE_NAME - len(f"-{digest}")
+    return f"{name.encode(encoding)[:room].decode(encoding, 'ignore')}-{digest}"

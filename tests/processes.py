@@ -21,3 +21,13 @@ def free_port():
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return str(listener.getsockname()[1])
+
+
+def fake_ffmpeg(tmp_path, monkeypatch, script):
+    """An ffmpeg that is found before any other: a shell script.
+
+    It writes what it was given into the file `given`.
+    """
+    (tmp_path / "ffmpeg").write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/given\n{script}\n')
+    (tmp_path / "ffmpeg").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")

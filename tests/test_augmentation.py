@@ -10,7 +10,7 @@ import torch
 from scipy.ndimage import binary_dilation, binary_erosion, center_of_mass
 from torchvision import tv_tensors
 
-from augmentation import Augmentation
+from augmentation import Augmentation, short_side_size
 from test_data import GREEN, HEIGHT, RED, is_colour, painted_clip
 
 TURNED = Augmentation(short_sides=(2 * HEIGHT,), flip=False, rotation=15)
@@ -101,3 +101,29 @@ def test_a_clip_without_instances(augmentation):
     frames, masks = painted_clip()
     frames, masks = augmentation(frames, tv_tensors.Mask(masks[:0]), numpy.random.default_rng(0))
     assert len(masks) == 0 and masks.shape[1:] == (3, *frames.shape[2:])
+
+
+SHAPES = [(1, 4000), (4000, 1), (1, 1), (2, 3), (3, 500)]
+SETTINGS = {"resized": Augmentation((48,), rotation=15),
+            "cut": Augmentation((48,), crop_short_sides=(40,), crop_size=(10, 600)),
+            "cut to a share": Augmentation((48,), crop_short_sides=(1,), crop_size=(0.01, 0.1),
+                                           crop_relative=True),
+            "jittered": Augmentation((), jitter=64, rotation=15)}
+
+
+@pytest.mark.parametrize("height, width", SHAPES)
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_frames_of_any_shape_keep_a_pixel_each_way(setting, height, width):
+    frames = tv_tensors.Video(torch.full((2, 3, height, width), 200, dtype=torch.uint8))
+    masks = tv_tensors.Mask(torch.ones(1, 2, height, width, dtype=torch.bool))
+    for generator in generators(8):
+        pictures, outlines = SETTINGS[setting](frames, masks, generator)
+        assert pictures.shape[2:] == outlines.shape[2:]
+        assert min(pictures.shape[2:]) >= 1 and max(pictures.shape[2:]) <= 1333
+
+
+@pytest.mark.parametrize("height, width, expected", [
+    (1, 4000, (1, 1333)), (4000, 1, (1333, 1)), (1, 1, (360, 360)), (2, 3, (360, 540)),
+    (7, 90_000, (1, 1333))])
+def test_no_side_is_resized_to_nothing(height, width, expected):
+    assert short_side_size(height, width, 360, 1333) == expected
