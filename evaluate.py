@@ -20,15 +20,18 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as distributed
+from tqdm import tqdm
 
 from checkpoint import SHIPPED_WEIGHTS, default_short_side, model_from_checkpoint
 from data import Video, VideoSet, find_split, read_frame
 from deform_attn import implementation
 from draw import overlays, save_pictures
 from inference import Unfinished, segment_videos, share, to_entries
-from metric import accumulate, check_ground_truth, check_results, format_table, mean_metrics, summarize
+from metric import accumulate, check_predictions, format_table, mean_metrics, summarize
 from model import PRESETS, GRAttVIS
 from plots import plot_classes, plot_precision, plot_timeline, require_matplotlib
+from reading.annotations import AnnotationFile, Id, Skipped, read_annotations, unique_names
+from reading.masks import shown
 from recipes import at_least
 from results import EncodedVideo
 from runtime.device import choose_amp, start_processes
@@ -64,6 +67,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--suites", nargs="+", choices=SUITES, default=["easy", "occlusion"], metavar="SUITE", help="where no data set is "
                       f"given: the held-out videos of synthetic suites, written if they are not there: {', '.join(SUITES)}")
     data.add_argument("--sets", default="datasets/suites", help="the folder that holds a folder for each suite")
+    data.add_argument("--skip-bad", action=argparse.BooleanOptionalAction, default=False, help="leave out videos and annotations that "
+                      "cannot be read, of the metric too; say and count it")
     data.add_argument("--short-side", type=at_least(1), help="of the frames, pixels (default: what the model was made "
                         "for; official: 360, Swin 448)")
     data.add_argument("--max-long-side", type=at_least(1), default=1333, help="pixels")
@@ -95,7 +100,8 @@ def main(args: argparse.Namespace) -> dict | None:
     if args.results:
         if not args.annotations:
             raise InputError("scoring a file needs --results and --annotations")
-        return finish(Path(args.results), args.annotations, Path(args.output or Path(args.results).parent), args.plot is not None)
+        truth = read_parts(args.annotations, args.skip_bad)
+        return finish(Path(args.results), truth, Path(args.output or Path(args.results).parent), args.plot is not None)
 
     if bool(args.json) != bool(args.images):
         raise InputError("--json and --images go together")
@@ -105,8 +111,6 @@ def main(args: argparse.Namespace) -> dict | None:
     rank, world, device = start_processes(args.device)
     sets = open_sets(args, rank, world)
     for videos in sets.values():
-        if videos.ground_truth.get("annotations"):
-            check_ground_truth(videos.ground_truth)
         check_categories(model, config, videos, args.weights)
     amp, reason = choose_amp(args.amp, device)
     model.to(device).accelerate(amp, args.compile)
@@ -125,7 +129,11 @@ def main(args: argparse.Namespace) -> dict | None:
 def open_sets(args: argparse.Namespace, rank: int, world: int) -> dict[str, VideoSet]:
     """The one set that the arguments name, under "", or suites by name, which the first process writes."""
     if args.json or args.data_root:
-        return {"": VideoSet(*((args.json, args.images) if args.json else find_split(args.data_root, args.split)))}
+        found = (args.json, args.images) if args.json else find_split(args.data_root, args.split)
+        videos = VideoSet(*found, skip_bad=args.skip_bad)
+        for sentence in videos.skipped.sentences() if rank == 0 else ():
+            print(f"skipped: {sentence}")
+        return {"": videos}
     if world > 1 and rank:
         distributed.barrier()                    # until the first process has written them
     sets = {name: open_suite(name, Path(args.sets) / name, HELD_OUT) for name in args.suites}
@@ -153,12 +161,16 @@ def evaluate_set(model: GRAttVIS, videos: VideoSet, output: Path, args: argparse
 
     began, own = time.perf_counter(), share(remaining, rank, world)
     for video, found in segment_videos(model, own, device, amp, args.short_side, args.max_long_side, args.top_k, args.chunk,
-                                       args.workers):
+                                       args.workers, args.skip_bad):
+        if isinstance(found, InputError):
+            tqdm.write(f"skipped: {found}")
+            unfinished.leave_out(video, str(found))
+            continue
         number = videos.videos.index(video)
         if number < args.draw:
             draw_video(output / "overlays", video, found, videos.categories)
         if args.plot is not None and number < args.plot:
-            plot_timeline(output / "plots" / f"{video.id:05d}.png", found, [name for _, name in videos.categories], DRAWN_SCORE)
+            plot_timeline(output / "plots" / f"{video.name}.png", found, [name for _, name in videos.categories], DRAWN_SCORE)
         unfinished.save(video, to_entries(video, found, videos.categories))
     frames, seconds = sum(len(video.files) for video in own), time.perf_counter() - began
     peak = f", {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB of GPU memory" if device.type == "cuda" else ""
@@ -167,8 +179,9 @@ def evaluate_set(model: GRAttVIS, videos: VideoSet, output: Path, args: argparse
         distributed.barrier()
     if rank:
         return None
-    unfinished.join(videos.videos, output / "results.json")
-    return finish(output / "results.json", args.annotations or annotations_of(videos), output, args.plot is not None)
+    left_out = unfinished.join(videos.videos, output / "results.json")
+    truth = annotations_of(videos, args.annotations, left_out, args.skip_bad)
+    return finish(output / "results.json", truth, output, args.plot is not None)
 
 
 def open_unfinished(output: Path, args: argparse.Namespace, amp: str, videos: VideoSet, rank: int,
@@ -176,7 +189,7 @@ def open_unfinished(output: Path, args: argparse.Namespace, amp: str, videos: Vi
     """The results so far of this very setting, and the videos that are left: the same for all processes."""
     weights = os.stat(args.weights)
     setting = {name: getattr(args, name) for name in ("weights", "preset", "propagation", "gate_mask", "data_root", "split", "json",
-                                                      "images", "short_side", "max_long_side", "top_k", "compile", "sets")}
+                                                      "images", "skip_bad", "short_side", "max_long_side", "top_k", "compile", "sets")}
     setting |= {"amp": amp, "weights_bytes": weights.st_size, "weights_changed": weights.st_mtime_ns}
     if world > 1 and rank:
         distributed.barrier()                    # until the first process has made the folder
@@ -189,53 +202,85 @@ def open_unfinished(output: Path, args: argparse.Namespace, amp: str, videos: Vi
     return unfinished, remaining
 
 
-def annotations_of(videos: VideoSet) -> list[Path]:
-    """The ground truth of a data set: its own file, or the short and the long videos of YouTube-VIS 2022 where they are apart."""
-    parts = [videos.path.with_name(name) for name in ("gt_short.json", "gt_long.json")]
-    return parts if not videos.ground_truth.get("annotations") and all(map(Path.exists, parts)) else [videos.path]
+def annotations_of(videos: VideoSet, given: list[str] | None, left_out: list[Id],
+                   skip_bad: bool) -> dict[str, AnnotationFile]:
+    """The ground truth of a data set by name, less the videos that were left out.
+
+    given: annotation files, instead of its own one, or of the short and the long videos of
+        YouTube-VIS 2022 where they lie beside it.
+    """
+    beside = [videos.path.with_name(name) for name in ("gt_short.json", "gt_long.json")]
+    if not given and not videos.ground_truth["annotations"] and all(map(Path.exists, beside)):
+        given = beside
+    parts = read_parts(given, skip_bad) if given else {videos.path.stem: videos.file}
+    left_out = left_out + videos.file.left_out
+    return {name: part.without(left_out) for name, part in parts.items()}
 
 
-def finish(results_path: Path, annotations: list[str | Path], output: Path, plot: bool) -> dict | None:
-    """Check a results file, zip it for the server, and score it if the annotations are at hand: prints the tables and writes
-    metrics.json. Several annotation files are parts of one set: each is scored, and the mean is what metrics.json starts with."""
-    results, names = read_json(results_path), [Path(path).stem for path in annotations]
-    parts = dict(zip(names if len(set(names)) == len(names) else map(str, annotations), map(read_json, annotations)))
-    first = next(iter(parts.values()))
-    for path, part in zip(annotations, parts.values()):
-        if not isinstance(part, dict) or not isinstance(part.get("videos"), list):
-            raise InputError(f"{path} has no list of videos: it is not in the YouTube-VIS format")
-        if part.get("categories") != first.get("categories"):
-            raise InputError(f"{path} has other categories than {annotations[0]}: they are not parts of one set")
-        part["annotations"] = part.get("annotations") or []
-        if not isinstance(part["annotations"], list):
-            raise InputError(f"{path} has no list of annotations: it is not in the YouTube-VIS format")
-    whole = first | {name: [entry for part in parts.values() for entry in part[name]] for name in ("videos", "annotations")}
-    check_results(results, whole)
+def read_parts(paths: list[str | Path], skip_bad: bool) -> dict[str, AnnotationFile]:
+    """Annotation files by name: several are parts of one set, and have the same categories."""
+    parts = [read_annotations(path, skip_bad) for path in paths]
+    for part in parts:
+        if part.categories != parts[0].categories:
+            raise InputError(f"{part.name} has other categories than {parts[0].name}: "
+                             "they are not parts of one set")
+    names = [Path(path).stem for path in paths]
+    return dict(zip(names if len(set(names)) == len(names) else map(str, paths), parts))
+
+
+def finish(results_path: Path, parts: dict[str, AnnotationFile], output: Path,
+           plot: bool) -> dict | None:
+    """Check a results file, zip it for the server, and score it where there are annotations.
+
+    parts: of the ground truth, by name; each is scored, and the mean is what metrics.json starts
+        with. All files are written before anything is printed: no terminal can lose them.
+    Returns what metrics.json holds, None without annotations.
+    """
+    whole = {key: [entry for part in parts.values() for entry in part.content[key]]
+             for key in ("videos", "annotations")}
+    first, *_ = parts.values()
+    whole["categories"] = first.content["categories"]
+    left_out = [video for part in parts.values() for video in part.left_out]
+    results = check_predictions(read_json(results_path), whole, left_out)
     output.mkdir(parents=True, exist_ok=True)
     zip_results(results_path, output / "results.json.zip")
+    lines = [f"skipped: {sentence}"
+             for sentence in Skipped(part.skipped for part in parts.values()).sentences()]
+    if left_out:
+        lines.append(f"{len(left_out)} of {len(left_out) + len(whole['videos'])} videos are left "
+                     f"out of the metric, the first: {shown(left_out[0])}")
     if not whole["annotations"]:
-        classes = {str(category["name"]).lower() for category in whole["categories"]}
-        server = next((server for name, server in SERVERS.items() if name in classes), "the benchmark's server")
-        print(f"{annotations[0]} has no annotations: submit {output / 'results.json.zip'} to {server}")
+        print(*lines, f"{first.name} has no annotations: submit {output / 'results.json.zip'} to "
+              f"{server_of(whole['categories'])}", sep="\n")
         return None
-    metrics = {}
+
+    scored, curves = {}, {}
     for name, part in parts.items():
-        inside = {video["id"] for video in part["videos"]}
+        inside = {video["id"] for video in part.content["videos"]}
         own = [entry for entry in results if entry["video_id"] in inside]
-        precision, recall, _ = accumulate(own, part)          # which have been checked above
-        metrics[name] = summarize(precision, recall, part)
-        print(f"{name}, {len(inside)} videos" if len(parts) > 1 else "", format_table(metrics[name]), sep="\n" if len(parts) > 1 else "")
-        if plot:
-            (output / "plots").mkdir(exist_ok=True)
-            plot_precision(output / "plots" / f"precision_{name}.png", precision)
-            plot_classes(output / "plots" / f"classes_{name}.png", metrics[name]["per_class"])
+        curves[name], recall, _ = accumulate(own, part.content)
+        scored[name] = summarize(curves[name], recall, part.content)
+        title = [f"{name}, {len(inside)} videos"] if len(parts) > 1 else []
+        lines += [*title, format_table(scored[name])]
+    metrics = scored[name]
     if len(parts) > 1:
-        metrics = mean_metrics(list(metrics.values())) | {"parts": metrics}
-        print("mean", format_table(metrics), sep="\n")
-    else:
-        metrics, = metrics.values()
+        metrics = mean_metrics(list(scored.values())) | {"parts": scored}
+        lines += ["mean", format_table(metrics)]
     save_json(output / "metrics.json", metrics)
+    for name in parts if plot else ():
+        (output / "plots").mkdir(exist_ok=True)
+        file_name = name.replace(os.sep, "-") + ".png"
+        plot_precision(output / "plots" / f"precision_{file_name}", curves[name])
+        plot_classes(output / "plots" / f"classes_{file_name}", scored[name]["per_class"])
+    print(*lines, sep="\n")
     return metrics
+
+
+def server_of(categories: list[dict]) -> str:
+    """Where results of these classes are submitted."""
+    classes = {category["name"].lower() for category in categories}
+    return next((server for name, server in SERVERS.items() if name in classes),
+                "the benchmark's server")
 
 
 def zip_results(path: Path, target: Path) -> None:
@@ -248,7 +293,7 @@ def check_categories(model: GRAttVIS, config: dict, videos: VideoSet, weights: s
     """InputError unless the checkpoint's classes are those of the data set."""
     if model.num_classes != len(videos.categories):
         raise InputError(f"{weights} has {model.num_classes} classes, {videos.path} has {len(videos.categories)}")
-    trained = [name for _, name in config.get("categories", [])]
+    trained = unique_names(config.get("categories", []))
     if trained and trained != [name for _, name in videos.categories]:
         raise InputError(f"{weights} was trained on other classes than {videos.path} has: {', '.join(trained)}")
 
@@ -257,7 +302,7 @@ def draw_video(folder: Path, video: Video, found: EncodedVideo, categories: list
     """Overlays of the instances that score at least DRAWN_SCORE."""
     frames = (np.array(read_frame(file, video.height, video.width)) for file in video.files)
     pictures = overlays(frames, found, [name for _, name in categories], DRAWN_SCORE)
-    save_pictures(folder, f"{video.id:05d}", pictures, len(video.files))
+    save_pictures(folder, video.name, pictures, len(video.files))
 
 
 if __name__ == "__main__":

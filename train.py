@@ -65,6 +65,8 @@ def main(args: argparse.Namespace) -> None:
     check_run(args, resumed, world, last)
     clips = open_clips(args)
     held_out = open_held_out(args, clips.categories)
+    for sentence in held_out.skipped.sentences() if held_out else ():
+        say(f"skipped: {sentence}")
     torch.manual_seed(args.seed)
     model, config = make_model(args, clips.categories, resumed, say)
     config["data"] = [checksum(path) for path in clips.paths]
@@ -90,7 +92,7 @@ def main(args: argparse.Namespace) -> None:
         trim_log(output / "log.jsonl", run.step)
 
     bar = tqdm(loader, initial=run.step, total=args.iterations, desc="train", disable=rank > 0, mininterval=1)
-    waited, skipped = 0.0, len(clips.skipped)
+    waited, skipped = 0.0, clips.skipped.total
     began = mark = time.perf_counter()
     for batch in bar:
         waited += time.perf_counter() - mark
@@ -177,11 +179,17 @@ class Run:
         model, args = self.averaged.module if self.averaged else self.model, self.args
         weights = self.finite_weights(model)
         model.eval()
-        results = [entry for video, found in segment_videos(model, videos.videos, self.device, self.amp, args.test_short_side,
-                                                            args.test_max_long_side, args.top_k, workers=args.workers)
-                   for entry in to_entries(video, found, videos.categories)]
+        results, left_out = [], []
+        for video, found in segment_videos(model, videos.videos, self.device, self.amp, args.test_short_side, args.test_max_long_side,
+                                           args.top_k, workers=args.workers, skip_bad=args.skip_bad):
+            if isinstance(found, InputError):
+                tqdm.write(f"skipped: {found}")
+                left_out.append(video.id)
+            else:
+                results += to_entries(video, found, videos.categories)
         model.train()
-        metrics = {name: value for name, value in evaluate_results(results, videos.ground_truth).items() if isinstance(value, float)}
+        truth = videos.file.without(left_out).content
+        metrics = {name: value for name, value in evaluate_results(results, truth).items() if isinstance(value, float)}
         log_line(output, {"step": self.step} | metrics)
         sentence = f"iteration {self.step}: AP {100 * metrics['AP']:.1f}"
         if metrics["AP"] <= self.best:
@@ -248,7 +256,7 @@ def describe(args: argparse.Namespace, model: GRAttVIS, clips, world: int, devic
           f"{source} of {len(clips.categories)} classes; a step is {args.batch} clips of {args.frames} "
           f"frames, {args.batch // world} a process" + (f" in {args.accumulate} parts" if args.accumulate > 1 else "")
           + f"; iterations {start} to {args.iterations}; output {args.output}")
-    for sentence in clips.skipped:
+    for sentence in clips.skipped.sentences():
         print(f"skipped: {sentence}")
     usual = RECIPES[args.recipe][1] if args.recipe else {}
     if usual.get("batch", args.batch) != args.batch and args.lr == usual["lr"]:
