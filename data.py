@@ -127,7 +127,7 @@ class VideoSet:
 
 def find_frames(root: Path, video: dict, where: EntryName) -> list[Path]:
     """The files of a video's frames; InputError if one is missing, or not in the folder."""
-    if "file_names" not in video:
+    if video.get("file_names") is None:
         raise InputError(f"{where} has no file_names, by which its frames are found")
     return [find_frame(root, name, where) for name in video["file_names"]]
 
@@ -140,15 +140,35 @@ def find_frame(root: Path, name, where: EntryName) -> Path:
     if not isinstance(name, str) or name.splitlines() != [name] or "\0" in name:
         raise InputError(f"{where} has the file name {shown(name)}, which is none")
     for notation in (name, name.replace("\\", "/")):  # on Linux, \ is a letter like any other
-        inside = path_inside(root, notation)
-        for spelling in spellings(inside) if inside else ():
-            file = root / spelling
-            if file.name in folder_names(file.parent):
-                return file
+        for spelling in spellings(notation):
+            inside = path_inside(root, spelling)
+            if inside and (root / inside).name in folder_names((root / inside).parent):
+                return root / inside
     if inside is None or re.match("[A-Za-z]:/", inside):  # a disk of Windows
         raise InputError(f"{where} has the file name {name!r}, which leads outside of {root}")
     video = f"{where.what} {shown(where.entry['id'])}"
     raise InputError(f"frame {root / inside} of {video} is missing")
+
+
+def spellings(name: str) -> list[str]:
+    """A file name, and how else it may stand on the disk.
+
+    macOS takes letters and accents apart. Where the locale is not UTF-8, Python knows a file by
+    what its UTF-8 name means in the locale's encoding, which may not have all letters.
+    """
+    if name.isascii():
+        return [name]
+    forms = [name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD"))]
+    forms += [os.fsdecode(form.encode("utf-8", "surrogatepass")) for form in forms]
+    return [form for form in forms if can_be_named(form)]
+
+
+def can_be_named(text: str) -> bool:
+    """Whether the file system's encoding has all letters."""
+    try:
+        return bool(os.fsencode(text))
+    except UnicodeEncodeError:
+        return False
 
 
 def path_inside(root: Path, name: str) -> str | None:
@@ -167,18 +187,6 @@ def folder_inside(root: str, folder: str) -> str | None:
         if os.path.realpath(parent) == real_root:
             return os.path.relpath(folder, parent)
     return os.path.relpath(real, real_root) if Path(real).is_relative_to(real_root) else None
-
-
-def spellings(name: str) -> list[str]:
-    """A file name, and how else it may stand on the disk.
-
-    macOS takes letters and accents apart. Where the locale is not UTF-8, Python knows a file by
-    what its UTF-8 name means in the locale's encoding.
-    """
-    if name.isascii():
-        return [name]
-    forms = [name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD"))]
-    return [*forms, *(os.fsdecode(form.encode("utf-8", "surrogatepass")) for form in forms)]
 
 
 @cache

@@ -349,8 +349,9 @@ def find_sizes(content: dict) -> dict[Id, tuple[int, int]]:
         masks = entry.get("segmentations") if isinstance(entry, dict) else None
         for mask in masks if isinstance(masks, list) else []:
             size = mask.get("size") if isinstance(mask, dict) else None
-            if isinstance(size, list) and [type(side) for side in size] == [int, int]:
-                sizes.setdefault(id_key(entry.get("video_id")), tuple(size))
+            sides = [id_key(side) for side in size] if isinstance(size, list) else []
+            if len(sides) == 2 and all(isinstance(side, int) for side in sides):
+                sizes.setdefault(id_key(entry.get("video_id")), tuple(sides))
     return sizes
 
 
@@ -394,7 +395,8 @@ def complete_annotations(content: dict, what: str, file: AnnotationFile,
 
 def reference(entry, key: str, where: EntryName) -> Id:
     """The id_key of what an annotation refers to."""
-    return id_key(read_id(as_dict(entry, where), key, where))
+    found = id_key(as_dict(entry, where).get(key))
+    return id_key(read_id(entry, key, where)) if found is None else found  # None: it raises
 
 
 def has_track(segmentations) -> bool:
@@ -446,9 +448,8 @@ def with_readable_masks(annotations: list[dict], videos: dict[Id, dict], file: A
             raise InputError(fault)
         file.skipped.add("annotations that cannot be used", fault)
         bad.add(number)
-    kept = []
-    for number, (annotation, track) in enumerate(zip(annotations, tracks)):
-        if number not in bad:
-            areas = annotation["areas"] or mask_areas(*track)
-            kept.append(annotation | {"areas": areas})
-    return kept
+    kept = [number for number in range(len(annotations)) if number not in bad]
+    for number in kept:
+        if annotations[number]["areas"] is None:
+            annotations[number]["areas"] = mask_areas(*tracks[number])
+    return [annotations[number] for number in kept]

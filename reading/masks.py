@@ -22,19 +22,22 @@ TRACKS_AT_ONCE = 64        # whose compressed codes are checked together, which 
 Segmentation = dict | list | None
 
 
-def polygons_of(segmentation: list) -> list[list]:
-    """The polygons that have an inside: the others have an odd number of values, or fewer than six.
+def is_polygon(coordinates: list) -> bool:
+    """Whether [x, y, x, y, ...] has an inside; Detectron2 leaves the same ones out."""
+    return len(coordinates) % 2 == 0 and len(coordinates) >= 6
 
-    Detectron2 leaves the same ones out.
-    """
-    return [polygon for polygon in segmentation if len(polygon) % 2 == 0 and len(polygon) >= 6]
+
+def polygons_of(segmentation: list[list]) -> list[list]:
+    """The polygons that have an inside."""
+    return [polygon for polygon in segmentation if is_polygon(polygon)]
 
 
 def has_mask(segmentation: Segmentation) -> bool:
     """Whether there is anything to read; False of None, "", [], and points without an inside."""
-    if isinstance(segmentation, list) and all(isinstance(part, list) for part in segmentation):
-        return bool(polygons_of(segmentation))
-    return bool(segmentation)
+    if not isinstance(segmentation, list):
+        return bool(segmentation)
+    # what is no polygon at all is there, to be refused
+    return any(not isinstance(part, list) or is_polygon(part) for part in segmentation)
 
 
 def to_rle(segmentation: Segmentation, height: int, width: int, where: str,
