@@ -30,8 +30,8 @@ from reading.pictures import read_picture
 from runtime.errors import InputError, cli_errors
 from runtime.files import first_existing
 
-__all__ = ["InputError", "Video", "VideoSet", "find_split", "read_categories", "read_frame",
-           "read_mask", "read_picture", "test_frames", "to_rle"]
+__all__ = ["InputError", "Video", "VideoSet", "at_test_size", "find_split", "read_categories",
+           "read_frame", "read_mask", "read_picture", "test_frames", "to_rle"]
 
 
 @dataclass
@@ -206,16 +206,18 @@ def read_frame(path: Path, height: int, width: int) -> Image.Image:
 
 # Frames at test size
 
-def test_frames(video: Video, short_side: int, max_long_side: int = 1333, part: slice = slice(None)) -> Iterator[Tensor]:
+def test_frames(video: Video, short_side: int, max_long_side: int = 1333,
+                part: slice = slice(None)) -> Iterator[Tensor]:
     """The frames of a video at test size, uint8 (3, H, W), one by one, or of a part of it."""
     for file in video.files[part]:
         yield at_test_size(read_frame(file, video.height, video.width), short_side, max_long_side)
 
 
 def at_test_size(picture: Image.Image, short_side: int, max_long_side: int = 1333) -> Tensor:
-    """An RGB picture -> uint8 (3, H, W) of so many pixels; bilinear by Pillow, as detectron2 does."""
+    """An RGB picture -> uint8 (3, H, W) of that size; bilinear by Pillow, as in detectron2."""
     height, width = short_side_size(picture.height, picture.width, short_side, max_long_side)
-    return torch.from_numpy(np.array(picture.resize((width, height), Image.Resampling.BILINEAR))).permute(2, 0, 1)
+    resized = picture.resize((width, height), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
 
 
 test_frames.__test__ = False  # its name is not pytest's business
@@ -224,25 +226,33 @@ test_frames.__test__ = False  # its name is not pytest's business
 def main() -> None:
     """Write the synthetic set as the command line says."""
     from synthetic import SUITES, make_dataset
-    parser = argparse.ArgumentParser(description="Write the synthetic data set: textured shapes that move, cross, occlude one "
-                                     "another, leave and come back, in the YouTube-VIS format.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--root", default="datasets/synthetic", help="folder to write; must not exist yet")
+    parser = argparse.ArgumentParser(
+        description="Write the synthetic data set: textured shapes that move, cross, occlude one "
+        "another, leave and come back, in the YouTube-VIS format.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--root", default="datasets/synthetic",
+                        help="folder to write; must not exist yet")
     parser.add_argument("--videos", type=int, default=240, help="training videos")
     parser.add_argument("--valid-videos", type=int, default=24, help="held-out videos")
-    parser.add_argument("--suite", choices=SUITES, default="easy", help="how hard, and in which respect: a named setting, which also "
-                        "says frames and objects unless they are given")
-    parser.add_argument("--frames", type=int, help="frames a video (default: the suite's, 20 for easy)")
+    parser.add_argument("--suite", choices=SUITES, default="easy",
+                        help="how hard, and in which respect: a named setting, which also says "
+                        "frames and objects unless they are given")
+    parser.add_argument("--frames", type=int,
+                        help="frames a video (default: the suite's, 20 for easy)")
     parser.add_argument("--height", type=int, default=96, help="pixels")
     parser.add_argument("--width", type=int, default=160, help="pixels")
-    parser.add_argument("--objects", type=int, nargs=2, metavar=("MIN", "MAX"), help="objects a video (default: the suite's, 1 4 for easy)")
-    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same set, to the last pixel")
+    parser.add_argument("--objects", type=int, nargs=2, metavar=("MIN", "MAX"),
+                        help="objects a video (default: the suite's, 1 4 for easy)")
+    parser.add_argument("--seed", type=int, default=0,
+                        help="the same seed gives the same set, to the last pixel")
     args = parser.parse_args()
     suite = SUITES[args.suite]
+    frames = suite.frames if args.frames is None else args.frames
+    objects = tuple(args.objects or suite.objects)
     with cli_errors():
         try:
-            make_dataset(args.root, args.videos, args.valid_videos, suite.frames if args.frames is None else args.frames, args.height,
-                         args.width, tuple(args.objects or suite.objects), args.seed, suite.difficulty)
+            make_dataset(args.root, args.videos, args.valid_videos, frames, args.height, args.width,
+                         objects, args.seed, suite.difficulty)
         except ValueError as error:
             raise InputError(str(error)) from error
 

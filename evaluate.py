@@ -30,7 +30,8 @@ from inference import Unfinished, segment_videos, share, to_entries
 from metric import accumulate, check_predictions, format_table, mean_metrics, summarize
 from model import PRESETS, GRAttVIS
 from plots import plot_classes, plot_precision, plot_timeline, require_matplotlib
-from reading.annotations import AnnotationFile, Id, Skipped, read_annotations, unique_names
+from reading.annotations import (
+    AnnotationFile, Id, Skipped, one_line, read_annotations, unique_names)
 from reading.masks import shown
 from recipes import at_least
 from results import EncodedVideo
@@ -67,8 +68,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--suites", nargs="+", choices=SUITES, default=["easy", "occlusion"], metavar="SUITE", help="where no data set is "
                       f"given: the held-out videos of synthetic suites, written if they are not there: {', '.join(SUITES)}")
     data.add_argument("--sets", default="datasets/suites", help="the folder that holds a folder for each suite")
-    data.add_argument("--skip-bad", action=argparse.BooleanOptionalAction, default=False, help="leave out videos and annotations that "
-                      "cannot be read, of the metric too; say and count it")
+    data.add_argument("--skip-bad", action=argparse.BooleanOptionalAction, default=False,
+                      help="leave out videos and annotations that cannot be read, of the metric "
+                      "too; say and count it")
     data.add_argument("--short-side", type=at_least(1), help="of the frames, pixels (default: what the model was made "
                         "for; official: 360, Swin 448)")
     data.add_argument("--max-long-side", type=at_least(1), default=1333, help="pixels")
@@ -101,7 +103,8 @@ def main(args: argparse.Namespace) -> dict | None:
         if not args.annotations:
             raise InputError("scoring a file needs --results and --annotations")
         truth = read_parts(args.annotations, args.skip_bad)
-        return finish(Path(args.results), truth, Path(args.output or Path(args.results).parent), args.plot is not None)
+        output = Path(args.output or Path(args.results).parent)
+        return finish(Path(args.results), truth, output, args.plot is not None)
 
     if bool(args.json) != bool(args.images):
         raise InputError("--json and --images go together")
@@ -170,7 +173,8 @@ def evaluate_set(model: GRAttVIS, videos: VideoSet, output: Path, args: argparse
         if number < args.draw:
             draw_video(output / "overlays", video, found, videos.categories)
         if args.plot is not None and number < args.plot:
-            plot_timeline(output / "plots" / f"{video.name}.png", found, [name for _, name in videos.categories], DRAWN_SCORE)
+            plot_timeline(output / "plots" / f"{video.name}.png", found,
+                          [name for _, name in videos.categories], DRAWN_SCORE)
         unfinished.save(video, to_entries(video, found, videos.categories))
     frames, seconds = sum(len(video.files) for video in own), time.perf_counter() - began
     peak = f", {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB of GPU memory" if device.type == "cuda" else ""
@@ -293,7 +297,8 @@ def check_categories(model: GRAttVIS, config: dict, videos: VideoSet, weights: s
     """InputError unless the checkpoint's classes are those of the data set."""
     if model.num_classes != len(videos.categories):
         raise InputError(f"{weights} has {model.num_classes} classes, {videos.path} has {len(videos.categories)}")
-    trained = unique_names(config.get("categories", []))
+    trained = unique_names([(category_id, one_line(name))
+                            for category_id, name in config.get("categories", [])])
     if trained and trained != [name for _, name in videos.categories]:
         raise InputError(f"{weights} was trained on other classes than {videos.path} has: {', '.join(trained)}")
 

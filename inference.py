@@ -31,9 +31,12 @@ from runtime.files import atomic_write, read_json, save_json
 class FrameBatches(Dataset):
     """The frames of some videos at test size, `chunk` at a time; no batch holds frames of two videos."""
 
-    def __init__(self, videos: list[Video], short_side: int, max_long_side: int, chunk: int, skip_bad: bool = False):
-        """skip_bad: a batch that cannot be read is an InputError, which is returned and not raised: a loader goes on after it."""
-        self.short_side, self.max_long_side, self.chunk, self.skip_bad = short_side, max_long_side, chunk, skip_bad
+    def __init__(self, videos: list[Video], short_side: int, max_long_side: int, chunk: int,
+                 skip_bad: bool = False):
+        """skip_bad: a batch that cannot be read is an InputError that is returned, not raised:
+        a loader goes on after it."""
+        self.short_side, self.max_long_side, self.chunk = short_side, max_long_side, chunk
+        self.skip_bad = skip_bad
         self.parts = [(video, first) for video in videos for first in range(0, len(video.files), chunk)]
 
     def __len__(self) -> int:
@@ -56,7 +59,8 @@ def segment_videos(model: GRAttVIS, videos: list[Video], device: torch.device, a
                    skip_bad: bool = False) -> Iterator[tuple[Video, EncodedVideo | InputError]]:
     """Every video with its instances, one after the other, with a progress bar.
 
-    skip_bad: a video with a frame that cannot be read comes with the InputError that says so, instead of its instances.
+    skip_bad: a video with a frame that cannot be read comes with the InputError that says so,
+        instead of its instances.
     chunk: frames that are read and handed over together; no result depends on it. workers: processes that decode ahead, 0 = none.
     Memory does not grow with the length of a video but for its masks' codes.
     """
@@ -72,8 +76,8 @@ def segment_videos(model: GRAttVIS, videos: list[Video], device: torch.device, a
         except InputError as error:
             if not skip_bad:
                 raise
-            found = error.with_traceback(None)                # which would keep all that belongs to the video
-            for _ in parts:                                   # the rest of this video
+            found = error.with_traceback(None)  # it would keep all that belongs to the video
+            for _ in parts:                     # the rest of the video
                 pass
         except FloatingPointError as error:
             raise FloatingPointError(f"{video.files[0].parent}: {error}") from error
@@ -98,7 +102,7 @@ def timed(loader: DataLoader, bar: tqdm) -> Iterator[Tensor | InputError]:
         waited += now - mark
         bar.set_postfix(waiting=f"{waited / (now - began):.0%}", refresh=False)
         if isinstance(batch, Tensor):
-            bar.update(len(batch))                            # before they are done: nobody comes back here after the last
+            bar.update(len(batch))              # now: nobody comes back here after the last
         yield batch
         mark = time.perf_counter()
 
@@ -114,7 +118,10 @@ def share(videos: list[Video], rank: int, world: int) -> list[Video]:
 
 
 def to_entries(video: Video, found: EncodedVideo, categories: list[tuple[int, str]]) -> list[dict]:
-    """The entries of results.json for one video: one an instance, with a mask for every frame. Ids are those of the annotations."""
+    """The entries of results.json for one video: one an instance, with a mask for every frame.
+
+    Ids are those of the annotation file.
+    """
     return [{"video_id": video.id, "score": score, "category_id": categories[label][0], "segmentations": codes}
             for score, label, codes in zip(found.scores.tolist(), found.labels.tolist(), found.segmentations)]
 
@@ -146,20 +153,23 @@ class Unfinished:
         save_json(self.path(video), entries, indent=None)
 
     def leave_out(self, video: Video, reason: str) -> None:
-        """Instead of a video's results, why it has none."""
-        save_json(self.path(video), {"left_out": reason})
+        """Instead of a video's results, why it has none; a resumed run tries it again."""
+        save_json(self.path(video).with_suffix(".left_out"), reason)
 
     def join(self, videos: list[Video], path: Path) -> list[Id]:
-        """Write the results of all videos into one file, a video at a time, and remove the folder. Returns the videos left out."""
+        """Write the results of all videos into one file, a video at a time, and remove the folder.
+
+        Returns the ids of the videos that were left out.
+        """
         left_out = []
         with atomic_write(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
             start = "["
             for video in videos:
-                entries = read_json(self.path(video))
-                if isinstance(entries, dict):                 # of leave_out
+                results = self.path(video)
+                if not results.exists() and results.with_suffix(".left_out").exists():
                     left_out.append(video.id)
                     continue
-                for entry in entries:
+                for entry in read_json(results):
                     file.write(start + json.dumps(entry))
                     start = ",\n"
             file.write("[]\n" if start == "[" else "]\n")

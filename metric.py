@@ -40,8 +40,8 @@ def evaluate_results(results, ground_truth):
     """Score predictions against ground truth; neither argument is changed.
 
     results: list of {"video_id", "category_id", "score", "segmentations"}, the last one a list with an RLE
-        dict {"size": [height, width], "counts"} or None for every frame of the video. COCO's results, with
-        "image_id" and "segmentation", are read too.
+        dict {"size": [height, width], "counts"} or None for every frame of the video. COCO's
+        results, with "image_id" and "segmentation", are read too.
     ground_truth: a parsed annotation file of any form that reading/annotations.py reads.
     Returns floats in [0, 1], or -1.0 where no ground truth defines the number: AP, AP50, AP75, APs, APm, APl
     (small, medium, large objects), AR1, AR10, AR100, ARs, ARm, ARl, and "per_class": {category name: AP} in
@@ -70,17 +70,21 @@ def summarize(precision, recall, ground_truth):
 
 
 def check_results(results, ground_truth):
-    """Both arguments of `evaluate_results` as `accumulate` wants them; InputError naming the offending entry."""
+    """Both arguments of `evaluate_results` as `accumulate` wants them.
+
+    Raises InputError naming the offending entry.
+    """
     ground_truth = complete(ground_truth, "the ground truth").content
     return check_predictions(results, ground_truth), ground_truth
 
 
 def check_predictions(results, ground_truth, left_out=()):
-    """The predictions with the ids of the ground truth, which is complete (see reading/annotations.py).
+    """The predictions with the ids of the ground truth.
 
-    left_out: ids of videos that have been left out of the ground truth, as are predictions for them.
-    Raises InputError naming the offending entry. The official evaluator silently cuts a track that is longer
-    or shorter than its video; that is nearly always a mistake in the file, so we refuse it.
+    ground_truth: complete, as reading/annotations.py makes it.
+    left_out: ids of videos that are left out of the ground truth, as are predictions for them.
+    Raises InputError naming the offending entry. The official evaluator silently cuts a track that
+    is longer or shorter than its video; that is nearly always a mistake, so we refuse it.
     """
     if not isinstance(results, list):
         raise InputError(f"results is a {type(results).__name__}, not a list of predictions")
@@ -90,15 +94,16 @@ def check_predictions(results, ground_truth, left_out=()):
     predictions, names, tracks = [], [], []
     for index, prediction in enumerate(results):
         name = f"results[{index}]"
-        if isinstance(prediction, dict) and {"image_id", "segmentation"} <= prediction.keys():  # COCO's
+        if isinstance(prediction, dict) and {"image_id", "segmentation"} <= prediction.keys():
             prediction = prediction | {"video_id": prediction["image_id"],
-                                       "segmentations": [prediction["segmentation"]]}
+                                       "segmentations": [prediction["segmentation"]]}  # COCO
         check_keys(name, prediction, ("video_id", "category_id", "score", "segmentations"))
         if id_key(prediction["video_id"]) in left_out:
             continue
         for key, known in (("video_id", videos), ("category_id", categories)):
             if id_key(prediction[key]) not in known:
-                raise InputError(f"{name} has {key} {shown(prediction[key])}, which the annotations do not define")
+                raise InputError(f"{name} has {key} {shown(prediction[key])}, "
+                                 "which the annotations do not define")
         score = prediction["score"]
         if not isinstance(score, (int, float, np.number)) or not abs(score) <= sys.float_info.max:
             raise InputError(f"{name} has the score {shown(score)}, which is not a finite number")
@@ -109,7 +114,8 @@ def check_predictions(results, ground_truth, left_out=()):
         tracks.append((prediction["segmentations"], video["height"], video["width"]))
         names.append(name)
     for number, frame, reason in find_bad_tracks(tracks):
-        raise InputError(f"{names[number]}, frame {frame}, has a segmentation that cannot be read: {reason}")
+        raise InputError(f"{names[number]}, frame {frame}, "
+                         f"has a segmentation that cannot be read: {reason}")
     return predictions
 
 
@@ -123,15 +129,16 @@ def check_keys(name, entry, keys):
 def check_length(name, segmentations, video):
     """Raise InputError unless there is one RLE or None for every frame of the video."""
     if not isinstance(segmentations, list) or len(segmentations) != video["length"]:
-        found = f"{len(segmentations)} masks" if isinstance(segmentations, list) else "no list of masks"
-        raise InputError(f"{name} has {found} for the {video['length']} frames of video {shown(video['id'])}")
+        count = len(segmentations) if isinstance(segmentations, list) else "no list of"
+        raise InputError(f"{name} has {count} masks for the {video['length']} frames "
+                         f"of video {shown(video['id'])}")
     for frame, segmentation in enumerate(segmentations):
         if isinstance(segmentation, list) and segmentation:
             raise InputError(f"{name} has polygons in frame {frame}; results hold RLEs")
 
 
 def accumulate(results, ground_truth, ignored=None):
-    """Precision, recall and score arrays over all settings; arguments as `check_results` returns them.
+    """Precision, recall and score arrays over all settings, of what `check_results` returns.
 
     ignored: a bool for each annotation, True for those that count neither as found nor as missed, as those of another area range
         do: the prediction that takes one is no error, a second one and one that finds nothing are. None = none.

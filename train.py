@@ -180,7 +180,8 @@ class Run:
         weights = self.finite_weights(model)
         model.eval()
         results, left_out = [], []
-        for video, found in segment_videos(model, videos.videos, self.device, self.amp, args.test_short_side, args.test_max_long_side,
+        for video, found in segment_videos(model, videos.videos, self.device, self.amp,
+                                           args.test_short_side, args.test_max_long_side,
                                            args.top_k, workers=args.workers, skip_bad=args.skip_bad):
             if isinstance(found, InputError):
                 tqdm.write(f"skipped: {found}")
@@ -188,8 +189,8 @@ class Run:
             else:
                 results += to_entries(video, found, videos.categories)
         model.train()
-        truth = videos.file.without(left_out).content
-        metrics = {name: value for name, value in evaluate_results(results, truth).items() if isinstance(value, float)}
+        found = evaluate_results(results, videos.file.without(left_out).content)
+        metrics = {name: value for name, value in found.items() if isinstance(value, float)}
         log_line(output, {"step": self.step} | metrics)
         sentence = f"iteration {self.step}: AP {100 * metrics['AP']:.1f}"
         if metrics["AP"] <= self.best:

@@ -34,6 +34,7 @@ from runtime.errors import InputError
 from runtime.files import read_json
 
 LARGEST_AREA = 1e10  # pixels: the end of the metric's last range
+MOST_SUFFIXES = 5    # of a name; a checkpoint may hold any number of equal names and ids
 Id = int | str
 
 
@@ -272,7 +273,7 @@ def one_line(text: str) -> str:
 def unique_names(categories: list[tuple[Id, str]]) -> list[str]:
     """Their names; those that several have, with the id: "cat (id 3)"."""
     names = [name for _, name in categories]
-    while len(set(names)) < len(names):  # "cat (id 3)" may be there already
+    for _ in range(MOST_SUFFIXES):  # "cat (id 3)" may be there already
         count = Counter(names)
         names = [f"{name} (id {category_id})" if count[name] > 1 else name
                  for name, (category_id, _) in zip(names, categories)]
