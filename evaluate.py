@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from augmentation import short_side_size
 from checkpoint import SHIPPED_WEIGHTS, default_short_side, model_from_checkpoint
@@ -28,16 +29,19 @@ from data import Video, VideoSet, find_split, read_frame
 from deform_attn import implementation
 from draw import overlays, save_pictures
 from inference import Unfinished, segment_videos, share
-from metric import accumulate, check_ground_truth, check_results, format_table, mean_metrics, summarize
+from metric import accumulate, check_predictions, format_table, mean_metrics, summarize
 from model import PRESETS, GRAttVIS
 from plots import plot_classes, plot_precision, plot_timeline, require_matplotlib
+from reading.annotations import (
+    AnnotationFile, Id, Skipped, one_line, read_annotations, unique_names)
+from reading.masks import shown
 from recipes import at_least
 from results import EncodedVideo
 from runtime.device import choose_amp
 from runtime.errors import InputError, cli_errors
 from runtime.files import atomic_write, checksum, folder_lock, read_json, save_json
 from runtime.loading import choose_workers
-from runtime.processes import (errors_of_any_process, in_turn, require_agreement,
+from runtime.processes import (errors_of_any_process, gather, in_turn, require_agreement,
                                start_processes, stop_processes)
 from runtime.stopping import Stopped, deferred_stop
 from synthetic import SUITES, make_dataset
@@ -70,6 +74,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--suites", nargs="+", choices=SUITES, default=["easy", "occlusion"], metavar="SUITE", help="where no data set is "
                       f"given: the held-out videos of synthetic suites, written if they are not there: {', '.join(SUITES)}")
     data.add_argument("--sets", default="datasets/suites", help="the folder that holds a folder for each suite")
+    data.add_argument("--skip-bad", action=argparse.BooleanOptionalAction, default=False,
+                      help="leave out videos and annotations that cannot be read, of the metric "
+                      "too; say and count it")
     data.add_argument("--short-side", type=at_least(1), help="of the frames, pixels (default: what the model was made "
                         "for; official: 360, Swin 448)")
     data.add_argument("--max-long-side", type=at_least(1), default=1333, help="pixels")
@@ -101,7 +108,9 @@ def main(args: argparse.Namespace) -> dict | None:
     if args.results:
         if not args.annotations:
             raise InputError("scoring a file needs --results and --annotations")
-        return finish(Path(args.results), args.annotations, Path(args.output or Path(args.results).parent), args.plot is not None)
+        truth = read_parts(args.annotations, args.skip_bad)
+        output = Path(args.output or Path(args.results).parent)
+        return finish(Path(args.results), truth, output, args.plot is not None)
 
     if bool(args.json) != bool(args.images):
         raise InputError("--json and --images go together")
@@ -113,8 +122,6 @@ def main(args: argparse.Namespace) -> dict | None:
         args.short_side = args.short_side or default_short_side(config, args.preset)
         sets = open_sets(args, rank, world)
         for videos in sets.values():
-            if videos.ground_truth.get("annotations"):
-                check_ground_truth(videos.ground_truth)
             check_categories(model, config, videos, args.weights)
     amp, reason = choose_amp(args.amp, device)
     settings = {name: describe_setting(args, videos, amp) for name, videos in sets.items()}
@@ -139,7 +146,11 @@ def main(args: argparse.Namespace) -> dict | None:
 def open_sets(args: argparse.Namespace, rank: int, world: int) -> dict[str, VideoSet]:
     """The one set that the arguments name, under "", or suites by name, written if need be."""
     if args.json or args.data_root:
-        return {"": VideoSet(*((args.json, args.images) if args.json else find_split(args.data_root, args.split)))}
+        found = (args.json, args.images) if args.json else find_split(args.data_root, args.split)
+        videos = VideoSet(*found, skip_bad=args.skip_bad)
+        for sentence in videos.skipped.sentences() if rank == 0 else ():
+            print(f"skipped: {sentence}")
+        return {"": videos}
     with in_turn(rank, world):  # the first process of each machine finds a suite missing
         return {name: open_suite(name, Path(args.sets) / name, HELD_OUT) for name in args.suites}
 
@@ -189,11 +200,16 @@ def evaluate_set(model: GRAttVIS, videos: VideoSet, output: Path, args: argparse
                   f"loader processes; output {output}")
         began = time.perf_counter()
         segmented = segment_videos(model, mine, device, amp, args.short_side, args.max_long_side,
-                                   args.top_k, args.chunk, workers)
+                                   args.top_k, args.chunk, workers, args.skip_bad)
+        left_out = []
         try:
             with deferred_stop(), closing(segmented):  # a signal counts between two chunks
                 for video, found in segmented:
-                    unfinished.save(video, found)
+                    if isinstance(found, InputError):
+                        tqdm.write(f"skipped: {found}")
+                        left_out.append(video.id)
+                    else:
+                        unfinished.save(video, found)
         except Stopped as stop:
             done = sum(unfinished.path(video).exists() for video in videos.videos)
             raise Stopped(stop.number, f"{done} of {len(videos)} videos are done and kept in "
@@ -204,16 +220,18 @@ def evaluate_set(model: GRAttVIS, videos: VideoSet, output: Path, args: argparse
             peak = f", {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB of GPU memory"
         print(f"{frames} frames in {seconds:.1f} s, {frames / seconds:.1f} a second with reading "
               f"and encoding{peak}")
-        unfinished.collect(videos.videos)
+        left_out = [video_id for part in gather(left_out) for video_id in part]
+        finished = [video for video in videos.videos if video.id not in left_out]
+        unfinished.collect(finished)
         if rank == 0:
-            unfinished.join(videos.videos, videos.categories, output / "results.json")
-            draw_videos(unfinished, videos, output, args)
+            unfinished.join(finished, videos.categories, output / "results.json")
+            draw_videos(unfinished, finished, videos.categories, output, args)
         with in_turn(rank, world):
             unfinished.remove()
         if rank:
             return None
-        return finish(output / "results.json", args.annotations or annotations_of(videos), output,
-                      args.plot is not None)
+        truth = annotations_of(videos, args.annotations, left_out, args.skip_bad)
+        return finish(output / "results.json", truth, output, args.plot is not None)
 
 
 def batch_bytes(args: argparse.Namespace, videos: VideoSet) -> int:
@@ -224,64 +242,96 @@ def batch_bytes(args: argparse.Namespace, videos: VideoSet) -> int:
     return 3 * args.chunk * pixels
 
 
-def draw_videos(unfinished: Unfinished, videos: VideoSet, output: Path,
-                args: argparse.Namespace) -> None:
+def draw_videos(unfinished: Unfinished, videos: list[Video], categories: list[tuple[Id, str]],
+                output: Path, args: argparse.Namespace) -> None:
     """Overlays and timelines of the first --draw and --plot videos."""
-    names = [name for _, name in videos.categories]
-    for video in videos.videos[:args.draw]:
-        draw_video(output / "overlays", video, unfinished.load(video), videos.categories)
-    for video in videos.videos[:args.plot or 0]:
-        path = output / "plots" / f"{video.id:05d}.png"
+    names = [name for _, name in categories]
+    for video in videos[:args.draw]:
+        draw_video(output / "overlays", video, unfinished.load(video), names)
+    for video in videos[:args.plot or 0]:
+        path = output / "plots" / f"{video.name}.png"
         plot_timeline(path, unfinished.load(video), names, DRAWN_SCORE)
 
 
-def annotations_of(videos: VideoSet) -> list[Path]:
-    """The ground truth of a data set: its own file, or the short and the long videos of YouTube-VIS 2022 where they are apart."""
-    parts = [videos.path.with_name(name) for name in ("gt_short.json", "gt_long.json")]
-    return parts if not videos.ground_truth.get("annotations") and all(map(Path.exists, parts)) else [videos.path]
+def annotations_of(videos: VideoSet, given: list[str] | None, left_out: list[Id],
+                   skip_bad: bool) -> dict[str, AnnotationFile]:
+    """The ground truth of a data set by name, less the videos that were left out.
+
+    given: annotation files, instead of its own one, or of the short and the long videos of
+        YouTube-VIS 2022 where they lie beside it.
+    """
+    beside = [videos.path.with_name(name) for name in ("gt_short.json", "gt_long.json")]
+    if not given and not videos.ground_truth["annotations"] and all(map(Path.exists, beside)):
+        given = beside
+    parts = read_parts(given, skip_bad) if given else {videos.path.stem: videos.file}
+    left_out = left_out + videos.file.left_out
+    return {name: part.without(left_out) for name, part in parts.items()}
 
 
-def finish(results_path: Path, annotations: list[str | Path], output: Path, plot: bool) -> dict | None:
-    """Check a results file, zip it for the server, and score it if the annotations are at hand: prints the tables and writes
-    metrics.json. Several annotation files are parts of one set: each is scored, and the mean is what metrics.json starts with."""
-    results, names = read_json(results_path), [Path(path).stem for path in annotations]
-    parts = dict(zip(names if len(set(names)) == len(names) else map(str, annotations), map(read_json, annotations)))
-    first = next(iter(parts.values()))
-    for path, part in zip(annotations, parts.values()):
-        if not isinstance(part, dict) or not isinstance(part.get("videos"), list):
-            raise InputError(f"{path} has no list of videos: it is not in the YouTube-VIS format")
-        if part.get("categories") != first.get("categories"):
-            raise InputError(f"{path} has other categories than {annotations[0]}: they are not parts of one set")
-        part["annotations"] = part.get("annotations") or []
-        if not isinstance(part["annotations"], list):
-            raise InputError(f"{path} has no list of annotations: it is not in the YouTube-VIS format")
-    whole = first | {name: [entry for part in parts.values() for entry in part[name]] for name in ("videos", "annotations")}
-    check_results(results, whole)
+def read_parts(paths: list[str | Path], skip_bad: bool) -> dict[str, AnnotationFile]:
+    """Annotation files by name: several are parts of one set, and have the same categories."""
+    parts = [read_annotations(path, skip_bad) for path in paths]
+    for part in parts:
+        if part.categories != parts[0].categories:
+            raise InputError(f"{part.name} has other categories than {parts[0].name}: "
+                             "they are not parts of one set")
+    names = [Path(path).stem for path in paths]
+    return dict(zip(names if len(set(names)) == len(names) else map(str, paths), parts))
+
+
+def finish(results_path: Path, parts: dict[str, AnnotationFile], output: Path,
+           plot: bool) -> dict | None:
+    """Check a results file, zip it for the server, and score it where there are annotations.
+
+    parts: of the ground truth, by name; each is scored, and the mean is what metrics.json starts
+        with. All files are written before anything is printed: no terminal can lose them.
+    Returns what metrics.json holds, None without annotations.
+    """
+    whole = {key: [entry for part in parts.values() for entry in part.content[key]]
+             for key in ("videos", "annotations")}
+    first, *_ = parts.values()
+    whole["categories"] = first.content["categories"]
+    left_out = [video for part in parts.values() for video in part.left_out]
+    results = check_predictions(read_json(results_path), whole, left_out)
     output.mkdir(parents=True, exist_ok=True)
     zip_results(results_path, output / "results.json.zip")
+    lines = [f"skipped: {sentence}"
+             for sentence in Skipped(part.skipped for part in parts.values()).sentences()]
+    if left_out:
+        lines.append(f"{len(left_out)} of {len(left_out) + len(whole['videos'])} videos are left "
+                     f"out of the metric, the first: {shown(left_out[0])}")
     if not whole["annotations"]:
-        classes = {str(category["name"]).lower() for category in whole["categories"]}
-        server = next((server for name, server in SERVERS.items() if name in classes), "the benchmark's server")
-        print(f"{annotations[0]} has no annotations: submit {output / 'results.json.zip'} to {server}")
+        print(*lines, f"{first.name} has no annotations: submit {output / 'results.json.zip'} to "
+              f"{server_of(whole['categories'])}", sep="\n")
         return None
-    metrics = {}
+
+    scored, curves = {}, {}
     for name, part in parts.items():
-        inside = {video["id"] for video in part["videos"]}
+        inside = {video["id"] for video in part.content["videos"]}
         own = [entry for entry in results if entry["video_id"] in inside]
-        precision, recall, _ = accumulate(own, part)          # which have been checked above
-        metrics[name] = summarize(precision, recall, part)
-        print(f"{name}, {len(inside)} videos" if len(parts) > 1 else "", format_table(metrics[name]), sep="\n" if len(parts) > 1 else "")
-        if plot:
-            (output / "plots").mkdir(exist_ok=True)
-            plot_precision(output / "plots" / f"precision_{name}.png", precision)
-            plot_classes(output / "plots" / f"classes_{name}.png", metrics[name]["per_class"])
+        curves[name], recall, _ = accumulate(own, part.content)
+        scored[name] = summarize(curves[name], recall, part.content)
+        title = [f"{name}, {len(inside)} videos"] if len(parts) > 1 else []
+        lines += [*title, format_table(scored[name])]
+    metrics = scored[name]
     if len(parts) > 1:
-        metrics = mean_metrics(list(metrics.values())) | {"parts": metrics}
-        print("mean", format_table(metrics), sep="\n")
-    else:
-        metrics, = metrics.values()
+        metrics = mean_metrics(list(scored.values())) | {"parts": scored}
+        lines += ["mean", format_table(metrics)]
     save_json(output / "metrics.json", metrics)
+    for name in parts if plot else ():
+        (output / "plots").mkdir(exist_ok=True)
+        file_name = name.replace(os.sep, "-") + ".png"
+        plot_precision(output / "plots" / f"precision_{file_name}", curves[name])
+        plot_classes(output / "plots" / f"classes_{file_name}", scored[name]["per_class"])
+    print(*lines, sep="\n")
     return metrics
+
+
+def server_of(categories: list[dict]) -> str:
+    """Where results of these classes are submitted."""
+    classes = {category["name"].lower() for category in categories}
+    return next((server for name, server in SERVERS.items() if name in classes),
+                "the benchmark's server")
 
 
 def zip_results(path: Path, target: Path) -> None:
@@ -294,16 +344,17 @@ def check_categories(model: GRAttVIS, config: dict, videos: VideoSet, weights: s
     """InputError unless the checkpoint's classes are those of the data set."""
     if model.num_classes != len(videos.categories):
         raise InputError(f"{weights} has {model.num_classes} classes, {videos.path} has {len(videos.categories)}")
-    trained = [name for _, name in config.get("categories", [])]
+    trained = unique_names([(category_id, one_line(name))
+                            for category_id, name in config.get("categories", [])])
     if trained and trained != [name for _, name in videos.categories]:
         raise InputError(f"{weights} was trained on other classes than {videos.path} has: {', '.join(trained)}")
 
 
-def draw_video(folder: Path, video: Video, found: EncodedVideo, categories: list[tuple[int, str]]) -> None:
+def draw_video(folder: Path, video: Video, found: EncodedVideo, names: list[str]) -> None:
     """Overlays of the instances that score at least DRAWN_SCORE."""
     frames = (np.array(read_frame(file, video.height, video.width)) for file in video.files)
-    pictures = overlays(frames, found, [name for _, name in categories], DRAWN_SCORE)
-    save_pictures(folder, f"{video.id:05d}", pictures, len(video.files))
+    pictures = overlays(frames, found, names, DRAWN_SCORE)
+    save_pictures(folder, video.name, pictures, len(video.files))
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ from clips import ClipDataset, MixedClips, RenderedClips
 from data import VideoSet, find_split
 from detector import SUPERVISED_LAYERS
 from losses import GATE_LOSSES, SIMILARITY_SPANS, Criterion
-from metric import check_ground_truth
 from model import PIXEL_MEAN, PIXEL_STD, PRESETS, TEST_SIDES, GRAttVIS
+from reading.annotations import id_key
 from runtime.errors import InputError
 from runtime.files import first_existing
 from synthetic import SUITES
@@ -143,7 +143,7 @@ def open_clips(args: argparse.Namespace) -> ClipDataset | MixedClips | RenderedC
         if own[2]:
             raise InputError(f"--train-sets {' '.join(args.train_sets)}: the last must be the data set whose classes are trained")
         target = VideoSet(*own[:2], skip_bad=args.skip_bad)
-        known = {category_id for category_id, _ in target.categories}
+        known = {id_key(category_id) for category_id, _ in target.categories}
         for _, _, category_map in others:
             if category_map and not known >= set(category_map.values()):
                 raise InputError(f"{target.path} lacks categories that COCO's are mapped to: "
@@ -167,12 +167,11 @@ def open_held_out(args: argparse.Namespace, categories: list[tuple[int, str]]) -
     if args.train_json:
         raise InputError("--evaluate-every needs --data-root or --test-sets")
     found = find_named_set(args.data_root, args.test_sets[0])[:2] if args.test_sets else find_split(args.data_root, "valid")
-    videos = VideoSet(*found)
-    if not videos.ground_truth.get("annotations"):
+    videos = VideoSet(*found, skip_bad=args.skip_bad)
+    if not videos.ground_truth["annotations"]:
         raise InputError(f"--evaluate-every: {videos.path} has no annotations")
-    if videos.categories != categories:
+    if [name for _, name in videos.categories] != [name for _, name in categories]:
         raise InputError(f"--evaluate-every: {videos.path} has other categories than the training clips")
-    check_ground_truth(videos.ground_truth)
     return videos
 
 

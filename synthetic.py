@@ -288,7 +288,7 @@ def write_split(folder, split, scenes, difficulty=Difficulty()):
         "videos": videos,
         "annotations": annotations,
     }
-    (folder / f"{split}.json").write_text(json.dumps(content))
+    (folder / f"{split}.json").write_text(json.dumps(content), encoding="utf-8")
     return len(annotations)
 
 

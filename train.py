@@ -81,6 +81,8 @@ def main(args: argparse.Namespace) -> None:
         check_run(args, resumed, world)
         clips = open_clips(args)
         held_out = open_held_out(args, clips.categories)
+        for sentence in held_out.skipped.sentences() if held_out else ():
+            say(f"skipped: {sentence}")
         torch.manual_seed(args.seed)
         model, config = make_model(args, clips.categories, resumed, say)
         config["data"] = [checksum(path) for path in clips.paths]
@@ -113,7 +115,7 @@ def main(args: argparse.Namespace) -> None:
                                  prefetch=PREFETCH)) as batches,
               tqdm(batches, initial=run.step, total=args.iterations, desc="train",
                    disable=rank > 0, mininterval=1) as bar):
-            train(run, network, criterion, bar, held_out, len(clips.skipped))
+            train(run, network, criterion, bar, held_out, clips.skipped.total)
     stop_processes()
     if run.stopping:
         raise Stopped(run.stopping, f"{run.last} holds iteration {run.step} of {args.iterations}, "
@@ -258,14 +260,19 @@ class Run:
         model, args = self.averaged.module if self.averaged else self.model, self.args
         weights = self.finite_weights(model)
         model.eval()
-        found = segment_videos(model, videos.videos, self.device, self.amp, args.test_short_side,
-                               args.test_max_long_side, args.top_k, workers=args.workers)
-        results = [entry for video, instances in found
-                   for entry in to_entries(video, instances, videos.categories)]
+        segmented = segment_videos(model, videos.videos, self.device, self.amp,
+                                   args.test_short_side, args.test_max_long_side, args.top_k,
+                                   workers=args.workers, skip_bad=args.skip_bad)
+        results, left_out = [], []
+        for video, found in segmented:
+            if isinstance(found, InputError):
+                tqdm.write(f"skipped: {found}")
+                left_out.append(video.id)
+            else:
+                results += to_entries(video, found, videos.categories)
         model.train()
-        metrics = {name: value for name, value in
-                   evaluate_results(results, videos.ground_truth).items()
-                   if isinstance(value, float)}
+        found = evaluate_results(results, videos.file.without(left_out).content)
+        metrics = {name: value for name, value in found.items() if isinstance(value, float)}
         self.log({"step": self.step} | metrics)
         sentence = f"iteration {self.step}: AP {100 * metrics['AP']:.1f}"
         if metrics["AP"] <= self.best:
@@ -363,7 +370,7 @@ def describe(args: argparse.Namespace, model: GRAttVIS, clips, world: int, devic
     print(f"{source} of {len(clips.categories)} classes; a step is {args.batch} clips of "
           f"{args.frames} frames, {args.batch // world} a process{parts}; iterations {start} to "
           f"{args.iterations}; {args.workers} loader processes; output {args.output}")
-    for sentence in clips.skipped:
+    for sentence in clips.skipped.sentences():
         print(f"skipped: {sentence}")
     usual = RECIPES[args.recipe][1] if args.recipe else {}
     if usual.get("batch", args.batch) != args.batch and args.lr == usual["lr"]:

@@ -201,16 +201,17 @@ def broken(tmp_path):
 
 def test_broken_data_is_told_by_name(broken):
     root, content = broken
-    told = ["frame .*video1/00000.jpg of video 1 is missing", "annotation 3 .* has 2 segmentations, its video has 3 frames",
-            "annotation 4 .* has category 77, which is not among the categories"]
+    told = ["frame .*video1/00000.jpg of video 1 is missing", "annotation 3 .* has 2 segmentations, its video has 3 frames"]
     for sentence in told:
         with pytest.raises(InputError, match=sentence):
             VideoSet(root / "train.json", root / "train/JPEGImages")
         for key in ("videos", "annotations"):                      # mended: the next fault is told
-            wrong = 1 if "video1" in sentence else 3 if "annotation 3" in sentence else 4
+            wrong = 1 if "video1" in sentence else 3
             content[key] = [entry for entry in content[key] if entry["id"] != wrong]
         (root / "train.json").write_text(json.dumps(content))
     clips = recipes.open_clips(parse_arguments(["--data-root", str(root), *SMALL]))
+    assert clips.skipped.sentences() == ["annotations of categories that do not exist: 1; the first: annotation 4 of "
+                                         f"{root / 'train.json'}, of category 77"]
     with pytest.raises(InputError, match="video2/.* cannot be read"):
         [clips[index] for index in range(8)]
 
@@ -223,4 +224,7 @@ def test_skip_bad_goes_on_and_counts(broken, tmp_path_factory, capsys):
     counted = json.loads((output / "log.jsonl").read_text().splitlines()[-1])["skipped"]
     printed = capsys.readouterr().out
     assert printed.count("skipped: ") == counted >= 3 + 1          # three when opened; 4 clips of 4 videos, each seen once
+    for reason in ("videos that cannot be used: 1; the first: frame ", "annotations that cannot be used: 1; the first: annotation 3 ",
+                   "annotations of categories that do not exist: 1; the first: annotation 4 "):
+        assert f"skipped: {reason}" in printed
     assert "video2/" in printed and f"left out {counted} bad" in printed
