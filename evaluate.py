@@ -123,6 +123,8 @@ def main(args: argparse.Namespace) -> dict | None:
         sets = open_sets(args, rank, world)
         for videos in sets.values():
             check_categories(model, config, videos, args.weights)
+        if args.annotations:
+            read_parts(args.annotations, args.skip_bad)  # refused before hours of inference
     amp, reason = choose_amp(args.amp, device)
     settings = {name: describe_setting(args, videos, amp) for name, videos in sets.items()}
     require_agreement(settings)
