@@ -337,6 +337,7 @@ def read_config(contents: dict, path: str | Path) -> dict:
             isinstance(category, (list, tuple)) and len(category) == 2 and is_name(category[1])
             for category in categories),
         "model_options": isinstance(options, dict) and all(map(is_name, options)),
+        "args": isinstance(config.get("args", {}), dict),
     }
     for name in valid:
         if not valid[name]:
@@ -350,7 +351,8 @@ def read_run(path: str | Path) -> dict:
     """The contents of a checkpoint that train.py can go on from; InputError if it is none."""
     contents = read_file(path)
     config = read_config(contents, path)
-    if not {"step", "optimizer"} <= contents.keys() or not isinstance(config.get("args"), dict):
+    if "args" not in config or not isinstance(contents.get("optimizer"), dict) or \
+            not is_whole(contents.get("step"), 0, sys.maxsize):
         raise InputError(f"{path} is no checkpoint of a training run: start from it with --init")
     return contents
 

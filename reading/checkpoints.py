@@ -64,8 +64,9 @@ def hashable(key):
     return key
 
 
-def is_shape(sizes: tuple) -> bool:
-    return len(sizes) <= 64 and all(type(size) is int and 0 <= size < 2 ** 63 for size in sizes)
+def is_shape(sizes) -> bool:
+    return isinstance(sizes, tuple) and len(sizes) <= 64 and all(
+        type(size) is int and 0 <= size < 2 ** 63 for size in sizes)
 
 
 class CheckpointReader:
@@ -125,7 +126,9 @@ class CheckpointReader:
         """First byte and bytes of an archive's entry."""
         if entry.compress_type != zipfile.ZIP_STORED:
             raise BadPickle("it is a ZIP archive that is packed, which torch.save never writes")
-        self.stream.seek(max(0, entry.header_offset))
+        if entry.header_offset < 0:
+            raise Damaged(f"entry {entry.filename} begins before the file")
+        self.stream.seek(entry.header_offset)
         header = self.stream.read(30)
         if len(header) < 30 or not header.startswith(b"PK\3\4"):
             raise Damaged(f"entry {entry.filename} has no header")
@@ -259,10 +262,10 @@ class CheckpointReader:
     def dtype_of(self, record: Record, level: int) -> np.dtype | Placeholder:
         """A dtype of plain numbers; what else a file says of a dtype is not believed."""
         kind = record.args[0] if record.args else None
-        if isinstance(kind, type):  # of another package
-            return Placeholder(f"numpy.dtype {kind.name}")
-        if not isinstance(kind, str) or not re.fullmatch(r"[biufc]\d{1,2}", kind):
-            return Placeholder(f"numpy.dtype {kind[:20]!r}" if isinstance(kind, str) else "numpy.dtype")
+        if not isinstance(kind, str):  # a class of another package, such as ml_dtypes.bfloat16
+            return Placeholder(f"numpy.dtype {getattr(kind, 'name', '')}")
+        if not re.fullmatch(r"[biufc]\d{1,2}", kind):  # not of numbers
+            return Placeholder(f"numpy.dtype {kind[:20]!r}")
         order = record.state[1] if isinstance(record.state, tuple) and record.state[1:] else "="
         try:
             return np.dtype(kind).newbyteorder("=" if order == "|" else order)
@@ -288,8 +291,7 @@ class CheckpointReader:
             kind = dtype.name if isinstance(dtype, Placeholder) else "unknown"
             return Placeholder(f"numpy.ndarray of {kind.removeprefix('numpy.dtype ')}")
         numbers = self.bytes_of(numbers)
-        if not isinstance(shape, tuple) or not is_shape(shape) or \
-                math.prod(shape) * dtype.itemsize != len(numbers):
+        if not is_shape(shape) or math.prod(shape) * dtype.itemsize != len(numbers):
             raise Damaged("the shape of an array")
         self.spend(len(numbers))
         try:
@@ -315,7 +317,7 @@ class CheckpointReader:
             raise Damaged(f"storage {key} of several sizes")
         if view is None:
             return numbers[:count]
-        if not isinstance(view, tuple) or not is_shape(view[1:]) or len(view) != 3:
+        if not isinstance(view, tuple) or len(view) != 3 or not is_shape(view[1:]):
             raise Damaged("a view of a storage")
         _, first, count = view  # of the older format
         return numbers[first:first + count]
@@ -347,20 +349,18 @@ class CheckpointReader:
 
     def tensor_of(self, record: Record, level: int) -> Tensor | Placeholder:
         """A view of a storage; BadPickle where that has fewer numbers."""
-        storage, first, size, stride = arguments(record, Record, int, tuple, tuple)
-        numbers = self.make(storage, level)
+        storage, first, size, stride = arguments(record, Record, int, object, object)
+        numbers, size, stride = (self.make(part, level) for part in (storage, size, stride))
         if isinstance(numbers, Placeholder):
             return numbers
         if not isinstance(numbers, Tensor) or numbers.ndim != 1:
             raise Damaged("a tensor without a storage")
         if record.name.endswith("_v3"):
-            dtype = arguments(record, *[object] * 7)[6]
-            name = dtype.name.removeprefix("torch.") if isinstance(dtype, type) else ""
-            dtype = getattr(torch, name, None)
-            if not isinstance(dtype, torch.dtype):
+            *_, dtype = arguments(record, *[object] * 6, type)
+            if dtype.name not in DTYPES:
                 raise Damaged("the dtype of a tensor")
-            numbers = reinterpret(numbers, dtype)
-        if not is_shape((first, *size)) or not is_shape(stride) or len(size) != len(stride):
+            numbers = reinterpret(numbers, DTYPES[dtype.name])
+        if not all(map(is_shape, (size, stride, (first,)))) or len(size) != len(stride):
             raise Damaged("the shape of a tensor")
         end = first + 1 + sum((extent - 1) * step for extent, step in zip(size, stride))
         count = math.prod(size)
@@ -397,6 +397,7 @@ def reinterpret(numbers: Tensor, dtype: torch.dtype) -> Tensor:
     return numbers[:len(numbers) // dtype.itemsize * dtype.itemsize].view(dtype)
 
 
+DTYPES = {str(dtype): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
 STORAGE_DTYPES = {
     "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
     "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,

@@ -11,7 +11,7 @@ import torch
 
 from backbone import build_backbone
 from checkpoint import (default_short_side, load_backbone, load_weights, model_from_checkpoint, read_propagation,
-                        save_checkpoint, save_weights, translate)
+                        read_run, save_checkpoint, save_weights, translate)
 from data import InputError
 from golden_set import meta, names_shapes
 from model import PRESETS, TEST_SIDES, build_model
@@ -156,7 +156,8 @@ def refused_config(tmp_path, config):
 
 @pytest.mark.parametrize("name, value", [
     ("preset", 3), ("propagation", torch.ones(2, 2)), ("categories", "red"), ("categories", [[1]]),
-    ("test_short_side", 10 ** 9), ("test_short_side", float("nan")), ("model_options", [1])])
+    ("test_short_side", 10 ** 9), ("test_short_side", float("nan")), ("model_options", [1]),
+    ("args", argparse.Namespace(seed=0))])
 def test_a_value_that_training_does_not_write(tmp_path, name, value):
     message = refused_config(tmp_path, {"preset": "toy"} | {name: value})
     assert f"odd.pt holds a config that training did not write: {name} is " in message
@@ -193,6 +194,18 @@ def test_a_config_of_another_program_does_not_matter(tmp_path, config):
     torch.save(contents, tmp_path / "other.pth")
     model, found = model_from_checkpoint(tmp_path / "other.pth", "toy", **TINY)
     assert found == {} and model.propagation == "gated"
+
+
+@pytest.mark.parametrize("changes", [
+    {"config": argparse.Namespace(preset="toy")}, {"config": [1]}, {"config": {"preset": "toy"}},
+    {"step": None}, {"step": -1}, {"step": torch.ones(2)}, {"optimizer": torch.optim.AdamW}])
+def test_only_what_training_has_written_is_resumed(tmp_path, changes):
+    contents = {"step": 3, "optimizer": {"state": {}}, "config": {"preset": "toy", "args": {}}}
+    torch.save(contents, tmp_path / "last.pt")
+    assert read_run(tmp_path / "last.pt") == contents
+    torch.save(contents | changes, tmp_path / "last.pt")
+    with pytest.raises(InputError, match="last.pt is no checkpoint of a training run"):
+        read_run(tmp_path / "last.pt")
 
 
 PREFIXES = ["module.", "model.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.",
