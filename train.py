@@ -27,7 +27,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from checkpoint import load_backbone, load_weights, save_checkpoint
+from checkpoint import load_backbone, load_weights, read_run, save_checkpoint
 from clips import StepSampler
 from data import VideoSet
 from deform_attn import implementation
@@ -36,7 +36,6 @@ from losses import Criterion
 from matcher import upload
 from metric import evaluate_results
 from model import PRESETS, GRAttVIS, build_model
-from reading.checkpoints import read_file
 from recipes import (RECIPES, clip_bytes, official_setting, open_clips, open_held_out,
                      parse_arguments)
 from runtime.device import choose_amp, make_deterministic
@@ -399,7 +398,7 @@ def read_resumed(args: argparse.Namespace, output: Path) -> dict | None:
         last = output / "last.pt"
         args.resume = str(last) if last.exists() else None
     check_folder(args, output)
-    return read_file(args.resume) if args.resume else None
+    return read_run(args.resume) if args.resume else None
 
 
 def check_folder(args: argparse.Namespace, output: Path) -> None:
@@ -553,10 +552,6 @@ def learning_rate_factor(step: int, warmup: int, milestones: list[int], start: f
 
 def check_resumed(args: argparse.Namespace, resumed: dict) -> None:
     """A resumed run must be the run that was interrupted: InputError naming what differs."""
-    if not {"step", "optimizer", "config"} <= resumed.keys() or (
-            "args" not in (resumed["config"] or {})):
-        raise InputError(f"{args.resume} is no checkpoint of a training run: start from it with "
-                         "--init")
     # What an older version did not know was at its default.
     before = vars(parse_arguments([])) | resumed["config"]["args"]
     changed = [f"--{name.replace('_', '-')} {before[name]} (now {value})"
