@@ -187,7 +187,7 @@ def as_tensor(value, label: str) -> Tensor:
         return value
     if isinstance(value, (np.ndarray, np.generic)):
         try:
-            return torch.from_numpy(np.asarray(value))
+            return torch.from_numpy(np.asarray(value, order="C"))  # which has no negative strides
         except TypeError as error:
             raise InputError(f"{label} is {value.dtype}, which PyTorch does not have") from error
     kind = value.name if isinstance(value, Placeholder) else type(value).__name__

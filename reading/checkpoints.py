@@ -27,6 +27,7 @@ from reading.pickles import BadPickle, Damaged, Persistent, Record, read_pickle,
 from runtime.errors import InputError
 
 MAGIC_NUMBER = 0x1950a86a20f9469cfc6c  # the first pickle of torch.save's older format
+SMALL_FILE = 2 ** 26                   # bytes; read at once: pickles are read in small pieces
 MOST_LEVELS = 100                      # of containers inside one another
 UNFINISHED = object()                  # what stands for itself while it is made
 
@@ -91,6 +92,8 @@ class CheckpointReader:
         self.stream.seek(0)
         if magic == b"PK\3\4":
             return self.make(self.read_archive())
+        if self.size <= SMALL_FILE:
+            self.stream = io.BytesIO(self.stream.read())
         records, _ = read_pickle(self.stream)
         if records == MAGIC_NUMBER:
             records = self.read_older_format()

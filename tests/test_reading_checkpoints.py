@@ -10,7 +10,6 @@ import shutil
 import struct
 import subprocess
 import zipfile
-import zoneinfo
 from pathlib import Path
 
 import numpy as np
@@ -157,11 +156,31 @@ class Color(enum.Enum):
     RED = 1
 
 
+class Zone:
+    """As zoneinfo.ZoneInfo: made by a method, which old protocols look up by getattr."""
+    @classmethod
+    def _unpickle(cls, key):
+        Unknown.calls.append(key)
+
+    def __reduce__(self):
+        return Zone._unpickle, ("UTC",)
+
+
+class Keywords:
+    """Made with keywords, for which old protocols use functools.partial."""
+    def __new__(cls, *, key):
+        Unknown.calls.append(key)
+        return object.__new__(cls)
+
+    def __getnewargs_ex__(self):
+        return (), {"key": 1}
+
+
 NEIGHBOURS = {
     "path": Path("a/b"), "date": datetime.datetime(2024, 5, 6, tzinfo=datetime.timezone.utc),
-    "date there": datetime.datetime(2024, 5, 6, tzinfo=zoneinfo.ZoneInfo("UTC")),
     "namespace": argparse.Namespace(lr=1, output=Path("x")), "enum": Color.RED,
     "settings": Settings(a=Settings(b=1)), "unknown": Unknown(1), "class": Unknown,
+    "zone": Zone(), "keywords": Keywords(key=1),
     "module": torch.nn.Linear(2, 2), "dtype": torch.float32, "device": torch.device("cpu"),
     "optimizer": torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=1),
     "version": torch.torch_version.TorchVersion("2.1"), "random": np.random.default_rng(0),
