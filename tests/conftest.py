@@ -1,8 +1,24 @@
-"""Fixtures shared by the tests."""
-import pytest
-import torch
+"""Fixtures shared by the tests, how many threads they use, and which of them are fast."""
+import os
 
-import golden_set
+import processes
+
+os.environ |= processes.ONE_THREAD  # before torch is imported, which reads it once
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+import golden_set  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m fast` selects
+def pytest_collection_modifyitems(items):
+    """A test is fast unless it is marked otherwise."""
+    for item in items:
+        if not any(item.get_closest_marker(name) for name in ("golden", "slow", "faults")):
+            item.add_marker("fast")
 
 
 def fixed_threads(count: int):

@@ -85,7 +85,7 @@ def make_videos(root, layout, classes, videos=3):
         files = [f"video{video}/{t:05d}.jpg" for t in range(FRAMES)]
         boxes = [draw_frame(root / frames_name / file, generator) for file in files]
         content["videos"].append({"id": video, "height": HEIGHT, "width": WIDTH, "length": FRAMES, "file_names": files})
-        content["annotations"].append({"id": video, "video_id": video, "category_id": video, "iscrowd": 0,
+        content["annotations"].append({"id": video, "video_id": video, "category_id": video, "iscrowd": 0, "areas": [18 * 22] * FRAMES,
                                        "segmentations": [filled(*box) for box in boxes]})
     (root / json_name).parent.mkdir(parents=True, exist_ok=True)
     (root / json_name).write_text(json.dumps(content))
