@@ -43,7 +43,7 @@ from plots import plot_timeline, require_matplotlib
 from reading.pictures import LARGEST_PICTURE, PICTURE_FORMATS, check_pixels, open_picture, read_picture
 from recipes import at_least
 from results import EncodedVideo, check_finite
-from runtime.device import choose_amp, start_processes
+from runtime.device import choose_amp, choose_device
 from runtime.errors import InputError, cli_errors
 from runtime.files import save_json
 from synthetic import HEIGHT, SUITES, WIDTH, make_video
@@ -97,7 +97,7 @@ def main(args: argparse.Namespace) -> None:
     if args.live and (model.propagation == "clip" or model.clip_length != 1):
         raise InputError(f"{args.weights} reads clips of several frames: it cannot follow a video live")
     names = class_names(args, config, model.num_classes)
-    _, _, device = start_processes(args.device)
+    device = choose_device(args.device)
     amp, reason = choose_amp(args.amp, device)
     model.to(device).accelerate(amp)
     print(f"{args.weights}: {model.propagation} propagation, {model.num_classes} classes, short side {args.short_side}; {device.type}, "

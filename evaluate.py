@@ -12,28 +12,34 @@ are at hand, overlays/ and plots/ for the first --draw and --plot videos; for su
 on with the videos that are left. Upstream: vita/data/ytvis_eval.py. The metric is metric.py, the way from frames to results inference.py.
 """
 import argparse
+import math
 import os
 import time
 import zipfile
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as distributed
 
+from augmentation import short_side_size
 from checkpoint import SHIPPED_WEIGHTS, default_short_side, model_from_checkpoint
 from data import Video, VideoSet, find_split, read_frame
 from deform_attn import implementation
 from draw import overlays, save_pictures
-from inference import Unfinished, segment_videos, share, to_entries
+from inference import Unfinished, segment_videos, share
 from metric import accumulate, check_ground_truth, check_results, format_table, mean_metrics, summarize
 from model import PRESETS, GRAttVIS
 from plots import plot_classes, plot_precision, plot_timeline, require_matplotlib
 from recipes import at_least
 from results import EncodedVideo
-from runtime.device import choose_amp, start_processes
+from runtime.device import choose_amp
 from runtime.errors import InputError, cli_errors
-from runtime.files import atomic_write, read_json, save_json
+from runtime.files import atomic_write, checksum, folder_lock, read_json, save_json
+from runtime.loading import choose_workers
+from runtime.processes import (errors_of_any_process, in_turn, require_agreement,
+                               start_processes, stop_processes)
+from runtime.stopping import Stopped, deferred_stop
 from synthetic import SUITES, make_dataset
 from tracker import PROPAGATIONS
 
@@ -83,8 +89,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     run.add_argument("--compile", action="store_true", help="compile the model on a GPU: half a minute for each size of frames, then "
                      "faster; results differ by rounding")
     run.add_argument("--chunk", type=at_least(1), default=8, help="frames that are read together; no result depends on it")
-    run.add_argument("--workers", type=at_least(0), default=min(16, os.cpu_count() or 1),
-                     help="processes that read frames ahead, for each GPU; 0 = none")
+    run.add_argument("--workers", type=at_least(0), help="processes that read frames ahead, for each GPU; 0 = none (default: one for "
+                     "each CPU core, at most 16, fewer where shared memory is small)")
     return parser.parse_args(arguments)
 
 
@@ -99,94 +105,134 @@ def main(args: argparse.Namespace) -> dict | None:
 
     if bool(args.json) != bool(args.images):
         raise InputError("--json and --images go together")
-    options = {"gate_mask": args.gate_mask} if args.gate_mask else {}
-    model, config = model_from_checkpoint(args.weights, args.preset, args.propagation, **options)
-    args.short_side = args.short_side or default_short_side(config, args.preset)
     rank, world, device = start_processes(args.device)
-    sets = open_sets(args, rank, world)
-    for videos in sets.values():
-        if videos.ground_truth.get("annotations"):
-            check_ground_truth(videos.ground_truth)
-        check_categories(model, config, videos, args.weights)
+    options = {"gate_mask": args.gate_mask} if args.gate_mask else {}
+    with errors_of_any_process():
+        model, config = model_from_checkpoint(args.weights, args.preset, args.propagation,
+                                              **options)
+        args.short_side = args.short_side or default_short_side(config, args.preset)
+        sets = open_sets(args, rank, world)
+        for videos in sets.values():
+            if videos.ground_truth.get("annotations"):
+                check_ground_truth(videos.ground_truth)
+            check_categories(model, config, videos, args.weights)
     amp, reason = choose_amp(args.amp, device)
+    settings = {name: describe_setting(args, videos, amp) for name, videos in sets.items()}
+    require_agreement(settings)
     model.to(device).accelerate(amp, args.compile)
     if rank == 0:
-        print(f"{args.weights}: {model.propagation} propagation, {model.num_classes} classes, short side {args.short_side}; "
-              f"{device.type} x {world}, {str(amp).removeprefix('torch.')} ({reason}); deformable attention: {implementation(device)}")
+        print(f"{args.weights}: {model.propagation} propagation, {model.num_classes} classes, "
+              f"short side {args.short_side}; {device.type} x {world}, "
+              f"{str(amp).removeprefix('torch.')} ({reason}); deformable attention: "
+              f"{implementation(device)}")
     weights = Path(args.weights)
-    beside = Path("runs") / weights.stem if weights.parent.resolve() == SHIPPED_WEIGHTS.parent else weights.parent
-    metrics = {name: evaluate_set(model, videos, Path(args.output or beside / "evaluation") / name, args, amp, rank, world)
+    shipped = weights.parent.resolve() == SHIPPED_WEIGHTS.parent
+    beside = Path("runs") / weights.stem if shipped else weights.parent
+    outputs = {name: Path(args.output or beside / "evaluation") / name for name in sets}
+    metrics = {name: evaluate_set(model, videos, outputs[name], args, amp, settings[name], rank,
+                                  world)
                for name, videos in sets.items()}
-    if world > 1:
-        distributed.destroy_process_group()
+    stop_processes()
     return metrics.get("", metrics)
 
 
 def open_sets(args: argparse.Namespace, rank: int, world: int) -> dict[str, VideoSet]:
-    """The one set that the arguments name, under "", or suites by name, which the first process writes."""
+    """The one set that the arguments name, under "", or suites by name, written if need be."""
     if args.json or args.data_root:
         return {"": VideoSet(*((args.json, args.images) if args.json else find_split(args.data_root, args.split)))}
-    if world > 1 and rank:
-        distributed.barrier()                    # until the first process has written them
-    sets = {name: open_suite(name, Path(args.sets) / name, HELD_OUT) for name in args.suites}
-    if world > 1 and not rank:
-        distributed.barrier()
-    return sets
+    with in_turn(rank, world):  # the first process of each machine finds a suite missing
+        return {name: open_suite(name, Path(args.sets) / name, HELD_OUT) for name in args.suites}
 
 
 def open_suite(name: str, folder: Path, held_out: int) -> VideoSet:
-    """The held-out videos of a suite, as `python data.py --suite` writes them; so many are written if the folder is not there."""
+    """The held-out videos of a suite, as `python data.py --suite` writes them.
+
+    That many are written if the folder is not there.
+    """
     if not folder.exists():
         suite = SUITES[name]
-        make_dataset(folder, 1, held_out, suite.frames, objects=suite.objects, difficulty=suite.difficulty)
+        with suppress(FileExistsError):  # another evaluation has just written the same
+            make_dataset(folder, 1, held_out, suite.frames, objects=suite.objects,
+                         difficulty=suite.difficulty)
     return VideoSet(*find_split(folder, "valid"))
 
 
-def evaluate_set(model: GRAttVIS, videos: VideoSet, output: Path, args: argparse.Namespace, amp: torch.dtype, rank: int,
-                 world: int) -> dict | None:
-    """Results and metrics of one set; the metrics in the first process, where there is ground truth."""
+def describe_setting(args: argparse.Namespace, videos: VideoSet, amp: torch.dtype) -> dict:
+    """All that the results depend on; of files, the contents."""
+    names = ("preset", "propagation", "gate_mask", "short_side", "max_long_side", "top_k",
+             "compile")
+    return {name: getattr(args, name) for name in names} | {
+        "amp": str(amp), "weights": checksum(args.weights), "annotations": checksum(videos.path),
+        "videos": [video.id for video in videos.videos]}
+
+
+def evaluate_set(model: GRAttVIS, videos: VideoSet, output: Path, args: argparse.Namespace,
+                 amp: torch.dtype, setting: dict, rank: int, world: int) -> dict | None:
+    """Results and metrics of one set; the metrics in the first process, where it has masks."""
     device = model.pixel_mean.device
-    unfinished, remaining = open_unfinished(output, args, str(amp), videos, rank, world)
-    if rank == 0:
-        print(f"{len(videos)} videos of {videos.path}, {sum(len(video.files) for video in videos.videos)} frames"
-              f"{f', {len(videos) - len(remaining)} of them done before' if len(remaining) < len(videos) else ''}; output {output}")
+    with ExitStack() as folder:
+        with errors_of_any_process():
+            if rank == 0:
+                output.mkdir(parents=True, exist_ok=True)
+                folder.enter_context(folder_lock(output))
+            with in_turn(rank, world):  # they may share the folder
+                unfinished = Unfinished(output / "unfinished", setting)
+        remaining = unfinished.remaining(videos.videos)
+        mine, done = share(remaining, rank, world), len(videos) - len(remaining)
+        workers = args.workers
+        if workers is None:
+            workers = choose_workers(min(16, os.cpu_count() or 1), batch_bytes(args, videos))
+        if rank == 0:
+            frames = sum(len(video.files) for video in videos.videos)
+            before = f", {done} of them done before" if done else ""
+            print(f"{len(videos)} videos of {videos.path}, {frames} frames{before}; {workers} "
+                  f"loader processes; output {output}")
+        began = time.perf_counter()
+        segmented = segment_videos(model, mine, device, amp, args.short_side, args.max_long_side,
+                                   args.top_k, args.chunk, workers)
+        try:
+            with deferred_stop(), closing(segmented):  # a signal counts between two chunks
+                for video, found in segmented:
+                    unfinished.save(video, found)
+        except Stopped as stop:
+            done = sum(unfinished.path(video).exists() for video in videos.videos)
+            raise Stopped(stop.number, f"{done} of {len(videos)} videos are done and kept in "
+                          f"{unfinished.folder}; the same command continues") from None
+        frames, seconds = sum(len(video.files) for video in mine), time.perf_counter() - began
+        peak = ""
+        if device.type == "cuda":
+            peak = f", {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB of GPU memory"
+        print(f"{frames} frames in {seconds:.1f} s, {frames / seconds:.1f} a second with reading "
+              f"and encoding{peak}")
+        unfinished.collect(videos.videos)
+        if rank == 0:
+            unfinished.join(videos.videos, videos.categories, output / "results.json")
+            draw_videos(unfinished, videos, output, args)
+        with in_turn(rank, world):
+            unfinished.remove()
+        if rank:
+            return None
+        return finish(output / "results.json", args.annotations or annotations_of(videos), output,
+                      args.plot is not None)
 
-    began, own = time.perf_counter(), share(remaining, rank, world)
-    for video, found in segment_videos(model, own, device, amp, args.short_side, args.max_long_side, args.top_k, args.chunk,
-                                       args.workers):
-        number = videos.videos.index(video)
-        if number < args.draw:
-            draw_video(output / "overlays", video, found, videos.categories)
-        if args.plot is not None and number < args.plot:
-            plot_timeline(output / "plots" / f"{video.id:05d}.png", found, [name for _, name in videos.categories], DRAWN_SCORE)
-        unfinished.save(video, to_entries(video, found, videos.categories))
-    frames, seconds = sum(len(video.files) for video in own), time.perf_counter() - began
-    peak = f", {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB of GPU memory" if device.type == "cuda" else ""
-    print(f"{frames} frames in {seconds:.1f} s, {frames / seconds:.1f} a second with reading and encoding{peak}")
-    if world > 1:
-        distributed.barrier()
-    if rank:
-        return None
-    unfinished.join(videos.videos, output / "results.json")
-    return finish(output / "results.json", args.annotations or annotations_of(videos), output, args.plot is not None)
+
+def batch_bytes(args: argparse.Namespace, videos: VideoSet) -> int:
+    """The bytes of the largest chunk of frames that a loader process reads."""
+    sizes = {(video.height, video.width) for video in videos.videos}
+    pixels = max(math.prod(short_side_size(*size, args.short_side, args.max_long_side))
+                 for size in sizes)
+    return 3 * args.chunk * pixels
 
 
-def open_unfinished(output: Path, args: argparse.Namespace, amp: str, videos: VideoSet, rank: int,
-                    world: int) -> tuple[Unfinished, list[Video]]:
-    """The results so far of this very setting, and the videos that are left: the same for all processes."""
-    weights = os.stat(args.weights)
-    setting = {name: getattr(args, name) for name in ("weights", "preset", "propagation", "gate_mask", "data_root", "split", "json",
-                                                      "images", "short_side", "max_long_side", "top_k", "compile", "sets")}
-    setting |= {"amp": amp, "weights_bytes": weights.st_size, "weights_changed": weights.st_mtime_ns}
-    if world > 1 and rank:
-        distributed.barrier()                    # until the first process has made the folder
-    unfinished = Unfinished(output / "unfinished", setting)
-    if world > 1 and not rank:
-        distributed.barrier()
-    remaining = unfinished.remaining(videos.videos)
-    if world > 1:
-        distributed.barrier()                    # before any process adds a video
-    return unfinished, remaining
+def draw_videos(unfinished: Unfinished, videos: VideoSet, output: Path,
+                args: argparse.Namespace) -> None:
+    """Overlays and timelines of the first --draw and --plot videos."""
+    names = [name for _, name in videos.categories]
+    for video in videos.videos[:args.draw]:
+        draw_video(output / "overlays", video, unfinished.load(video), videos.categories)
+    for video in videos.videos[:args.plot or 0]:
+        path = output / "plots" / f"{video.id:05d}.png"
+        plot_timeline(path, unfinished.load(video), names, DRAWN_SCORE)
 
 
 def annotations_of(videos: VideoSet) -> list[Path]:

@@ -12,12 +12,13 @@ import json
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from data import Video, test_frames
@@ -25,6 +26,8 @@ from model import GRAttVIS
 from results import EncodedVideo
 from runtime.errors import InputError
 from runtime.files import atomic_write, read_json, save_json
+from runtime.loading import read_ahead
+from runtime.processes import broadcast, gather, gather_to_first
 
 
 class FrameBatches(Dataset):
@@ -52,24 +55,24 @@ def segment_videos(model: GRAttVIS, videos: list[Video], device: torch.device, a
     Memory does not grow with the length of a video but for its masks' codes.
     """
     batches = FrameBatches(videos, short_side, max_long_side, chunk)
-    loader = DataLoader(batches, batch_size=None, num_workers=workers, pin_memory=device.type == "cuda")
-    bar = tqdm(total=sum(len(video.files) for video in videos), desc="segment", unit="frame", mininterval=1)
-    loaded = timed(loader, bar)
-    for video in videos:
-        try:
-            with torch.autocast(device.type, amp, enabled=amp != torch.float32):
-                found = model.encode_video(islice(loaded, -(-len(video.files) // chunk)), (video.height, video.width), top_k)
-        except FloatingPointError as error:
-            raise FloatingPointError(f"{video.files[0].parent}: {error}") from error
-        yield video, found
-    bar.close()
+    total = sum(len(video.files) for video in videos)
+    with (tqdm(total=total, desc="segment", unit="frame", mininterval=1) as bar,
+          closing(read_ahead(batches, workers, device, stoppable=True)) as loaded):
+        loaded = timed(loaded, bar)
+        for video in videos:
+            try:
+                with torch.autocast(device.type, amp, enabled=amp != torch.float32):
+                    found = model.encode_video(islice(loaded, -(-len(video.files) // chunk)), (video.height, video.width), top_k)
+            except FloatingPointError as error:
+                raise FloatingPointError(f"{video.files[0].parent}: {error}") from error
+            yield video, found
 
 
-def timed(loader: DataLoader, bar: tqdm) -> Iterator[Tensor]:
-    """The loader's batches; the bar counts their frames and tells the share of time spent waiting for them."""
+def timed(batches: Iterator[Tensor], bar: tqdm) -> Iterator[Tensor]:
+    """The batches; the bar counts their frames and tells the share of time spent waiting for them."""
     began = mark = time.perf_counter()
     waited = 0.0
-    for batch in loader:
+    for batch in batches:
         now = time.perf_counter()
         waited += now - mark
         bar.set_postfix(waiting=f"{waited / (now - began):.0%}", refresh=False)
@@ -95,42 +98,72 @@ def to_entries(video: Video, found: EncodedVideo, categories: list[tuple[int, st
 
 
 class Unfinished:
-    """The results so far, a file a video, in a folder that is gone once they are joined."""
+    """The results so far, one file per video, in a folder that is removed once they are joined."""
 
     def __init__(self, folder: Path, setting: dict):
-        """setting: all that the results depend on. InputError if the folder has results of another one."""
+        """setting: all that the results depend on. InputError if the folder has those of another.
+        """
         self.folder = folder
-        if (folder / "setting.json").exists():
-            if (found := read_json(folder / "setting.json")) != setting:
-                differing = [name for name in setting | found if setting.get(name) != found.get(name)]
-                raise InputError(f"{folder} holds unfinished results of another setting ({', '.join(differing)} differ): finish "
-                                 "that run, remove the folder, or give another --output")
-        else:
+        path = folder / "setting.json"
+        if not path.exists():
             folder.mkdir(parents=True, exist_ok=True)
-            save_json(folder / "setting.json", setting)
-
-    def remaining(self, videos: list[Video]) -> list[Video]:
-        """The videos that have no results yet."""
-        return [video for video in videos if not self.path(video).exists()]
+            save_json(path, setting)
+            return
+        found = read_json(path)
+        differing = [name for name in setting | found if setting.get(name) != found.get(name)]
+        if differing:
+            raise InputError(f"{folder} holds unfinished results of another setting "
+                             f"({', '.join(differing)} differ): finish that run, remove the "
+                             "folder, or give another --output")
 
     def path(self, video: Video) -> Path:
         return self.folder / f"{video.id}.json"
 
-    def save(self, video: Video, entries: list[dict]) -> None:
-        """A video's results, whole or not at all."""
-        save_json(self.path(video), entries, indent=None)
+    def remaining(self, videos: list[Video]) -> list[Video]:
+        """The videos that no process has results of."""
+        done = set().union(*gather({video.id for video in videos if self.path(video).exists()}))
+        return [video for video in videos if video.id not in done]
 
-    def join(self, videos: list[Video], path: Path) -> None:
-        """Write the results of all videos into one file, a video at a time, and remove the folder."""
-        with atomic_write(path) as temporary, open(temporary, "w") as file:
+    def save(self, video: Video, found: EncodedVideo) -> None:
+        """Write a video's results, whole or not at all."""
+        contents = {"scores": found.scores.tolist(), "labels": found.labels.tolist(),
+                    "track_ids": found.track_ids.tolist(), "segmentations": found.segmentations,
+                    "gates": found.gates.tolist(), "gates_shape": list(found.gates.shape)}
+        save_json(self.path(video), contents, indent=None)
+
+    def load(self, video: Video) -> EncodedVideo:
+        """A video's results; numbers are exactly those that were saved."""
+        contents = read_json(self.path(video))
+        gates = torch.tensor(contents["gates"], dtype=torch.bool).view(contents["gates_shape"])
+        return EncodedVideo(torch.tensor(contents["scores"], dtype=torch.float64),
+                            torch.tensor(contents["labels"]), torch.tensor(contents["track_ids"]),
+                            contents["segmentations"], gates)
+
+    def collect(self, videos: list[Video]) -> None:
+        """Copy to rank 0 what other machines have in folders of their own."""
+        missing = broadcast({video.id for video in videos if not self.path(video).exists()})
+        here = [video for video in videos if video.id in missing and self.path(video).exists()]
+        received = gather_to_first({video.id: read_json(self.path(video)) for video in here})
+        for results in received:
+            for video in videos:
+                if video.id in results:
+                    save_json(self.path(video), results[video.id], indent=None)
+
+    def join(self, videos: list[Video], categories: list[tuple], path: Path) -> None:
+        """Write the results of all videos into one file, a video at a time."""
+        with atomic_write(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
             start = "["
             for video in videos:
-                for entry in read_json(self.path(video)):
+                for entry in to_entries(video, self.load(video), categories):
                     file.write(start + json.dumps(entry))
                     start = ",\n"
             file.write("[]\n" if start == "[" else "]\n")
+
+    def remove(self) -> None:
+        """Remove the folder; half removed, it would be taken for unfinished, so rename it first."""
         done = self.folder.with_name(self.folder.name + ".done")
         if done.exists():
             shutil.rmtree(done)
-        self.folder.rename(done)                              # a folder half removed would be taken for unfinished
-        shutil.rmtree(done)
+        if self.folder.exists():
+            self.folder.rename(done)
+            shutil.rmtree(done)

@@ -7,6 +7,7 @@ import copy
 import gc
 import math
 import pickle
+import re
 import weakref
 from functools import partial
 from itertools import accumulate
@@ -359,8 +360,12 @@ def test_requests_that_make_no_sense_are_refused():
         model.segment_video(frames.numpy())
     with pytest.raises(ValueError, match="top_k"):
         model.segment_video(frames, top_k=0)
-    with pytest.raises(ValueError, match="output_size"):
-        model.segment_video(frames, output_size=(0, 5))
+    for size in ((0, 5), (5,), (3, 4, 5), (4.0, 5), ("4", "5"), (True, 5), (), 5):
+        with pytest.raises(ValueError, match="output_size must be .height, width., two ints"):
+            model.segment_video(frames, output_size=size)
+    for count in (0, -3, 2.5, None, True):
+        with pytest.raises(ValueError, match="top_k must be an int of at least 1"):
+            model.step(frames[0], top_k=count)
     with pytest.raises(ValueError, match="no frames"):
         model.prepare([])
     with pytest.raises(ValueError, match="num_classes"):
@@ -490,3 +495,14 @@ def test_a_model_is_gone_with_its_last_name():
     gone = alive() is None
     gc.enable()
     assert gone
+
+
+@pytest.mark.parametrize("part", ["backbone.layer1", "pixel_decoder", "tracker", "tracker.decoder"])
+def test_a_part_in_training_mode_is_refused_and_named(part):
+    """It would draw gates at random, or use the statistics of a batch."""
+    model = make_model("gated")
+    model.get_submodule(part).train()
+    frames = make_frames(2)
+    for infer in (model.segment_video, model.encode_video, lambda frames: model.step(frames[0])):
+        with pytest.raises(RuntimeError, match=rf"^{re.escape(part)}\S* is in training mode"):
+            infer(frames)
