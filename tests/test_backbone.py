@@ -168,6 +168,7 @@ def test_golden_swin_tiny(window, spec, dtype):
         assert subsampled_error(m, read_arrays(SWIN["file"]), key) < 1e-5, key
 
 
+@pytest.mark.slow
 def test_golden_swin_large():
     large, golden = SWIN["large"], read_arrays(SWIN["file"])
     spec, constructor = large["input"], large["constructor"]
