@@ -5,8 +5,11 @@ import time
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parent.parent
-ENVIRONMENT = os.environ | {
+ONE_THREAD = {
     "OMP_NUM_THREADS": "1",  # whatever the user's is: the cores may be busy, and sums depend on it in their last bit
+    "OMP_WAIT_POLICY": "PASSIVE",  # a thread that waits leaves its core to others
+    "KMP_BLOCKTIME": "0"}  # the same, for Intel's OpenMP
+ENVIRONMENT = os.environ | ONE_THREAD | {
     "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])}
 
 

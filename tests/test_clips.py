@@ -1,0 +1,97 @@
+"""Sources of training clips: what stands in for a clip that cannot be read, and what cannot be mixed.
+
+More about clips, with the data sets that they come from, is in test_data.py.
+"""
+import json
+import shutil
+
+import pytest
+import torch
+
+from augmentation import Augmentation
+from clips import ClipDataset, MixedClips, RenderedClips
+from data import VideoSet, find_split
+from runtime.errors import InputError
+from synthetic import make_dataset
+
+AS_IT_IS = Augmentation(short_sides=(64,), flip=False)
+VIDEOS = 4
+
+
+@pytest.fixture
+def root(tmp_path):
+    make_dataset(tmp_path / "set", train_videos=VIDEOS, valid_videos=1, frames=4, height=64, width=64, objects=(1, 2))
+    return tmp_path / "set"
+
+
+def open_clips(root, **options):
+    return ClipDataset(VideoSet(*find_split(root, "train")), frames=2, reach=2, augmentation=AS_IT_IS, **options)
+
+
+def spoil(root, *videos):
+    """Make all frames of these videos unreadable."""
+    for video in videos:
+        for frame in (root / f"train/JPEGImages/{video:05d}").iterdir():
+            frame.write_bytes(b"no picture")
+
+
+def test_a_clip_that_cannot_be_read_is_replaced(root):
+    """By one of another video, which says why; the others are as they would have been."""
+    whole = [clip for clip in map(open_clips(root).__getitem__, range(VIDEOS))]
+    spoil(root, 2)
+    clips = [clip for clip in map(open_clips(root, skip_bad=True).__getitem__, range(VIDEOS))]
+    replaced = [number for number, clip in enumerate(whole) if "/00002/" in clip.source]
+    assert len(replaced) == 1
+    for number, (clip, before) in enumerate(zip(clips, whole)):
+        if number in replaced:
+            assert "/00002/" in clip.skipped[0] and "/00002/" not in clip.source
+        else:
+            assert not clip.skipped and torch.equal(clip.frames, before.frames)
+    with pytest.raises(InputError, match="00002"):
+        [clip for clip in map(open_clips(root).__getitem__, range(VIDEOS))]
+
+
+def test_a_set_of_which_nothing_can_be_read_comes_to_an_end(root):
+    spoil(root, *range(VIDEOS))
+    with pytest.raises(InputError, match="cannot be read"):
+        open_clips(root, skip_bad=True)[0]
+
+
+@pytest.mark.parametrize("frames, reach", [(0, 1), (1, 0), (-3, 2)])
+def test_clips_of_no_frames_are_refused(root, frames, reach):
+    with pytest.raises(InputError, match="at least one frame and a reach of one"):
+        ClipDataset(VideoSet(*find_split(root, "train")), frames, reach, AS_IT_IS)
+
+
+def test_sources_of_other_classes_are_not_mixed(root, tmp_path):
+    shutil.copytree(root, tmp_path / "other")
+    content = json.loads((tmp_path / "other/train.json").read_text())
+    content["categories"][0]["name"] = "another"
+    (tmp_path / "other/train.json").write_text(json.dumps(content))
+    one, other = open_clips(root), open_clips(tmp_path / "other")
+    assert MixedClips([one, one], [1, 1]).categories == one.categories
+    with pytest.raises(InputError, match="other categories cannot be mixed"):
+        MixedClips([one, other], [1, 1])
+
+
+@pytest.mark.parametrize("ratios", [[1], [1, 1, 1], [1, -1], [0, 0]])
+def test_shares_that_make_no_sense_are_refused(root, ratios):
+    clips = open_clips(root)
+    with pytest.raises(InputError, match="2 sources cannot be mixed"):
+        MixedClips([clips, clips], ratios)
+
+
+def test_a_mixture_knows_all_of_its_sources(root, tmp_path):
+    shutil.copytree(root, tmp_path / "other")
+    shutil.rmtree(tmp_path / "other/train/JPEGImages/00001")
+    other = ClipDataset(VideoSet(*find_split(tmp_path / "other", "train"), skip_bad=True), 2, 2, AS_IT_IS)
+    mixed = MixedClips([open_clips(root), other], [1, 3])
+    assert len(mixed.videos) == 2 * VIDEOS - 1 and len(mixed.skipped) == 1
+    assert mixed.paths == [root / "train.json", tmp_path / "other/train.json"]
+    from_other = sum(str(tmp_path / "other") in mixed[number].source for number in range(120))
+    assert 75 <= from_other <= 105                                # three quarters, within three standard errors
+
+
+def test_a_scene_is_rendered_at_the_asked_size_and_length():
+    clip = RenderedClips(["easy"], frames=3, reach=2, augmentation=Augmentation((40,), max_long_side=50, flip=False))[0]
+    assert clip.frames.shape[:2] == (3, 3) and max(clip.frames.shape[2:]) == 50
