@@ -369,3 +369,12 @@ def test_against_naive_implementation(seed, monkeypatch):
     ground_truth = truth(*annotations, videos=videos, frames=frames, size=size, categories=categories)
     metrics = metric.evaluate_results(results, ground_truth)
     assert {name: metrics[name] for name in expected} == pytest.approx(expected, abs=1e-9)
+
+
+def test_the_mean_of_parts_is_that_of_what_is_defined():
+    """A class or a size that a part does not have counts in the others alone."""
+    parts = [{"AP": 0.5, "APl": -1.0, "per_class": {"ant": 0.2, "bee": -1.0}}, {"AP": 0.1, "APl": 0.4, "per_class": {"bee": 0.6}},
+             {"AP": 0.0, "APl": -1.0, "per_class": {"cat": -1.0, "ant": 0.4}}]
+    mean = metric.mean_metrics(parts)
+    assert (mean["AP"], mean["APl"]) == pytest.approx((0.2, 0.4))
+    assert mean["per_class"] == {"ant": pytest.approx(0.3), "bee": pytest.approx(0.6), "cat": -1}
