@@ -1,7 +1,6 @@
 """Mutation testing: apply small mistakes to the code one at a time, and see whether a test notices.
 
-    python tests/mutations.py mistakes.json --jobs 2
-    python tests/mutations.py mistakes.py --wider tests/test_model.py tests/test_golden_inference.py
+    python tests/mutations.py mistakes.py --jobs 2 --wider tests/test_golden_inference.py
 
 The list is a JSON file, or a Python file that defines MUTATIONS: [file, old, new] each, where `old`
 occurs in `file` exactly once. A fourth entry, a list of test files, replaces those chosen by name.
@@ -27,10 +26,8 @@ from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before PyTorch is imported
 sys.dont_write_bytecode = True       # an edit may change neither the size nor the time of a file
-
 import pytest  # noqa: E402
-import torch.utils.data  # noqa: E402, F401: takes long, and forked processes have it already
-import torchvision.transforms.v2  # noqa: E402, F401
+import torchvision  # noqa: E402, F401, which takes long: processes that are forked have it
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 NOT_COPIED = shutil.ignore_patterns(".*", "__pycache__", "datasets", "runs", "demo", "shared")
@@ -39,8 +36,8 @@ OPTIONS = ["-x", "-q", "--tb=no", "-p", "no:cacheprovider"]
 
 def read_mutations(path: Path) -> list[list]:
     """The list of a JSON or Python file; ends the program if an entry cannot be applied."""
-    is_json = path.suffix == ".json"
-    mutations = json.loads(path.read_text()) if is_json else runpy.run_path(path)["MUTATIONS"]
+    code = path.suffix == ".py"
+    mutations = runpy.run_path(path)["MUTATIONS"] if code else json.loads(path.read_text())
     for file, old, new, *_ in mutations:
         source = (REPOSITORY / file).read_text()
         if source.count(old) != 1 or old == new:
@@ -52,8 +49,8 @@ def read_mutations(path: Path) -> list[list]:
 def choose_tests(file: str, wider: list[str]) -> list[str]:
     """Test files for a module, its own one first."""
     module = re.escape(file.removesuffix(".py").replace("/", "."))
-    imports = re.compile(rf"^\s*(import|from) {module}\b", re.MULTILINE)
     tests = {f"tests/{path.name}": path.read_text() for path in REPOSITORY.glob("tests/test_*.py")}
+    imports = re.compile(rf"^(import|from) {module}\b", re.MULTILINE)
     importing = [name for name, text in tests.items() if imports.search(text)]
     chosen = dict.fromkeys([f"tests/test_{Path(file).stem}.py", *importing, *wider])
     return [name for name in chosen if name in tests]
@@ -67,14 +64,10 @@ def make_copy(folder: str) -> None:
 
 def run_tests(tests: list[str], timeout: float) -> str | None:
     """The first test that fails, or what else went wrong; None if all pass, or there are none."""
-    if not tests:
-        return None
     deadline, child = time.monotonic() + timeout, os.fork()
     if not child:
         os.setsid()
-        printed = os.open("printed", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
-        os.dup2(printed, 1)
-        os.dup2(printed, 2)
+        os.dup2(os.open("printed", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), 1)
         status = pytest.main([*OPTIONS, *tests])
         sys.stdout.flush()
         os._exit(status)
@@ -83,15 +76,15 @@ def run_tests(tests: list[str], timeout: float) -> str | None:
             os.killpg(child, signal.SIGKILL)
         time.sleep(0.05)
     failed = re.search(r"^(?:FAILED|ERROR) (\S+)", Path("printed").read_text(), re.MULTILINE)
-    return None if ended[1] == 0 else failed[1] if failed else f"no end, or an odd one: {tests}"
+    return None if not ended[1] else failed[1] if failed else f"wait status {ended[1]} of {tests}"
 
 
-def attempt(tests: list[str], timeout: float, file: str = "pytest.ini", old: str = "",
-            new: str = "") -> tuple[str | None, float]:
-    """The first test that fails with a mutation, or without one, and the seconds that it took."""
+def attempt(tests: list[str], timeout: float, file: str, old: str, new: str) -> tuple:
+    """The first test that fails with a mutation, if any, and the seconds that it took."""
     source, began = Path(file).read_text(), time.monotonic()
     Path(file).write_text(source.replace(old, new))
-    noticed = run_tests(tests[:1], timeout) or run_tests(tests[1:], timeout)
+    results = (run_tests(part, timeout) for part in (tests[:1], tests[1:]) if part)
+    noticed = next(filter(None, results), None)
     Path(file).write_text(source)
     return noticed, time.monotonic() - began
 
@@ -104,21 +97,23 @@ def main() -> None:
     parser.add_argument("--timeout", type=float, default=120, help="seconds for one run of tests")
     parser.add_argument("--wider", nargs="*", default=[], help="test files that are tried last")
     args = parser.parse_args()
-    mutations, seconds, tried, killed = read_mutations(args.list), {}, Counter(), Counter()
-    wanted = [tests[0] if tests else choose_tests(file, args.wider)
-              for file, _, _, *tests in mutations]
+    mutations = read_mutations(args.list)
+    wanted = [own[0] if own else choose_tests(file, args.wider) for file, _, _, *own in mutations]
+    seconds, tried, killed = {}, Counter(), Counter()
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(
             args.jobs, multiprocessing.get_context("fork"), make_copy, (folder,)) as pool:
-        known = {test: pool.submit(attempt, [test], args.timeout) for test in set().union(*wanted)}
-        for test, done in known.items():
-            failed, seconds[test] = done.result()
+        whole = {test: pool.submit(attempt, [test], args.timeout, "pytest.ini", "", "")
+                 for test in set().union(*wanted)}
+        for test, done in whole.items():
+            failed, taken = done.result()
             if failed:
-                print(f"{failed} fails without a mutation: {test} is left out", flush=True)
-                del seconds[test]
+                print(f"{test} is left out, as it fails without a mutation: {failed}", flush=True)
+            else:
+                seconds[test] = taken
         found = []
         for mutation, tests in zip(mutations, wanted):
-            tests = [*tests[:1], *sorted(tests[1:], key=lambda test: seconds.get(test, 0))]
             tests = [test for test in tests if test in seconds]
+            tests = tests[:1] + sorted(tests[1:], key=seconds.get)
             found.append(pool.submit(attempt, tests, args.timeout, *mutation[:3]))
         for (file, old, new, *_), done in zip(mutations, found):
             noticed, _ = done.result()

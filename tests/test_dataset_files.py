@@ -259,3 +259,14 @@ def test_a_synthetic_set_that_is_impossible_is_refused(tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as ended:
         data.main()
     assert ended.value.code == 2 and not (tmp_path / "set").exists()
+
+
+@pytest.mark.parametrize("count, is_read", [(5, True), (30, False)])
+def test_many_outlines_have_an_end_together(count, is_read):
+    """Each of these is a hundred thousand pixels long; a million are too many."""
+    polygons = [[0, 0, 5e4, 0, 5e4, 1]] * count
+    if is_read:
+        assert data.read_mask(polygons, 40, 56, "annotation 1").shape == (40, 56)
+    else:
+        with pytest.raises(InputError, match="annotation 1 has a segmentation that cannot be read"):
+            data.read_mask(polygons, 40, 56, "annotation 1")

@@ -277,7 +277,7 @@ def three_tracks():
     """Frames, masks (4, T, H, W), and what was found: the second instance scores little, the third is the first track again."""
     frames, masks = moving(3)
     masks = torch.stack([masks[0], torch.zeros_like(masks[0]), masks[0].flip(2), masks[1]])
-    masks[1, :, 200:230] = True
+    masks[1, :, 200:230], masks[3, 1] = True, False
     gates = torch.from_numpy(numpy.random.default_rng(2).random((4, 3, 3)) < 0.5)
     found = video_of(masks, [3, 5, 3, 7], [0.9, 0.2, 0.6, 0.5])
     return frames, masks, replace(found, gates=gates, labels=torch.tensor([2, 0, 1, 1]))

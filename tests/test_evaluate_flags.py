@@ -5,6 +5,7 @@ One test for each flag, named after it; a flag without a test fails the first on
 """
 import json
 import multiprocessing
+import re
 import sys
 from types import SimpleNamespace
 
@@ -18,7 +19,8 @@ from metric import evaluate_results
 from model import GRAttVIS, build_model
 from runtime.errors import InputError
 from sparse_set import SIDE, VIDEOS, save_tiny_model, sparse_content, write_json, write_sparse_set
-from synthetic import make_dataset
+from synthetic import SUITES, Suite, make_dataset
+from test_bad_input import read_files
 
 LENGTHS = {number: VIDEOS[number][0] for number in sorted(VIDEOS)}     # frames of the videos, in the order of their ids
 
@@ -67,9 +69,12 @@ def read_results(output):
     return json.loads((output / "results.json").read_text())
 
 
-def test_defaults(run, seen, tmp_path):
+def test_defaults(run, seen, tmp_path, capsys):
     """What the flags below are to change."""
     run()
+    bars = capsys.readouterr().err
+    assert "8/8" in bars and "9/8" not in bars               # frames; and the share of the time spent waiting for them
+    assert all(0 <= int(share) <= 100 for share in re.findall(r"waiting=(-?\d+)%", bars)) and "waiting=" in bars
     assert [len(call.batches) for call in seen] == [1, 1, 1] and all(not call.processes for call in seen)
     assert [call.output_size for call in seen] == [VIDEOS[number][1:] for number in LENGTHS]
     assert [tuple(call.batches[0].shape) for call in seen] == [
@@ -152,6 +157,12 @@ def test_flag_images(run, seen, folder, tmp_path):
     assert len(seen) == 3 and not any(batch.any() for call in seen for batch in call.batches)
 
 
+def test_a_json_and_its_images_go_together(folder):
+    for flag, path in (("--json", "valid.json"), ("--images", "JPEGImages")):
+        with pytest.raises(InputError, match="--json and --images go together"):
+            evaluate.main(evaluate.parse_arguments(["--weights", str(folder / "tiny.pt"), flag, str(folder / path)]))
+
+
 @pytest.fixture
 def suites(tmp_path):
     """A folder with two suites, one video each, and six.pt, a model for their six classes."""
@@ -178,6 +189,15 @@ def test_flag_sets(suites, seen):
     (suites / "sets").rename(suites / "elsewhere")
     evaluate_suites(suites, "degraded", sets="elsewhere")
     assert len(seen) == 1 and not (suites / "sets").exists()
+
+
+def test_a_suite_that_is_not_there_is_written(suites, monkeypatch):
+    """As `python data.py --suite` writes it: 24 held-out videos, here of one frame each."""
+    suite = Suite(SUITES["degraded"].difficulty, frames=1, objects=(2, 3))
+    monkeypatch.setitem(SUITES, "look-alike", suite)
+    evaluate_suites(suites, "look-alike", sets="new")
+    make_dataset(suites / "expected", 1, 24, 1, objects=(2, 3), difficulty=suite.difficulty)
+    assert read_files(suites / "new/look-alike") == read_files(suites / "expected")
 
 
 def test_flag_short_side(run, seen):

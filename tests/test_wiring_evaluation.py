@@ -104,6 +104,17 @@ def test_a_checkpoint_of_the_same_classes_in_another_order_is_refused(folder, tm
         run("--weights", tmp_path / "other.pt", "--data-root", folder, "--output", tmp_path / "out", "--workers", 0)
 
 
+@pytest.mark.parametrize("code", [{"size": [40, 56], "counts": "1"}, {"size": [56, 40], "counts": [2240]},
+                                  {"size": [40, 56], "counts": [40, 57]}], ids=["end", "size", "sum"])
+def test_a_ground_truth_that_cannot_be_scored_is_refused_before_the_model_runs(folder, tmp_path, monkeypatch, code):
+    content = sparse_content()
+    content["annotations"][1]["segmentations"][2] = code
+    monkeypatch.setattr(GRAttVIS, "encode_video", lambda *given: pytest.fail("the model was run"))
+    with pytest.raises(InputError, match="annotation"):
+        run("--weights", folder / "run/last.pt", "--json", write_json(tmp_path / "odd.json", content),
+            "--images", folder / "JPEGImages", "--output", tmp_path / "out", "--workers", 0)
+
+
 # Results scored
 
 def perfect_results():
@@ -223,6 +234,7 @@ def test_a_stopped_evaluation_goes_on_without_the_videos_that_are_done(folder, s
     capsys.readouterr()
     run(*arguments_for(folder, "--chunk", 1, "--draw", 1, "--output", tmp_path / "rest"))
     assert "1 of them done before" in capsys.readouterr().out
+    assert not (tmp_path / "rest/overlays").exists()          # the first video was done before
     for name in ("results.json", "metrics.json"):
         assert json.loads((tmp_path / "rest" / name).read_text()) == json.loads((tmp_path / "whole" / name).read_text())
 
