@@ -2,6 +2,8 @@
 
 Of the strip of gates, cells are found where two strips that differ in nothing else are not the same.
 """
+from dataclasses import replace
+
 import numpy
 import pytest
 import torch
@@ -365,3 +367,63 @@ def test_the_strip_is_below_the_overlay_where_there_are_gates(layers):
         assert numpy.array_equal(picture[:HEIGHT], overlay(frames[t], masks[:, t].numpy(), [3, 7], captions))
         expected = strip(numpy.zeros((2, 2, layers), bool), t, numpy.array([[1, 1], [1, 0]], bool), captions=captions)
         assert numpy.array_equal(picture[HEIGHT:], expected[:None if layers else 0])
+
+
+# Instances that are chosen among others
+
+def three_tracks():
+    """Frames, masks (4, T, H, W), and what was found: the second instance scores little, the third is the first track again."""
+    frames, masks = moving(3)
+    masks = torch.stack([masks[0], torch.zeros_like(masks[0]), masks[0].flip(2), masks[1]])
+    masks[1, :, 200:230], masks[3, 1] = True, False
+    gates = torch.from_numpy(numpy.random.default_rng(2).random((4, 3, 3)) < 0.5)
+    found = video_of(masks, [3, 5, 3, 7], [0.9, 0.2, 0.6, 0.5])
+    return frames, masks, replace(found, gates=gates, labels=torch.tensor([2, 0, 1, 1]))
+
+
+@pytest.mark.parametrize("layers", [0, 3])
+def test_who_is_left_out_in_the_middle_lends_nothing_to_the_others(layers):
+    """Masks, gates, captions and colours are those of the instances that are shown, frame by frame."""
+    frames, masks, found = three_tracks()
+    found = replace(found, gates=found.gates[..., :layers])
+    shown, captions = [0, 3], ["star 0.90", "square 0.50"]
+    pictures = list(overlays(frames, found, ["disc", "square", "star"], 0.3))
+    assert len(pictures) == 3
+    for t, picture in enumerate(map(numpy.asarray, pictures)):
+        expected = overlay(frames[t], masks[shown, t].numpy(), [3, 7], captions)
+        assert numpy.array_equal(picture[:HEIGHT], expected)
+        if layers:
+            seen = masks[shown].flatten(2).any(2).numpy()
+            strip = gate_strip(WIDTH, t, seen, found.gates[shown].numpy(), [3, 7], captions)
+            assert numpy.array_equal(picture[HEIGHT:], strip)
+        else:
+            assert len(picture) == HEIGHT
+
+
+def test_who_scores_as_much_as_is_asked_for_is_shown():
+    _, _, found = three_tracks()
+    found = replace(found, scores=torch.tensor([0.75, 0.5, 0.5, 0.25], dtype=torch.float64))
+    assert best_labels(found, 0.5) == [0, 1] and best_labels(found, 0.25) == [0, 1, 3]
+    assert best_labels(found, 0.75) == [0] and best_labels(found, 0.7500001) == []
+
+
+@pytest.mark.parametrize("milliseconds, count, limit, duration, shown", [(125, 4, 240, 125, 4), (50, 6, 3, 100, 3), (40, 7, 3, 120, 3)])
+def test_an_animation_takes_as_long_as_its_video_and_begins_anew(tmp_path, monkeypatch, milliseconds, count, limit, duration, shown):
+    """Frames that are left out make the others longer."""
+    monkeypatch.setattr(draw, "ANIMATED_FRAMES", limit)
+    pictures = (Image.fromarray(numpy.full((16, 24, 3), 30 * t, numpy.uint8)) for t in range(count))
+    save_pictures(tmp_path, "short", pictures, count, milliseconds)
+    with Image.open(tmp_path / "short.webp") as animation:
+        animation.load()
+        assert animation.n_frames == shown and animation.info["loop"] == 0 and animation.info["duration"] == duration
+
+
+def test_a_caption_stays_inside_of_the_picture():
+    """Above its mask, or at the top of the picture; shifted to the left where it would be cut off."""
+    for mask in (rectangle(0, 0), rectangle(0, WIDTH - 60), rectangle(HEIGHT - 40, WIDTH - 60)):
+        frame = grey()
+        plain, captioned = (numpy.asarray(overlay(frame, mask[None], [4], [caption])) for caption in ("", "a long caption 0.87"))
+        rows, columns = (plain != captioned).any(2).nonzero()
+        assert numpy.ptp(columns) > 100                       # the whole caption, though the mask is 60 pixels wide
+        top = mask.any(1).argmax()
+        assert rows.max() <= max(top, 20) + 3 and rows.min() >= top - 16

@@ -1,0 +1,92 @@
+"""A data set that shows when ids, labels and positions are mistaken for one another.
+
+Ids of videos, categories and annotations have gaps and stand in no order in the file; every video
+has its own size or length, and every instance its own rectangles.
+"""
+import json
+from pathlib import Path
+
+import numpy
+import torch
+from PIL import Image
+from pycocotools import mask as rle
+
+from checkpoint import save_checkpoint
+from model import GRAttVIS, build_model
+
+VIDEOS = {3: (3, 40, 56), 17: (2, 56, 40), 5: (3, 40, 56)}   # id: frames, height, width, in the order of the file
+CATEGORIES = {90: "dog", 7: "cat", 3: "ant"}                 # id: name, in the order of the file
+LABELS = {3: 0, 7: 1, 90: 2}                                 # category id: label, in the order of the ids
+INSTANCES = [(44, 17, 90), (12, 3, 7), (31, 5, 3), (8, 3, 90), (27, 17, 3)]   # annotation, video and category id
+TINY = {"backbone": "resnet10_thin", "channels": 32, "heads": 2, "feed_forward": 32, "pixel_feed_forward": 32}
+SIDE = 32                                                    # short side that tiny models are tested at, pixels
+
+
+def rectangles(annotation_id: int, frames: int, height: int, width: int) -> numpy.ndarray:
+    """The masks of one instance, bool (T, H, W), different for each annotation id."""
+    masks = numpy.zeros((frames, height, width), bool)
+    for t, mask in enumerate(masks):
+        top, left = annotation_id % 20 + t, annotation_id * 3 % 19 + 2 * t
+        mask[top:top + 12, left:left + 14] = True
+    return masks
+
+
+def encode(mask: numpy.ndarray) -> dict:
+    """The run-length code of a bool (H, W) mask, as in results.json."""
+    code = rle.encode(numpy.asfortranarray(mask, numpy.uint8))
+    return {"size": list(mask.shape), "counts": code["counts"].decode()}
+
+
+def decode(segmentations: list[dict]) -> torch.Tensor:
+    """The masks of one track, bool (T, H, W)."""
+    return torch.from_numpy(numpy.stack([rle.decode(code) for code in segmentations])).bool()
+
+
+def sparse_content() -> dict:
+    """The parsed JSON of the set."""
+    videos = [{"id": number, "length": frames, "height": height, "width": width,
+               "file_names": [f"{number}/{t}.png" for t in range(frames)]}
+              for number, (frames, height, width) in VIDEOS.items()]
+    annotations = []
+    for number, video, category in INSTANCES:
+        masks = rectangles(number, *VIDEOS[video])
+        annotations.append({"id": number, "video_id": video, "category_id": category, "iscrowd": 0,
+                            "areas": masks.sum((1, 2)).tolist(), "segmentations": [encode(mask) for mask in masks]})
+    categories = [{"id": number, "name": name} for number, name in CATEGORIES.items()]
+    return {"videos": videos, "categories": categories, "annotations": annotations}
+
+
+def write_sparse_set(folder: Path) -> dict:
+    """Write the set as the splits train and valid of `folder`; returns the parsed JSON of both."""
+    content = sparse_content()
+    for split in ("train", "valid"):
+        write_json(folder / f"{split}.json", content)
+    generator = numpy.random.default_rng(0)
+    for video in content["videos"]:
+        for name in video["file_names"]:
+            blocks = generator.integers(0, 256, (video["height"] // 8, video["width"] // 8, 3), numpy.uint8)
+            path = folder / "JPEGImages" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(blocks.repeat(8, 0).repeat(8, 1)).save(path)
+    return content
+
+
+def write_json(path: Path, content) -> Path:
+    """The path, which holds the content as JSON afterwards."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return path
+
+
+def tiny_model(classes: int = 3, propagation: str = "gated", seed: int = 0, **options) -> GRAttVIS:
+    """A small model with random weights, in evaluation mode."""
+    torch.manual_seed(seed)
+    return build_model("toy", classes, propagation, **TINY | options).eval()
+
+
+def save_tiny_model(path: Path, classes: int = 3, propagation: str = "gated", seed: int = 0, **config) -> GRAttVIS:
+    """Write a tiny model as a checkpoint of train.py; returns the model."""
+    model = tiny_model(classes, propagation, seed)
+    config = {"preset": "toy", "propagation": propagation, "model_options": TINY, "test_short_side": SIDE} | config
+    save_checkpoint(path, {"model": model.state_dict(), "config": config})
+    return model

@@ -1,0 +1,323 @@
+"""Every flag of evaluate.py, set to another value than its default and found where it acts.
+
+One test for each flag, named after it; a flag without a test fails the first one. Most look at what
+`GRAttVIS.encode_video` is called with, and the others at the files that are written.
+"""
+import json
+import multiprocessing
+import re
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import evaluate
+from metric import evaluate_results
+from model import GRAttVIS, build_model
+from runtime.errors import InputError
+from sparse_set import SIDE, VIDEOS, save_tiny_model, sparse_content, write_json, write_sparse_set
+from synthetic import SUITES, Suite, make_dataset
+from test_bad_input import read_files
+
+LENGTHS = {number: VIDEOS[number][0] for number in sorted(VIDEOS)}     # frames of the videos, in the order of their ids
+
+
+def test_every_flag_has_a_test():
+    flags = vars(evaluate.parse_arguments([]))
+    assert set(flags) == {name.removeprefix("test_flag_") for name in globals() if name.startswith("test_flag_")}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with the set of sparse_set.py and tiny.pt, a model for it."""
+    folder = tmp_path_factory.mktemp("flags")
+    write_sparse_set(folder)
+    save_tiny_model(folder / "tiny.pt")
+    return folder
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """What the model is asked for each video, and under which conditions."""
+    seen, encode_video = [], GRAttVIS.encode_video
+
+    def watched(model, batches, output_size=None, top_k=10):
+        batches = list(batches)
+        seen.append(SimpleNamespace(
+            model=model, batches=batches, output_size=output_size, top_k=top_k, training=model.training,
+            amp=torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None,
+            processes=len(multiprocessing.active_children()), found=encode_video(model, batches, output_size, top_k)))
+        return seen[-1].found
+
+    monkeypatch.setattr(GRAttVIS, "encode_video", watched)
+    return seen
+
+
+@pytest.fixture
+def run(folder, tmp_path, seen):
+    """Evaluate tiny.pt on the set into tmp_path/out, but for what the given arguments say; later ones count."""
+    def run(*arguments):
+        defaults = ["--weights", folder / "tiny.pt", "--data-root", folder, "--workers", 0, "--output", tmp_path / "out"]
+        return evaluate.main(evaluate.parse_arguments([str(argument) for argument in [*defaults, *arguments]]))
+    return run
+
+
+def read_results(output):
+    return json.loads((output / "results.json").read_text())
+
+
+def test_defaults(run, seen, tmp_path, capsys):
+    """What the flags below are to change."""
+    run()
+    bars = capsys.readouterr().err
+    assert "8/8" in bars and "9/8" not in bars               # frames; and the share of the time spent waiting for them
+    assert all(0 <= int(share) <= 100 for share in re.findall(r"waiting=(-?\d+)%", bars)) and "waiting=" in bars
+    assert [len(call.batches) for call in seen] == [1, 1, 1] and all(not call.processes for call in seen)
+    assert [call.output_size for call in seen] == [VIDEOS[number][1:] for number in LENGTHS]
+    assert [tuple(call.batches[0].shape) for call in seen] == [
+        (3, 3, SIDE, 45), (3, 3, SIDE, 45), (2, 3, 45, SIDE)]           # 56 x 32 / 40 is 44.8
+    assert all(call.amp is None and call.top_k == 10 and not call.training for call in seen)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"results.json", "results.json.zip", "metrics.json"}
+
+
+# Model
+
+def save_official(path, propagation="plain"):
+    """A file that says neither its preset nor anything else."""
+    model = build_model("toy", 3, propagation)
+    torch.save({"model": model.state_dict()}, path)
+    return path
+
+
+def test_flag_weights(run, seen, tmp_path):
+    other = save_tiny_model(tmp_path / "other.pt", seed=1)
+    run("--weights", tmp_path / "other.pt")
+    assert torch.equal(seen[0].model.tracker.query_feat.weight, other.tracker.query_feat.weight)
+    found = other.encode_video(seen[-3].batches, VIDEOS[3][1:])
+    assert torch.equal(found.scores, seen[0].found.scores)
+
+
+def test_flag_preset(run, seen, tmp_path):
+    save_official(tmp_path / "official.pth", "gated")
+    with pytest.raises(InputError, match="give one of .*--preset"):
+        run("--weights", tmp_path / "official.pth")
+    run("--weights", tmp_path / "official.pth", "--preset", "toy")
+    assert seen[0].batches[0].shape[-2] == 96                           # the short side of that preset
+
+
+def test_flag_propagation(run, seen, tmp_path):
+    save_official(tmp_path / "official.pth")
+    for propagation in ("plain", "clip"):
+        run("--weights", tmp_path / "official.pth", "--preset", "toy", "--short-side", SIDE, "--propagation", propagation)
+        assert seen[-1].model.propagation == seen[-1].model.tracker.propagation == propagation
+
+
+def test_flag_gate_mask(run, seen, tmp_path):
+    save_official(tmp_path / "official.pth", "gated")
+    for more, expected in ((), "additive"), (("--gate-mask", "blocked"), "blocked"):
+        run("--weights", tmp_path / "official.pth", "--preset", "toy", "--short-side", SIDE, *more)
+        assert seen[-1].model.tracker.gate_mask == expected
+
+
+# Data
+
+def test_flag_data_root(run, seen, tmp_path):
+    write_sparse_set(tmp_path / "other")
+    write_json(tmp_path / "other/valid.json", sparse_content() | {"videos": sparse_content()["videos"][:1], "annotations": []})
+    run("--data-root", tmp_path / "other")
+    assert len(seen) == 1
+
+
+def test_flag_split(run, seen, tmp_path):
+    write_sparse_set(tmp_path / "set")
+    content = sparse_content()
+    write_json(tmp_path / "set/test.json", content | {"videos": content["videos"][1:2], "annotations": []})
+    run("--data-root", tmp_path / "set", "--split", "test")
+    assert [call.output_size for call in seen] == [VIDEOS[17][1:]]
+    assert {entry["video_id"] for entry in read_results(tmp_path / "out")} == {17}
+
+
+def test_flag_json(run, seen, folder, tmp_path):
+    content = sparse_content()
+    write_json(tmp_path / "one.json", content | {"videos": content["videos"][2:], "annotations": content["annotations"][2:3]})
+    run("--json", tmp_path / "one.json", "--images", folder / "JPEGImages")
+    assert {entry["video_id"] for entry in read_results(tmp_path / "out")} == {5} and len(seen) == 1
+
+
+def test_flag_images(run, seen, folder, tmp_path):
+    """Frames of the same names in another folder."""
+    for number, (length, height, width) in VIDEOS.items():
+        (tmp_path / f"black/{number}").mkdir(parents=True)
+        for t in range(length):
+            Image.new("RGB", (width, height)).save(tmp_path / f"black/{number}/{t}.png")
+    run("--json", folder / "valid.json", "--images", tmp_path / "black")
+    assert len(seen) == 3 and not any(batch.any() for call in seen for batch in call.batches)
+
+
+def test_a_json_and_its_images_go_together(folder):
+    for flag, path in (("--json", "valid.json"), ("--images", "JPEGImages")):
+        with pytest.raises(InputError, match="--json and --images go together"):
+            evaluate.main(evaluate.parse_arguments(["--weights", str(folder / "tiny.pt"), flag, str(folder / path)]))
+
+
+@pytest.fixture
+def suites(tmp_path):
+    """A folder with two suites, one video each, and six.pt, a model for their six classes."""
+    for number, name in enumerate(("degraded", "long"), 2):
+        make_dataset(tmp_path / "sets" / name, 1, 1, frames=number, height=32, width=48)
+    save_tiny_model(tmp_path / "six.pt", classes=6)
+    return tmp_path
+
+
+def evaluate_suites(folder, *names, sets="sets"):
+    return evaluate.main(evaluate.parse_arguments(
+        ["--weights", str(folder / "six.pt"), "--workers", "0", "--output", str(folder / "out"),
+         "--sets", str(folder / sets), "--suites", *names]))
+
+
+def test_flag_suites(suites, seen):
+    assert set(evaluate_suites(suites, "long", "degraded")) == {"long", "degraded"}
+    assert [sum(map(len, call.batches)) for call in seen] == [3, 2]
+    assert {path.name for path in (suites / "out").iterdir()} == {"long", "degraded"}
+    assert set(evaluate_suites(suites, "long")) == {"long"} and len(seen) == 3
+
+
+def test_flag_sets(suites, seen):
+    (suites / "sets").rename(suites / "elsewhere")
+    evaluate_suites(suites, "degraded", sets="elsewhere")
+    assert len(seen) == 1 and not (suites / "sets").exists()
+
+
+def test_a_suite_that_is_not_there_is_written(suites, monkeypatch):
+    """As `python data.py --suite` writes it: 24 held-out videos, here of one frame each."""
+    suite = Suite(SUITES["degraded"].difficulty, frames=1, objects=(2, 3))
+    monkeypatch.setitem(SUITES, "look-alike", suite)
+    evaluate_suites(suites, "look-alike", sets="new")
+    make_dataset(suites / "expected", 1, 24, 1, objects=(2, 3), difficulty=suite.difficulty)
+    assert read_files(suites / "new/look-alike") == read_files(suites / "expected")
+
+
+def test_flag_short_side(run, seen):
+    run("--short-side", 50)
+    assert [tuple(call.batches[0].shape[-2:]) for call in seen] == [(50, 70), (50, 70), (70, 50)]
+    assert [call.output_size for call in seen] == [VIDEOS[number][1:] for number in LENGTHS]
+
+
+def test_flag_max_long_side(run, seen):
+    run("--max-long-side", 35)
+    assert [tuple(call.batches[0].shape[-2:]) for call in seen] == [(25, 35), (25, 35), (35, 25)]
+
+
+# Result
+
+def test_flag_top_k(run, seen, tmp_path):
+    run("--top-k", 3)
+    assert [call.top_k for call in seen] == [3, 3, 3]
+    assert [entry["video_id"] for entry in read_results(tmp_path / "out")] == [3] * 3 + [5] * 3 + [17] * 3
+
+
+def test_flag_output(run, folder, tmp_path):
+    """A folder of any depth; beside the weights where it is not said."""
+    run("--output", tmp_path / "new/place")
+    assert (tmp_path / "new/place/metrics.json").exists() and not (tmp_path / "out").exists()
+    save_tiny_model(tmp_path / "last.pt")
+    evaluate.main(evaluate.parse_arguments(["--weights", str(tmp_path / "last.pt"), "--data-root", str(folder),
+                                            "--workers", "0"]))
+    assert (tmp_path / "evaluation/metrics.json").exists()
+
+
+def test_flag_draw(run, tmp_path):
+    """Of the first two videos in the order of the ids."""
+    run("--draw", 2)
+    assert {path.name for path in (tmp_path / "out/overlays").iterdir()} == {
+        f"{number:05d}.{suffix}" for number in (3, 5) for suffix in ("png", "webp")}
+
+
+def test_flag_plot(run, tmp_path):
+    pytest.importorskip("matplotlib", reason="plots need matplotlib")
+    run("--plot", 1)
+    assert {path.name for path in (tmp_path / "out/plots").iterdir()} == {
+        "00003.png", "precision_valid.png", "classes_valid.png"}
+    run("--plot", 0, "--output", tmp_path / "none")                     # no video, but the plots of the whole set
+    assert {path.name for path in (tmp_path / "none/plots").iterdir()} == {"precision_valid.png", "classes_valid.png"}
+
+
+def test_plots_without_matplotlib_are_refused_first(run, seen, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(InputError, match="matplotlib"):
+        run("--plot", 0)
+    assert not seen
+
+
+def perfect_results():
+    return [{name: entry[name] for name in ("video_id", "category_id", "segmentations")} | {"score": 1}
+            for entry in sparse_content()["annotations"]]
+
+
+def test_flag_results(run, seen, folder, tmp_path):
+    path = write_json(tmp_path / "scored/mine.json", perfect_results())
+    arguments = ["--results", str(path), "--annotations", str(folder / "valid.json")]
+    metrics = evaluate.main(evaluate.parse_arguments(arguments))
+    assert metrics["AP"] == pytest.approx(1) and not seen
+    assert json.loads((tmp_path / "scored/metrics.json").read_text()) == metrics     # beside the results
+    run(*arguments)
+    assert json.loads((tmp_path / "out/metrics.json").read_text()) == metrics
+
+
+def test_flag_annotations(run, tmp_path):
+    """Another ground truth than the set's own, for a model too; and several parts of one."""
+    content = sparse_content()
+    run("--annotations", write_json(tmp_path / "none.json", content | {"annotations": content["annotations"][:1]}))
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert metrics["per_class"]["cat"] == metrics["per_class"]["ant"] == -1 < metrics["per_class"]["dog"]
+    parts = [write_json(tmp_path / f"part{number}.json", content | {
+        "videos": [video], "annotations": [entry for entry in content["annotations"] if entry["video_id"] == video["id"]]})
+        for number, video in enumerate(content["videos"])]
+    metrics = run("--results", write_json(tmp_path / "r.json", perfect_results()), "--annotations", *parts)
+    assert list(metrics["parts"]) == ["part0", "part1", "part2"] and metrics["AP"] == pytest.approx(1)
+    assert metrics["parts"]["part1"] == evaluate_results(
+        [entry for entry in perfect_results() if entry["video_id"] == 17], json.loads(parts[1].read_text()))
+
+
+# Run
+
+def test_flag_device(run, seen, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match="--device cuda"):
+        run("--device", "cuda")
+    run("--device", "cpu")
+    assert {parameter.device.type for parameter in seen[0].model.parameters()} == {"cpu"}
+
+
+@pytest.mark.parametrize("amp, dtype", [("bf16", torch.bfloat16), ("fp16", torch.float16), ("off", None)])
+def test_flag_amp(run, seen, amp, dtype):
+    """Autocast is entered around every video, and the weights of products are cast before."""
+    run("--amp", amp)
+    assert [call.amp for call in seen] == [dtype] * 3
+    products = {module.weight.dtype for module in seen[0].model.modules() if type(module) in (nn.Linear, nn.Conv2d)}
+    assert products == {dtype or torch.float32}
+
+
+def test_flag_compile(run, seen, tmp_path, monkeypatch):
+    """Here by a compiler that changes nothing: the results are the same but for rounding."""
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compiled.append(function) or function)
+    run()
+    assert not compiled
+    run("--compile", "--output", tmp_path / "compiled")
+    assert compiled
+    for plain, fast in zip(seen[:3], seen[3:], strict=True):
+        torch.testing.assert_close(fast.found.scores, plain.found.scores, rtol=1e-4, atol=1e-5)
+
+
+def test_flag_chunk(run, seen):
+    run("--chunk", 2)
+    assert [[len(batch) for batch in call.batches] for call in seen] == [[2, 1], [2, 1], [2]]
+
+
+def test_flag_workers(run, seen):
+    run("--workers", 2)
+    assert seen[0].processes == 2
