@@ -22,8 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reading.files import describe_kind, open_regular
+from reading.kinds import describe_kind
 from reading.pickles import BadPickle, Damaged, Persistent, Record, read_pickle, refusal
+from reading.regular import open_regular
 from runtime.errors import InputError
 
 MAGIC_NUMBER = 0x1950a86a20f9469cfc6c  # the first pickle of torch.save's older format

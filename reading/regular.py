@@ -1,39 +1,68 @@
-"""Files of strangers: regular ones only, and no more bytes than the reader has room for.
+"""Files of strangers: regular ones only, and no more memory than they have bytes.
 
     content = read_regular(Path("frame.jpg"), limit=2 ** 30)
+    with open_regular(Path("weights.pth")) as file:
+        file.read(512)
 
 A FIFO makes whoever opens it wait for a writer, /dev/zero never ends, and some devices act when
 they are opened. All of them can stand in a folder under the name of a picture.
 """
+import io
 import os
 import stat
 from pathlib import Path
 
 from runtime.errors import InputError
 
-BLOCK = 2 ** 20  # bytes
 # Neither exists on every system.
-OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+OPEN_FLAGS = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket",
          stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
 
 
-def read_regular(path: Path, limit: int) -> bytes:
-    """All bytes of a regular file; symbolic links are followed.
+class BoundedReader(io.BufferedReader):
+    """A file that takes no memory to read more than it has."""
 
-    Raises InputError if the file is missing or unreadable, is not a regular file, or has more than
+    def __init__(self, raw: io.FileIO, size: int):
+        super().__init__(raw)
+        self.size = size
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is None or not 0 <= size <= io.DEFAULT_BUFFER_SIZE:
+            left = max(0, self.size - self.tell())
+            size = left if size is None or size < 0 else min(size, left)
+        return super().read(size)
+
+
+def open_regular(path: str | Path) -> BoundedReader:
+    """Open a regular file for reading; symbolic links are followed.
+
+    OSError where the system refuses; InputError if it is a folder, a FIFO, a socket or a device.
+    """
+    check_regular(path, os.stat(path))  # before it is opened, which can have effects
+    raw = io.FileIO(path, opener=lambda name, flags: os.open(name, flags | OPEN_FLAGS))
+    try:
+        status = os.fstat(raw.fileno())
+        check_regular(path, status)  # another file can have taken its place
+    except InputError:
+        raw.close()
+        raise
+    return BoundedReader(raw, status.st_size)
+
+
+def read_regular(path: str | Path, limit: int) -> bytes:
+    """All bytes of a regular file.
+
+    InputError if the file is missing or unreadable, is not a regular file, or has more than
     `limit` bytes.
     """
     try:
-        check_regular(path, os.stat(path))  # before it is opened, which can have effects
-        with open(os.open(path, OPEN_FLAGS), "rb") as file:
-            status = os.fstat(file.fileno())
-            check_regular(path, status)  # another file can have taken its place
-            if status.st_size > limit:
-                raise InputError(f"{path} has {status.st_size} bytes, at most {limit} are read")
-            parts = [file.read(status.st_size)]
+        with open_regular(path) as file:
+            if file.size > limit:
+                raise InputError(f"{path} has {file.size} bytes, at most {limit} are read")
+            parts = [file.read()]
             length = len(parts[0])
-            while part := file.read(BLOCK):  # it grows, or its file system states no size
+            while part := file.read(io.DEFAULT_BUFFER_SIZE):  # it grows, or its file system states no size
                 parts.append(part)
                 length += len(part)
                 if length > limit:
@@ -45,7 +74,7 @@ def read_regular(path: Path, limit: int) -> bytes:
         raise InputError(f"{path} cannot be read: {getattr(error, 'strerror', error)}") from error
 
 
-def check_regular(path: Path, status: os.stat_result) -> None:
+def check_regular(path: str | Path, status: os.stat_result) -> None:
     """InputError unless it is the status of a regular file."""
     kind = stat.S_IFMT(status.st_mode)
     if kind != stat.S_IFREG:

@@ -377,7 +377,7 @@ def test_what_cannot_be_opened_is_not_called_damaged(tmp_path):
     (tmp_path / "loop.pth").symlink_to("loop.pth")
     (tmp_path / "gone.pth").symlink_to("nowhere.pth")
     (tmp_path / "file").write_text("")
-    assert refusal(tmp_path) == "cannot be read: Is a directory"
+    assert refusal(tmp_path) == "is a folder, not a regular file"
     assert refusal(tmp_path / "loop.pth") == "cannot be read: Too many levels of symbolic links"
     assert refusal(tmp_path / "file/a.pth") == "cannot be read: Not a directory"
     for name in ("gone.pth", "missing.pth"):
@@ -405,5 +405,5 @@ def test_a_read_that_fails():
 def test_no_pipe_and_no_device_is_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe.pth")
     (tmp_path / "endless.pkl").symlink_to("/dev/zero")
-    assert refusal(tmp_path / "pipe.pth") == "is a FIFO, not a file"
-    assert refusal(tmp_path / "endless.pkl") == "is a device, not a file"
+    assert refusal(tmp_path / "pipe.pth") == "is a FIFO, not a regular file"
+    assert refusal(tmp_path / "endless.pkl") == "is a device, not a regular file"

@@ -1,11 +1,6 @@
-"""Strangers' files: opened without waiting or taking memory, and told apart by how they begin."""
-import io
-import os
+"""Kinds of files that are no checkpoints, told apart by how they begin."""
 import re
-import stat
 from pathlib import Path
-
-from runtime.errors import InputError
 
 SIGNATURES = {  # what other kinds of files begin with
     b"version https://git-lfs": "a Git LFS pointer, not the file itself (git lfs pull gets it)",
@@ -57,34 +52,3 @@ def describe_kind(path: Path, head: bytes) -> str:
             character.isprintable() or character.isspace() for character in decoded):
         return f"text, beginning with {decoded.split(chr(10))[0].strip()[:40]!r}"
     return "damaged, or another kind of file"
-
-
-class BoundedReader(io.BufferedReader):
-    """A file that takes no memory to read more than it has."""
-
-    def __init__(self, raw: io.FileIO, size: int):
-        super().__init__(raw)
-        self.size = size
-
-    def read(self, size: int | None = -1) -> bytes:
-        if size is None or not 0 <= size <= io.DEFAULT_BUFFER_SIZE:
-            left = max(0, self.size - self.tell())
-            size = left if size is None or size < 0 else min(size, left)
-        return super().read(size)
-
-
-def open_regular(path: str | Path) -> BoundedReader:
-    """Open a file for reading. OSError where the system refuses.
-
-    InputError where it is a FIFO, a socket or a device, which are neither waited for nor read.
-    """
-    def opener(name: str, flags: int) -> int:
-        return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))  # Windows has no FIFOs
-
-    raw = io.FileIO(path, opener=opener)
-    status = os.fstat(raw.fileno())
-    if not stat.S_ISREG(status.st_mode):
-        raw.close()
-        kind = "a FIFO" if stat.S_ISFIFO(status.st_mode) else "a device"
-        raise InputError(f"{path} is {kind}, not a file")
-    return BoundedReader(raw, status.st_size)
