@@ -6,7 +6,8 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).parent.parent
 ONE_THREAD = {
-    "OMP_NUM_THREADS": "1",  # whatever the user's is: the cores may be busy, and sums depend on it in their last bit
+    # whatever the user's is: the cores may be busy, and sums depend on it in their last bit
+    "OMP_NUM_THREADS": "1",
     "OMP_WAIT_POLICY": "PASSIVE",  # a thread that waits leaves its core to others
     "KMP_BLOCKTIME": "0"}  # the same, for Intel's OpenMP
 ENVIRONMENT = os.environ | ONE_THREAD | {

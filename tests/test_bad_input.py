@@ -78,6 +78,7 @@ def run(program, *arguments):
     return ended.returncode, [line for line in ended.stderr.splitlines() if line.strip() and "it/s]" not in line]
 
 
+@pytest.mark.slow
 def test_training_without_data_exits_with_one_sentence(tmp_path):
     code, lines = run("train.py", "--data-root", tmp_path / "nothing", "--output", tmp_path / "run")
     assert code == 2 and len(lines) == 1
@@ -86,6 +87,7 @@ def test_training_without_data_exits_with_one_sentence(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_evaluating_without_weights_exits_with_one_sentence(good, tmp_path):
     code, lines = run("evaluate.py", "--data-root", good / "set", "--weights", tmp_path / "last.pt")
     assert code == 2 and lines == [f"error: no checkpoint at {tmp_path / 'last.pt'}"]
@@ -104,6 +106,7 @@ def test_who_reads_what_is_printed_may_leave():
     os.close(writing)
 
 
+@pytest.mark.slow
 def test_an_error_in_a_loader_process_exits_with_one_sentence(dataset, tmp_path):
     spoil_frames(dataset, "train", cut_short)
     code, lines = run("train.py", *train_arguments(dataset, tmp_path / "run"), "--workers", "1")

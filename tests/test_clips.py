@@ -1,6 +1,6 @@
-"""Sources of training clips: what stands in for a clip that cannot be read, and what cannot be mixed.
+"""Sources of training clips: unreadable clips are replaced, impossible mixtures are refused.
 
-More about clips, with the data sets that they come from, is in test_data.py.
+Other tests of clips, beside the data sets that they come from, are in test_data.py.
 """
 import json
 import shutil
@@ -20,12 +20,19 @@ VIDEOS = 4
 
 @pytest.fixture
 def root(tmp_path):
-    make_dataset(tmp_path / "set", train_videos=VIDEOS, valid_videos=1, frames=4, height=64, width=64, objects=(1, 2))
+    make_dataset(tmp_path / "set", train_videos=VIDEOS, valid_videos=1, frames=4, height=64,
+                 width=64, objects=(1, 2))
     return tmp_path / "set"
 
 
 def open_clips(root, **options):
-    return ClipDataset(VideoSet(*find_split(root, "train")), frames=2, reach=2, augmentation=AS_IT_IS, **options)
+    return ClipDataset(VideoSet(*find_split(root, "train")), frames=2, reach=2,
+                       augmentation=AS_IT_IS, **options)
+
+
+def read_all(clips):
+    """One clip of each video."""
+    return [clips[number] for number in range(VIDEOS)]
 
 
 def spoil(root, *videos):
@@ -36,10 +43,10 @@ def spoil(root, *videos):
 
 
 def test_a_clip_that_cannot_be_read_is_replaced(root):
-    """By one of another video, which says why; the others are as they would have been."""
-    whole = [clip for clip in map(open_clips(root).__getitem__, range(VIDEOS))]
+    """The replacement is of another video and says why; other clips stay as they are."""
+    whole = read_all(open_clips(root))
     spoil(root, 2)
-    clips = [clip for clip in map(open_clips(root, skip_bad=True).__getitem__, range(VIDEOS))]
+    clips = read_all(open_clips(root, skip_bad=True))
     replaced = [number for number, clip in enumerate(whole) if "/00002/" in clip.source]
     assert len(replaced) == 1
     for number, (clip, before) in enumerate(zip(clips, whole)):
@@ -48,7 +55,7 @@ def test_a_clip_that_cannot_be_read_is_replaced(root):
         else:
             assert not clip.skipped and torch.equal(clip.frames, before.frames)
     with pytest.raises(InputError, match="00002"):
-        [clip for clip in map(open_clips(root).__getitem__, range(VIDEOS))]
+        read_all(open_clips(root))
 
 
 def test_a_set_of_which_nothing_can_be_read_comes_to_an_end(root):
@@ -84,14 +91,16 @@ def test_shares_that_make_no_sense_are_refused(root, ratios):
 def test_a_mixture_knows_all_of_its_sources(root, tmp_path):
     shutil.copytree(root, tmp_path / "other")
     shutil.rmtree(tmp_path / "other/train/JPEGImages/00001")
-    other = ClipDataset(VideoSet(*find_split(tmp_path / "other", "train"), skip_bad=True), 2, 2, AS_IT_IS)
+    other = ClipDataset(VideoSet(*find_split(tmp_path / "other", "train"), skip_bad=True), 2, 2,
+                        AS_IT_IS)
     mixed = MixedClips([open_clips(root), other], [1, 3])
-    assert len(mixed.videos) == 2 * VIDEOS - 1 and len(mixed.skipped) == 1
+    assert len(mixed.videos) == 2 * VIDEOS - 1 and mixed.skipped.total == 1
     assert mixed.paths == [root / "train.json", tmp_path / "other/train.json"]
     from_other = sum(str(tmp_path / "other") in mixed[number].source for number in range(120))
-    assert 75 <= from_other <= 105                                # three quarters, within three standard errors
+    assert 75 <= from_other <= 105  # three quarters, within three standard errors
 
 
 def test_a_scene_is_rendered_at_the_asked_size_and_length():
-    clip = RenderedClips(["easy"], frames=3, reach=2, augmentation=Augmentation((40,), max_long_side=50, flip=False))[0]
+    augmentation = Augmentation((40,), max_long_side=50, flip=False)
+    clip = RenderedClips(["easy"], frames=3, reach=2, augmentation=augmentation)[0]
     assert clip.frames.shape[:2] == (3, 3) and max(clip.frames.shape[2:]) == 50

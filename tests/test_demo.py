@@ -564,6 +564,7 @@ def box_of(mask):
     return f"{columns.min()},{rows.min()} to {columns.max()},{rows.max()}"
 
 
+@pytest.mark.slow
 def test_standard_input_is_followed_picture_by_picture(tmp_path, weights, pictures, model):
     """The line of a frame comes before the next frame is sent; it has the class, number, score and box of every track of `step`."""
     # as many threads as here, since others round otherwise; and Python itself must not hand on what is printed

@@ -1,7 +1,7 @@
-"""Every flag of train.py, set to something else than its default, and found where it acts.
+"""Every flag of train.py, set to a value other than its default, and found where it acts.
 
-What a step computes is compared with a loop in test_train_by_hand.py; here is the rest. A new flag needs a test of its own,
-which says so by `covers`: test_every_flag_is_tested fails until there is one.
+Flags that change a step are in test_train_by_hand.py, the others here. A new flag needs a test
+with `covers`; until there is one, test_every_flag_is_tested fails.
 """
 import json
 import shutil
@@ -11,6 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 import train
 from augmentation import Augmentation
@@ -24,7 +25,7 @@ from test_train_by_hand import CASES
 from training import TINY_MODEL, train_tiny
 
 COVERED = {name for case in CASES.values() for name in case}
-CLASSES = 6                                             # of the synthetic set
+CLASSES = 6  # of the synthetic set
 
 
 def covers(*flags):
@@ -40,7 +41,8 @@ def test_every_flag_is_tested():
 @pytest.fixture(scope="module")
 def data_root(tmp_path_factory):
     root = tmp_path_factory.mktemp("data") / "set"
-    make_dataset(root, train_videos=3, valid_videos=1, frames=4, height=64, width=64, objects=(1, 2))
+    make_dataset(root, train_videos=3, valid_videos=1, frames=4, height=64, width=64,
+                 objects=(1, 2))
     return root
 
 
@@ -52,7 +54,7 @@ def run(data_root, tmp_path):
     return start
 
 
-# ---- Setting, model -------------------------------------------------------------------------------------------------
+# Setting, model
 
 @covers("recipe", "stage", "dry_run")
 def test_a_dry_run_prints_the_setting_and_leaves_no_trace(tmp_path, monkeypatch, capsys):
@@ -62,22 +64,24 @@ def test_a_dry_run_prints_the_setting_and_leaves_no_trace(tmp_path, monkeypatch,
         train.main(train.parse_arguments([*arguments, "--dry-run"]))
         printed.append(json.loads(capsys.readouterr().out))
     recipe, stage = printed
-    assert (recipe["recipe"], recipe["num_classes"], recipe["init"]) == ("grattvis/ovis/swin_l", 25, "vita_swin_ovis.pth")
+    assert recipe["recipe"] == "grattvis/ovis/swin_l"
+    assert (recipe["num_classes"], recipe["init"]) == (25, "vita_swin_ovis.pth")
     assert (stage["stage"], stage["meta"], stage["enc_window"]) == ("vita", "Vita", 6)
     assert not list(tmp_path.iterdir())
 
 
 @covers("preset")
 def test_the_preset_is_the_model(run):
-    found = run("small", preset="small", iterations=0).last["model"]
-    expected = build_model("small", CLASSES).state_dict()
-    assert {name: value.shape for name, value in found.items()} == {name: value.shape for name, value in expected.items()}
+    weights = (run("small", preset="small", iterations=0).last["model"],
+               build_model("small", CLASSES).state_dict())
+    found, expected = ({name: value.shape for name, value in state.items()} for state in weights)
+    assert found == expected
 
 
-# ---- Weights --------------------------------------------------------------------------------------------------------
+# Weights
 
 def random_weights(classes):
-    """Of the tiny model; nothing is at its initial value."""
+    """A state dict of the tiny model without any initial value."""
     model = build_model("small", classes, **TINY_MODEL)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -86,6 +90,7 @@ def random_weights(classes):
 
 
 def differing(one, other):
+    """The names of the tensors that differ."""
     return {name for name, value in one.items() if not torch.equal(value, other[name])}
 
 
@@ -94,7 +99,8 @@ def test_a_run_starts_from_a_checkpoint(run, tmp_path):
     for classes in (CLASSES, CLASSES + 2):
         torch.save(random_weights(classes), tmp_path / f"{classes}.pth")
     weights = torch.load(tmp_path / f"{CLASSES}.pth")
-    assert not differing(weights, run("same", init=tmp_path / f"{CLASSES}.pth", iterations=0).last["model"])
+    found = run("same", init=tmp_path / f"{CLASSES}.pth", iterations=0).last["model"]
+    assert not differing(weights, found)
 
     other = tmp_path / f"{CLASSES + 2}.pth"
     with pytest.raises(InputError):
@@ -111,7 +117,8 @@ def test_the_backbone_starts_from_a_file(run, tmp_path):
     weights = build_backbone(TINY_MODEL["backbone"], "batch").state_dict()
     torch.save(weights, tmp_path / "backbone.pth")
     found = run("run", backbone_weights=tmp_path / "backbone.pth", iterations=0).last["model"]
-    assert not differing(weights, {name.removeprefix("backbone."): value for name, value in found.items()})
+    found = {name.removeprefix("backbone."): value for name, value in found.items()}
+    assert not differing(weights, found)
 
 
 @covers("resume")
@@ -122,22 +129,24 @@ def test_a_run_goes_on_from_its_checkpoint(run, tmp_path):
     assert not differing(before.last["model"], after.start)
 
 
-# ---- Data -----------------------------------------------------------------------------------------------------------
+# Data
 
 @covers("data_root", "train_json", "train_images")
 def test_clips_come_from_the_named_files(run, data_root, tmp_path):
     shutil.copytree(data_root, tmp_path / "other")
     folder = str(tmp_path / "other/train/JPEGImages")
-    assert run("root", data_root=tmp_path / "other", iterations=0).clips[0].source.startswith(folder)
-    files = run("files", train_json=tmp_path / "other/train.json", train_images=folder, iterations=0)
-    assert files.clips[0].source.startswith(folder)
+    file = tmp_path / "other/train.json"
+    by_root = run("root", data_root=tmp_path / "other", iterations=0)
+    by_file = run("file", train_json=file, train_images=folder, iterations=0)
+    assert by_root.clips[0].source.startswith(folder)
+    assert by_file.clips[0].source.startswith(folder)
 
 
 @covers("train_sets", "train_ratio", "test_sets")
 def test_sets_by_name(run, data_sets):  # noqa: F811
-    """Three of four clips are COCO's; the three videos of three frames that are evaluated on are those of another set."""
-    seen = run("run", data_root=data_sets, train_sets=["coco2ovis_train", "ovis_train"], train_ratio=[3, 1],
-               test_sets=["ovis_train"], evaluate_every=1)
+    """Three of four clips are of COCO; evaluation is on three videos of three frames."""
+    seen = run("run", data_root=data_sets, train_sets=["coco2ovis_train", "ovis_train"],
+               train_ratio=[3, 1], test_sets=["ovis_train"], evaluate_every=1)
     sources = [seen.clips[number].source for number in range(80)]
     images = sum(source.startswith(str(data_sets / "coco")) for source in sources)
     assert sum(source.startswith(str(data_sets / "ovis")) for source in sources) == 80 - images
@@ -171,18 +180,22 @@ def test_the_loader_has_processes(run):
     assert run("run", workers=1).workers == 1
 
 
-# ---- Augmentation ---------------------------------------------------------------------------------------------------
+# Augmentation
 
-CHANGES = dict(short_sides=[40, 44], pseudo_short_sides=[36], max_long_side=70, crop_short_sides=[48, 52], crop_size=[0.7, 0.8],
-               crop_relative=True, pseudo_crop_size=[20, 30], rotation=7.0, flip=False)
-OF_VIDEOS = Augmentation((40, 44), 70, (48, 52), (0.7, 0.8), crop_relative=True, flip=False, rotation=0, jitter=0)
-OF_IMAGES = Augmentation((36,), 70, (48, 52), (20, 30), crop_relative=False, flip=False, rotation=7.0, jitter=0)
+CHANGES = dict(short_sides=[40, 44], pseudo_short_sides=[36], max_long_side=70,
+               crop_short_sides=[48, 52], crop_size=[0.7, 0.8], crop_relative=True,
+               pseudo_crop_size=[20, 30], rotation=7.0, flip=False)
+OF_VIDEOS = Augmentation((40, 44), 70, (48, 52), (0.7, 0.8), crop_relative=True, flip=False,
+                         rotation=0, jitter=0)
+OF_IMAGES = Augmentation((36,), 70, (48, 52), (20, 30), crop_relative=False, flip=False,
+                         rotation=7.0, jitter=0)
 
 
-@covers("short_sides", "pseudo_short_sides", "max_long_side", "crop_short_sides", "crop_size", "crop_relative",
-        "pseudo_crop_size", "rotation", "flip")
+@covers("short_sides", "pseudo_short_sides", "max_long_side", "crop_short_sides", "crop_size",
+        "crop_relative", "pseudo_crop_size", "rotation", "flip")
 def test_every_source_is_augmented_in_its_own_way(run, data_sets):  # noqa: F811
-    named = dict(data_root=data_sets, train_sets=["coco2ovis_train", "ovis_train"], train_ratio=[1, 1])
+    named = dict(data_root=data_sets, train_sets=["coco2ovis_train", "ovis_train"],
+                 train_ratio=[1, 1])
     mixed = run("mixed", iterations=0, **CHANGES, **named).clips
     assert [source.augmentation for source in mixed.sources] == [OF_IMAGES, OF_VIDEOS]
     assert run("videos", iterations=0, **CHANGES).clips.augmentation == OF_VIDEOS
@@ -192,21 +205,23 @@ def test_every_source_is_augmented_in_its_own_way(run, data_sets):  # noqa: F811
 
 
 @covers("lsj", "lsj_size")
-def test_large_scale_jitter_is_of_all_sources(run, data_sets):  # noqa: F811
-    seen = run("mixed", data_root=data_sets, train_sets=["coco2ovis_train", "ovis_train"], train_ratio=[1, 1], lsj=True, lsj_size=96)
+def test_all_sources_have_large_scale_jitter(run, data_sets):  # noqa: F811
+    seen = run("mixed", data_root=data_sets, train_sets=["coco2ovis_train", "ovis_train"],
+               train_ratio=[1, 1], lsj=True, lsj_size=96)
     assert [source.augmentation.jitter for source in seen.clips.sources] == [96, 96]
     assert seen.frames[0][0].shape[-2:] == (96, 96)
 
 
-# ---- Loss and optimisation ------------------------------------------------------------------------------------------
+# Loss and optimisation
 
 @covers("query_noise")
 def test_queries_are_disturbed_between_clips(run):
-    """With the same seeds: the first clip is as it was, the second one is not."""
-    (quiet,), (noisy,) = (run(str(share), query_noise=share, propagation="plain").outputs for share in (0.0, 1.0))
-    first, second = ([torch.equal(one, other) for one, other in zip(quiet.clips[clip].logits, noisy.clips[clip].logits)]
-                     for clip in (0, 1))
-    assert all(first) and not any(second)
+    """With the same seed, the predictions for the first clip are equal, for the second not."""
+    (quiet,), (noisy,) = (run(str(share), query_noise=share, propagation="plain").outputs
+                          for share in (0.0, 1.0))
+    for clip, same in ((0, True), (1, False)):
+        for one, other in zip(quiet.clips[clip].logits, noisy.clips[clip].logits):
+            assert torch.equal(one, other) == same
 
 
 @covers("skip_nonfinite")
@@ -221,7 +236,7 @@ def test_a_step_that_is_not_finite_may_be_left_out(run, monkeypatch):
 @covers("amp")
 @pytest.mark.parametrize("amp, dtype", [("bf16", torch.bfloat16), ("fp16", torch.float16)])
 def test_precision(run, monkeypatch, amp, dtype):
-    """The gradient that is logged and clipped is that of the loss, not of the loss as float16 scales it."""
+    """The gradient is logged and clipped without the scale of float16."""
     scaler = partial(torch.amp.GradScaler, init_scale=8.0)  # small enough that nothing overflows
     monkeypatch.setattr(torch.amp, "GradScaler", scaler)
     seen, exact = run(amp, amp=amp), run("exact")
@@ -231,28 +246,28 @@ def test_precision(run, monkeypatch, amp, dtype):
 
 @covers("recompute")
 def test_some_modules_run_again_in_backward(run):
-    """More of them with "all" than with "decoder"; not at all without."""
-    counts = {}
+    """More of them with "all" than with "decoder"."""
+    counts = []
     for what in ("off", "decoder", "all"):
         calls = []
-        hook = torch.nn.modules.module.register_module_forward_pre_hook(lambda module, inputs: calls.append(module))
+        hook = register_module_forward_pre_hook(lambda module, inputs: calls.append(module))
         run(what, recompute=what)
         hook.remove()
-        counts[what] = len(calls), len(set(calls))
-    assert counts["off"][0] < counts["decoder"][0] < counts["all"][0]
+        counts.append(len(calls))
+    assert counts[0] < counts[1] < counts[2]
 
 
 @covers("compile")
 def test_parts_are_compiled(run):
     counts = []
     for what in ("off", "tracker", "all"):
-        with mock.patch("torch.compile", side_effect=lambda function, **options: function) as compiled:
+        with mock.patch("torch.compile", side_effect=lambda part, **options: part) as compiled:
             run(what, compile=what)
         counts.append(compiled.call_count)
     assert counts[0] == 0 < counts[1] < counts[2]
 
 
-# ---- Evaluation -----------------------------------------------------------------------------------------------------
+# Evaluation
 
 @covers("test_short_side", "test_max_long_side")
 @pytest.mark.parametrize("short, longest, side", [(96, 1333, 96), (128, 96, 96)])
@@ -262,7 +277,7 @@ def test_the_size_of_frames_that_are_evaluated_on(run, short, longest, side):
 
 
 @covers("top_k")
-def test_as_many_instances_are_evaluated(run):
+def test_the_number_of_instances_that_are_evaluated(run):
     results, encode = [], GRAttVIS.encode_video
 
     def record(*arguments, **options):
@@ -274,12 +289,13 @@ def test_as_many_instances_are_evaluated(run):
     assert [len(result.scores) for result in results] == [3]
 
 
-# ---- The run --------------------------------------------------------------------------------------------------------
+# The run
 
 @covers("output")
 def test_everything_is_in_the_output_folder(run, tmp_path):
     run("some/where")
-    assert {path.name for path in (tmp_path / "some/where").iterdir()} >= {"last.pt", "args.json", "log.jsonl"}
+    written = {path.name for path in (tmp_path / "some/where").iterdir()}
+    assert written >= {"last.pt", "args.json", "log.jsonl"}
 
 
 @covers("device")
@@ -309,9 +325,10 @@ def test_how_often_is_logged_and_saved(run, tmp_path):
             if len(calls) == 6:
                 raise RuntimeError("enough")
 
-    hook = torch.nn.modules.module.register_module_forward_pre_hook(fail)
+    hook = register_module_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="enough"):
         run("run", iterations=9, log_every=2, save_every=3)
     hook.remove()
     assert torch.load(tmp_path / "run/last.pt")["step"] == 3
-    assert [json.loads(line)["step"] for line in (tmp_path / "run/log.jsonl").read_text().splitlines()] == [2, 4]
+    lines = (tmp_path / "run/log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [2, 4]

@@ -283,6 +283,7 @@ def test_chunks_and_workers_change_no_byte(trained, whole, tmp_path, more):
     assert_equal_results(tmp_path, whole)
 
 
+@pytest.mark.slow
 def test_two_processes_write_what_one_writes(trained, whole, tmp_path):
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port()]
     process = subprocess.run([sys.executable, *launcher, str(REPOSITORY / "evaluate.py"), *arguments(trained, tmp_path)],
@@ -294,6 +295,7 @@ def test_two_processes_write_what_one_writes(trained, whole, tmp_path):
     assert (tmp_path / "metrics.json").read_text() == (whole / "metrics.json").read_text()
 
 
+@pytest.mark.slow
 def test_a_killed_evaluation_goes_on_where_it_was(trained, whole, tmp_path, capsys):
     """kill -9 as soon as a video is done; then the same command does the others, and nobody can tell."""
     def done():

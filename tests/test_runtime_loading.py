@@ -107,6 +107,7 @@ class Dying(Failing):
         return torch.zeros(2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGABRT])
 def test_the_death_of_a_worker_is_one_sentence(number):
     with pytest.raises(InputError, match="a loader process was killed .* fewer --workers"):
@@ -172,12 +173,14 @@ def run_limited(limit):
     return done.returncode, (done.stdout + done.stderr).strip().splitlines()[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", ["1m", "4m", "64m"])
 def test_small_shared_memory_is_enough(size):
     """Batches that find no room go through a pipe."""
     assert run_limited(f"mount -t tmpfs -o size={size} none /dev/shm &&") == (0, "all 6")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit, expected", [
     ("mount -t tmpfs -o ro none /dev/shm &&", "loader processes need shared memory .*--workers 0"),
     ("mount -t tmpfs -o size=8k none /dev/shm &&", "loader processes need shared memory"),

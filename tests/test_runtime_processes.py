@@ -98,6 +98,7 @@ with cli_errors():
 """
 
 
+@pytest.mark.slow
 def test_what_processes_tell_one_another(tmp_path):
     (tmp_path / "script.py").write_text(COLLECTIVES)
     status, said = run_two(tmp_path / "script.py", folder=tmp_path)
@@ -126,6 +127,7 @@ def datasets(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change, expected", [
     ("lambda word: word.replace('/one', '/two')",
      "the processes disagree about the contents of the annotation files"),

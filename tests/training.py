@@ -1,4 +1,4 @@
-"""Tiny training runs, watched from outside: what reached the model, and what the run left on disk."""
+"""Tiny training runs: what reaches the model, and what a run leaves on disk."""
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,27 +12,28 @@ from torch.utils.data import DataLoader
 import train
 from model import PRESETS, GRAttVIS
 
-TINY_MODEL = dict(backbone="resnet10_thin", norm="batch", channels=32, heads=2, queries=6, frame_queries=8, pixel_layers=1,
-                  pixel_feed_forward=32, frame_layers=3, tracker_encoder_layers=2, feed_forward=32)
-TINY = dict(preset="tiny", device="cpu", frames=2, points=32, short_sides=[64], workers=0, batch=1, iterations=1, lr_steps=[], warmup=0,
-            log_every=1, test_short_side=64)
+TINY_MODEL = dict(backbone="resnet10_thin", norm="batch", channels=32, heads=2, queries=6,
+                  frame_queries=8, pixel_layers=1, pixel_feed_forward=32, frame_layers=3,
+                  tracker_encoder_layers=2, feed_forward=32)
+TINY = dict(preset="tiny", device="cpu", frames=2, points=32, short_sides=[64], workers=0, batch=1,
+            iterations=1, lr_steps=[], warmup=0, log_every=1, test_short_side=64)
 
 
 @dataclass
 class Run:
-    """What was seen of a run. Lists have an entry for each time that the model was called in training."""
-    clips: object = None                                # the data set that the training clips came from
-    workers: int = -1                                   # of its loader
-    model: GRAttVIS | None = None                       # the model itself, as training left it
-    start: dict[str, Tensor] = field(default_factory=dict)         # the weights before the first step
-    seeds: list[int] = field(default_factory=list)                 # that torch was seeded with
-    frames: list[list[Tensor]] = field(default_factory=list)       # videos, uint8 (T, 3, H, W)
-    outputs: list = field(default_factory=list)                    # what the model returned
-    evaluated: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # first convolution: weights, and its input
-    lines: list[dict] = field(default_factory=list)                # of log.jsonl, about training
-    evaluations: list[dict] = field(default_factory=list)          # of log.jsonl, about evaluation
-    last: dict = field(default_factory=dict)                       # the contents of last.pt
-    best: dict = field(default_factory=dict)                       # and of best.pt, where there is one
+    """What was observed of a run. Lists have one entry for each call of the model in training."""
+    clips: object = None    # the data set of the training clips
+    workers: int = -1       # loader processes
+    start: dict[str, Tensor] = field(default_factory=dict)    # weights before the first step
+    seeds: list[int] = field(default_factory=list)            # of torch
+    frames: list[list[Tensor]] = field(default_factory=list)  # videos, uint8 (T, 3, H, W)
+    outputs: list = field(default_factory=list)               # of the model
+    # Of every call of the first convolution in evaluation: its weights and its input.
+    evaluated: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    lines: list[dict] = field(default_factory=list)           # of log.jsonl, about training
+    evaluations: list[dict] = field(default_factory=list)     # of log.jsonl, about evaluations
+    last: dict = field(default_factory=dict)                  # contents of last.pt
+    best: dict = field(default_factory=dict)                  # contents of best.pt, if any
 
 
 def as_arguments(options: dict) -> list[str]:
@@ -49,11 +50,10 @@ def as_arguments(options: dict) -> list[str]:
 
 
 def watch(run: Run) -> list:
-    """Hooks on every module there is, which fill in `run`; the caller removes them."""
+    """Register hooks on all modules, which fill in `run`; the caller removes them."""
     def before(module: nn.Module, inputs: tuple) -> None:
         if isinstance(module, GRAttVIS) and module.training:
-            if run.model is None:
-                run.model = module
+            if not run.start:
                 run.start = {name: value.clone() for name, value in module.state_dict().items()}
             run.seeds.append(torch.initial_seed())
             run.frames.append([video.clone() for video in inputs[0]])
@@ -68,11 +68,12 @@ def watch(run: Run) -> list:
 
 
 def train_tiny(output: Path, **options) -> Run:
-    """Run the program in this process, with TINY and the options as its command line."""
+    """Run train.py in this process. options: its flags, which override those of TINY."""
     run, hooks = Run(), []
     arguments = as_arguments(TINY | {"output": output} | options)
     try:
-        with mock.patch.object(DataLoader, "__init__", autospec=True, side_effect=DataLoader.__init__) as opened:
+        with mock.patch.object(DataLoader, "__init__", autospec=True,
+                               side_effect=DataLoader.__init__) as opened:
             hooks = watch(run)
             with mock.patch.dict(PRESETS, tiny=TINY_MODEL):
                 train.main(train.parse_arguments(arguments))
@@ -80,14 +81,14 @@ def train_tiny(output: Path, **options) -> Run:
         for hook in hooks:
             hook.remove()
     if opened.call_args_list:
-        call = opened.call_args_list[0]                 # the loader of the training clips is the first
+        call = opened.call_args_list[0]  # the loader of the training clips is the first
         run.clips, run.workers = call.args[1], call.kwargs.get("num_workers", 0)
     read_folder(run, output)
     return run
 
 
 def read_folder(run: Run, output: Path) -> None:
-    """Fill in what the run wrote; the checkpoints are large."""
+    """Fill in what the run wrote."""
     if (output / "log.jsonl").exists():
         lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
         run.lines = [line for line in lines if "loss" in line]

@@ -22,6 +22,7 @@ from processes import ENVIRONMENT, REPOSITORY, free_port, wait_until
 from synthetic import make_dataset
 
 # A shell that may mount file systems, which are gone with it; the script follows.
+pytestmark = pytest.mark.slow
 MOUNT = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
 STEPS = 3
 one_thread = fixed_threads(1)
