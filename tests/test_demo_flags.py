@@ -14,12 +14,13 @@ import torch
 from PIL import Image
 
 import demo
+from checkpoint import save_checkpoint
 from model import GRAttVIS, build_model
 from runtime.errors import InputError
-from sparse_set import SIDE, save_tiny_model, write_json
+from sparse_set import SIDE, TINY, save_tiny_model, tiny_model, write_json
 from test_demo import fake_ffmpeg
 
-FRAMES, HEIGHT, WIDTH = 5, 40, 56
+FRAMES, HEIGHT, WIDTH = 3, 40, 56
 WHICH = shutil.which                                                    # which the tests replace
 NAMES = ["ant", "cat", "dog"]
 
@@ -239,4 +240,23 @@ def test_flag_amp(run, seen, amp, dtype):
 
 def test_flag_chunk(run, seen):
     run("--chunk", 2)
-    assert [len(batch) for batch in seen[0].frames] == [2, 2, 1]
+    assert [len(batch) for batch in seen[0].frames] == [2, 1]
+
+
+@pytest.mark.parametrize("propagation, options", [("gated", {"clip_length": 2}), ("plain", {"clip_length": 3}), ("clip", {})])
+def test_a_model_that_reads_clips_follows_no_live_video(run, seen, tmp_path, propagation, options):
+    model = tiny_model(propagation=propagation, **options)
+    config = {"preset": "toy", "propagation": propagation, "model_options": TINY | options}
+    save_checkpoint(tmp_path / "clips.pt", {"model": model.state_dict(), "config": config})
+    with pytest.raises(InputError, match="clips.pt reads clips of several frames: it cannot follow a video live"):
+        run("--weights", tmp_path / "clips.pt", "--live")
+    run("--weights", tmp_path / "clips.pt", "--short-side", SIDE)
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 9])
+def test_names_for_another_number_of_classes_are_refused(run, seen, tmp_path, count):
+    path = write_json(tmp_path / "names.json", {"categories": [{"id": number, "name": "class"} for number in range(count)]})
+    with pytest.raises(InputError, match=f"tiny.pt has 3 classes, {path} has {count}"):
+        run("--categories", path)
+    assert not seen and not (tmp_path / "out").exists()

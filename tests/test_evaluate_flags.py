@@ -9,12 +9,14 @@ import re
 import sys
 from types import SimpleNamespace
 
+import numpy
 import pytest
 import torch
 from PIL import Image
 from torch import nn
 
 import evaluate
+from draw import overlays, save_pictures
 from metric import evaluate_results
 from model import GRAttVIS, build_model
 from runtime.errors import InputError
@@ -229,11 +231,17 @@ def test_flag_output(run, folder, tmp_path):
     assert (tmp_path / "evaluation/metrics.json").exists()
 
 
-def test_flag_draw(run, tmp_path):
-    """Of the first two videos in the order of the ids."""
-    run("--draw", 2)
+def test_flag_draw(run, seen, folder, tmp_path):
+    """Of the first two videos in the order of the ids, the instances that score 0.3 or more."""
+    run("--draw", 2, "--short-side", 40)
     assert {path.name for path in (tmp_path / "out/overlays").iterdir()} == {
         f"{number:05d}.{suffix}" for number in (3, 5) for suffix in ("png", "webp")}
+    scores = seen[1].found.scores
+    assert (scores >= 0.3).any() and (scores < 0.3).any()
+    frames = [numpy.asarray(Image.open(folder / f"JPEGImages/5/{t}.png")) for t in range(3)]
+    save_pictures(tmp_path, "expected", overlays(frames, seen[1].found, ["ant", "cat", "dog"], 0.3), 3)
+    for suffix in ("png", "webp"):
+        assert (tmp_path / f"out/overlays/00005.{suffix}").read_bytes() == (tmp_path / f"expected.{suffix}").read_bytes()
 
 
 def test_flag_plot(run, tmp_path):

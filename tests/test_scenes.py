@@ -20,6 +20,7 @@ SCENES = {
     "look-alike": (121.14, 52.16, "1122552446663335442322", 52564, 339, 0),
     "degraded": (119.83, 71.81, "1255246123624232", 41157, 251, 0),
     "long": (121.96, 50.58, "1255246123454432", 185705, 1207, 112),
+    "fast": (121.17, 51.68, "1424552466123454432", 42762, 288, 2),
 }
 
 
@@ -38,9 +39,17 @@ def describe(suite):
     return levels.mean(), levels.std(), categories, pixels, shown, first
 
 
-@pytest.mark.parametrize("name", synthetic.SUITES)
+# What no suite asks for.
+MORE = {"fast": synthetic.Suite(scenes.Difficulty(speed=1.7, returning=0.6), objects=(2, 3))}
+
+
+def test_every_suite_is_in_the_table():
+    assert SCENES.keys() == synthetic.SUITES.keys() | MORE.keys()
+
+
+@pytest.mark.parametrize("name", SCENES)
 def test_the_scenes_of_a_suite_stay_what_they_are(name):
-    mean, deviation, categories, pixels, shown, first = describe(synthetic.SUITES[name])
+    mean, deviation, categories, pixels, shown, first = describe((synthetic.SUITES | MORE)[name])
     expected = SCENES[name]
     assert "".join(map(str, categories)) == expected[2]
     assert (mean, deviation) == pytest.approx(expected[:2], abs=0.02)
@@ -92,6 +101,24 @@ def test_paths_cross_the_middle_or_come_back():
         path = scenes.returning_path(numpy.random.default_rng(seed), 200, HEIGHT, WIDTH, radius)
         outside = ((path < -radius) | (path > numpy.array([WIDTH, HEIGHT]) + radius)).any(1)
         assert outside.any()
+
+
+def test_objects_come_back_through_any_border():
+    """As often through the upper or left one as through the others."""
+    paths = [scenes.returning_path(numpy.random.default_rng(seed), 200, HEIGHT, WIDTH, radius=8) for seed in range(600)]
+    below = sum((path < -8).any(0).sum() for path in paths)
+    beyond = sum((path > numpy.array([WIDTH, HEIGHT]) + 8).any(0).sum() for path in paths)
+    assert below + beyond > 600 and 0.46 < below / (below + beyond) < 0.54
+
+
+def test_a_changed_texture_is_another_one():
+    rng = numpy.random.default_rng(0)
+    things = [scenes.make_object(rng, 6, HEIGHT, WIDTH, numpy.zeros(3)) for _ in range(200)]
+    changed, _ = scenes.make_harder(rng, things, HEIGHT, WIDTH, scenes.Difficulty(texture=1.0))
+    assert all(thing.later_texture in set(scenes.TEXTURES) - {thing.texture} for thing in changed)
+    assert {thing.changes_at for thing in changed} == {1, 2, 3, 4, 5}
+    some, _ = scenes.make_harder(rng, things, HEIGHT, WIDTH, scenes.Difficulty(texture=0.3))
+    assert 40 < sum(thing.changes_at is not None for thing in some) < 80
 
 
 def test_covers_hide_as_many_objects_for_as_long_as_asked_for():

@@ -104,6 +104,14 @@ def test_a_checkpoint_of_the_same_classes_in_another_order_is_refused(folder, tm
         run("--weights", tmp_path / "other.pt", "--data-root", folder, "--output", tmp_path / "out", "--workers", 0)
 
 
+@pytest.mark.parametrize("classes", [2, 4, 7])
+def test_another_number_of_classes_is_refused(folder, tmp_path, classes):
+    """By a file that does not say what its classes are."""
+    save_tiny_model(tmp_path / "other.pt", classes=classes)
+    with pytest.raises(InputError, match=f"other.pt has {classes} classes, .*valid.json has 3"):
+        run("--weights", tmp_path / "other.pt", "--data-root", folder, "--output", tmp_path / "out", "--workers", 0)
+
+
 @pytest.mark.parametrize("code", [{"size": [40, 56], "counts": "1"}, {"size": [56, 40], "counts": [2240]},
                                   {"size": [40, 56], "counts": [40, 57]}], ids=["end", "size", "sum"])
 def test_a_ground_truth_that_cannot_be_scored_is_refused_before_the_model_runs(folder, tmp_path, monkeypatch, code):
@@ -182,6 +190,32 @@ def test_a_class_that_one_part_has_not_counts_in_the_other_alone(tmp_path):
     assert second["per_class"] == {name: pytest.approx(1) for name in CATEGORIES.values()}
     assert metrics["per_class"] == {"dog": pytest.approx(1), "cat": pytest.approx(1), "ant": pytest.approx(0.5)}
     assert metrics["AP"] == pytest.approx((0.5 + 1) / 2)
+
+
+@pytest.mark.parametrize("categories", [[], [{"id": 3, "name": "ant"}], [{"id": 3, "name": "ant"}, {"id": 7, "name": "dog"},
+                                                                       {"id": 90, "name": "cat"}]], ids=len)
+def test_parts_of_other_categories_are_not_averaged(tmp_path, categories):
+    first, second = in_parts()
+    with pytest.raises(InputError, match="b/gt.json has other categories than .*a/gt.json"):
+        score(tmp_path, [], first, second | {"categories": categories})
+    assert not (tmp_path / "scores").exists()
+
+
+@pytest.mark.parametrize("names, server", [
+    (["Person", "Vehical"], "OVIS: https://codalab.lisn.upsaclay.fr/competitions/4763"),
+    (["person", "ape"], "YouTube-VIS 2019: https://codalab.lisn.upsaclay.fr/competitions/6064"),
+    (["flying_disc", "cow"], "YouTube-VIS 2021: https://codalab.lisn.upsaclay.fr/competitions/7680"),
+    (["cow", "dog"], "the benchmark's server")])
+def test_results_without_annotations_are_zipped_for_their_server(tmp_path, capsys, names, server):
+    hidden = {"videos": sparse_content()["videos"],
+              "categories": [{"id": number, "name": name} for number, name in zip((3, 90), names)]}
+    results = [entry for entry in perfect_results() if entry["category_id"] != 7]
+    assert run("--results", write_json(tmp_path / "r.json", results),
+               "--annotations", write_json(tmp_path / "hidden.json", hidden), "--output", tmp_path / "out") is None
+    assert f"submit {tmp_path / 'out/results.json.zip'} to {server}" in capsys.readouterr().out
+    with zipfile.ZipFile(tmp_path / "out/results.json.zip") as archive:
+        assert json.loads(archive.read("results.json")) == results
+    assert not (tmp_path / "out/metrics.json").exists()
 
 
 def test_annotations_in_parts_beside_a_set_without_any_are_found(tmp_path):
