@@ -251,9 +251,9 @@ def test_a_held_out_set_that_cannot_be_scored_is_refused_at_once(tmp_path):
     make_videos(tmp_path, ("train.json", "train/JPEGImages"), 3)
     content = make_videos(tmp_path, ("valid.json", "valid/JPEGImages"), 3)
     arguments = ["--data-root", str(tmp_path), "--output", str(tmp_path / "run"), *SMALL, "--evaluate-every", "9"]
-    del content["annotations"][1]["areas"]
+    content["annotations"][1]["segmentations"] = [None] * 99
     (tmp_path / "valid.json").write_text(json.dumps(content))
-    with pytest.raises(InputError, match="lacks areas"):
+    with pytest.raises(InputError, match="has 99 segmentations"):
         train.main(parse_arguments(arguments))
 
 
