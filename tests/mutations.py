@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before PyTorch is imported
@@ -110,13 +110,13 @@ def main() -> None:
                 print(f"{test} is left out, as it fails without a mutation: {failed}", flush=True)
             else:
                 seconds[test] = taken
-        found = []
+        found = {}
         for mutation, tests in zip(mutations, wanted):
             tests = [test for test in tests if test in seconds]
             tests = tests[:1] + sorted(tests[1:], key=seconds.get)
-            found.append(pool.submit(attempt, tests, args.timeout, *mutation[:3]))
-        for (file, old, new, *_), done in zip(mutations, found):
-            noticed, _ = done.result()
+            found[pool.submit(attempt, tests, args.timeout, *mutation[:3])] = mutation
+        for done in as_completed(found):
+            (file, old, new, *_), (noticed, _) = found[done], done.result()
             print(f"{noticed or 'SURVIVED':70} {file}: {old!r} -> {new!r}", flush=True)
             tried.update([file, "all"])
             killed.update([file, "all"] if noticed else [])
