@@ -141,23 +141,29 @@ def test_a_sentence_where_matplotlib_is_missing(tmp_path, monkeypatch):
 
 @pytest.fixture
 def figure(monkeypatch):
-    """The figures that are saved, with the paths."""
+    """The axes of the last figure that was saved, when it is called."""
     from matplotlib.figure import Figure
     saved, savefig = [], Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: saved.append(figure) or savefig(figure, path, **options))
+
+    def save(figure, path, **options):
+        saved.append(figure)
+        savefig(figure, path, **options)
+
+    monkeypatch.setattr(Figure, "savefig", save)
     return lambda: saved[-1].axes[0]
 
 
 def test_the_curves_of_precision_are_means_over_the_classes_that_are_there(tmp_path, figure):
-    """Of all sizes, with 100 predictions a video: one for each of ten overlaps, which the legend names with its AP."""
+    """Of all sizes, with 100 predictions a video; the legend names each overlap and its AP."""
     precision = numpy.random.default_rng(0).random((10, 101, 3, 4, 3))
-    precision[:, :, 1] = -1                                                 # a class that the ground truth does not have
+    precision[:, :, 1] = -1                                 # a class that the ground truth has not
     plot_precision(tmp_path / "precision.png", precision)
     expected = precision[:, :, [0, 2], 0, 2].mean(2)
     lines, legend = figure().lines, [text.get_text() for text in figure().get_legend().get_texts()]
     assert len(lines) == 10
     for number, (line, curve) in enumerate(zip(lines, expected)):
-        assert numpy.allclose(line.get_xdata(), numpy.linspace(0, 1, 101)) and numpy.allclose(line.get_ydata(), curve)
+        assert numpy.allclose(line.get_xdata(), numpy.linspace(0, 1, 101))
+        assert numpy.allclose(line.get_ydata(), curve)
         assert legend[number] == f"{0.5 + 0.05 * number:.2f}: AP {100 * curve.mean():.1f}"
 
 
@@ -174,13 +180,17 @@ def test_the_rows_of_a_timeline_are_those_of_the_instances_shown(tmp_path, figur
     masks = torch.stack([seen_in(1, 1, 0), seen_in(1, 0, 1), seen_in(0, 1, 1), seen_in(1, 1, 1)])
     found = video_of(masks, [5, 6, 8, 5], [0.9, 0.1, 0.6, 0.5])
     gates = torch.from_numpy(numpy.random.default_rng(0).random((4, 3, 3)) < 0.5)
-    plot_timeline(tmp_path / "video.png", replace(found, gates=gates, labels=torch.tensor([2, 0, 1, 0])), NAMES, 0.3)
+    found = replace(found, gates=gates, labels=torch.tensor([2, 0, 1, 0]))
+    plot_timeline(tmp_path / "video.png", found, NAMES, 0.3)
     axes = figure()
-    assert [text.get_text() for text in axes.get_yticklabels()] == ["star #5 0.90", "square #8 0.60"]
+    captions = [text.get_text() for text in axes.get_yticklabels()]
+    assert captions == ["star #5 0.90", "square #8 0.60"]
     assert axes.get_xlim() == (0, 3) and axes.get_ylim() == (2, 0)
-    bars = [sorted(path.vertices[:, 0].min() for path in bar.get_paths()) for bar in axes.collections]
-    assert bars == [[0, 1], [1, 2]]                                         # the first frames of the parts of a bar
-    colours = [tuple(numpy.round(255 * bar.get_facecolor()[0, :3]).astype(int)) for bar in axes.collections]
+    bars = [sorted(path.vertices[:, 0].min() for path in bar.get_paths())
+            for bar in axes.collections]
+    assert bars == [[0, 1], [1, 2]]                         # where the parts of a bar begin
+    colours = [tuple(numpy.round(255 * bar.get_facecolor()[0, :3]).astype(int))
+               for bar in axes.collections]
     assert colours == [colour_of(5), colour_of(8)]
     for image, index in zip(axes.images, (0, 2), strict=True):
         assert numpy.allclose(image.get_array(), gates[index].double().mean(1)[None])

@@ -251,7 +251,8 @@ def test_packed_codes_come_out_as_they_went_in(lengths):
 
 def test_packed_codes_stay_in_the_order_of_the_frames():
     """Of three instances, four frames that were added one by one and two together."""
-    frames = [[f"{thing}{frame}".encode() * (thing + 1) for thing in range(3)] for frame in range(6)]
+    frames = [[f"{thing}{frame}".encode() * (thing + 1) for thing in range(3)]
+              for frame in range(6)]
     kept = PackedCodes(3)
     for codes in (*frames[:4], frames[4] + frames[5]):
         kept.add(codes)
