@@ -67,7 +67,9 @@ def run_tests(tests: list[str], timeout: float) -> str | None:
     deadline, child = time.monotonic() + timeout, os.fork()
     if not child:
         os.setsid()
-        os.dup2(os.open("printed", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), 1)
+        printed = os.open("printed", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+        os.dup2(printed, 1)
+        os.dup2(printed, 2)
         status = pytest.main([*OPTIONS, *tests])
         sys.stdout.flush()
         os._exit(status)

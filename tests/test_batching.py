@@ -1,4 +1,4 @@
-"""Frames on their way into the model: put together in order, whatever they come in; what is no frame is refused."""
+"""Frames on their way into the model: kept in order, whatever they come in, or refused."""
 import numpy
 import pytest
 import torch

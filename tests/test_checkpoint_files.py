@@ -1,8 +1,9 @@
-"""Checkpoint files of all ages: what they hold is read back to the last bit, and what does not fit is refused.
+"""Checkpoint files of all ages: read back to the last bit, or refused where they do not fit.
 
 Models are tiny and random. Pickles are written as NumPy, detectron2 and Python 2 write them.
 """
 import pickle
+import re
 import signal
 import struct
 from collections import OrderedDict
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from checkpoint import load_weights, model_from_checkpoint, save_checkpoint, save_weights
-from model import TEST_SIDES, build_model
+from model import build_model
 from runtime.errors import InputError
 from sparse_set import TINY, save_tiny_model, tiny_model
 
@@ -114,7 +115,7 @@ def test_frozen_norms_need_no_counters_of_batches(checkpoint):
 @pytest.mark.parametrize("options", [{"channels": 64}, {"feed_forward": 48}, {"queries": 7}],
                          ids=str)
 def test_weights_of_another_size_are_refused(checkpoint, options):
-    """Also if class layers may be others: they may have another number of classes, but no other width."""
+    """Also where class layers may be others, as that means their number of classes alone."""
     other = tiny_model(seed=1, **options)
     before = {name: value.clone() for name, value in other.state_dict().items()}
     for reset_classes in (False, True):
@@ -132,7 +133,7 @@ def test_class_layers_of_another_width_are_not_another_number_of_classes(checkpo
 
 @pytest.mark.parametrize("wrapper", [None, "model", "state_dict"])
 def test_weights_of_a_wrapped_model_are_found(checkpoint, wrapper):
-    """DistributedDataParallel writes "module." before each name, other trainers put the weights one level down."""
+    """With "module." before each name, or one level down, as other trainers write them."""
     model = tiny_model(seed=1)
     weights = {f"module.{name}": value for name, value in checkpoint["model"].items()}
     report = load_weights(model, weights if wrapper is None else {wrapper: weights, "epoch": 3})

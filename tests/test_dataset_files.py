@@ -1,6 +1,6 @@
-"""Data sets as they lie on disk: names of files and folders, ids, COCO images, pictures of all kinds, and what is refused.
+"""Data sets as they lie on disk: names of files, ids, COCO images, and pictures of all kinds.
 
-Sets are those of sparse_set.py, with one thing changed in each test; pictures are compared with NumPy.
+Sets are those of sparse_set.py, with one thing changed in each test.
 """
 import copy
 import json
@@ -17,7 +17,8 @@ from clips import ClipDataset
 from data import VideoSet, find_split, read_categories, test_frames
 from reading.pictures import read_picture
 from runtime.errors import InputError
-from sparse_set import LABELS, VIDEOS, encode, rectangles, sparse_content, write_json, write_sparse_set
+from sparse_set import (LABELS, VIDEOS, encode, rectangles, sparse_content, write_json,
+                        write_sparse_set)
 from synthetic import SUITES, make_dataset
 from test_bad_input import read_files
 
@@ -110,7 +111,7 @@ def test_another_number_of_masks_than_frames_is_refused(open_set, count):
 
 
 def test_what_is_wrong_is_skipped_if_asked_for(open_set, folder):
-    """A video without a frame and one without a file, with their annotations; and an annotation of too many masks."""
+    """Videos without a frame or a file, with their annotations; and one of too many masks."""
     def change(content):
         content["videos"][1]["file_names"][1] = "17/missing.png"
         content["videos"].append({"id": 4, "height": 40, "width": 56,

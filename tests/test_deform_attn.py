@@ -4,7 +4,8 @@ import math
 import pytest
 import torch
 
-from deform_attn import DeformableAttention, deformable_attention, implementation, pixel_centres, sample_points
+from deform_attn import (DeformableAttention, deformable_attention, implementation, pixel_centres,
+                         sample_points)
 from golden_set import meta, read_arrays, relative_error
 
 
@@ -108,7 +109,7 @@ def test_levels_that_do_not_fit_are_refused():
 @pytest.mark.parametrize("dtype, error", [(torch.bfloat16, 0.01), (torch.float16, 0.002),
                                           (torch.float32, 2e-4), (torch.float64, 1e-12)])
 def test_the_result_has_the_type_of_the_inputs_and_the_digits_of_float32(dtype, error):
-    """Places in a wide level need more digits than 16 bit have: only inputs and result are rounded."""
+    """Places in a wide level need more than 16 bit: only inputs and result are rounded."""
     torch.manual_seed(0)
     shapes, heads, channels, points = [(1, 700), (2, 300)], 2, 3, 2
     value = torch.randn(1, 1300, heads, channels).to(dtype)
@@ -134,7 +135,7 @@ def test_the_query_says_where_and_the_value_what():
 
 
 def test_weights_start_within_xavier_bounds():
-    """Uniform up to the square root of 6 / (inputs + outputs); all biases but those of the offsets are zero."""
+    """Uniform up to the square root of 6 / (inputs + outputs); biases but the offsets' are 0."""
     layer = DeformableAttention(96)
     assert (layer.levels, layer.heads, layer.points) == (3, 8, 4)
     for projection in (layer.value_proj, layer.output_proj):

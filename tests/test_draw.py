@@ -274,7 +274,10 @@ def test_the_strip_is_below_the_overlay_where_there_are_gates(layers):
 # Instances that are chosen among others
 
 def three_tracks():
-    """Frames, masks (4, T, H, W), and what was found: the second instance scores little, the third is the first track again."""
+    """Frames, masks (4, T, H, W), and what was found.
+
+    The second instance scores little, and the third is the first track under another label.
+    """
     frames, masks = moving(3)
     masks = torch.stack([masks[0], torch.zeros_like(masks[0]), masks[0].flip(2), masks[1]])
     masks[1, :, 200:230], masks[3, 1] = True, False
@@ -285,7 +288,7 @@ def three_tracks():
 
 @pytest.mark.parametrize("layers", [0, 3])
 def test_who_is_left_out_in_the_middle_lends_nothing_to_the_others(layers):
-    """Masks, gates, captions and colours are those of the instances that are shown, frame by frame."""
+    """Masks, gates, captions and colours are those of the instances that are shown."""
     frames, masks, found = three_tracks()
     found = replace(found, gates=found.gates[..., :layers])
     shown, captions = [0, 3], ["star 0.90", "square 0.50"]
@@ -325,7 +328,7 @@ def test_an_animation_takes_as_long_as_its_video_and_begins_anew(
 
 
 def test_a_caption_stays_inside_of_the_picture():
-    """Above its mask, or at the top of the picture; shifted to the left where it would be cut off."""
+    """Above its mask, or at the top; shifted to the left where it would be cut off."""
     for mask in (rectangle(0, 0), rectangle(0, WIDTH - 60), rectangle(HEIGHT - 40, WIDTH - 60)):
         frame = grey()
         plain, captioned = (numpy.asarray(overlay(frame, mask[None], [4], [caption]))

@@ -401,6 +401,7 @@ def test_annotations_of_videos_that_are_not_listed_do_not_count():
 
 def test_no_polygon_is_an_empty_mask():
     half = annotation(LEFT[:2] + [None] * 2)
+    results = [prediction(LEFT[:2] + [[], None])]
     for nothing in ([], None):
         ground_truth = truth(half | {"segmentations": LEFT[:2] + [None, nothing]})
         assert metric.evaluate_results([prediction(LEFT[:2] + [[], None])],

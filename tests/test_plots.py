@@ -141,7 +141,7 @@ def test_a_sentence_where_matplotlib_is_missing(tmp_path, monkeypatch):
 
 @pytest.fixture
 def figure(monkeypatch):
-    """The figures that are saved, with the paths."""
+    """The axes of the last figure that was saved, when it is called."""
     from matplotlib.figure import Figure
     saved, savefig = [], Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: saved.append(figure)
@@ -150,7 +150,7 @@ def figure(monkeypatch):
 
 
 def test_the_curves_of_precision_are_means_over_the_classes_that_are_there(tmp_path, figure):
-    """Of all sizes, with 100 predictions a video: one for each of ten overlaps, which the legend names with its AP."""
+    """Of all sizes, with 100 predictions a video; the legend names each overlap and its AP."""
     precision = numpy.random.default_rng(0).random((10, 101, 3, 4, 3))
     # A class that the ground truth does not have
     precision[:, :, 1] = -1

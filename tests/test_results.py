@@ -5,8 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from results import (RunningScores, best_pairs, check_finite, class_probabilities, mask_confidence, resize_masks,
-                     with_mask_scores)
+from results import (RunningScores, best_pairs, check_finite, class_probabilities, mask_confidence,
+                     resize_masks, with_mask_scores)
 
 
 @pytest.mark.parametrize("size, output", [((40, 56), None), ((40, 56), (40, 56)), ((33, 60), (80, 112)), ((40, 64), (25, 31)),
@@ -35,7 +35,7 @@ def test_mask_confidence_is_a_loop():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_large_masks_in_16_bit_have_the_confidence_of_float32(dtype):
-    """A sum of 262,144 probabilities is more than float16 can hold, and far more than its digits."""
+    """A sum of 262,144 probabilities is more than float16 can hold."""
     torch.manual_seed(0)
     logits = (3 * torch.randn(2, 512, 512)).to(dtype)
     logits[0].abs_()
