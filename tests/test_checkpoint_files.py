@@ -3,7 +3,6 @@
 Models are tiny and random. Pickles are written as NumPy, detectron2 and Python 2 write them.
 """
 import pickle
-import re
 import signal
 import struct
 from collections import OrderedDict
@@ -15,7 +14,7 @@ import torch
 from torch import nn
 
 from checkpoint import load_weights, model_from_checkpoint, save_checkpoint, save_weights
-from model import build_model
+from model import TEST_SIDES, build_model
 from runtime.errors import InputError
 from sparse_set import TINY, save_tiny_model, tiny_model
 

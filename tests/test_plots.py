@@ -83,6 +83,24 @@ def test_a_bar_for_each_class(tmp_path):
     assert sorted(set(lengths[lengths > 0].tolist())) == pytest.approx([lengths.max() / 2, lengths.max()], abs=2)
 
 
+@pytest.mark.parametrize("name", [
+    "n" * 300, "$x$ and $\\frac{1", "two\nlines", "\ud800", "日本", ""])
+@pytest.mark.filterwarnings("ignore:Glyph:UserWarning")
+def test_any_class_name_is_a_label(tmp_path, name):
+    """Beside bars and rows that still have half of the width, and never read as a formula."""
+    plot_classes(tmp_path / "classes.png", {name: 0.8, "star": 0.4})
+    bar_colour = [int(plots.BAR[place:place + 2], 16) for place in (1, 3, 5)]
+    bars = coloured(pixels_of(tmp_path / "classes.png"), bar_colour)
+    assert bars.any(0).sum() > 0.35 * bars.shape[1]
+    plot_timeline(tmp_path / "tracks.png", video_of(seen_in(1, 1)[None], [7], [0.9]), [name], 0.3)
+    assert coloured(pixels_of(tmp_path / "tracks.png"), colour_of(7)).any(0).mean() > 0.4
+
+
+def test_a_row_for_each_of_thousands_is_no_larger_than_matplotlib_draws():
+    figure, _ = plots.new_figure(6, 1 + 0.25 * 10_000)
+    assert (figure.get_size_inches() * figure.dpi < 2 ** 16).all()
+
+
 # The timeline of a video
 
 @pytest.mark.parametrize("side, frames", [(0, (1, 1, 1, 1, 0, 0, 0, 0, 0, 0)), (1, (0, 0, 0, 0, 0, 0, 1, 1, 1, 1))])
@@ -144,16 +162,19 @@ def figure(monkeypatch):
     """The axes of the last figure that was saved, when it is called."""
     from matplotlib.figure import Figure
     saved, savefig = [], Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: saved.append(figure)
-                        or savefig(figure, path, **options))
+
+    def save(figure, path, **options):
+        saved.append(figure)
+        savefig(figure, path, **options)
+
+    monkeypatch.setattr(Figure, "savefig", save)
     return lambda: saved[-1].axes[0]
 
 
 def test_the_curves_of_precision_are_means_over_the_classes_that_are_there(tmp_path, figure):
     """Of all sizes, with 100 predictions a video; the legend names each overlap and its AP."""
     precision = numpy.random.default_rng(0).random((10, 101, 3, 4, 3))
-    # A class that the ground truth does not have
-    precision[:, :, 1] = -1
+    precision[:, :, 1] = -1                                 # a class that the ground truth has not
     plot_precision(tmp_path / "precision.png", precision)
     expected = precision[:, :, [0, 2], 0, 2].mean(2)
     lines, legend = figure().lines, [text.get_text() for text in figure().get_legend().get_texts()]
@@ -177,16 +198,15 @@ def test_the_rows_of_a_timeline_are_those_of_the_instances_shown(tmp_path, figur
     masks = torch.stack([seen_in(1, 1, 0), seen_in(1, 0, 1), seen_in(0, 1, 1), seen_in(1, 1, 1)])
     found = video_of(masks, [5, 6, 8, 5], [0.9, 0.1, 0.6, 0.5])
     gates = torch.from_numpy(numpy.random.default_rng(0).random((4, 3, 3)) < 0.5)
-    plot_timeline(tmp_path / "video.png",
-                  replace(found, gates=gates, labels=torch.tensor([2, 0, 1, 0])), NAMES, 0.3)
+    found = replace(found, gates=gates, labels=torch.tensor([2, 0, 1, 0]))
+    plot_timeline(tmp_path / "video.png", found, NAMES, 0.3)
     axes = figure()
-    assert [text.get_text() for text in axes.get_yticklabels()] == ["star #5 0.90",
-                                                                    "square #8 0.60"]
+    captions = [text.get_text() for text in axes.get_yticklabels()]
+    assert captions == ["star #5 0.90", "square #8 0.60"]
     assert axes.get_xlim() == (0, 3) and axes.get_ylim() == (2, 0)
     bars = [sorted(path.vertices[:, 0].min() for path in bar.get_paths())
             for bar in axes.collections]
-    # The first frames of the parts of a bar
-    assert bars == [[0, 1], [1, 2]]
+    assert bars == [[0, 1], [1, 2]]                         # where the parts of a bar begin
     colours = [tuple(numpy.round(255 * bar.get_facecolor()[0, :3]).astype(int))
                for bar in axes.collections]
     assert colours == [colour_of(5), colour_of(8)]

@@ -149,7 +149,7 @@ def test_so_many_frames_are_lost_in_noise(share):
 
 
 def test_light_stays_as_it_has_become():
-    changed, difficulty = 0, scenes.Difficulty(light=0.5)
+    changed = 0
     for seed in range(40):
         light, lost = scenes.make_degradation(numpy.random.default_rng(seed),
                                               10, scenes.Difficulty(light=0.5))

@@ -4,7 +4,6 @@ A model is trained for one step on the set of sparse_set.py and evaluated throug
 What it must write is computed from `segment_video`, the ids of the JSON and the metric alone.
 """
 import json
-import os
 import shutil
 import zipfile
 
