@@ -58,10 +58,24 @@ def test_a_clip_that_cannot_be_read_is_replaced(root):
         read_all(open_clips(root))
 
 
-def test_a_set_of_which_nothing_can_be_read_comes_to_an_end(root):
+class Counted(list):
+    """A list of which at most a hundred items are asked for."""
+    asked = 0
+
+    def __getitem__(self, index):
+        self.asked += 1
+        assert self.asked <= 100
+        return super().__getitem__(index)
+
+
+def test_a_set_of_which_nothing_can_be_read_is_refused(root):
+    """After some attempts, and not never."""
     spoil(root, *range(VIDEOS))
+    clips = open_clips(root, skip_bad=True)
+    clips.videos = Counted(clips.videos)
     with pytest.raises(InputError, match="cannot be read"):
-        open_clips(root, skip_bad=True)[0]
+        clips[0]
+    assert clips.videos.asked > VIDEOS
 
 
 @pytest.mark.parametrize("frames, reach", [(0, 1), (1, 0), (-3, 2)])

@@ -28,7 +28,8 @@ def test_precision(asked, device, training, has_bfloat16, expected, monkeypatch)
 
 
 @pytest.mark.parametrize("asked, local_rank, expected", [
-    ("auto", None, 0), ("cuda", None, 0), ("cuda:2", None, 2), ("auto", "3", 3), ("cuda:2", "1", 1), ("cuda", "0", 0)])
+    ("auto", None, 0), ("cuda", None, 0), ("cuda:2", None, 2), ("auto", "3", 3), ("cuda:2", "1", 1),
+    ("cuda", "0", 0)])
 def test_the_gpu_of_a_process(asked, local_rank, expected, monkeypatch):
     """The one that torchrun numbers it by, else the one that is asked for."""
     chosen = []
@@ -62,19 +63,35 @@ def test_deterministic_algorithms(monkeypatch):
         torch.use_deterministic_algorithms(False)
 
 
-def test_a_restarted_group_does_not_read_what_the_last_one_left(monkeypatch):
-    """The third start of a run: the store still has the world size of the first, in which there were nine processes. Processes
-    wait for as long as an evaluation may take."""
-    store, joined = distributed.HashStore(), []
-    for name in ("world size 1", "start 0/world size 1"):
-        store.set(name, "9")
-    store.set("start 2/world size 1", "2")
-    monkeypatch.setattr(processes, "rendezvous", lambda *asked, **options: iter([(store, 0, 2)]))
-    monkeypatch.setattr(distributed, "init_process_group", lambda backend, **options: joined.append(options))
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", "1"),
+@pytest.fixture
+def second_of_three_starts(monkeypatch):
+    """The environment of process 0 of 2 in a run that torchrun has restarted; returns the store."""
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1"),
+                        ("MASTER_ADDR", "localhost"), ("MASTER_PORT", "1"),
                         ("TORCHELASTIC_RESTART_COUNT", "2")):
         monkeypatch.setenv(name, value)
-    assert processes.start_processes("cpu") == (0, 2, torch.device("cpu"))
-    joined[0]["store"].set("who", "I")
-    assert store.get("start 2/who") == b"I" and (joined[0]["rank"], joined[0]["world_size"]) == (0, 2)
-    assert joined[0]["timeout"] >= timedelta(hours=1)
+    store = distributed.HashStore()
+    monkeypatch.setattr(processes, "CONNECTING", timedelta(seconds=1), raising=False)
+    monkeypatch.setattr(processes, "rendezvous", lambda *asked, **options: iter([(store, 0, 2)]))
+    for name in ("world size 1", "start 0/world size 1"):  # left by nine processes
+        store.set(name, "9")
+    store.set("start 2/world size 1", "2")
+    return store
+
+
+@pytest.mark.parametrize("gpus, expected", [(0, torch.device("cpu")), (4, torch.device("cuda", 1))])
+def test_a_restarted_process_joins_the_others(gpus, expected, second_of_three_starts, monkeypatch):
+    """It does not read what processes of an earlier start have left in the store."""
+    joined = []
+    monkeypatch.setattr(distributed, "init_process_group",
+                        lambda backend, **options: joined.append((backend, options)))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    assert processes.start_processes("auto") == (0, 2, expected)
+    (backend, options), = joined
+    assert ("nccl" in backend) == (gpus > 0) and "gloo" in backend
+    assert (options["rank"], options["world_size"]) == (0, 2)
+    assert options["timeout"] >= timedelta(hours=1)  # an evaluation takes long
+    options["store"].set("who", "I")
+    assert second_of_three_starts.get("start 2/who") == b"I"

@@ -246,15 +246,28 @@ def test_a_target_without_the_mapped_classes_is_refused(tmp_path):
         open_clips(tmp_path, "--num-classes", "23")
 
 
-def test_a_held_out_set_that_cannot_be_scored_is_refused_at_once(tmp_path):
+@pytest.mark.parametrize("key, value, expected", [
+    ("annotations", [], "has no annotations"),
+    ("categories", [{"id": number, "name": f"other {number}"} for number in (1, 2, 3)],
+     "has other categories than the training clips")])
+def test_a_held_out_set_that_cannot_be_scored_is_refused(tmp_path, key, value, expected):
     """Before the first step, not at the first evaluation."""
     make_videos(tmp_path, ("train.json", "train/JPEGImages"), 3)
     content = make_videos(tmp_path, ("valid.json", "valid/JPEGImages"), 3)
-    arguments = ["--data-root", str(tmp_path), "--output", str(tmp_path / "run"), *SMALL, "--evaluate-every", "9"]
-    content["annotations"][1]["segmentations"] = [None] * 99
-    (tmp_path / "valid.json").write_text(json.dumps(content))
-    with pytest.raises(InputError, match="has 99 segmentations"):
-        train.main(parse_arguments(arguments))
+    (tmp_path / "valid.json").write_text(json.dumps(content | {key: value}))
+    arguments = ["--data-root", str(tmp_path), "--output", str(tmp_path / "run"), *SMALL]
+    with pytest.raises(InputError, match=f"--evaluate-every: .*valid.json {expected}"):
+        train.main(parse_arguments([*arguments, "--evaluate-every", "9"]))
+    assert not (tmp_path / "run").exists()
+
+
+def test_evaluation_of_a_single_annotation_file_is_refused(tmp_path):
+    make_videos(tmp_path, ("train.json", "train/JPEGImages"), 3)
+    with pytest.raises(InputError, match="--evaluate-every needs --data-root or --test-sets"):
+        train.main(parse_arguments([
+            "--train-json", str(tmp_path / "train.json"), "--train-images",
+            str(tmp_path / "train/JPEGImages"), "--output", str(tmp_path / "run"), *SMALL,
+            "--evaluate-every", "1"]))
 
 
 def test_other_classes_than_expected_are_refused(data_sets):

@@ -185,6 +185,7 @@ def test_seed_minus_one_is_drawn_once(data_root, tmp_path):
 
 def test_a_deterministic_run_is_not_compiled(data_root, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda mode: None)
+    monkeypatch.setattr(torch, "compile", lambda part, **options: part)
     for parts in ("tracker", "all"):
         with pytest.raises(InputError, match="--deterministic and --compile"):
             run(data_root, tmp_path, "--deterministic", "--compile", parts)
