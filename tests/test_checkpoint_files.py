@@ -186,6 +186,14 @@ def test_the_config_of_a_file_says_what_is_built(tmp_path, preset, propagation):
         model_from_checkpoint(tmp_path / "last.pt", channels=64)
 
 
+@pytest.mark.parametrize("config", [None, {}], ids=str)
+def test_an_empty_config_says_nothing(tmp_path, config):
+    torch.save({"model": build_model("toy", 2).state_dict(), "config": config}, tmp_path / "a.pt")
+    with pytest.raises(InputError, match="a.pt does not say its preset"):
+        model_from_checkpoint(tmp_path / "a.pt")
+    assert model_from_checkpoint(tmp_path / "a.pt", "toy")[0].num_classes == 2
+
+
 @pytest.mark.parametrize("propagation", ["gated", "memory", "gated+memory"])
 def test_the_names_of_an_official_file_tell_its_propagation(tmp_path, propagation):
     torch.save({"model": build_model("toy", 4, propagation).state_dict()},
@@ -364,3 +372,22 @@ def test_a_tensor_that_repeats_few_numbers_is_refused(tmp_path, shape, stored):
     torch.save({"tracker.weight": torch.rand(stored).expand(shape)}, tmp_path / "claim.pth")
     with pytest.raises(InputError, match="but not so many numbers"):
         load_weights(small_module(), tmp_path / "claim.pth")
+
+
+@pytest.mark.parametrize("name", ["tracker.\x1b[31mred", "backbone.two\nlines", "tracker.\u2028"])
+def test_a_name_that_cannot_be_printed_is_refused(name):
+    with pytest.raises(InputError, match="which is no name"):
+        load_weights(small_module(), {"tracker.weight": torch.zeros(32, 20), name: torch.zeros(3)})
+
+
+@pytest.mark.parametrize("names", [["tracker.other"], ["backbone.fc.weight", "pixel_mean"]], ids=str)
+def test_weights_of_which_nothing_is_used_are_refused(names):
+    """Neither those of another model, nor constants alone."""
+    with pytest.raises(InputError, match="none of its . entries is part of this model"):
+        load_weights(small_module(), {name: torch.zeros(3) for name in names})
+
+
+def test_a_file_that_is_not_there_is_not_called_damaged(tmp_path):
+    for path in (tmp_path, tmp_path / "missing.pt", tmp_path / "missing.pkl"):
+        with pytest.raises(InputError, match=f"no checkpoint at {path}$"):
+            load_weights(small_module(), path)
