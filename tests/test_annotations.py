@@ -6,6 +6,8 @@ opened, trained on and evaluated like any other. Masks are rectangles, so areas 
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +22,13 @@ import evaluate
 import train
 from data import InputError, Video, VideoSet
 from metric import evaluate_results
-from reading.annotations import Skipped, complete, id_order, read_categories, unique_names
+from reading.annotations import (
+    Skipped,
+    complete,
+    id_order,
+    read_categories,
+    unique_names,
+)
 
 HEIGHT, WIDTH, FRAMES = 40, 56, 3
 SMALL = [
@@ -1012,3 +1020,27 @@ def test_a_summary_of_several_sources_adds_up():
         "videos: 3; the first: the first",
         "annotations: 1; the first: a fourth",
     ]
+
+
+def test_a_file_with_videos_and_images_is_one_of_videos():
+    content = make_content() | {"images": [{"id": 1, "file_name": "v1/0.png"}]}
+    assert complete(content, "x.json").content["videos"] == complete(
+        make_content(), "x.json").content["videos"]
+
+
+def test_videos_are_left_out_with_their_annotations_one_after_another():
+    file = complete(make_content(3), "x.json")
+    less = file.without([1]).without(["3"])
+    assert less.left_out == [1, 3]
+    assert [video["id"] for video in less.content["videos"]] == [2]
+    assert {annotation["video_id"] for annotation in less.content["annotations"]} == {2}
+    assert len(file.content["videos"]) == 3
+
+
+def test_a_set_is_looked_at_again_when_it_is_opened_again(frames, tmp_path):
+    root = shutil.copytree(frames, tmp_path / "frames")
+    path = write(tmp_path / "set.json", make_content())
+    file = VideoSet(path, root).videos[0].files[1]
+    file.unlink()
+    with pytest.raises(InputError, match=f"frame {re.escape(str(file))} of video 1 is missing"):
+        VideoSet(path, root)

@@ -2,12 +2,19 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from golden_set import make_video, meta, official_weights, read_arrays, subsampled_error
 from torchvision.models import get_model, resnet50
 from torchvision.models.swin_transformer import SwinTransformer
 
-from backbone import RESNETS, SWINS, SwinBackbone, build_backbone, fold_norms, shifted_from_afar
+from backbone import (
+    RESNETS,
+    SWINS,
+    SwinBackbone,
+    build_backbone,
+    fold_norms,
+    shifted_from_afar,
+)
 from checkpoint import translate
-from golden_set import make_video, meta, official_weights, read_arrays, subsampled_error
 
 
 @torch.no_grad()
@@ -186,3 +193,11 @@ def test_strides():
         with torch.device("meta"):
             network = build_backbone(name)
         assert len(network.channels) == 4 and network.channels[3] == (4 if "thin" in name else 8) * network.channels[0]
+
+
+def test_paths_are_dropped_as_often_as_asked():
+    """More often in later blocks: from never to that share."""
+    backbone = SwinBackbone(48, (2, 2, 2, 2), (3, 6, 12, 24), 7, drop_path=0.4)
+    dropped = [module.p for module in backbone.modules()
+               if type(module).__name__ == "StochasticDepth"]
+    assert dropped[0] == 0 and dropped[-1] == pytest.approx(0.4)

@@ -11,12 +11,17 @@ from contextlib import contextmanager
 import numpy
 import pytest
 import torch
+from sparse_set import TINY, save_tiny_model, tiny_model
 from torch import nn
 
-from checkpoint import load_weights, model_from_checkpoint, save_checkpoint, save_weights
+from checkpoint import (
+    load_weights,
+    model_from_checkpoint,
+    save_checkpoint,
+    save_weights,
+)
 from model import TEST_SIDES, build_model
 from runtime.errors import InputError
-from sparse_set import TINY, save_tiny_model, tiny_model
 
 
 def same_weights(one, other):
@@ -388,6 +393,8 @@ def test_weights_of_which_nothing_is_used_are_refused(names):
 
 
 def test_a_file_that_is_not_there_is_not_called_damaged(tmp_path):
-    for path in (tmp_path, tmp_path / "missing.pt", tmp_path / "missing.pkl"):
+    with pytest.raises(InputError, match=f"{tmp_path} is a folder, not a regular file"):
+        load_weights(small_module(), tmp_path)
+    for path in (tmp_path / "missing.pt", tmp_path / "missing.pkl"):
         with pytest.raises(InputError, match=f"no checkpoint at {path}$"):
             load_weights(small_module(), path)

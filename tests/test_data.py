@@ -428,3 +428,8 @@ def test_a_flip_is_shared_by_all_frames():
     never = Augmentation(short_sides=(HEIGHT,), flip=False)
     original, _ = painted_clip()
     assert all(torch.equal(never(*painted_clip(), numpy.random.default_rng(seed))[0], original) for seed in range(8))
+
+
+def test_a_mask_of_a_turned_frame_is_refused():
+    with pytest.raises(InputError, match=r"its size is \[6, 4\]"):
+        read_mask({"size": [6, 4], "counts": [24]}, 4, 6, "a mask")

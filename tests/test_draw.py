@@ -10,8 +10,15 @@ import torch
 from PIL import Image
 
 import draw
-from draw import (best_labels, colour_of, gate_strip, name_to_draw, overlay, overlays,
-                  save_pictures)
+from draw import (
+    best_labels,
+    colour_of,
+    gate_strip,
+    name_to_draw,
+    overlay,
+    overlays,
+    save_pictures,
+)
 from results import EncodedVideo
 from run_length import encode
 
@@ -435,3 +442,8 @@ def test_a_caption_stays_inside_of_the_picture():
         assert numpy.ptp(columns) > 100              # all of it, though the mask is 60 pixels wide
         top = mask.any(1).argmax()
         assert rows.max() <= max(top, 20) + 3 and rows.min() >= top - 16
+
+
+def test_a_colour_is_that_of_its_hue():
+    """The first hue is red: saturation 0.75, value 0.92."""
+    assert colour_of(0) == (235, 59, 59)

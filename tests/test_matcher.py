@@ -16,9 +16,29 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import losses as losses_module
 import matcher
 from clips import Clip
-from losses import GATE_LOSSES, Criterion, average_over_processes, quotients, similarity_index, similarity_losses
-from matcher import (Matching, Targets, assign, bring_costs, clip_predictions, frame_predictions, gather_at, match_clip, match_cost,
-                     matching_costs, pad_targets, sample_at, uncertain_points)
+from losses import (
+    GATE_LOSSES,
+    Criterion,
+    average_over_processes,
+    quotients,
+    similarity_index,
+    similarity_losses,
+)
+from matcher import (
+    Matching,
+    Targets,
+    assign,
+    bring_costs,
+    clip_predictions,
+    frame_predictions,
+    gather_at,
+    match_clip,
+    match_cost,
+    matching_costs,
+    pad_targets,
+    sample_at,
+    uncertain_points,
+)
 from model import FrameOutput, TrainingOutput, build_model
 from tracker import ClipPrediction
 
@@ -807,3 +827,9 @@ def test_videos_without_instances(propagation):
     assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients.values()), [
         name for name, gradient in gradients.items() if gradient is None]
     assert gradients["tracker.class_embed.weight"].abs().sum() > 0
+
+
+def test_a_mask_has_the_official_numbers_of_points():
+    """3 candidates a point; three quarters of the points are the most uncertain of them."""
+    criterion = Criterion(3, points=12544)
+    assert (criterion.points, criterion.candidates, criterion.uncertain) == (12544, 37632, 9408)

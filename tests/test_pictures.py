@@ -8,6 +8,7 @@ import io
 import os
 import socket
 import struct
+from pathlib import Path
 
 import numpy
 import pytest
@@ -15,7 +16,7 @@ from PIL import Image
 
 from data import InputError, read_picture
 from reading.pictures import read_animation, to_rgb
-from reading.regular import read_regular
+from reading.regular import open_regular, read_regular
 
 HEIGHT, WIDTH = 3, 256
 RAMP = numpy.tile(numpy.arange(WIDTH, dtype=numpy.uint16), (HEIGHT, 1))  # every 8-bit level
@@ -265,3 +266,25 @@ def test_a_file_that_may_not_be_read_is_named(tmp_path):
     (tmp_path / "secret").touch(mode=0)
     with pytest.raises(InputError, match="secret cannot be read: Permission denied$"):
         read_regular(tmp_path / "secret", 1000)
+
+
+def test_frames_of_an_animation_do_not_overwrite_one_another(tmp_path):
+    frames = [numpy.full((8, 9, 3), level, numpy.uint8) for level in (10, 120, 250)]
+    pictures = [Image.fromarray(frame) for frame in frames]
+    pictures[0].save(tmp_path / "a.webp", save_all=True, append_images=pictures[1:], lossless=True)
+    found = list(read_animation(tmp_path / "a.webp"))
+    assert [numpy.asarray(picture).tolist() for picture in found] == [f.tolist() for f in frames]
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
+def test_a_file_that_states_no_size_is_read_whole_or_refused():
+    content = read_regular(Path("/proc/self/maps"), 2 ** 26)
+    assert len(content) > 20_000 and content.startswith(Path("/proc/self/maps").read_bytes()[:12])
+    with pytest.raises(InputError, match="has more than 20000 bytes"):
+        read_regular(Path("/proc/self/maps"), 20_000)
+
+
+def test_reading_more_than_there_is_takes_no_memory(tmp_path):
+    (tmp_path / "a").write_bytes(b"0123456789")
+    with open_regular(tmp_path / "a") as file:
+        assert file.read(3) == b"012" and file.read(2 ** 50) == b"3456789"

@@ -9,6 +9,8 @@ import pickle
 import shutil
 import struct
 import subprocess
+import tarfile
+from xml.dom import minidom
 import zipfile
 from pathlib import Path
 
@@ -234,6 +236,7 @@ HOSTILE = {
     "posix.system": (os.system, "touch harm"), "builtins.eval": (eval, "open('harm', 'w')"),
     "builtins.exec": (exec, "open('harm', 'w')"), f"{open.__module__}.open": (open, "harm", "w"),
     "subprocess.Popen": (subprocess.Popen, ["touch", "harm"]),
+    "xml.dom.minidom.parseString": (minidom.parseString, "<a/>"),
     "shutil.copy": (shutil.copy, "/etc/hostname", "harm"),
     "builtins.__import__": (__import__, "harm"), "builtins.compile": (compile, "1", "", "exec"),
     "builtins.bytearray": (bytearray, 2 ** 34),
@@ -407,3 +410,11 @@ def test_no_pipe_and_no_device_is_waited_for(tmp_path):
     (tmp_path / "endless.pkl").symlink_to("/dev/zero")
     assert refusal(tmp_path / "pipe.pth") == "is a FIFO, not a regular file"
     assert refusal(tmp_path / "endless.pkl") == "is a device, not a regular file"
+
+
+def test_a_tar_archive_is_called_one(tmp_path):
+    (tmp_path / "a").write_bytes(b"x" * 100)
+    with tarfile.open(tmp_path / "weights.pth", "w") as archive:
+        archive.add(tmp_path / "a", "a")
+    with pytest.raises(InputError, match="it is a tar archive: unpack it first"):
+        read_file(tmp_path / "weights.pth")

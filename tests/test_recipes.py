@@ -13,7 +13,13 @@ import recipes
 import train
 from augmentation import Augmentation
 from data import InputError, VideoSet
-from recipes import COCO_MAPS, RECIPES, find_named_set, official_setting, parse_arguments
+from recipes import (
+    COCO_MAPS,
+    RECIPES,
+    find_named_set,
+    official_setting,
+    parse_arguments,
+)
 
 OFFICIAL = json.loads((Path(__file__).parent / "recipes.json").read_text())   # of the official repository's 17 configurations
 COCO_TABLES = json.loads((Path(__file__).parent / "coco_maps.json").read_text())
@@ -319,3 +325,15 @@ def test_skip_bad_goes_on_and_counts(broken, tmp_path_factory, capsys):
                    "annotations of categories that do not exist: 1; the first: annotation 4 "):
         assert f"skipped: {reason}" in printed
     assert "video2/" in printed and f"left out {counted} bad" in printed
+
+
+def test_a_stage_counts_more_than_that_of_the_recipe():
+    assert parse_arguments(["--recipe", "grattvis/ovis/r50", "--stage", "genvis"]).stage == "genvis"
+
+
+def test_rendered_clips_have_the_seed_and_the_suites_in_turn():
+    arguments = ["--render", "easy", "occlusion", "--frames", "2", "--short-sides", "48"]
+    first, second = (recipes.open_clips(parse_arguments([*arguments, "--seed", seed]))
+                     for seed in ("5", "6"))
+    assert not torch.equal(first[0].frames, second[0].frames)
+    assert [first[number].source.split()[-1] for number in range(4)] == ["easy", "occlusion"] * 2
