@@ -127,7 +127,8 @@ def main(args: argparse.Namespace) -> dict | None:
             read_parts(args.annotations, args.skip_bad)  # refused before hours of inference
     amp, reason = choose_amp(args.amp, device)
     settings = {name: describe_setting(args, videos, amp) for name, videos in sets.items()}
-    require_agreement(settings)
+    require_agreement({f"{name} {key}".strip(): value for name, setting in settings.items()
+                       for key, value in setting.items() if key not in PATHS_OF_DATA})
     model.to(device).accelerate(amp, args.compile)
     if rank == 0:
         print(f"{args.weights}: {model.propagation} propagation, {model.num_classes} classes, "
@@ -170,10 +171,13 @@ def open_suite(name: str, folder: Path, held_out: int) -> VideoSet:
     return VideoSet(*find_split(folder, "valid"))
 
 
+PATHS_OF_DATA = ("data_root", "split", "json", "images", "sets")
+
+
 def describe_setting(args: argparse.Namespace, videos: VideoSet, amp: torch.dtype) -> dict:
-    """All that the results depend on; of files, the contents."""
+    """All that the results depend on; of weights and annotations, the contents."""
     names = ("preset", "propagation", "gate_mask", "short_side", "max_long_side", "top_k",
-             "compile")
+             "compile", "skip_bad", *PATHS_OF_DATA)
     return {name: getattr(args, name) for name in names} | {
         "amp": str(amp), "weights": checksum(args.weights), "annotations": checksum(videos.path),
         "videos": [video.id for video in videos.videos]}

@@ -372,6 +372,9 @@ def complete_annotations(content: dict, what: str, file: AnnotationFile,
             category_key = reference(entry, "category_id", where)
             if video_key in left_out:
                 continue
+            if video_key is None or category_key is None:
+                file.skipped.add(f"annotations that refer to no {what} or category", str(where))
+                continue
             if video_key not in videos:
                 file.skipped.add(f"annotations of {what}s that do not exist",
                                  f"{where}, of {what} {shown(video_key)}")
@@ -394,9 +397,12 @@ def complete_annotations(content: dict, what: str, file: AnnotationFile,
     return annotations
 
 
-def reference(entry, key: str, where: EntryName) -> Id:
-    """The id_key of what an annotation refers to."""
-    found = id_key(as_dict(entry, where).get(key))
+def reference(entry, key: str, where: EntryName) -> Id | None:
+    """The id_key of what an annotation refers to; None where it says nothing."""
+    value = as_dict(entry, where).get(key)
+    if value is None or value != value:  # pandas writes NaN for a gap
+        return None
+    found = id_key(value)
     return id_key(read_id(entry, key, where)) if found is None else found  # None: it raises
 
 

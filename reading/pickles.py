@@ -20,6 +20,8 @@ from typing import BinaryIO
 MOST_TUPLES = 50_000  # in a pickle; Python's stack overflows at 200,000 inside one another
 MOST_NAMES = 10_000   # different ones; each becomes a class, of about a kilobyte
 MOST_CHARACTERS = 300  # of a name
+MEMO_OPCODES = {"PUT", "BINPUT", "LONG_BINPUT"}
+TUPLE_OPCODES = {"TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"}
 
 # What Python 2 called these modules, and Python 3 still writes in protocols 0 to 2.
 RENAMED_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg", "commands": "subprocess"}
@@ -139,9 +141,9 @@ def check_pickle(stream: BinaryIO) -> None:
     tuples = 0
     for position, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
         # memory for all places below is taken; those who write pickles number them as they come
-        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > position:
+        if opcode.name in MEMO_OPCODES and argument > position:
             raise Damaged(f"place {argument} of the memo at operation {position}")
-        tuples += opcode.name.startswith("TUPLE")
+        tuples += opcode.name in TUPLE_OPCODES
     if tuples > MOST_TUPLES:
         raise BadPickle(f"it holds {tuples} tuples, more than the {MOST_TUPLES} that can be read")
 

@@ -269,11 +269,27 @@ def test_what_is_no_id_is_refused(value, place):
         (content[place][0], "id") if place in content else (content["annotations"][0], place)
     )
     entry[key] = value
+    if key != "id" and (value is None or value != value):
+        return  # it refers to nothing, which is skipped and counted
     with pytest.raises(
         InputError,
         match=rf"of x\.json has {key} .*, which is no id: ids are whole numbers or text$",
     ):
         complete(content, "x.json")
+
+
+@pytest.mark.parametrize("value", [None, float("nan"), "missing"])
+@pytest.mark.parametrize("key", ["video_id", "category_id"])
+def test_a_missing_reference_is_skipped_and_counted(key, value):
+    """As pandas leaves a gap in a column."""
+    content = make_content()
+    content["annotations"][0][key] = value
+    if value == "missing":
+        del content["annotations"][0][key]
+    file = complete(content, "x.json")
+    assert len(file.content["annotations"]) == len(content["annotations"]) - 1
+    assert file.skipped.sentences() == [
+        "annotations that refer to no video or category: 1; the first: annotation 1 of x.json"]
 
 
 @pytest.mark.parametrize("one, other", [(1, "1"), (1, 1), ("a", "a"), ("01", 1), ("1.0", 1.0)])
@@ -559,7 +575,7 @@ def wrong_length(content):
 
 
 def no_id(content):
-    content["annotations"][0]["video_id"] = None
+    content["annotations"][0]["video_id"] = [1]
 
 
 def no_entry(content):
@@ -576,7 +592,7 @@ def no_entry(content):
             [1, 2],
         ),
         (too_few, "annotation 1 of .* has 2 segmentations, its video has 3 frames", [1, 2]),
-        (no_id, "annotation 1 of .* has video_id None, which is no id", [1, 2]),
+        (no_id, r"annotation 1 of .* has video_id \[1\], which is no id", [1, 2]),
         (no_entry, "annotation at index 0 of .* is 7, which is no entry", [1, 2]),
         (no_frame, "frame .*v1/9.png of video 1 is missing", [2]),
         (outside, r"video 1 of .* has the file name '../../x.png', which leads outside of", [2]),

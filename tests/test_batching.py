@@ -1,4 +1,4 @@
-"""Frames on their way into the model: put together in order, whatever they come in; what is no frame is refused."""
+"""Frames on their way into the model: kept in order, whatever they come in, or refused."""
 import numpy
 import pytest
 import torch
@@ -12,7 +12,8 @@ def frames(count, height=4, width=6):
     return torch.arange(count, dtype=torch.uint8)[:, None, None, None].repeat(1, 3, height, width)
 
 
-@pytest.mark.parametrize("size, expected", [((1, 1), (32, 32)), ((32, 64), (32, 64)), ((33, 31), (64, 32)), ((360, 640), (384, 640))])
+@pytest.mark.parametrize("size, expected", [((1, 1), (32, 32)), ((32, 64), (32, 64)),
+                                            ((33, 31), (64, 32)), ((360, 640), (384, 640))])
 def test_sides_are_padded_to_multiples_of_32(size, expected):
     assert padded(*size) == expected
 
@@ -35,7 +36,8 @@ def test_frames_are_put_into_batches_in_order(count):
 
 def test_a_batch_ends_where_the_size_changes():
     found = list(in_batches([*frames(3), *frames(2, 6, 4), *frames(1)], 2))
-    assert [tuple(batch.shape) for batch in found] == [(2, 3, 4, 6), (1, 3, 4, 6), (2, 3, 6, 4), (1, 3, 4, 6)]
+    assert [tuple(batch.shape) for batch in found] == [(2, 3, 4, 6),
+                                                       (1, 3, 4, 6), (2, 3, 6, 4), (1, 3, 4, 6)]
 
 
 @pytest.mark.parametrize("count", [0, -1])
@@ -61,8 +63,9 @@ def test_what_is_no_frame_is_refused(kind):
     frame, expected = NO_FRAMES[kind]
     model = build_model("toy", 3, backbone="resnet10_thin").eval()
     batch = frame[None]
-    for refused in (lambda: check_frame(frame), lambda: list(in_batches([frame], 2)), lambda: list(regrouped([batch], 2)),
-                    lambda: model.segment_video([frame]), lambda: model.encode_video([batch]), lambda: model.step(frame)):
+    for refused in (lambda: check_frame(frame), lambda: list(in_batches([frame], 2)),
+                    lambda: list(regrouped([batch], 2)), lambda: model.segment_video([frame]),
+                    lambda: model.encode_video([batch]), lambda: model.step(frame)):
         with pytest.raises(ValueError, match=expected):
             refused()
 
@@ -73,5 +76,6 @@ def test_a_model_made_faster_is_ready_for_inference(monkeypatch, compiled):
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     model = build_model("toy", 3, backbone="resnet10_thin")
     assert model.training
-    assert model.accelerate(compiled=compiled) is model and not any(module.training for module in model.modules())
+    assert model.accelerate(compiled=compiled) is model
+    assert not any(module.training for module in model.modules())
     model.segment_video(frames(1, 40, 48))

@@ -4,7 +4,8 @@ import math
 import pytest
 import torch
 
-from deform_attn import DeformableAttention, deformable_attention, pixel_centres, sample_points
+from deform_attn import (DeformableAttention, deformable_attention, implementation, pixel_centres,
+                         sample_points)
 from golden_set import meta, read_arrays, relative_error
 
 
@@ -103,3 +104,46 @@ def test_levels_that_do_not_fit_are_refused():
         layer(x, x, [(2, 3)])
     with pytest.raises(ValueError, match="divisible"):
         DeformableAttention(30, heads=4)
+
+
+@pytest.mark.parametrize("dtype, error", [(torch.bfloat16, 0.01), (torch.float16, 0.002),
+                                          (torch.float32, 2e-4), (torch.float64, 1e-12)])
+def test_the_result_has_the_type_of_the_inputs_and_the_digits_of_float32(dtype, error):
+    """Places in a wide level need more than 16 bit: only inputs and result are rounded."""
+    torch.manual_seed(0)
+    shapes, heads, channels, points = [(1, 700), (2, 300)], 2, 3, 2
+    value = torch.randn(1, 1300, heads, channels).to(dtype)
+    offsets = torch.randn(1, 1300, heads, len(shapes), points, 2).to(dtype)
+    logits = torch.randn(1, 1300, heads, len(shapes) * points).to(dtype)
+    found = deformable_attention(value, shapes, offsets, logits)
+    assert found.dtype == dtype
+    assert relative_error(found.double(), deformable_attention(
+        value.double(), shapes, offsets.double(), logits.double())) < error
+
+
+def test_the_query_says_where_and_the_value_what():
+    """The layer is four linear maps around the operator."""
+    torch.manual_seed(0)
+    layer, shapes = DeformableAttention(16, levels=2, heads=2, points=3).double(), [(2, 3), (4, 5)]
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter)
+    query, value = torch.randn(2, 2, 26, 16, dtype=torch.float64)
+    sampled = deformable_attention(layer.value_proj(value).view(2, 26, 2, 8), shapes,
+                                   layer.sampling_offsets(query).view(2, 26, 2, 2, 3, 2),
+                                   layer.attention_weights(query).view(2, 26, 2, 6))
+    torch.testing.assert_close(layer(query, value, shapes), layer.output_proj(sampled))
+
+
+def test_weights_start_within_xavier_bounds():
+    """Uniform up to the square root of 6 / (inputs + outputs); biases but the offsets' are 0."""
+    layer = DeformableAttention(96)
+    assert (layer.levels, layer.heads, layer.points) == (3, 8, 4)
+    for projection in (layer.value_proj, layer.output_proj):
+        bound = math.sqrt(6 / (96 + 96))
+        assert 0.98 * bound < projection.weight.abs().max() <= bound
+        assert not projection.bias.any()
+    assert not layer.attention_weights.bias.any() and layer.sampling_offsets.bias.any()
+
+
+def test_a_cpu_runs_the_pytorch_path():
+    assert implementation(torch.device("cpu")) == "PyTorch path"

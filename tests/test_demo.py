@@ -28,6 +28,7 @@ from checkpoint import model_from_checkpoint
 from data import InputError, at_test_size
 from draw import overlays
 from processes import ENVIRONMENT, REPOSITORY, fake_ffmpeg
+from reading.annotations import one_line
 from results import FrameTracks
 from scenes import CATEGORIES
 from synthetic import Suite, make_dataset
@@ -468,14 +469,14 @@ def test_class_names_are_in_the_results(tmp_path, weights, pictures, model):
 @pytest.mark.parametrize("name", ["n" * 300, "../../a", "..", "CON", "nul\0byte", "two\nlines",
                                   "\ud800", "日本語" * 100])
 def test_any_class_name_can_be_written(tmp_path, capsys, weights, pictures, name):
-    """The results have it as it is; folders are named after it; a printed line stays a line."""
+    """The results have it on one line; folders are named after it; a printed line stays a line."""
     categories = [{"id": i, "name": f"{name}{i}"} for i in range(6)]
     (tmp_path / "names.json").write_text(json.dumps({"categories": categories}))
     pictures[0].save(tmp_path / "one.png")
     run(tmp_path / "one.png", weights, "--score", 0, "--categories", tmp_path / "names.json",
         "--output", tmp_path / "out")
     tracks = json.loads((tmp_path / "out/results.json").read_text())["tracks"]
-    names = {category["name"] for category in categories}
+    names = {one_line(category["name"]) for category in categories}
     assert tracks and {track["category"] for track in tracks} <= names
     folders = list((tmp_path / "out/masks").iterdir())
     assert len(folders) == len(tracks)

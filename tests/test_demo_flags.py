@@ -1,7 +1,7 @@
 """Every flag of demo.py, set to another value than its default and found where it acts.
 
 One test for each flag, named after it; a flag without a test fails the first one. Most look at what
-the model is asked, in `GRAttVIS.encode_video` or `GRAttVIS.step`, and the others at what is written.
+`GRAttVIS.encode_video` or `GRAttVIS.step` is called with, and the others at what is written.
 """
 import json
 import shutil
@@ -14,26 +14,29 @@ import torch
 from PIL import Image
 
 import demo
+from checkpoint import save_checkpoint
 from model import GRAttVIS, build_model
 from runtime.errors import InputError
-from sparse_set import SIDE, save_tiny_model, write_json
+from sparse_set import SIDE, TINY, save_tiny_model, tiny_model, write_json
 from test_demo import fake_ffmpeg
 
-FRAMES, HEIGHT, WIDTH = 5, 40, 56
+FRAMES, HEIGHT, WIDTH = 3, 40, 56
 WHICH = shutil.which                                                    # which the tests replace
 NAMES = ["ant", "cat", "dog"]
 
 
 def test_every_flag_has_a_test():
     flags = vars(demo.parse_arguments([]))
-    assert set(flags) == {name.removeprefix("test_flag_") for name in globals() if name.startswith("test_flag_")}
+    assert set(flags) == {name.removeprefix("test_flag_")
+                          for name in globals() if name.startswith("test_flag_")}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A folder with frames/, a video of blocks of colour, and tiny.pt, a model for it."""
     folder = tmp_path_factory.mktemp("demo_flags")
-    save_tiny_model(folder / "tiny.pt", categories=[[number, name] for number, name in enumerate(NAMES, 1)])
+    save_tiny_model(folder / "tiny.pt",
+                    categories=[[number, name] for number, name in enumerate(NAMES, 1)])
     write_frames(folder / "frames", FRAMES)
     return folder
 
@@ -48,20 +51,23 @@ def write_frames(folder, count, seed=0):
 
 @pytest.fixture
 def seen(monkeypatch):
-    """What the model is asked for each video, or each frame of a live one, and under which conditions."""
+    """What the model is asked for each video or live frame, and under which conditions."""
     seen, encode_video, step = [], GRAttVIS.encode_video, GRAttVIS.step
 
     def note(model, frames, output_size, top_k, found):
         amp = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
-        seen.append(SimpleNamespace(model=model, frames=frames, output_size=output_size, top_k=top_k, amp=amp, found=found))
+        seen.append(SimpleNamespace(model=model, frames=frames, output_size=output_size,
+                                    top_k=top_k, amp=amp, found=found))
         return found
 
     def watched(model, batches, output_size=None, top_k=10):
         batches = list(batches)
-        return note(model, batches, output_size, top_k, encode_video(model, batches, output_size, top_k))
+        found = encode_video(model, batches, output_size, top_k)
+        return note(model, batches, output_size, top_k, found)
 
     def watched_step(model, frame, state=None, output_size=None, top_k=10):
-        return note(model, frame, output_size, top_k, step(model, frame, state, output_size, top_k))
+        found = step(model, frame, state, output_size, top_k)
+        return note(model, frame, output_size, top_k, found)
 
     monkeypatch.setattr(GRAttVIS, "encode_video", watched)
     monkeypatch.setattr(GRAttVIS, "step", watched_step)
@@ -70,13 +76,17 @@ def seen(monkeypatch):
 
 @pytest.fixture
 def run(folder, tmp_path, monkeypatch, seen):
-    """Segment frames/ into tmp_path/out with tiny.pt, but for what the given arguments say; no mp4 is made."""
+    """Segment frames/ into tmp_path/out by tiny.pt, but for what is given; without an mp4."""
     monkeypatch.setattr(shutil, "which", lambda name: None)
 
     def run(*arguments, source=None):
-        defaults = [source or folder / "frames", "--weights", folder / "tiny.pt", "--output", tmp_path / "out"]
-        demo.main(demo.parse_arguments([str(argument) for argument in [*defaults, *arguments]]))
+        run_demo(source or folder / "frames", "--weights", folder / "tiny.pt",
+                 "--output", tmp_path / "out", "--device", "cpu", *arguments)
     return run
+
+
+def run_demo(*arguments):
+    demo.main(demo.parse_arguments([str(argument) for argument in arguments]))
 
 
 def read_results(output):
@@ -87,7 +97,8 @@ def test_defaults(run, seen, tmp_path):
     """What the flags below are to change."""
     run()
     call, = seen
-    assert [tuple(batch.shape) for batch in call.frames] == [(FRAMES, 3, SIDE, 45)]            # 56 x 32 / 40 is 44.8
+    # 56 x 32 / 40 is 44.8
+    assert [tuple(batch.shape) for batch in call.frames] == [(FRAMES, 3, SIDE, 45)]
     assert call.output_size == (HEIGHT, WIDTH) and call.top_k == 20 and call.amp is None
     assert all(track["score"] >= 0.3 for track in read_results(tmp_path / "out")["tracks"])
     with Image.open(tmp_path / "out/overlay.webp") as animation:
@@ -121,20 +132,22 @@ def test_flag_preset(run, seen, tmp_path):
     with pytest.raises(InputError, match="give one of .*--preset"):
         run("--weights", tmp_path / "official.pth")
     run("--weights", tmp_path / "official.pth", "--preset", "toy", "--top-k", 1)
-    assert seen[0].frames[0].shape[-2] == 96                            # the short side of that preset
+    # The short side of that preset
+    assert seen[0].frames[0].shape[-2] == 96
 
 
 @pytest.mark.parametrize("propagation", ["plain", "clip"])
 def test_flag_propagation(run, seen, tmp_path, propagation):
     save_official(tmp_path / "official.pth")
-    run("--weights", tmp_path / "official.pth", "--preset", "toy", "--short-side", SIDE, "--propagation", propagation)
+    run("--weights", tmp_path / "official.pth", "--preset", "toy", "--short-side", SIDE,
+        "--propagation", propagation)
     assert seen[0].model.propagation == seen[0].model.tracker.propagation == propagation
 
 
 def test_flag_categories(run, tmp_path):
     """Names in the order of their ids, before those of the checkpoint."""
-    path = write_json(tmp_path / "names.json", {"categories": [{"id": number, "name": f"class of {number}"}
-                                                               for number in (90, 3, 7)]})
+    categories = [{"id": number, "name": f"class of {number}"} for number in (90, 3, 7)]
+    path = write_json(tmp_path / "names.json", {"categories": categories})
     run("--categories", path, "--score", 0)
     own = read_results(tmp_path / "out")["tracks"]
     run("--score", 0, "--output", tmp_path / "plain")
@@ -162,26 +175,28 @@ def test_flag_top_k(run, seen, tmp_path):
 
 
 def test_flag_score(run, seen, tmp_path):
-    """Who scores less is in no result; here between the second and the third track, then above all."""
+    """Who scores less is left out: here all but two tracks, then all."""
     run("--score", 0, "--top-k", 5)
     scores = [track["score"] for track in read_results(tmp_path / "out")["tracks"]]
     assert len(set(scores)) == len(scores) > 2
     for least, count in (((scores[1] + scores[2]) / 2, 2), (1.01, 0)):
-        run("--score", least, "--output", tmp_path / str(count))
-        assert [track["score"] for track in read_results(tmp_path / str(count))["tracks"]] == scores[:count]
-        assert len(list((tmp_path / str(count)).glob("masks/*"))) == count
+        output = tmp_path / str(count)
+        run("--score", least, "--output", output)
+        assert [track["score"] for track in read_results(output)["tracks"]] == scores[:count]
+        assert len(list(output.glob("masks/*"))) == count
 
 
 def test_flag_output(run, tmp_path, monkeypatch, folder):
     run("--output", tmp_path / "a/b")
     assert (tmp_path / "a/b/results.json").exists() and not (tmp_path / "out").exists()
-    monkeypatch.chdir(tmp_path)                                         # not said: demo/ and the source's name
-    demo.main(demo.parse_arguments([str(folder / "frames"), "--weights", str(folder / "tiny.pt")]))
+    # Not said: demo/ and the source's name
+    monkeypatch.chdir(tmp_path)
+    run_demo(folder / "frames", "--weights", folder / "tiny.pt", "--device", "cpu")
     assert (tmp_path / "demo/frames/results.json").exists()
 
 
 def test_flag_fps(run, tmp_path, monkeypatch):
-    """Of the animation, and of the mp4 that ffmpeg makes: here by a program that writes down what it is asked."""
+    """Of the animation, and of the mp4: here, ffmpeg writes down what it is asked."""
     fake_ffmpeg(tmp_path, monkeypatch, "exit 0")
     monkeypatch.setattr(shutil, "which", WHICH)
     run("--fps", 4)
@@ -207,13 +222,15 @@ def test_a_plot_without_matplotlib_is_refused_first(run, seen, tmp_path, monkeyp
 
 
 def test_flag_live(run, seen, tmp_path, capsys):
-    """A line for each frame, of what `step` finds in it with the same settings; nothing is written."""
-    run("--live", "--score", 0, "--top-k", 2, "--short-side", 50, "--max-long-side", 60, "--amp", "bf16")
+    """A line for each frame, of what `step` finds with the same settings; nothing is written."""
+    run("--live", "--score", 0, "--top-k", 2, "--short-side", 50, "--max-long-side", 60,
+        "--amp", "bf16")
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines] == [f"frame {t}" for t in range(FRAMES)]
-    assert [(tuple(call.frames.shape), call.output_size, call.top_k, call.amp) for call in seen] == [
-        ((3, 43, 60), (HEIGHT, WIDTH), 2, torch.bfloat16)] * FRAMES     # 40 x 60 / 56 is 42.9
-    for line, call in zip(lines, seen):
+    for line, call in zip(lines, seen, strict=True):
+        assert call.frames.shape == (3, 43, 60)                         # 40 x 60 / 56 is 42.9
+        assert call.output_size == (HEIGHT, WIDTH)
+        assert call.top_k == 2 and call.amp == torch.bfloat16
         tracks, _ = call.found
         assert f"{NAMES[tracks.labels[0]]} #{tracks.track_ids[0]} {tracks.scores[0]:.2f}" in line
     assert not (tmp_path / "out").exists()
@@ -229,7 +246,8 @@ def test_flag_device(run, seen, monkeypatch):
     assert {parameter.device.type for parameter in seen[0].model.parameters()} == {"cpu"}
 
 
-@pytest.mark.parametrize("amp, dtype", [("bf16", torch.bfloat16), ("fp16", torch.float16), ("off", None)])
+@pytest.mark.parametrize("amp, dtype",
+                         [("bf16", torch.bfloat16), ("fp16", torch.float16), ("off", None)])
 def test_flag_amp(run, seen, amp, dtype):
     """Autocast is entered, and the weights of products are cast before."""
     run("--amp", amp)
@@ -239,4 +257,25 @@ def test_flag_amp(run, seen, amp, dtype):
 
 def test_flag_chunk(run, seen):
     run("--chunk", 2)
-    assert [len(batch) for batch in seen[0].frames] == [2, 2, 1]
+    assert [len(batch) for batch in seen[0].frames] == [2, 1]
+
+
+@pytest.mark.parametrize("propagation, options", [("gated", {"clip_length": 2}),
+                                                  ("plain", {"clip_length": 3}), ("clip", {})])
+def test_a_model_that_reads_clips_follows_no_live_video(run, seen, tmp_path, propagation, options):
+    model = tiny_model(propagation=propagation, **options)
+    config = {"preset": "toy", "propagation": propagation, "model_options": TINY | options}
+    save_checkpoint(tmp_path / "clips.pt", {"model": model.state_dict(), "config": config})
+    with pytest.raises(InputError, match="clips.pt reads clips of several frames: it cannot"):
+        run("--weights", tmp_path / "clips.pt", "--live")
+    run("--weights", tmp_path / "clips.pt", "--short-side", SIDE)
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 9])
+def test_names_for_another_number_of_classes_are_refused(run, seen, tmp_path, count):
+    categories = [{"id": number, "name": f"class of {number}"} for number in range(count)]
+    path = write_json(tmp_path / "names.json", {"categories": categories})
+    with pytest.raises(InputError, match=f"tiny.pt has 3 classes, {path} has {count}"):
+        run("--categories", path)
+    assert not seen and not (tmp_path / "out").exists()

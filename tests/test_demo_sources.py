@@ -94,6 +94,12 @@ def test_a_size_that_no_picture_has_is_refused(size):
         list(demo.read_ppm(io.BytesIO(f"P6\n{size}\n255\n".encode() + bytes(100)), "the pipe"))
 
 
+@pytest.mark.parametrize("size", ["0 5", "5 0", "0 0"])
+def test_a_picture_without_pixels_is_refused(size):
+    with pytest.raises(InputError, match="^the pipe is no stream of PPM pictures"):
+        next(demo.read_ppm(io.BytesIO(f"P6\n{size}\n255\n".encode()), "the pipe"))
+
+
 def test_a_scene_is_the_one_of_the_held_out_split(tmp_path):
     """To the last bit of its JPEG files."""
     suite = synthetic.SUITES["occlusion"]

@@ -372,7 +372,10 @@ def test_the_strip_is_below_the_overlay_where_there_are_gates(layers):
 # Instances that are chosen among others
 
 def three_tracks():
-    """Frames, masks (4, T, H, W), and what was found: the second instance scores little, the third is the first track again."""
+    """Frames, masks (4, T, H, W), and what was found.
+
+    The second instance scores little, and the third is the first track under another label.
+    """
     frames, masks = moving(3)
     masks = torch.stack([masks[0], torch.zeros_like(masks[0]), masks[0].flip(2), masks[1]])
     masks[1, :, 200:230], masks[3, 1] = True, False
@@ -383,7 +386,7 @@ def three_tracks():
 
 @pytest.mark.parametrize("layers", [0, 3])
 def test_who_is_left_out_in_the_middle_lends_nothing_to_the_others(layers):
-    """Masks, gates, captions and colours are those of the instances that are shown, frame by frame."""
+    """Masks, gates, captions and colours are those of the instances that are shown."""
     frames, masks, found = three_tracks()
     found = replace(found, gates=found.gates[..., :layers])
     shown, captions = [0, 3], ["star 0.90", "square 0.50"]
@@ -407,23 +410,28 @@ def test_who_scores_as_much_as_is_asked_for_is_shown():
     assert best_labels(found, 0.75) == [0] and best_labels(found, 0.7500001) == []
 
 
-@pytest.mark.parametrize("milliseconds, count, limit, duration, shown", [(125, 4, 240, 125, 4), (50, 6, 3, 100, 3), (40, 7, 3, 120, 3)])
-def test_an_animation_takes_as_long_as_its_video_and_begins_anew(tmp_path, monkeypatch, milliseconds, count, limit, duration, shown):
-    """Frames that are left out make the others longer."""
+@pytest.mark.parametrize("milliseconds, count, limit, duration, shown", [
+    (125, 4, 240, 125, 4), (50, 6, 3, 100, 3), (40, 7, 3, 120, 3)])
+def test_an_animation_takes_as_long_as_its_video(tmp_path, monkeypatch, milliseconds, count, limit,
+                                                 duration, shown):
+    """Frames that are left out make the others longer; and it begins anew for ever."""
     monkeypatch.setattr(draw, "ANIMATED_FRAMES", limit)
     pictures = (Image.fromarray(numpy.full((16, 24, 3), 30 * t, numpy.uint8)) for t in range(count))
     save_pictures(tmp_path, "short", pictures, count, milliseconds)
     with Image.open(tmp_path / "short.webp") as animation:
         animation.load()
-        assert animation.n_frames == shown and animation.info["loop"] == 0 and animation.info["duration"] == duration
+        assert animation.n_frames == shown
+        assert animation.info["loop"] == 0
+        assert animation.info["duration"] == duration
 
 
 def test_a_caption_stays_inside_of_the_picture():
-    """Above its mask, or at the top of the picture; shifted to the left where it would be cut off."""
+    """Above its mask, or at the top; shifted to the left where it would be cut off."""
     for mask in (rectangle(0, 0), rectangle(0, WIDTH - 60), rectangle(HEIGHT - 40, WIDTH - 60)):
         frame = grey()
-        plain, captioned = (numpy.asarray(overlay(frame, mask[None], [4], [caption])) for caption in ("", "a long caption 0.87"))
+        plain, captioned = (numpy.asarray(overlay(frame, mask[None], [4], [caption]))
+                            for caption in ("", "a long caption 0.87"))
         rows, columns = (plain != captioned).any(2).nonzero()
-        assert numpy.ptp(columns) > 100                       # the whole caption, though the mask is 60 pixels wide
+        assert numpy.ptp(columns) > 100              # all of it, though the mask is 60 pixels wide
         top = mask.any(1).argmax()
         assert rows.max() <= max(top, 20) + 3 and rows.min() >= top - 16

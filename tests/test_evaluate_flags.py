@@ -6,28 +6,34 @@ One test for each flag, named after it; a flag without a test fails the first on
 import json
 import multiprocessing
 import re
+import shutil
 import sys
 from types import SimpleNamespace
 
+import numpy
 import pytest
 import torch
 from PIL import Image
 from torch import nn
 
 import evaluate
+from draw import overlays, save_pictures
 from metric import evaluate_results
 from model import GRAttVIS, build_model
 from runtime.errors import InputError
-from sparse_set import SIDE, VIDEOS, save_tiny_model, sparse_content, write_json, write_sparse_set
+from sparse_set import (SIDE, VIDEOS, part_of_set, perfect_results, save_tiny_model, sparse_content,
+                        write_json, write_sparse_set)
 from synthetic import SUITES, Suite, make_dataset
 from test_bad_input import read_files
 
-LENGTHS = {number: VIDEOS[number][0] for number in sorted(VIDEOS)}     # frames of the videos, in the order of their ids
+# Frames of the videos, in the order of their ids
+LENGTHS = {number: VIDEOS[number][0] for number in sorted(VIDEOS)}
 
 
 def test_every_flag_has_a_test():
     flags = vars(evaluate.parse_arguments([]))
-    assert set(flags) == {name.removeprefix("test_flag_") for name in globals() if name.startswith("test_flag_")}
+    assert set(flags) == {name.removeprefix("test_flag_")
+                          for name in globals() if name.startswith("test_flag_")}
 
 
 @pytest.fixture(scope="module")
@@ -46,22 +52,28 @@ def seen(monkeypatch):
 
     def watched(model, batches, output_size=None, top_k=10):
         batches = list(batches)
+        amp = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
         seen.append(SimpleNamespace(
-            model=model, batches=batches, output_size=output_size, top_k=top_k, training=model.training,
-            amp=torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None,
-            processes=len(multiprocessing.active_children()), found=encode_video(model, batches, output_size, top_k)))
+            model=model, batches=batches, output_size=output_size, top_k=top_k, amp=amp,
+            training=model.training, processes=len(multiprocessing.active_children()),
+            found=encode_video(model, batches, output_size, top_k)))
         return seen[-1].found
 
     monkeypatch.setattr(GRAttVIS, "encode_video", watched)
     return seen
 
 
+def evaluate_with(*arguments):
+    return evaluate.main(evaluate.parse_arguments([str(argument) for argument in arguments]))
+
+
 @pytest.fixture
 def run(folder, tmp_path, seen):
-    """Evaluate tiny.pt on the set into tmp_path/out, but for what the given arguments say; later ones count."""
+    """Evaluate tiny.pt on the set into tmp_path/out, but for what the given arguments say."""
     def run(*arguments):
-        defaults = ["--weights", folder / "tiny.pt", "--data-root", folder, "--workers", 0, "--output", tmp_path / "out"]
-        return evaluate.main(evaluate.parse_arguments([str(argument) for argument in [*defaults, *arguments]]))
+        defaults = ["--weights", folder / "tiny.pt", "--data-root", folder,
+                    "--output", tmp_path / "out", "--device", "cpu", "--workers", 0]
+        return evaluate_with(*defaults, *arguments)                     # later ones count
     return run
 
 
@@ -73,14 +85,18 @@ def test_defaults(run, seen, tmp_path, capsys):
     """What the flags below are to change."""
     run()
     bars = capsys.readouterr().err
-    assert "8/8" in bars and "9/8" not in bars               # frames; and the share of the time spent waiting for them
-    assert all(0 <= int(share) <= 100 for share in re.findall(r"waiting=(-?\d+)%", bars)) and "waiting=" in bars
-    assert [len(call.batches) for call in seen] == [1, 1, 1] and all(not call.processes for call in seen)
+    # Frames; and the share of the time spent waiting for them
+    assert "8/8" in bars and "9/8" not in bars
+    assert all(0 <= int(share) <= 100 for share in re.findall(r"waiting=(-?\d+)%", bars))
+    assert "waiting=" in bars
+    assert [len(call.batches) for call in seen] == [1, 1, 1]
+    assert all(not call.processes for call in seen)
     assert [call.output_size for call in seen] == [VIDEOS[number][1:] for number in LENGTHS]
     assert [tuple(call.batches[0].shape) for call in seen] == [
         (3, 3, SIDE, 45), (3, 3, SIDE, 45), (2, 3, 45, SIDE)]           # 56 x 32 / 40 is 44.8
     assert all(call.amp is None and call.top_k == 10 and not call.training for call in seen)
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"results.json", "results.json.zip", "metrics.json"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "results.json", "results.json.zip", "metrics.json"}
 
 
 # Model
@@ -96,7 +112,7 @@ def test_flag_weights(run, seen, tmp_path):
     other = save_tiny_model(tmp_path / "other.pt", seed=1)
     run("--weights", tmp_path / "other.pt")
     assert torch.equal(seen[0].model.tracker.query_feat.weight, other.tracker.query_feat.weight)
-    found = other.encode_video(seen[-3].batches, VIDEOS[3][1:])
+    found = other.encode_video(seen[0].batches, VIDEOS[3][1:])
     assert torch.equal(found.scores, seen[0].found.scores)
 
 
@@ -105,13 +121,15 @@ def test_flag_preset(run, seen, tmp_path):
     with pytest.raises(InputError, match="give one of .*--preset"):
         run("--weights", tmp_path / "official.pth")
     run("--weights", tmp_path / "official.pth", "--preset", "toy")
-    assert seen[0].batches[0].shape[-2] == 96                           # the short side of that preset
+    # The short side of that preset
+    assert seen[0].batches[0].shape[-2] == 96
 
 
 def test_flag_propagation(run, seen, tmp_path):
     save_official(tmp_path / "official.pth")
     for propagation in ("plain", "clip"):
-        run("--weights", tmp_path / "official.pth", "--preset", "toy", "--short-side", SIDE, "--propagation", propagation)
+        run("--weights", tmp_path / "official.pth", "--preset", "toy", "--short-side", SIDE,
+            "--propagation", propagation)
         assert seen[-1].model.propagation == seen[-1].model.tracker.propagation == propagation
 
 
@@ -126,23 +144,21 @@ def test_flag_gate_mask(run, seen, tmp_path):
 
 def test_flag_data_root(run, seen, tmp_path):
     write_sparse_set(tmp_path / "other")
-    write_json(tmp_path / "other/valid.json", sparse_content() | {"videos": sparse_content()["videos"][:1], "annotations": []})
+    write_json(tmp_path / "other/valid.json", part_of_set(3))
     run("--data-root", tmp_path / "other")
     assert len(seen) == 1
 
 
 def test_flag_split(run, seen, tmp_path):
     write_sparse_set(tmp_path / "set")
-    content = sparse_content()
-    write_json(tmp_path / "set/test.json", content | {"videos": content["videos"][1:2], "annotations": []})
+    write_json(tmp_path / "set/test.json", part_of_set(17))
     run("--data-root", tmp_path / "set", "--split", "test")
     assert [call.output_size for call in seen] == [VIDEOS[17][1:]]
     assert {entry["video_id"] for entry in read_results(tmp_path / "out")} == {17}
 
 
 def test_flag_json(run, seen, folder, tmp_path):
-    content = sparse_content()
-    write_json(tmp_path / "one.json", content | {"videos": content["videos"][2:], "annotations": content["annotations"][2:3]})
+    write_json(tmp_path / "one.json", part_of_set(5))
     run("--json", tmp_path / "one.json", "--images", folder / "JPEGImages")
     assert {entry["video_id"] for entry in read_results(tmp_path / "out")} == {5} and len(seen) == 1
 
@@ -160,7 +176,7 @@ def test_flag_images(run, seen, folder, tmp_path):
 def test_a_json_and_its_images_go_together(folder):
     for flag, path in (("--json", "valid.json"), ("--images", "JPEGImages")):
         with pytest.raises(InputError, match="--json and --images go together"):
-            evaluate.main(evaluate.parse_arguments(["--weights", str(folder / "tiny.pt"), flag, str(folder / path)]))
+            evaluate_with("--weights", folder / "tiny.pt", flag, folder / path)
 
 
 @pytest.fixture
@@ -173,9 +189,8 @@ def suites(tmp_path):
 
 
 def evaluate_suites(folder, *names, sets="sets"):
-    return evaluate.main(evaluate.parse_arguments(
-        ["--weights", str(folder / "six.pt"), "--workers", "0", "--output", str(folder / "out"),
-         "--sets", str(folder / sets), "--suites", *names]))
+    return evaluate_with("--weights", folder / "six.pt", "--device", "cpu", "--workers", 0,
+                         "--output", folder / "out", "--sets", folder / sets, "--suites", *names)
 
 
 def test_flag_suites(suites, seen):
@@ -216,7 +231,8 @@ def test_flag_max_long_side(run, seen):
 def test_flag_top_k(run, seen, tmp_path):
     run("--top-k", 3)
     assert [call.top_k for call in seen] == [3, 3, 3]
-    assert [entry["video_id"] for entry in read_results(tmp_path / "out")] == [3] * 3 + [5] * 3 + [17] * 3
+    video_ids = [entry["video_id"] for entry in read_results(tmp_path / "out")]
+    assert video_ids == [3] * 3 + [5] * 3 + [17] * 3
 
 
 def test_flag_output(run, folder, tmp_path):
@@ -224,16 +240,24 @@ def test_flag_output(run, folder, tmp_path):
     run("--output", tmp_path / "new/place")
     assert (tmp_path / "new/place/metrics.json").exists() and not (tmp_path / "out").exists()
     save_tiny_model(tmp_path / "last.pt")
-    evaluate.main(evaluate.parse_arguments(["--weights", str(tmp_path / "last.pt"), "--data-root", str(folder),
-                                            "--workers", "0"]))
+    evaluate_with("--weights", tmp_path / "last.pt", "--data-root", folder, "--device", "cpu",
+                  "--workers", 0)
     assert (tmp_path / "evaluation/metrics.json").exists()
 
 
-def test_flag_draw(run, tmp_path):
-    """Of the first two videos in the order of the ids."""
-    run("--draw", 2)
+def test_flag_draw(run, seen, folder, tmp_path):
+    """Of the first two videos in the order of the ids, the instances that score 0.3 or more."""
+    run("--draw", 2, "--short-side", 40)
     assert {path.name for path in (tmp_path / "out/overlays").iterdir()} == {
         f"{number:05d}.{suffix}" for number in (3, 5) for suffix in ("png", "webp")}
+    scores = seen[1].found.scores
+    assert (scores >= 0.3).any() and (scores < 0.3).any()
+    frames = [numpy.asarray(Image.open(folder / f"JPEGImages/5/{t}.png")) for t in range(3)]
+    pictures = overlays(frames, seen[1].found, ["ant", "cat", "dog"], 0.3)
+    save_pictures(tmp_path / "expected", "00005", pictures, 3)
+    for name in ("00005.png", "00005.webp"):
+        drawn, expected = (tmp_path / part / name for part in ("out/overlays", "expected"))
+        assert drawn.read_bytes() == expected.read_bytes()
 
 
 def test_flag_plot(run, tmp_path):
@@ -241,8 +265,10 @@ def test_flag_plot(run, tmp_path):
     run("--plot", 1)
     assert {path.name for path in (tmp_path / "out/plots").iterdir()} == {
         "00003.png", "precision_valid.png", "classes_valid.png"}
-    run("--plot", 0, "--output", tmp_path / "none")                     # no video, but the plots of the whole set
-    assert {path.name for path in (tmp_path / "none/plots").iterdir()} == {"precision_valid.png", "classes_valid.png"}
+    # No video, but the plots of the whole set
+    run("--plot", 0, "--output", tmp_path / "none")
+    assert {path.name for path in (tmp_path / "none/plots").iterdir()} == {
+        "precision_valid.png", "classes_valid.png"}
 
 
 def test_plots_without_matplotlib_are_refused_first(run, seen, monkeypatch):
@@ -252,34 +278,31 @@ def test_plots_without_matplotlib_are_refused_first(run, seen, monkeypatch):
     assert not seen
 
 
-def perfect_results():
-    return [{name: entry[name] for name in ("video_id", "category_id", "segmentations")} | {"score": 1}
-            for entry in sparse_content()["annotations"]]
-
-
 def test_flag_results(run, seen, folder, tmp_path):
     path = write_json(tmp_path / "scored/mine.json", perfect_results())
     arguments = ["--results", str(path), "--annotations", str(folder / "valid.json")]
-    metrics = evaluate.main(evaluate.parse_arguments(arguments))
+    metrics = evaluate_with(*arguments)
     assert metrics["AP"] == pytest.approx(1) and not seen
-    assert json.loads((tmp_path / "scored/metrics.json").read_text()) == metrics     # beside the results
+    # Beside the results
+    assert json.loads((tmp_path / "scored/metrics.json").read_text()) == metrics
     run(*arguments)
     assert json.loads((tmp_path / "out/metrics.json").read_text()) == metrics
 
 
 def test_flag_annotations(run, tmp_path):
     """Another ground truth than the set's own, for a model too; and several parts of one."""
-    content = sparse_content()
-    run("--annotations", write_json(tmp_path / "none.json", content | {"annotations": content["annotations"][:1]}))
+    one = sparse_content() | {"annotations": sparse_content()["annotations"][:1]}
+    run("--annotations", write_json(tmp_path / "one.json", one))
     metrics = json.loads((tmp_path / "out/metrics.json").read_text())
-    assert metrics["per_class"]["cat"] == metrics["per_class"]["ant"] == -1 < metrics["per_class"]["dog"]
-    parts = [write_json(tmp_path / f"part{number}.json", content | {
-        "videos": [video], "annotations": [entry for entry in content["annotations"] if entry["video_id"] == video["id"]]})
-        for number, video in enumerate(content["videos"])]
-    metrics = run("--results", write_json(tmp_path / "r.json", perfect_results()), "--annotations", *parts)
-    assert list(metrics["parts"]) == ["part0", "part1", "part2"] and metrics["AP"] == pytest.approx(1)
-    assert metrics["parts"]["part1"] == evaluate_results(
-        [entry for entry in perfect_results() if entry["video_id"] == 17], json.loads(parts[1].read_text()))
+    undefined = {name for name, value in metrics["per_class"].items() if value == -1}
+    assert undefined == {"ant", "cat"}
+    parts = [write_json(tmp_path / f"part{number}.json", part_of_set(number)) for number in VIDEOS]
+    metrics = run("--results", write_json(tmp_path / "r.json", perfect_results()),
+                  "--annotations", *parts)
+    assert list(metrics["parts"]) == ["part3", "part17", "part5"]
+    assert metrics["AP"] == pytest.approx(1)
+    own = [entry for entry in perfect_results() if entry["video_id"] == 17]
+    assert metrics["parts"]["part17"] == evaluate_results(own, part_of_set(17))
 
 
 # Run
@@ -292,19 +315,40 @@ def test_flag_device(run, seen, monkeypatch):
     assert {parameter.device.type for parameter in seen[0].model.parameters()} == {"cpu"}
 
 
-@pytest.mark.parametrize("amp, dtype", [("bf16", torch.bfloat16), ("fp16", torch.float16), ("off", None)])
+@pytest.mark.parametrize("amp, dtype",
+                         [("bf16", torch.bfloat16), ("fp16", torch.float16), ("off", None)])
 def test_flag_amp(run, seen, amp, dtype):
     """Autocast is entered around every video, and the weights of products are cast before."""
     run("--amp", amp)
     assert [call.amp for call in seen] == [dtype] * 3
-    products = {module.weight.dtype for module in seen[0].model.modules() if type(module) in (nn.Linear, nn.Conv2d)}
+    products = {module.weight.dtype for module in seen[0].model.modules()
+                if type(module) in (nn.Linear, nn.Conv2d)}
     assert products == {dtype or torch.float32}
+
+
+def test_flag_skip_bad(run, folder, tmp_path):
+    """A video that cannot be read has no results, and costs the others nothing."""
+    shutil.copytree(folder, tmp_path / "damaged")
+    video = sparse_content()["videos"][0]
+    (tmp_path / "damaged/JPEGImages" / video["file_names"][1]).write_bytes(b"no picture")
+    with pytest.raises(InputError, match="cannot be read"):
+        run("--data-root", tmp_path / "damaged")
+    run("--data-root", tmp_path / "damaged", "--skip-bad", "--output", tmp_path / "rest")
+    run("--output", tmp_path / "whole")
+    expected = [entry for entry in read_results(tmp_path / "whole")
+                if entry["video_id"] != video["id"]]
+    assert read_results(tmp_path / "rest") == expected
 
 
 def test_flag_compile(run, seen, tmp_path, monkeypatch):
     """Here by a compiler that changes nothing: the results are the same but for rounding."""
     compiled = []
-    monkeypatch.setattr(torch, "compile", lambda function, **options: compiled.append(function) or function)
+
+    def compile_nothing(function, **options):
+        compiled.append(function)
+        return function
+
+    monkeypatch.setattr(torch, "compile", compile_nothing)
     run()
     assert not compiled
     run("--compile", "--output", tmp_path / "compiled")

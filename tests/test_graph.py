@@ -1,4 +1,4 @@
-"""Without a GPU nothing is recorded and nothing runs beside: a function is called, with gradients where they are wanted."""
+"""Without a GPU nothing is recorded and nothing runs beside: a function is simply called."""
 import copy
 import pickle
 

@@ -285,7 +285,7 @@ def test_bad_results_are_refused(results, message):
         ({"videos": [], "categories": []}, "an empty list of videos"),
         ({"videos": {}, "categories": [], "annotations": []}, "no list of videos"),
         (truth(annotation(LEFT)) | {"annotations": {"id": 1}}, "annotations that are no list"),
-        (truth({"id": 1, "video_id": 1}), "annotation 1 of the ground truth has category_id None, which is no id"),
+        (truth({"id": 1, "video_id": 1}), "annotations that refer to no video or category: 1"),
         (truth(annotation(LEFT[:3])), "annotation 1 of the ground truth has 3 segmentations, its video has 4 frames"),
         (truth(annotation(LEFT) | {"video_id": [1]}), r"annotation 1 .* has video_id \[1\], which is no id"),
         (truth(annotation(LEFT) | {"iscrowd": 2}), "annotation 1 .* has iscrowd 2, which is neither 0 nor 1"),
@@ -409,7 +409,8 @@ def test_against_naive_implementation(seed, monkeypatch):
 
 def test_the_mean_of_parts_is_that_of_what_is_defined():
     """A class or a size that a part does not have counts in the others alone."""
-    parts = [{"AP": 0.5, "APl": -1.0, "per_class": {"ant": 0.2, "bee": -1.0}}, {"AP": 0.1, "APl": 0.4, "per_class": {"bee": 0.6}},
+    parts = [{"AP": 0.5, "APl": -1.0, "per_class": {"ant": 0.2, "bee": -1.0}},
+             {"AP": 0.1, "APl": 0.4, "per_class": {"bee": 0.6}},
              {"AP": 0.0, "APl": -1.0, "per_class": {"cat": -1.0, "ant": 0.4}}]
     mean = metric.mean_metrics(parts)
     assert (mean["AP"], mean["APl"]) == pytest.approx((0.2, 0.4))
@@ -418,8 +419,10 @@ def test_the_mean_of_parts_is_that_of_what_is_defined():
 
 def test_curves_are_in_the_order_of_category_ids():
     """Wherever the categories stand in the file: the K axis is that of 3, 7, 90, 1000."""
-    ground_truth = truth(annotation(LEFT, category=90), annotation(RIGHT, category=3), categories=(90, 1000, 7, 3))
-    precision, recall, scores = metric.accumulate([prediction(LEFT, category=90), prediction(LEFT, category=3, score=0.4)], ground_truth)
+    ground_truth = truth(annotation(LEFT, category=90), annotation(RIGHT, category=3),
+                         categories=(90, 1000, 7, 3))
+    results = [prediction(LEFT, category=90), prediction(LEFT, category=3, score=0.4)]
+    precision, recall, scores = metric.accumulate(results, ground_truth)
     assert recall[0, :, 0, 2].tolist() == [0, -1, 1, -1]
     assert precision[0, 0, :, 0, 2].tolist() == pytest.approx([0, -1, 1, -1])
     assert scores[0, 0, :, 0, 2].tolist() == [0.4, -1, 0.9, -1]
@@ -434,6 +437,7 @@ def test_annotations_of_videos_that_are_not_listed_do_not_count():
 
 def test_no_polygon_is_an_empty_mask():
     half = annotation(LEFT[:2] + [None] * 2)
+    results = [prediction(LEFT[:2] + [[], None])]
     for nothing in ([], None):
         ground_truth = truth(half | {"segmentations": LEFT[:2] + [None, nothing]})
-        assert metric.evaluate_results([prediction(LEFT[:2] + [[], None])], ground_truth)["AP"] == pytest.approx(1)
+        assert metric.evaluate_results(results, ground_truth)["AP"] == pytest.approx(1)

@@ -153,3 +153,63 @@ def test_a_sentence_where_matplotlib_is_missing(tmp_path, monkeypatch):
         with pytest.raises(InputError, match="matplotlib"):
             wanted()
     assert not list(tmp_path.iterdir())
+
+
+# What is drawn, as matplotlib has it
+
+@pytest.fixture
+def figure(monkeypatch):
+    """The axes of the last figure that was saved, when it is called."""
+    from matplotlib.figure import Figure
+    saved, savefig = [], Figure.savefig
+
+    def save(figure, path, **options):
+        saved.append(figure)
+        savefig(figure, path, **options)
+
+    monkeypatch.setattr(Figure, "savefig", save)
+    return lambda: saved[-1].axes[0]
+
+
+def test_the_curves_of_precision_are_means_over_the_classes_that_are_there(tmp_path, figure):
+    """Of all sizes, with 100 predictions a video; the legend names each overlap and its AP."""
+    precision = numpy.random.default_rng(0).random((10, 101, 3, 4, 3))
+    precision[:, :, 1] = -1                                 # a class that the ground truth has not
+    plot_precision(tmp_path / "precision.png", precision)
+    expected = precision[:, :, [0, 2], 0, 2].mean(2)
+    lines, legend = figure().lines, [text.get_text() for text in figure().get_legend().get_texts()]
+    assert len(lines) == 10
+    for number, (line, curve) in enumerate(zip(lines, expected)):
+        assert numpy.allclose(line.get_xdata(), numpy.linspace(0, 1, 101))
+        assert numpy.allclose(line.get_ydata(), curve)
+        assert legend[number] == f"{0.5 + 0.05 * number:.2f}: AP {100 * curve.mean():.1f}"
+
+
+def test_the_bars_of_classes_are_percent_and_the_best_is_on_top(tmp_path, figure):
+    plot_classes(tmp_path / "classes.png", {"ant": 0.2, "bee": -1.0, "cat": 0.75, "dog": 0.0})
+    axes = figure()
+    assert [bar.get_width() for bar in axes.patches] == [75, 20, 0]
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["cat", "ant", "dog"]
+    assert axes.yaxis_inverted()
+
+
+def test_the_rows_of_a_timeline_are_those_of_the_instances_shown(tmp_path, figure):
+    """The second instance scores too little, the fourth is the first track under another label."""
+    masks = torch.stack([seen_in(1, 1, 0), seen_in(1, 0, 1), seen_in(0, 1, 1), seen_in(1, 1, 1)])
+    found = video_of(masks, [5, 6, 8, 5], [0.9, 0.1, 0.6, 0.5])
+    gates = torch.from_numpy(numpy.random.default_rng(0).random((4, 3, 3)) < 0.5)
+    found = replace(found, gates=gates, labels=torch.tensor([2, 0, 1, 0]))
+    plot_timeline(tmp_path / "video.png", found, NAMES, 0.3)
+    axes = figure()
+    captions = [text.get_text() for text in axes.get_yticklabels()]
+    assert captions == ["star #5 0.90", "square #8 0.60"]
+    assert axes.get_xlim() == (0, 3) and axes.get_ylim() == (2, 0)
+    bars = [sorted(path.vertices[:, 0].min() for path in bar.get_paths())
+            for bar in axes.collections]
+    assert bars == [[0, 1], [1, 2]]                         # where the parts of a bar begin
+    colours = [tuple(numpy.round(255 * bar.get_facecolor()[0, :3]).astype(int))
+               for bar in axes.collections]
+    assert colours == [colour_of(5), colour_of(8)]
+    for image, index in zip(axes.images, (0, 2), strict=True):
+        assert numpy.allclose(image.get_array(), gates[index].double().mean(1)[None])
+        assert image.get_clim() == (-0.25, 1) and image.get_extent()[:2] == [0, 3]

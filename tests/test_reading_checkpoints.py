@@ -232,7 +232,7 @@ class Call:
 
 HOSTILE = {
     "posix.system": (os.system, "touch harm"), "builtins.eval": (eval, "open('harm', 'w')"),
-    "builtins.exec": (exec, "open('harm', 'w')"), "io.open": (open, "harm", "w"),
+    "builtins.exec": (exec, "open('harm', 'w')"), f"{open.__module__}.open": (open, "harm", "w"),
     "subprocess.Popen": (subprocess.Popen, ["touch", "harm"]),
     "shutil.copy": (shutil.copy, "/etc/hostname", "harm"),
     "builtins.__import__": (__import__, "harm"), "builtins.compile": (compile, "1", "", "exec"),

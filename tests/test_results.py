@@ -5,8 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from results import (RunningScores, best_pairs, check_finite, class_probabilities, mask_confidence, resize_masks,
-                     with_mask_scores)
+from results import (RunningScores, best_pairs, check_finite, class_probabilities, mask_confidence,
+                     resize_masks, with_mask_scores)
 
 
 @pytest.mark.parametrize("size, output", [((40, 56), None), ((40, 56), (40, 56)), ((33, 60), (80, 112)), ((40, 64), (25, 31)),
@@ -35,18 +35,21 @@ def test_mask_confidence_is_a_loop():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_large_masks_in_16_bit_have_the_confidence_of_float32(dtype):
-    """A sum of 262,144 probabilities is more than float16 can hold, and far more than its digits."""
+    """A sum of 262,144 probabilities is more than float16 can hold."""
     torch.manual_seed(0)
     logits = (3 * torch.randn(2, 512, 512)).to(dtype)
     logits[0].abs_()
-    for found, expected in zip(mask_confidence(logits), mask_confidence(logits.float()), strict=True):
+    for found, expected in zip(mask_confidence(logits), mask_confidence(logits.float()),
+                               strict=True):
         assert found.dtype == expected.dtype and torch.equal(found, expected)
     mask_sum, mask_area = mask_confidence(logits)
     inside = logits.double()[0].sigmoid()[logits[0] > 0]
-    assert mask_area[0] == len(inside) > 2 ** 17 and mask_sum[0].item() == pytest.approx(inside.sum().item(), rel=1e-5)
+    assert mask_area[0] == len(inside) > 2 ** 17
+    assert mask_sum[0].item() == pytest.approx(inside.sum().item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("scores", [[0.5, math.nan, 0.1], [math.inf, 0.5], [0.2, -math.inf], [math.nan] * 3], ids=str)
+@pytest.mark.parametrize("scores", [[0.5, math.nan, 0.1], [math.inf, 0.5],
+                                    [0.2, -math.inf], [math.nan] * 3], ids=str)
 def test_one_score_that_is_not_finite_is_told(scores):
     with pytest.raises(FloatingPointError, match="the scores are not finite"):
         check_finite(torch.tensor(scores))
@@ -64,15 +67,18 @@ def test_the_best_pairs_of_query_and_class():
 
 def test_mask_scores_change_the_order():
     """A class score times the mean probability inside the mask; a mask of no pixels scores nothing."""
-    scores, order = with_mask_scores(torch.tensor([0.9, 0.8, 0.7, 0.7]), torch.tensor([5.0, 9.0, 0.0, 8.0]),
-                                     torch.tensor([10, 10, 0, 10]))
-    assert order.tolist() == [1, 3, 0, 2] and scores.tolist() == pytest.approx([0.72, 0.56, 0.45, 0])
+    scores, order = with_mask_scores(torch.tensor([0.9, 0.8, 0.7, 0.7]), torch.tensor(
+        [5.0, 9.0, 0.0, 8.0]), torch.tensor([10, 10, 0, 10]))
+    assert order.tolist() == [1, 3, 0, 2]
+    assert scores.tolist() == pytest.approx([0.72, 0.56, 0.45, 0])
 
 
 def test_scores_of_two_parts_of_a_video():
     """The maximum of class scores, the sums of all else."""
-    one = RunningScores(torch.tensor([[0.1, 0.9], [0.5, 0.2]]), torch.tensor([2.0, 3.0]), torch.tensor([4, 5]))
-    other = RunningScores(torch.tensor([[0.3, 0.8], [0.1, 0.6]]), torch.tensor([1.0, 0.5]), torch.tensor([2, 1]))
+    one = RunningScores(torch.tensor([[0.1, 0.9], [0.5, 0.2]]),
+                        torch.tensor([2.0, 3.0]), torch.tensor([4, 5]))
+    other = RunningScores(torch.tensor([[0.3, 0.8], [0.1, 0.6]]),
+                          torch.tensor([1.0, 0.5]), torch.tensor([2, 1]))
     for both in (one.joined(other), other.joined(one)):
         assert both.class_scores.tolist() == [pytest.approx([0.3, 0.9]), pytest.approx([0.5, 0.6])]
         assert both.mask_sum.tolist() == [3, 3.5] and both.mask_area.tolist() == [6, 6]
@@ -86,7 +92,8 @@ def test_scores_of_two_parts_of_a_video():
 def test_probabilities_of_classes_leave_out_no_object(dtype):
     logits = torch.tensor([[1.0, 2.0, 3.0], [0.0, 0.0, 0.0]], dtype=dtype)
     found = class_probabilities(logits)
-    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32) and found.shape == (2, 2)
+    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert found.shape == (2, 2)
     total = sum(math.exp(value) for value in (1, 2, 3))
     assert found[0].tolist() == pytest.approx([math.exp(1) / total, math.exp(2) / total])
     assert found[1].tolist() == pytest.approx([1 / 3, 1 / 3])

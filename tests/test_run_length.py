@@ -247,3 +247,13 @@ def test_packed_codes_come_out_as_they_went_in(lengths):
     orders = [[place, place + 3, (place + 3) % 6, place, place, place + 3] for place in range(3)]
     assert kept.take([2, 0, 2]) == [[text[number] for number in orders[thing]] for thing in (2, 0, 2)]
     assert not kept.parts
+
+
+def test_packed_codes_stay_in_the_order_of_the_frames():
+    """Of three instances, four frames that were added one by one and two together."""
+    frames = [[f"{thing}{frame}".encode() * (thing + 1) for thing in range(3)]
+              for frame in range(6)]
+    kept = PackedCodes(3)
+    for codes in (*frames[:4], frames[4] + frames[5]):
+        kept.add(codes)
+    assert kept.take([1, 0]) == [[frame[thing].decode() for frame in frames] for thing in (1, 0)]
