@@ -19,11 +19,12 @@ PADDING = 128                                   # grey level around a picture th
 
 
 def short_side_size(height: int, width: int, short_side: int, max_long_side: int) -> tuple[int, int]:
-    """(height, width) with the short side at `short_side`, unless the long one would exceed `max_long_side`."""
+    """(height, width) with the short side at `short_side`, unless the long one would exceed
+    `max_long_side`; at least one pixel each."""
     scale = short_side / min(height, width)
     if max(height, width) * scale > max_long_side:
         scale = max_long_side / max(height, width)
-    return int(height * scale + 0.5), int(width * scale + 0.5)
+    return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 
 
 @dataclass
@@ -68,6 +69,7 @@ class Augmentation:
             size = (sides * generator.uniform(self.crop_size, 1) + 0.5).astype(int)
         else:
             size = [generator.integers(min(side, self.crop_size[0]), min(side, self.crop_size[1]) + 1) for side in sides]
+        size = np.maximum(size, 1)                                 # a share can round to 0
         room = sides - size
         start = generator.integers(0, room + 1)
         end = generator.integers(start, room + 1)

@@ -14,16 +14,20 @@ no random states: every training step seeds its generators from (seed, step, ran
 import argparse
 import os
 import re
+import reprlib
+import sys
+import unicodedata
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from reprlib import repr as shown
+from typing import get_type_hints
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from model import PRESETS, TEST_SIDES, GRAttVIS, build_model
-from reading.checkpoints import read_file
+from reading.checkpoints import Placeholder, read_file
 from runtime.errors import InputError, cli_errors
 from runtime.files import atomic_write
 
@@ -82,12 +86,22 @@ RENAMES = [(re.compile(pattern), replacement) for pattern, replacement in [
     (r"^tracker\.pre_query_embed_k\.", "tracker.query_key."),
     (r"^tracker\.pre_query_embed_v\.", "tracker.query_value."),
 ]]
-# Not weights of this model: constants of the losses and of the input, classifiers of ImageNet backbones.
-IGNORED = re.compile(r"(criterion\.empty_weight|attn_mask)$|^pixel_(mean|std)$"
-                     r"|^backbone\.(fc|head|norm|stem\.fc)\.")
+# Not weights of this model: constants of the losses and of the input, classifiers of ImageNet
+# backbones, what PyTorch keeps beside an average or a module.
+IGNORED = re.compile(r"(criterion\.empty_weight|attn_mask|_extra_state)$|^pixel_(mean|std)$"
+                     r"|^n_averaged$|^backbone\.(fc|head|norm|stem\.fc)\.")
+# Under these names training tools keep the state dict, between other things.
+WRAPPERS = ("model", "state_dict", "model_state_dict", "module", "net")
+# What DataParallel, torch.compile, FSDP and activation checkpointing put into names, anywhere.
+WRAPPING_MODULES = re.compile(
+    r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 BACKBONE_ROOTS = ("stem.", "conv1.", "patch_embed.", "features.")  # a backbone alone, without "backbone." in front
 MODEL_ROOTS = ("backbone.", "pixel_decoder.", "frame_decoder.", "tracker.", "sem_seg_head.", "vita_module.")
 SHIPPED_WEIGHTS = Path(__file__).with_name("weights") / "small.pt"  # trained on synthetic suites; found from any folder
+MOST_PIXELS = 10_000  # of a frame's short side
+MOST_OPTION = {"frame_layers": sys.maxsize, "pixel_layers": sys.maxsize, "swin_window": 1000,
+               "tracker_decoder_layers": sys.maxsize, "tracker_encoder_layers": sys.maxsize}
 CLASS_LAYERS = ("frame_decoder.class_embed.", "tracker.class_embed.")
 
 
@@ -110,36 +124,74 @@ class LoadReport:
         return "; ".join(parts)
 
 
-def translate(contents: dict, source: str = "the state dict") -> tuple[dict[str, Tensor], list[str]]:
-    """A file's contents -> ({our name: tensor}, ignored names); InputError if no entry belongs to this model family."""
-    for wrapper in ("model", "state_dict"):
-        if isinstance(contents.get(wrapper), dict):
-            contents = contents[wrapper]
-    entries = {name.removeprefix("module."): value for name, value in contents.items() if isinstance(name, str)}
-    if any(name.startswith(BACKBONE_ROOTS) for name in entries):
-        entries = {f"backbone.{name}": value for name, value in entries.items()}
-    if not any(name.startswith(MODEL_ROOTS) for name in entries):
-        raise InputError(f"{source} is no checkpoint of this model family: none of its entries is known, "
-                         f"it has {len(entries)}, such as {shown(next(iter(entries), None))}")
+def shown(value) -> str:
+    """A value for a sentence: short, and on one line."""
+    return " ".join(reprlib.repr(value).split())
+
+
+def find_state_dict(contents: dict, levels: int = 3) -> dict:
+    """The named tensors in a file's contents, which may be under one of WRAPPERS or several."""
+    inside = [find_state_dict(contents[wrapper], levels - 1) for wrapper in WRAPPERS
+              if levels and isinstance(contents.get(wrapper), dict)]
+    for candidate in (*inside, contents):
+        if any(isinstance(value, (Tensor, np.ndarray)) for value in candidate.values()):
+            return candidate
+    return inside[0] if inside else contents
+
+
+def strip_prefixes(name: str) -> str:
+    """A name without what training tools add to it: "module.model._orig_mod.a.b" -> "a.b"."""
+    return re.sub(r"^(model\.)+", "", WRAPPING_MODULES.sub("", name))
+
+
+def translate(contents: dict,
+              source: str = "the state dict") -> tuple[dict[str, Tensor], list[str]]:
+    """A file's contents -> ({our name: tensor}, ignored names).
+
+    Ignored are constants, and what is no tensor, such as the number of an epoch. InputError if no
+    entry belongs to this model family, or if what has the name of a weight is no tensor.
+    """
+    entries = [(strip_prefixes(name), value)
+               for name, value in find_state_dict(contents).items() if isinstance(name, str)]
+    prefix = "backbone." if any(name.startswith(BACKBONE_ROOTS) for name, _ in entries) else ""
+    if not any((prefix + name).startswith(MODEL_ROOTS) for name, _ in entries):
+        whole = [part.name for part in map(contents.get, WRAPPERS) if isinstance(part, Placeholder)]
+        if whole:
+            raise InputError(f"{source} holds a whole {whole[0]}: save its state_dict() instead")
+        example = shown(entries[0][0]) if entries else None
+        raise InputError(f"{source} is no checkpoint of this model family: none of its entries is "
+                         f"known, it has {len(entries)}, such as {example}")
     translated, ignored = {}, []
-    for name, value in entries.items():
-        if not name.isprintable():
-            raise InputError(f"{source} has an entry called {shown(name)}, which is no name")
-        if IGNORED.search(name):
+    for entry, value in entries:
+        if not entry.isprintable():
+            raise InputError(f"{source} has an entry called {shown(entry)}, which is no name")
+        name = prefix + entry
+        weight = isinstance(value, (Tensor, np.ndarray, np.generic))
+        named_like_one = "." in entry and name.startswith(MODEL_ROOTS)
+        if IGNORED.search(name) or not (weight or named_like_one):
             ignored.append(name)
             continue
-        if isinstance(value, np.ndarray):
-            try:
-                value = torch.from_numpy(value)
-            except (TypeError, ValueError) as error:
-                raise InputError(f"{source}: entry {name} is an array that PyTorch cannot read: {error}") from error
-        if not isinstance(value, Tensor):
-            raise InputError(f"{source}: entry {name} is a {type(value).__name__}, not a tensor")
         for pattern, replacement in RENAMES:
             name = pattern.sub(replacement, name)
+        if name in translated:
+            raise InputError(f"{source} has several entries for {name}, one called {entry}")
+        value = as_tensor(value, f"{source}: entry {entry}")
         # torchvision keeps this table flat
         translated[name] = value.flatten() if name.endswith("relative_position_index") else value
     return translated, ignored
+
+
+def as_tensor(value, label: str) -> Tensor:
+    """An array or a number of NumPy as a tensor; InputError for what is no tensor."""
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, (np.ndarray, np.generic)):
+        try:
+            return torch.from_numpy(np.asarray(value, order="C"))  # which has no negative strides
+        except TypeError as error:
+            raise InputError(f"{label} is {value.dtype}, which PyTorch does not have") from error
+    kind = value.name if isinstance(value, Placeholder) else type(value).__name__
+    raise InputError(f"{label} is a {kind}" + ", not a tensor" * (not kind.startswith("tensor")))
 
 
 def load_weights(model: nn.Module, source: str | Path | dict, reset_classes: bool = False) -> LoadReport:
@@ -166,6 +218,7 @@ def load_weights(model: nn.Module, source: str | Path | dict, reset_classes: boo
             else:
                 raise InputError(f"{label} does not fit the model: {name} is {theirs} there and {ours} here")
         else:
+            check_dtype(weights[name], own[name], f"{label}: entry {name}")
             report.loaded.append(name)
             continue
         del weights[name]
@@ -175,6 +228,22 @@ def load_weights(model: nn.Module, source: str | Path | dict, reset_classes: boo
         raise InputError(f"{label}: none of its {len(report.unexpected)} entries is part of this model")
     model.load_state_dict(weights, strict=False)
     return report
+
+
+def check_dtype(theirs: Tensor, ours: Tensor, label: str) -> None:
+    """InputError unless the values can be taken as they are: for weights, real numbers of 16 bit or
+    more, for counters and tables of indices, whole numbers."""
+    dtype = str(theirs.dtype).removeprefix("torch.")
+    real = theirs.dtype in FLOAT_DTYPES
+    if ours.is_floating_point():
+        if not real:
+            raise InputError(f"{label} is {dtype}: weights must be float16, bfloat16, float32 or "
+                             "float64")
+    elif theirs.is_floating_point():  # as .half() of all entries makes them
+        if not real or theirs.dtype == torch.bfloat16 or not torch.equal(theirs, theirs.round()):
+            raise InputError(f"{label} is {dtype}: it must hold whole numbers, exactly")
+    elif theirs.is_complex() or theirs.dtype == torch.bool:
+        raise InputError(f"{label} is {dtype}: it must hold whole numbers")
 
 
 def load_backbone(model: GRAttVIS, source: str, name: str) -> LoadReport:
@@ -214,29 +283,37 @@ def model_from_checkpoint(path: str | Path, preset: str | None = None, propagati
     contents = read_file(path)
     config = read_config(contents, path)
     weights, _ = translate(contents, str(path))
-    if "tracker.class_embed.weight" not in weights or not weights["tracker.class_embed.weight"].ndim:
-        raise InputError(f"{path} has no tracker: it can start a training (--init), but segments no videos")
+    classes = weights.get("tracker.class_embed.weight")
+    if classes is None or classes.ndim != 2 or not classes.numel():
+        raise InputError(f"{path} has no tracker: it can start a training (--init), but segments "
+                         "no videos")
     preset = stated("preset", preset, config.get("preset"), path)
     if preset is None:
-        raise InputError(f"{path} does not say its preset: give one of {', '.join(PRESETS)} (--preset)")
-    propagation = stated("propagation", propagation, config.get("propagation") or read_propagation(weights), path)
+        raise InputError(f"{path} does not say its preset: give one of {', '.join(PRESETS)} "
+                         "(--preset)")
+    found = config.get("propagation") or read_propagation(weights)
+    propagation = stated("propagation", propagation, found, path)
     if propagation is None:
-        raise InputError(f'{path} may be "plain" or "clip", its names cannot tell: say which (--propagation)')
+        raise InputError(f'{path} may be "plain" or "clip", its names cannot tell: say which '
+                         "(--propagation)")
     options = config.get("model_options", {})
     for name, value in overrides.items():
-        options = options | {name: stated(name.replace("_", " "), value, options.get(name), path)}
-    num_classes = len(weights["tracker.class_embed.weight"]) - 1
+        value = stated(name.replace("_", " "), value, options.get(name), path)
+        options = options | {name: value}
+    refusal = f"{path} asks for a model that cannot be built: "
+    if any(size > len(weights) for name, size in options.items() if name.endswith("_layers")):
+        raise InputError(f"{refusal}it has more layers than the file has entries")
+    build = partial(build_model, preset, len(classes) - 1, propagation, **options)
     try:
-        if any(size > len(weights) for name, size in options.items() if name.endswith("_layers")):
-            raise ValueError("it has more layers than the file has entries")
-        with torch.device("meta"):                                # takes no memory
-            needed = sum(value.numel() for value in build_model(preset, num_classes, propagation, **options).state_dict().values())
-        held = sum(value.numel() for value in weights.values())
-        if needed > 2 * held:                                     # a little less gets a report of what is missing
-            raise ValueError(f"it has {needed} numbers, the file {held}")
-        model = build_model(preset, num_classes, propagation, **options).eval()
-    except Exception as error:                                    # options of a file are of any type and any size
-        raise InputError(f"{path} asks for a model that cannot be built: {' '.join(str(error).split()) or repr(error)}") from error
+        with torch.device("meta"):  # takes no memory
+            outline = build()
+    except ValueError as error:     # names that nothing has, sizes that do not go together
+        raise InputError(f"{refusal}{error}") from error
+    needed = sum(value.numel() for value in outline.state_dict().values())
+    held = sum(value.numel() for value in weights.values())
+    if needed > 2 * held:           # a little less gets a report of what is missing
+        raise InputError(f"{refusal}it has {needed} numbers, the file {held}")
+    model = build().eval()
     report = load_weights(model, contents)
     if report.missing or report.unexpected:
         raise InputError(f"{path} does not fit a {preset} with {propagation} propagation: {report}")
@@ -244,18 +321,71 @@ def model_from_checkpoint(path: str | Path, preset: str | None = None, propagati
 
 
 def read_config(contents: dict, path: str | Path) -> dict:
-    """The config of a file of ours, {} of another; InputError if it is not as train.py writes it."""
-    config = {} if contents.get("config") is None else contents["config"]
-    try:
-        texts = [config.get("preset"), config.get("propagation"), *config.get("model_options", {})]
-        texts += [name for _, name in config.get("categories", [])]
-        if type(config.get("test_short_side", 1)) is int and config.get("test_short_side", 1) > 0 and all(
-                text is None or isinstance(text, str) and text.isprintable() for text in texts) and not any(
-                isinstance(option, (Tensor, np.ndarray)) for option in config.get("model_options", {}).values()):
-            return config
-    except (AttributeError, TypeError, ValueError) as error:
-        raise InputError(f"{path} holds a config that training did not write: {error!r}") from error
-    raise InputError(f"{path} holds a config that training did not write")
+    """The config of a file of ours; {} of another, whose config names no preset.
+
+    InputError if it is not as train.py writes it: every value has the type and the range that the
+    programs rely on.
+    """
+    config = contents.get("config")
+    if not isinstance(config, dict) or config.get("preset") is None:
+        return {}
+    options, categories = config.get("model_options", {}), config.get("categories", [])
+    valid = {
+        "preset": is_name(config["preset"]),
+        "propagation": is_name(config.get("propagation", "")),
+        "test_short_side": is_whole(config.get("test_short_side", 1), 1, MOST_PIXELS),
+        "categories": isinstance(categories, (list, tuple)) and all(
+            isinstance(category, (list, tuple)) and len(category) == 2 and is_name(category[1])
+            for category in categories),
+        "model_options": isinstance(options, dict) and all(map(is_name, options)),
+        "args": isinstance(config.get("args", {}), dict),
+    }
+    for name in valid:
+        if not valid[name]:
+            raise InputError(f"{path} holds a config that training did not write: {name} is "
+                             f"{shown(config[name])}")
+    check_options(options, path)
+    return config
+
+
+def read_run(path: str | Path) -> dict:
+    """The contents of a checkpoint that train.py can go on from; InputError if it is none."""
+    contents = read_file(path)
+    config = read_config(contents, path)
+    if "args" not in config or not isinstance(contents.get("optimizer"), dict) or \
+            not is_whole(contents.get("step"), 0, sys.maxsize):
+        raise InputError(f"{path} is no checkpoint of a training run: start from it with --init")
+    return contents
+
+
+def is_name(value) -> bool:
+    """Whether it is text of one line; invisible joiners are part of words in some scripts."""
+    return isinstance(value, str) and not any(
+        unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") for letter in value)
+
+
+def is_whole(value, least: int, most: int) -> bool:
+    return type(value) is int and least <= value <= most
+
+
+def check_options(options: dict, path: str | Path) -> None:
+    """InputError unless all are arguments of GRAttVIS, of the type that it states and in range."""
+    types = get_type_hints(GRAttVIS.__init__)
+    for name, value in options.items():
+        if name not in types or name in ("num_classes", "propagation", "return"):
+            raise InputError(f"{path} asks for a model that cannot be built: GRAttVIS has no "
+                             f"option {name}")
+        least = 0 if name in ("window", "pixel_layers", "tracker_encoder_layers") else 1
+        most = MOST_OPTION.get(name, 10 ** 6)
+        takes_numbers = isinstance(least, types[name])
+        if type(value) is int:
+            valid = takes_numbers and least <= value <= most
+        else:  # neither a float nor a bool is a number here
+            valid = isinstance(value, (str, type(None))) and isinstance(value, types[name])
+        if not valid:
+            expected = f"a whole number from {least} to {most}" if takes_numbers else "a name"
+            raise InputError(f"{path} asks for a model that cannot be built: {name} is "
+                             f"{shown(value)}, not {expected}")
 
 
 def default_short_side(config: dict, preset: str | None) -> int:
@@ -283,19 +413,22 @@ def save_checkpoint(path: str | Path, contents: dict) -> None:
 
 
 def save_weights(source: str | Path, target: str | Path) -> int:
-    """Write what another program needs of a training checkpoint, and no more; returns the file's bytes.
+    """Write what another program needs of a training checkpoint, and no more; returns the bytes.
 
-    The averaged weights where there are some; tables and matrices in float16, norms and biases as they are. InputError if the target
-    exists, or a weight is too large for float16."""
+    The averaged weights where there are some; tables and matrices in float16, norms and biases as
+    they are. InputError if the target exists, or a weight is too large for float16.
+    """
     contents, target = read_file(source), Path(target)
-    config = contents.get("config")
-    if not isinstance(config, dict) or not isinstance(contents.get("model"), dict):
+    config = read_config(contents, source)
+    if not config or not isinstance(contents.get("model"), dict):
         raise InputError(f"{source} is no checkpoint of train.py")
     if target.exists():
         raise InputError(f"{target} exists: choose another name, or remove it")
-    averaged = {name.removeprefix("module."): value for name, value in contents.get("ema", {}).items() if name.startswith("module.")}
+    averaged = contents.get("ema")
+    state = averaged if averaged and isinstance(averaged, dict) else contents["model"]
+    weights, _ = translate(state, str(source))
     weights = {name: value.half() if value.is_floating_point() and value.ndim > 1 else value
-               for name, value in (averaged or contents["model"]).items()}
+               for name, value in weights.items()}
     if not all(value.isfinite().all() for value in weights.values()):
         raise InputError(f"{source} has weights that float16 cannot hold, or that are not finite")
     target.parent.mkdir(parents=True, exist_ok=True)

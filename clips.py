@@ -18,6 +18,7 @@ from torchvision import tv_tensors
 
 from augmentation import Augmentation
 from data import Video, VideoSet, read_frame, read_mask
+from reading.annotations import Skipped
 from runtime.errors import InputError
 from scenes import CATEGORIES
 from synthetic import HEIGHT, SUITES, WIDTH, make_video
@@ -74,7 +75,8 @@ class ClipDataset(Dataset):
         self.videos = [video for video in videos.videos
                        if any(not annotation.get("iscrowd") for annotation in video.annotations)]
         if not self.videos:
-            raise InputError(f"{videos.path} has no annotated video to train on")
+            left_out = "; ".join(["", *videos.skipped.sentences()])
+            raise InputError(f"{videos.path} has no annotated video to train on{left_out}")
         if frames < 1 or reach < 1:
             raise InputError(f"clips need at least one frame and a reach of one, not {frames} and {reach}")
         self.categories, self.skipped, self.paths = videos.categories, videos.skipped, [videos.path]
@@ -121,7 +123,7 @@ class RenderedClips(Dataset):
 
     def __init__(self, suites: list[str], frames: int, reach: int, augmentation: Augmentation, seed: int = 0):
         self.names = list(suites)
-        self.categories, self.skipped, self.paths = list(enumerate(CATEGORIES, 1)), [], []
+        self.categories, self.skipped, self.paths = list(enumerate(CATEGORIES, 1)), Skipped(), []
         self.frames, self.reach, self.augmentation, self.seed = frames, reach, augmentation, seed
 
     def __getitem__(self, index: int) -> Clip:
@@ -148,12 +150,13 @@ class MixedClips(Dataset):
     def __init__(self, sources: list[ClipDataset], ratios: list[float], seed: int = 0):
         if len(sources) != len(ratios) or min(ratios) < 0 or sum(ratios) <= 0:
             raise InputError(f"{len(sources)} sources cannot be mixed by the ratios {ratios}")
-        if any(source.categories != sources[0].categories for source in sources):
+        names = [[name for _, name in source.categories] for source in sources]
+        if any(other != names[0] for other in names):
             raise InputError("sources of other categories cannot be mixed")
         self.sources, self.shares, self.seed = sources, np.array(ratios) / sum(ratios), seed
         self.categories = sources[0].categories
         self.videos = [video for source in sources for video in source.videos]
-        self.skipped = [sentence for source in sources for sentence in source.skipped]
+        self.skipped = Skipped(source.skipped for source in sources)
         self.paths = [path for source in sources for path in source.paths]
 
     def __getitem__(self, index: int) -> Clip:

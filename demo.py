@@ -7,13 +7,14 @@
     python demo.py /dev/video0 --live              # prints the tracks of every frame as it comes (ffmpeg opens cameras)
     ffmpeg -i rtsp://... -f image2pipe -c:v ppm -pix_fmt rgb24 - | python demo.py - --live
 
-Video files and cameras are read with ffmpeg 5.1 or newer. Writes into --output: frames/ (overlays as PNG), overlay.webp,
-overlay.png (a sheet), overlay.mp4 where ffmpeg is installed, masks/ (a folder of PNGs for each track) and results.json. Scores
-are of the whole video; with --live, of the frames so far.
+Video files and cameras are read with ffmpeg, version 4 or newer. Writes into --output, which
+appears when everything in it is finished: frames/ (overlays as PNG), overlay.webp (smaller for long
+and large videos), overlay.png (a sheet), overlay.mp4 where ffmpeg is installed, masks/ (a folder of
+PNGs for each track) and results.json. Scores are of the whole video; with --live, of the frames so
+far.
 """
 import argparse
 import glob
-import math
 import os
 import re
 import shutil
@@ -22,14 +23,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import closing
-from itertools import islice
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageSequence
+from PIL import Image
 from pycocotools import mask as rle
 from tqdm import tqdm
 
@@ -37,15 +36,16 @@ from batching import in_batches
 from checkpoint import SHIPPED_WEIGHTS, default_short_side, model_from_checkpoint
 from data import at_test_size, read_categories
 from deform_attn import implementation
-from draw import best_labels, overlays, save_pictures
+from draw import best_labels, name_to_draw, overlays, save_pictures
 from model import PRESETS, GRAttVIS
 from plots import plot_timeline, require_matplotlib
-from reading.pictures import LARGEST_PICTURE, PICTURE_FORMATS, check_pixels, open_picture, read_picture
+from reading.pictures import PICTURE_FORMATS, read_animation, read_picture
+from reading.videos import informative_line, read_ppm, read_video
 from recipes import at_least
 from results import EncodedVideo, check_finite
-from runtime.device import choose_amp, start_processes
+from runtime.device import choose_amp, choose_device
 from runtime.errors import InputError, cli_errors
-from runtime.files import save_json
+from runtime.files import file_name_for, save_json
 from synthetic import HEIGHT, SUITES, WIDTH, make_video
 from tracker import PROPAGATIONS
 
@@ -87,27 +87,38 @@ def main(args: argparse.Namespace) -> None:
         outputs = {source: Path(args.output or "demo") / default_name(source) for source in (SCENES[:1] if args.live else SCENES)}
     else:
         outputs = {args.source: Path(args.output or Path("demo") / default_name(args.source))}
-    for source, output in outputs.items():
-        if not args.live and (source == "-" or is_camera(Path(source))):
-            raise InputError(f"{'standard input' if source == '-' else source} can be read only once: follow it with --live")
-        if not args.live:
+    if not args.live:
+        for source, output in outputs.items():
+            check_read_twice(source)
             check_output(output)
     model, config = model_from_checkpoint(args.weights, args.preset, args.propagation)
     args.short_side = args.short_side or default_short_side(config, args.preset)
     if args.live and (model.propagation == "clip" or model.clip_length != 1):
         raise InputError(f"{args.weights} reads clips of several frames: it cannot follow a video live")
     names = class_names(args, config, model.num_classes)
-    _, _, device = start_processes(args.device)
+    device = choose_device(args.device)
     amp, reason = choose_amp(args.amp, device)
     model.to(device).accelerate(amp)
     print(f"{args.weights}: {model.propagation} propagation, {model.num_classes} classes, short side {args.short_side}; {device.type}, "
           f"{str(amp).removeprefix('torch.')} ({reason}); deformable attention: {implementation(device)}", file=sys.stderr)
-    for source, output in outputs.items():
-        with torch.autocast(device.type, amp, enabled=amp != torch.float32), closing(read_frames(source)) as pictures:
-            if args.live:
-                return follow(model, source, pictures, names, args)
-            found, size, count = segment(model, source, pictures, args)
-        write(output, source, found, size, count, names, args)
+    if args.live:
+        source, = outputs
+        with torch.autocast(device.type, amp, enabled=amp != torch.float32):
+            with closing(read_frames(source)) as pictures:
+                follow(model, source, pictures, names, args)
+        return
+    with ExitStack() as stack:
+        finished, said = {}, []
+        for source, output in outputs.items():
+            with torch.autocast(device.type, amp, enabled=amp != torch.float32):
+                with closing(read_frames(source)) as pictures:
+                    found, size, count = segment(model, source, pictures, args)
+            finished[output] = stack.enter_context(staging_folder(output))
+            said += write(finished[output], source, found, size, count, names, args)
+            said.append(f"written to {output}")
+        for output, folder in finished.items():
+            publish(folder, output)
+    print("\n".join(said))  # last, as standard output may be closed
 
 
 def default_name(source: str) -> str:
@@ -117,12 +128,47 @@ def default_name(source: str) -> str:
 
 
 def check_output(output: Path) -> None:
-    """InputError unless the folder is not there yet and can be made; nothing is made here."""
-    if output.exists():
-        raise InputError(f"{output} is there already: give another --output")
-    parent = next(parent for parent in output.absolute().parents if parent.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise InputError(f"{output} cannot be made: {parent} is {'not writable' if parent.is_dir() else 'no folder'}")
+    """InputError unless the folder is not there yet and can be made; nothing is left behind."""
+    try:
+        os.lstat(output)
+    except (FileNotFoundError, NotADirectoryError):
+        with staging_folder(output):
+            return
+    raise InputError(f"{output} is there already: give another --output")
+
+
+@contextmanager
+def staging_folder(output: Path) -> Iterator[Path]:
+    """A new folder for what `publish` moves to `output` when it is finished.
+
+    It is inside of a hidden folder on the same file system, which is removed when the block ends,
+    however it ends. So `output` is whole or not there at all. InputError if it cannot be made.
+    """
+    absolute = output.absolute()
+    parent = next(parent for parent in absolute.parents if parent.exists())
+    if not parent.is_dir():
+        raise InputError(f"{output} cannot be made: {parent} is no folder")
+    with ExitStack() as stack:
+        try:
+            hidden = stack.enter_context(tempfile.TemporaryDirectory(
+                prefix=".demo-", dir=parent, ignore_cleanup_errors=True))
+            folder = Path(hidden) / absolute.relative_to(parent)  # as long a name as it will have
+            folder.mkdir(parents=True)
+        except OSError as error:
+            raise InputError(f"{output} cannot be made: {error.strerror}") from error
+        yield folder
+
+
+def publish(folder: Path, output: Path) -> None:
+    """Move a finished folder to its place; InputError if something has appeared there meanwhile."""
+    if os.path.lexists(output):  # a folder would replace an empty one
+        raise InputError(f"{output} has appeared meanwhile and is left as it is: give another "
+                         "--output")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        folder.rename(output)
+    except OSError as error:
+        raise InputError(f"{output} cannot be made: {error.strerror}") from error
 
 
 def class_names(args: argparse.Namespace, config: dict, count: int) -> list[str]:
@@ -140,6 +186,13 @@ def is_camera(path: Path) -> bool:
     return path.exists() and stat.S_ISCHR(path.stat().st_mode)
 
 
+def check_read_twice(source: str) -> None:
+    """InputError unless the source can be read twice: for the masks, then for the overlays."""
+    if source == "-" or is_camera(Path(source)) or Path(source).is_fifo():
+        name = "standard input" if source == "-" else source
+        raise InputError(f"{name} can be read only once: follow it with --live")
+
+
 def is_picture(path: Path) -> bool:
     """Whether Pillow reads files of that name, as a picture or an animation."""
     name = Image.registered_extensions().get(path.suffix.lower())
@@ -149,7 +202,7 @@ def is_picture(path: Path) -> bool:
 def is_scene(source: str) -> bool:
     """Whether it is a suite's name and a number, such as occlusion:0."""
     suite, _, number = source.partition(":")
-    return suite in SUITES and number.isdecimal()
+    return suite in SUITES and number.isdecimal() and len(number) < 20  # which int() accepts
 
 
 def by_number(path: Path) -> list[str | int]:
@@ -161,32 +214,33 @@ def read_frames(source: str) -> Iterator[Image.Image]:
     """The frames of a source one after the other, RGB; InputError naming what was tried if there are none."""
     path = Path(source)
     if source == "-":
+        if sys.stdin is None:
+            raise InputError("standard input is closed")
         yield from read_ppm(sys.stdin.buffer, "standard input")
     elif is_camera(path):
-        yield from read_with_ffmpeg(["-f", "v4l2", "-i", source], source)
+        yield from read_video(["-f", "v4l2", "-i", source], source)
     elif is_scene(source):
         yield from render(source)
     elif path.is_dir() or not path.exists():
         files = path.iterdir() if path.is_dir() else map(Path, glob.glob(source))
-        files = sorted((file for file in files if is_picture(file) and file.is_file()), key=by_number)
+        files = sorted(filter(is_frame, files), key=by_number)
         if not files:
             raise InputError(f"no frames at {source}: it is no file, no camera, neither a folder nor a pattern of pictures, and no "
                              f"scene such as long:0 of the suites {', '.join(SUITES)}")
         for file in files:
             yield read_picture(file)
     elif is_picture(path):
-        yield read_picture(path)                              # which turns a photograph as it says itself
-        try:
-            with open_picture(path) as file:
-                for frame in islice(ImageSequence.Iterator(file), 1, None):
-                    check_pixels(frame.height, frame.width, f"a frame of {path}")
-                    yield frame.convert("RGB")
-        except InputError:
-            raise
-        except Exception as error:                            # as in read_picture
-            raise InputError(f"a frame of {path} cannot be read: {str(error) or repr(error)}") from error
+        yield from read_animation(path)
     else:
-        yield from read_with_ffmpeg(["-i", f"file:{source}"], source)
+        yield from read_video(["-i", f"file:{source}"], source)
+
+
+def is_frame(path: Path) -> bool:
+    """Whether a file of a folder is one of its frames.
+
+    Hidden files are none: macOS puts a ._00000.jpg beside 00000.jpg on disks of other systems.
+    """
+    return is_picture(path) and not path.name.startswith(".") and not path.is_dir()
 
 
 def render(scene: str) -> Iterator[Image.Image]:
@@ -196,35 +250,6 @@ def render(scene: str) -> Iterator[Image.Image]:
     generator = np.random.default_rng((0, 1, int(number)))                # of seed 0, the second split, that video
     frames, _ = make_video(generator, suite.frames, HEIGHT, WIDTH, suite.objects, suite.difficulty)
     yield from map(Image.fromarray, frames)
-
-
-def read_with_ffmpeg(opened: list[str], name: str) -> Iterator[Image.Image]:
-    """The frames of a video file or camera, each of them once."""
-    if not shutil.which("ffmpeg"):
-        raise InputError(f"{name} is read with ffmpeg, which is not on PATH: install it, or give a folder of pictures")
-    command = ["ffmpeg", "-nostdin", "-loglevel", "error", *opened, "-fps_mode", "passthrough", "-f", "image2pipe", "-c:v", "ppm",
-               "-pix_fmt", "rgb24", "-"]
-    with tempfile.TemporaryFile("w+", errors="replace") as said:             # a pipe would be full when a damaged file says a lot
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said) as process:
-            yield from read_ppm(process.stdout, name)
-        said.seek(0)
-        if process.returncode:
-            *_, last = said.read().strip().splitlines() or [f"exit status {process.returncode}"]
-            raise InputError(f"ffmpeg cannot read {name}: {last}")
-
-
-def read_ppm(stream: BinaryIO, name: str) -> Iterator[Image.Image]:
-    """Binary PPM pictures, one behind the other, until the stream ends."""
-    while header := stream.readline(8):
-        size, depth = stream.readline(32).split(), stream.readline(8).strip()
-        sides = [int(side) for side in size if side.isdigit() and 0 < int(side) <= LARGEST_PICTURE]
-        if header.strip() != b"P6" or len(size) != 2 or len(sides) != 2 or depth != b"255" or math.prod(sides) > LARGEST_PICTURE:
-            raise InputError(f"{name} is no stream of PPM pictures: make one with ffmpeg -i ... -f image2pipe -c:v ppm "
-                             "-pix_fmt rgb24 -")
-        pixels = stream.read(3 * math.prod(sides))
-        if len(pixels) < 3 * math.prod(sides):
-            raise InputError(f"{name} ends in the middle of a picture")
-        yield Image.frombytes("RGB", sides, pixels)
 
 
 def check_size(picture: Image.Image, size: tuple[int, int], number: int, source: str) -> None:
@@ -248,9 +273,12 @@ def follow(model: GRAttVIS, source: str, pictures: Iterator[Image.Image], names:
         for index in best_labels(tracks, args.score):
             if tracks.masks[index].any():
                 rows, columns = (tracks.masks[index].any(axis).nonzero().flatten().tolist() for axis in (1, 0))
-                shown.append(f"{names[tracks.labels[index]]} #{tracks.track_ids[index]} {tracks.scores[index]:.2f} at "
+                name = name_to_draw(names[tracks.labels[index]])
+                shown.append(f"{name} #{tracks.track_ids[index]} {tracks.scores[index]:.2f} at "
                              f"{columns[0]},{rows[0]} to {columns[-1]},{rows[-1]}")
         print(f"frame {number}: {'; '.join(shown) or 'nothing'}", flush=True)
+        if getattr(sys.stdout, "broken", False):  # whoever read it has gone
+            return
 
 
 # A whole video
@@ -273,44 +301,55 @@ def segment(model: GRAttVIS, source: str, pictures: Iterator[Image.Image],
     return model.encode_video(in_batches(frames(), args.chunk), size, args.top_k), size, count + 1
 
 
-def write(output: Path, source: str, found: EncodedVideo, size: tuple[int, int], count: int, names: list[str],
-          args: argparse.Namespace) -> None:
-    """The folder of results; see the top of this file."""
-    (output / "frames").mkdir(parents=True)
-    chosen = best_labels(found, args.score)
+def write(folder: Path, source: str, found: EncodedVideo, size: tuple[int, int], count: int,
+          names: list[str], args: argparse.Namespace) -> list[str]:
+    """Fill the folder of results (see the top of this file); returns what is to be printed."""
     tracks = []
-    for index in chosen:
+    for index in best_labels(found, args.score):
         label, track = names[found.labels[index]], int(found.track_ids[index])
-        folder = output / "masks" / f"{track:03d}_{label}".replace("/", "_")
-        folder.mkdir(parents=True)
+        masks = folder / "masks" / f"{track:03d}_{file_name_for(label)}"
+        masks.mkdir(parents=True)
         for t, code in enumerate(found.segmentations[index]):
-            Image.fromarray(rle.decode(code) * 255).save(folder / f"{t:05d}.png")
+            Image.fromarray(rle.decode(code) * 255).save(masks / f"{t:05d}.png")
         tracks.append({"track_id": track, "category": label, "score": float(found.scores[index]),
-                       "segmentations": found.segmentations[index], "gates_open": found.gates[index].tolist()})
-    save_json(output / "results.json", {"source": source, "height": size[0], "width": size[1], "frames": count, "tracks": tracks})
-
-    with closing(read_frames(source)) as pictures:
-        frames = (np.array(picture) for picture in tqdm(pictures, desc="draw", unit="frame", total=count))
-        drawn = overlays(frames, found, names, args.score)
-        save_pictures(output, "overlay", saved(drawn, output / "frames"), count, 1000 / args.fps)
-    if shutil.which("ffmpeg"):
-        command = ["ffmpeg", "-loglevel", "error", "-framerate", str(args.fps), "-i", "frames/%05d.png",
-                   "-vf", "pad=ceil(iw/2)*2:ceil(ih/2)*2", "-pix_fmt", "yuv420p", "overlay.mp4"]
-        # from inside of the folder, whose name may have a %
-        made = subprocess.run(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=output)
-        if made.returncode:
-            print(f"overlay.mp4 was not made: {' '.join(made.stderr.split()) or f'ffmpeg ended with {made.returncode}'}")
+                       "segmentations": found.segmentations[index],
+                       "gates_open": found.gates[index].tolist()})
+    save_json(folder / "results.json", {"source": source, "height": size[0], "width": size[1],
+                                        "frames": count, "tracks": tracks})
+    with closing(read_again(source, size, count)) as frames:
+        drawn = overlays(tqdm(frames, desc="draw", unit="frame", total=count), found, names,
+                         args.score)
+        save_pictures(folder, "overlay", drawn, count, 1000 / args.fps, folder / "frames")
+    said = make_mp4(folder, args.fps) if shutil.which("ffmpeg") else []
     if args.plot:
-        plot_timeline(output / "timeline.png", found, names, args.score)
-    best = "; ".join(f"{track['category']} #{track['track_id']} {track['score']:.2f}" for track in tracks)
-    print(f"{count} frames, {len(tracks)} tracks that score {args.score} or more{': ' if best else ''}{best}\nwritten to {output}")
+        plot_timeline(folder / "timeline.png", found, names, args.score)
+    best = "; ".join(f"{name_to_draw(track['category'])} #{track['track_id']} {track['score']:.2f}"
+                     for track in tracks)
+    return [*said, f"{count} frames, {len(tracks)} tracks that score {args.score} or more"
+                   f"{': ' if best else ''}{best}"]
 
 
-def saved(pictures: Iterator[Image.Image], folder: Path) -> Iterator[Image.Image]:
-    """The pictures, each written as a PNG on its way."""
-    for t, picture in enumerate(pictures):
-        picture.save(folder / f"{t:05d}.png")
-        yield picture
+def read_again(source: str, size: tuple[int, int], count: int) -> Iterator[np.ndarray]:
+    """The frames that were segmented, uint8 (H, W, 3); InputError if the source has changed."""
+    number = -1
+    with closing(read_frames(source)) as pictures:
+        for number, picture in zip(range(count), pictures):
+            check_size(picture, size[::-1], number, source)
+            yield np.array(picture)
+        if number + 1 < count or next(pictures, None) is not None:
+            raise InputError(f"{source} has changed meanwhile: it no longer has {count} frames")
+
+
+def make_mp4(folder: Path, fps: int) -> list[str]:
+    """Make overlay.mp4 of the overlays in frames/; returns what is to be printed if that fails."""
+    command = ["ffmpeg", "-loglevel", "error", "-framerate", str(fps), "-i", "frames/%05d.png",
+               "-vf", "pad=ceil(iw/2)*2:ceil(ih/2)*2", "-pix_fmt", "yuv420p", "overlay.mp4"]
+    # from inside of the folder, whose name may have a %
+    made = subprocess.run(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=folder)
+    if not made.returncode:
+        return []
+    (folder / "overlay.mp4").unlink(missing_ok=True)
+    return [f"overlay.mp4 was not made: {informative_line(made.stderr, made.returncode)}"]
 
 
 if __name__ == "__main__":

@@ -4,21 +4,30 @@ A colour belongs to a track and stays with it over the video; the fill lets half
 the model has gates (GRAtt-VIS, arXiv 2305.17096, method section), a strip below each frame tells what they have done so far.
 """
 import math
+import sys
 from collections.abc import Iterable, Iterator
 from colorsys import hsv_to_rgb
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from pycocotools import mask as rle
 from scipy.ndimage import binary_erosion
+from tqdm import tqdm
 
 from results import EncodedVideo
 
 GOLDEN_RATIO = 0.618034  # steps of it never come back to a hue, and neighbours are far apart
 SMALLEST_HEIGHT = 240  # pixels; smaller frames are enlarged by a whole factor, so that labels can be read
+LARGEST_ENLARGED = 4096  # pixels; no frame is enlarged beyond this width
+LONGEST_NAME = 32  # characters of a class name in a caption
 SHEET_FRAMES = 6
+SHEET_PIXELS = 2 ** 26  # of a whole sheet; six frames of 3840x2160 fit
 ANIMATED_FRAMES = 240  # are held in memory until the animation is written
+ANIMATION_BYTES = 2 ** 29  # of that memory; larger pictures are shrunk to fit
+BYTES_A_PIXEL = 4  # as Pillow stores RGB
+WEBP_SIDE = 16383  # pixels; the format has no larger pictures
 FRAME_MILLISECONDS = 125
 BAND_HEIGHT, LINE_HEIGHT = 7, 4  # pixels of the strip: where a track is seen, a layer's gates
 PAPER, UNDRAWN, INK = (255, 255, 255), (244, 244, 244), (30, 30, 30)
@@ -27,6 +36,16 @@ PAPER, UNDRAWN, INK = (255, 255, 255), (244, 244, 244), (30, 30, 30)
 def colour_of(track: int) -> tuple[int, int, int]:
     """The RGB colour of a track id, the same in every picture."""
     return tuple(round(255 * part) for part in hsv_to_rgb(track * GOLDEN_RATIO % 1, 0.75, 0.92))
+
+
+def name_to_draw(name: str) -> str:
+    """A class name on one line and of at most LONGEST_NAME characters, without control characters.
+
+    Of a longer one, the begin and the end are kept, which tell numbered classes apart.
+    """
+    if len(name) > LONGEST_NAME:
+        name = f"{name[:LONGEST_NAME - 13]}...{name[-10:]}"
+    return "".join(letter if letter.isprintable() else "?" for letter in name)
 
 
 def stack(upper: Image.Image, lower: Image.Image) -> Image.Image:
@@ -39,7 +58,7 @@ def stack(upper: Image.Image, lower: Image.Image) -> Image.Image:
 
 def overlay(frame: np.ndarray, masks: np.ndarray, track_ids: list[int], captions: list[str]) -> Image.Image:
     """frame uint8 (H, W, 3), masks bool (I, H, W) best first, a track id and a caption each -> the picture."""
-    scale = max(1, -(-SMALLEST_HEIGHT // frame.shape[0]))
+    scale = max(1, min(-(-SMALLEST_HEIGHT // frame.shape[0]), LARGEST_ENLARGED // frame.shape[1]))
     canvas = frame.repeat(scale, 0).repeat(scale, 1).astype(np.float32)
     places = []
     for mask, track in reversed(list(zip(masks, track_ids))):    # the best is drawn last, on top
@@ -119,7 +138,8 @@ def overlays(frames: Iterable[np.ndarray], found: EncodedVideo, names: list[str]
     """
     chosen = best_labels(found, least)
     tracks = found.track_ids[chosen].tolist()
-    captions = [f"{names[found.labels[index]]} {found.scores[index]:.2f}" for index in chosen]
+    captions = [f"{name_to_draw(names[found.labels[index]])} {found.scores[index]:.2f}"
+                for index in chosen]
     seen, gates = np.array([rle.area(found.segmentations[index]) > 0 for index in chosen]), found.gates[chosen].numpy()
     for t, frame in enumerate(frames):
         codes = [found.segmentations[index][t] for index in chosen]
@@ -129,24 +149,66 @@ def overlays(frames: Iterable[np.ndarray], found: EncodedVideo, names: list[str]
 
 
 def save_pictures(folder: Path, name: str, pictures: Iterable[Image.Image], count: int,
-                  milliseconds: float = FRAME_MILLISECONDS) -> None:
-    """Write folder/name.webp and folder/name.png (a sheet of some), of `count` pictures; makes the folder if it is not there.
+                  milliseconds: float = FRAME_MILLISECONDS, frames: Path | None = None) -> None:
+    """Write `count` pictures of one size as folder/name.webp, and some as folder/name.png, a sheet.
 
-    Of a video of more than ANIMATED_FRAMES, every second frame is in the animation, or every third, and so on.
+    Of a video of more than ANIMATED_FRAMES, every second frame is in the animation, or every third,
+    and so on; and its pictures are smaller if they would take more than ANIMATION_BYTES. If they
+    are too large for WebP, every picture is written to the folder folder/name instead, as PNG, and
+    a note is printed. `frames`: a folder that every picture is written to in any case.
     """
+    pictures = iter(pictures)
+    first = next(pictures)
+    animate = max(first.size) <= WEBP_SIDE
+    if not animate:
+        frames = frames or folder / name
+        tqdm.write(f"{name}.webp was not made: WebP has at most {WEBP_SIDE} pixels a side, the "
+                   f"pictures are {first.width}x{first.height}; they are in {frames.name}/ as PNG",
+                   file=sys.stderr)
     folder.mkdir(parents=True, exist_ok=True)
-    shown = {int(t) for t in np.linspace(0, count - 1, SHEET_FRAMES).round()}
+    if frames:
+        frames.mkdir(parents=True, exist_ok=True)
     step = -(-count // ANIMATED_FRAMES)
-    animated, on_sheet = [], []
-    for t, picture in enumerate(pictures):
-        if t % step == 0:
-            animated.append(picture)
-        if t in shown:
-            on_sheet.append(picture)
-    animated[0].save(folder / f"{name}.webp", save_all=True, append_images=animated[1:], duration=round(step * milliseconds), loop=0)
-    width, height = on_sheet[0].size
-    columns = min(3, len(on_sheet))
-    sheet = Image.new("RGB", (columns * width, -(-len(on_sheet) // columns) * height))
-    for place, picture in enumerate(on_sheet):
-        sheet.paste(picture, (place % columns * width, place // columns * height))
-    sheet.save(folder / f"{name}.png")
+    size = fit(first.size, ANIMATION_BYTES // BYTES_A_PIXEL // -(-count // step))
+    animation = []
+    sheet = Sheet(first.size, count)
+    for t, picture in enumerate(chain([first], pictures)):
+        if frames:
+            picture.save(frames / f"{t:05d}.png")
+        if animate and t % step == 0:
+            animation.append(resized(picture, size))
+        sheet.add(t, picture)
+    if animate:
+        animation[0].save(folder / f"{name}.webp", save_all=True, append_images=animation[1:],
+                          duration=max(1, round(step * milliseconds)), loop=0)
+    sheet.picture.save(folder / f"{name}.png")
+
+
+class Sheet:
+    """SHEET_FRAMES pictures of a video, from the first to the last, beside one another."""
+
+    def __init__(self, size: tuple[int, int], count: int):
+        """size: (width, height) of each picture; count: how many the video has."""
+        shown = sorted({int(t) for t in np.linspace(0, count - 1, SHEET_FRAMES).round()})
+        columns = min(3, len(shown))
+        rows = -(-len(shown) // columns)
+        self.size = fit(size, SHEET_PIXELS // (rows * columns))
+        self.places = {t: (place % columns * self.size[0], place // columns * self.size[1])
+                       for place, t in enumerate(shown)}
+        self.picture = Image.new("RGB", (columns * self.size[0], rows * self.size[1]))
+
+    def add(self, t: int, picture: Image.Image) -> None:
+        """Put picture number t onto the sheet, if it is one of those that are shown."""
+        if t in self.places:
+            self.picture.paste(resized(picture, self.size), self.places[t])
+
+
+def fit(size: tuple[int, int], pixels: int) -> tuple[int, int]:
+    """(width, height) of the same shape and at most so many pixels, but at least one a side."""
+    scale = min(1, math.sqrt(pixels / (size[0] * size[1])))
+    return max(1, int(size[0] * scale)), max(1, int(size[1] * scale))
+
+
+def resized(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The picture at (width, height); the picture itself if it has that size."""
+    return picture if picture.size == size else picture.resize(size, reducing_gap=2)

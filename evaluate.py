@@ -12,28 +12,38 @@ are at hand, overlays/ and plots/ for the first --draw and --plot videos; for su
 on with the videos that are left. Upstream: vita/data/ytvis_eval.py. The metric is metric.py, the way from frames to results inference.py.
 """
 import argparse
+import math
 import os
 import time
 import zipfile
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as distributed
+from tqdm import tqdm
 
+from augmentation import short_side_size
 from checkpoint import SHIPPED_WEIGHTS, default_short_side, model_from_checkpoint
 from data import Video, VideoSet, find_split, read_frame
 from deform_attn import implementation
 from draw import overlays, save_pictures
-from inference import Unfinished, segment_videos, share, to_entries
-from metric import accumulate, check_ground_truth, check_results, format_table, mean_metrics, summarize
+from inference import Unfinished, segment_videos, share
+from metric import accumulate, check_predictions, format_table, mean_metrics, summarize
 from model import PRESETS, GRAttVIS
 from plots import plot_classes, plot_precision, plot_timeline, require_matplotlib
+from reading.annotations import (
+    AnnotationFile, Id, Skipped, one_line, read_annotations, unique_names)
+from reading.masks import shown
 from recipes import at_least
 from results import EncodedVideo
-from runtime.device import choose_amp, start_processes
+from runtime.device import choose_amp
 from runtime.errors import InputError, cli_errors
-from runtime.files import atomic_write, read_json, save_json
+from runtime.files import atomic_write, checksum, folder_lock, read_json, save_json
+from runtime.loading import choose_workers
+from runtime.processes import (errors_of_any_process, gather, in_turn, require_agreement,
+                               start_processes, stop_processes)
+from runtime.stopping import Stopped, deferred_stop
 from synthetic import SUITES, make_dataset
 from tracker import PROPAGATIONS
 
@@ -64,6 +74,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--suites", nargs="+", choices=SUITES, default=["easy", "occlusion"], metavar="SUITE", help="where no data set is "
                       f"given: the held-out videos of synthetic suites, written if they are not there: {', '.join(SUITES)}")
     data.add_argument("--sets", default="datasets/suites", help="the folder that holds a folder for each suite")
+    data.add_argument("--skip-bad", action=argparse.BooleanOptionalAction, default=False,
+                      help="leave out videos and annotations that cannot be read, of the metric "
+                      "too; say and count it")
     data.add_argument("--short-side", type=at_least(1), help="of the frames, pixels (default: what the model was made "
                         "for; official: 360, Swin 448)")
     data.add_argument("--max-long-side", type=at_least(1), default=1333, help="pixels")
@@ -83,8 +96,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     run.add_argument("--compile", action="store_true", help="compile the model on a GPU: half a minute for each size of frames, then "
                      "faster; results differ by rounding")
     run.add_argument("--chunk", type=at_least(1), default=8, help="frames that are read together; no result depends on it")
-    run.add_argument("--workers", type=at_least(0), default=min(16, os.cpu_count() or 1),
-                     help="processes that read frames ahead, for each GPU; 0 = none")
+    run.add_argument("--workers", type=at_least(0), help="processes that read frames ahead, for each GPU; 0 = none (default: one for "
+                     "each CPU core, at most 16, fewer where shared memory is small)")
     return parser.parse_args(arguments)
 
 
@@ -95,147 +108,236 @@ def main(args: argparse.Namespace) -> dict | None:
     if args.results:
         if not args.annotations:
             raise InputError("scoring a file needs --results and --annotations")
-        return finish(Path(args.results), args.annotations, Path(args.output or Path(args.results).parent), args.plot is not None)
+        truth = read_parts(args.annotations, args.skip_bad)
+        output = Path(args.output or Path(args.results).parent)
+        return finish(Path(args.results), truth, output, args.plot is not None)
 
     if bool(args.json) != bool(args.images):
         raise InputError("--json and --images go together")
-    options = {"gate_mask": args.gate_mask} if args.gate_mask else {}
-    model, config = model_from_checkpoint(args.weights, args.preset, args.propagation, **options)
-    args.short_side = args.short_side or default_short_side(config, args.preset)
     rank, world, device = start_processes(args.device)
-    sets = open_sets(args, rank, world)
-    for videos in sets.values():
-        if videos.ground_truth.get("annotations"):
-            check_ground_truth(videos.ground_truth)
-        check_categories(model, config, videos, args.weights)
+    options = {"gate_mask": args.gate_mask} if args.gate_mask else {}
+    with errors_of_any_process():
+        model, config = model_from_checkpoint(args.weights, args.preset, args.propagation,
+                                              **options)
+        args.short_side = args.short_side or default_short_side(config, args.preset)
+        sets = open_sets(args, rank, world)
+        for videos in sets.values():
+            check_categories(model, config, videos, args.weights)
+        if args.annotations:
+            read_parts(args.annotations, args.skip_bad)  # refused before hours of inference
     amp, reason = choose_amp(args.amp, device)
+    settings = {name: describe_setting(args, videos, amp) for name, videos in sets.items()}
+    require_agreement({f"{name} {key}".strip(): value for name, setting in settings.items()
+                       for key, value in setting.items() if key not in PATHS_OF_DATA})
     model.to(device).accelerate(amp, args.compile)
     if rank == 0:
-        print(f"{args.weights}: {model.propagation} propagation, {model.num_classes} classes, short side {args.short_side}; "
-              f"{device.type} x {world}, {str(amp).removeprefix('torch.')} ({reason}); deformable attention: {implementation(device)}")
+        print(f"{args.weights}: {model.propagation} propagation, {model.num_classes} classes, "
+              f"short side {args.short_side}; {device.type} x {world}, "
+              f"{str(amp).removeprefix('torch.')} ({reason}); deformable attention: "
+              f"{implementation(device)}")
     weights = Path(args.weights)
-    beside = Path("runs") / weights.stem if weights.parent.resolve() == SHIPPED_WEIGHTS.parent else weights.parent
-    metrics = {name: evaluate_set(model, videos, Path(args.output or beside / "evaluation") / name, args, amp, rank, world)
+    shipped = weights.parent.resolve() == SHIPPED_WEIGHTS.parent
+    beside = Path("runs") / weights.stem if shipped else weights.parent
+    outputs = {name: Path(args.output or beside / "evaluation") / name for name in sets}
+    metrics = {name: evaluate_set(model, videos, outputs[name], args, amp, settings[name], rank,
+                                  world)
                for name, videos in sets.items()}
-    if world > 1:
-        distributed.destroy_process_group()
+    stop_processes()
     return metrics.get("", metrics)
 
 
 def open_sets(args: argparse.Namespace, rank: int, world: int) -> dict[str, VideoSet]:
-    """The one set that the arguments name, under "", or suites by name, which the first process writes."""
+    """The one set that the arguments name, under "", or suites by name, written if need be."""
     if args.json or args.data_root:
-        return {"": VideoSet(*((args.json, args.images) if args.json else find_split(args.data_root, args.split)))}
-    if world > 1 and rank:
-        distributed.barrier()                    # until the first process has written them
-    sets = {name: open_suite(name, Path(args.sets) / name, HELD_OUT) for name in args.suites}
-    if world > 1 and not rank:
-        distributed.barrier()
-    return sets
+        found = (args.json, args.images) if args.json else find_split(args.data_root, args.split)
+        videos = VideoSet(*found, skip_bad=args.skip_bad)
+        for sentence in videos.skipped.sentences() if rank == 0 else ():
+            print(f"skipped: {sentence}")
+        return {"": videos}
+    with in_turn(rank, world):  # the first process of each machine finds a suite missing
+        return {name: open_suite(name, Path(args.sets) / name, HELD_OUT) for name in args.suites}
 
 
 def open_suite(name: str, folder: Path, held_out: int) -> VideoSet:
-    """The held-out videos of a suite, as `python data.py --suite` writes them; so many are written if the folder is not there."""
+    """The held-out videos of a suite, as `python data.py --suite` writes them.
+
+    That many are written if the folder is not there.
+    """
     if not folder.exists():
         suite = SUITES[name]
-        make_dataset(folder, 1, held_out, suite.frames, objects=suite.objects, difficulty=suite.difficulty)
+        with suppress(FileExistsError):  # another evaluation has just written the same
+            make_dataset(folder, 1, held_out, suite.frames, objects=suite.objects,
+                         difficulty=suite.difficulty)
     return VideoSet(*find_split(folder, "valid"))
 
 
-def evaluate_set(model: GRAttVIS, videos: VideoSet, output: Path, args: argparse.Namespace, amp: torch.dtype, rank: int,
-                 world: int) -> dict | None:
-    """Results and metrics of one set; the metrics in the first process, where there is ground truth."""
+PATHS_OF_DATA = ("data_root", "split", "json", "images", "sets")
+
+
+def describe_setting(args: argparse.Namespace, videos: VideoSet, amp: torch.dtype) -> dict:
+    """All that the results depend on; of weights and annotations, the contents."""
+    names = ("preset", "propagation", "gate_mask", "short_side", "max_long_side", "top_k",
+             "compile", "skip_bad", *PATHS_OF_DATA)
+    return {name: getattr(args, name) for name in names} | {
+        "amp": str(amp), "weights": checksum(args.weights), "annotations": checksum(videos.path),
+        "videos": [video.id for video in videos.videos]}
+
+
+def evaluate_set(model: GRAttVIS, videos: VideoSet, output: Path, args: argparse.Namespace,
+                 amp: torch.dtype, setting: dict, rank: int, world: int) -> dict | None:
+    """Results and metrics of one set; the metrics in the first process, where it has masks."""
     device = model.pixel_mean.device
-    unfinished, remaining = open_unfinished(output, args, str(amp), videos, rank, world)
-    if rank == 0:
-        print(f"{len(videos)} videos of {videos.path}, {sum(len(video.files) for video in videos.videos)} frames"
-              f"{f', {len(videos) - len(remaining)} of them done before' if len(remaining) < len(videos) else ''}; output {output}")
+    with ExitStack() as folder:
+        with errors_of_any_process():
+            if rank == 0:
+                output.mkdir(parents=True, exist_ok=True)
+                folder.enter_context(folder_lock(output))
+            with in_turn(rank, world):  # they may share the folder
+                unfinished = Unfinished(output / "unfinished", setting)
+        remaining = unfinished.remaining(videos.videos)
+        mine, done = share(remaining, rank, world), len(videos) - len(remaining)
+        workers = args.workers
+        if workers is None:
+            workers = choose_workers(min(16, os.cpu_count() or 1), batch_bytes(args, videos))
+        if rank == 0:
+            frames = sum(len(video.files) for video in videos.videos)
+            before = f", {done} of them done before" if done else ""
+            print(f"{len(videos)} videos of {videos.path}, {frames} frames{before}; {workers} "
+                  f"loader processes; output {output}")
+        began = time.perf_counter()
+        segmented = segment_videos(model, mine, device, amp, args.short_side, args.max_long_side,
+                                   args.top_k, args.chunk, workers, args.skip_bad)
+        left_out = []
+        try:
+            with deferred_stop(), closing(segmented):  # a signal counts between two chunks
+                for video, found in segmented:
+                    if isinstance(found, InputError):
+                        tqdm.write(f"skipped: {found}")
+                        left_out.append(video.id)
+                    else:
+                        unfinished.save(video, found)
+        except Stopped as stop:
+            done = sum(unfinished.path(video).exists() for video in videos.videos)
+            raise Stopped(stop.number, f"{done} of {len(videos)} videos are done and kept in "
+                          f"{unfinished.folder}; the same command continues") from None
+        frames, seconds = sum(len(video.files) for video in mine), time.perf_counter() - began
+        peak = ""
+        if device.type == "cuda":
+            peak = f", {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB of GPU memory"
+        print(f"{frames} frames in {seconds:.1f} s, {frames / seconds:.1f} a second with reading "
+              f"and encoding{peak}")
+        left_out = [video_id for part in gather(left_out) for video_id in part]
+        finished = [video for video in videos.videos if video.id not in left_out]
+        unfinished.collect(finished)
+        if rank == 0:
+            unfinished.join(finished, videos.categories, output / "results.json")
+            draw_videos(unfinished, finished, videos.categories, output, args)
+        with in_turn(rank, world):
+            unfinished.remove()
+        if rank:
+            return None
+        truth = annotations_of(videos, args.annotations, left_out, args.skip_bad)
+        return finish(output / "results.json", truth, output, args.plot is not None)
 
-    began, own = time.perf_counter(), share(remaining, rank, world)
-    for video, found in segment_videos(model, own, device, amp, args.short_side, args.max_long_side, args.top_k, args.chunk,
-                                       args.workers):
-        number = videos.videos.index(video)
-        if number < args.draw:
-            draw_video(output / "overlays", video, found, videos.categories)
-        if args.plot is not None and number < args.plot:
-            plot_timeline(output / "plots" / f"{video.id:05d}.png", found, [name for _, name in videos.categories], DRAWN_SCORE)
-        unfinished.save(video, to_entries(video, found, videos.categories))
-    frames, seconds = sum(len(video.files) for video in own), time.perf_counter() - began
-    peak = f", {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB of GPU memory" if device.type == "cuda" else ""
-    print(f"{frames} frames in {seconds:.1f} s, {frames / seconds:.1f} a second with reading and encoding{peak}")
-    if world > 1:
-        distributed.barrier()
-    if rank:
-        return None
-    unfinished.join(videos.videos, output / "results.json")
-    return finish(output / "results.json", args.annotations or annotations_of(videos), output, args.plot is not None)
+
+def batch_bytes(args: argparse.Namespace, videos: VideoSet) -> int:
+    """The bytes of the largest chunk of frames that a loader process reads."""
+    sizes = {(video.height, video.width) for video in videos.videos}
+    pixels = max(math.prod(short_side_size(*size, args.short_side, args.max_long_side))
+                 for size in sizes)
+    return 3 * args.chunk * pixels
 
 
-def open_unfinished(output: Path, args: argparse.Namespace, amp: str, videos: VideoSet, rank: int,
-                    world: int) -> tuple[Unfinished, list[Video]]:
-    """The results so far of this very setting, and the videos that are left: the same for all processes."""
-    weights = os.stat(args.weights)
-    setting = {name: getattr(args, name) for name in ("weights", "preset", "propagation", "gate_mask", "data_root", "split", "json",
-                                                      "images", "short_side", "max_long_side", "top_k", "compile", "sets")}
-    setting |= {"amp": amp, "weights_bytes": weights.st_size, "weights_changed": weights.st_mtime_ns}
-    if world > 1 and rank:
-        distributed.barrier()                    # until the first process has made the folder
-    unfinished = Unfinished(output / "unfinished", setting)
-    if world > 1 and not rank:
-        distributed.barrier()
-    remaining = unfinished.remaining(videos.videos)
-    if world > 1:
-        distributed.barrier()                    # before any process adds a video
-    return unfinished, remaining
+def draw_videos(unfinished: Unfinished, videos: list[Video], categories: list[tuple[Id, str]],
+                output: Path, args: argparse.Namespace) -> None:
+    """Overlays and timelines of the first --draw and --plot videos."""
+    names = [name for _, name in categories]
+    for video in videos[:args.draw]:
+        draw_video(output / "overlays", video, unfinished.load(video), names)
+    for video in videos[:args.plot or 0]:
+        path = output / "plots" / f"{video.name}.png"
+        plot_timeline(path, unfinished.load(video), names, DRAWN_SCORE)
 
 
-def annotations_of(videos: VideoSet) -> list[Path]:
-    """The ground truth of a data set: its own file, or the short and the long videos of YouTube-VIS 2022 where they are apart."""
-    parts = [videos.path.with_name(name) for name in ("gt_short.json", "gt_long.json")]
-    return parts if not videos.ground_truth.get("annotations") and all(map(Path.exists, parts)) else [videos.path]
+def annotations_of(videos: VideoSet, given: list[str] | None, left_out: list[Id],
+                   skip_bad: bool) -> dict[str, AnnotationFile]:
+    """The ground truth of a data set by name, less the videos that were left out.
+
+    given: annotation files, instead of its own one, or of the short and the long videos of
+        YouTube-VIS 2022 where they lie beside it.
+    """
+    beside = [videos.path.with_name(name) for name in ("gt_short.json", "gt_long.json")]
+    if not given and not videos.ground_truth["annotations"] and all(map(Path.exists, beside)):
+        given = beside
+    parts = read_parts(given, skip_bad) if given else {videos.path.stem: videos.file}
+    left_out = left_out + videos.file.left_out
+    return {name: part.without(left_out) for name, part in parts.items()}
 
 
-def finish(results_path: Path, annotations: list[str | Path], output: Path, plot: bool) -> dict | None:
-    """Check a results file, zip it for the server, and score it if the annotations are at hand: prints the tables and writes
-    metrics.json. Several annotation files are parts of one set: each is scored, and the mean is what metrics.json starts with."""
-    results, names = read_json(results_path), [Path(path).stem for path in annotations]
-    parts = dict(zip(names if len(set(names)) == len(names) else map(str, annotations), map(read_json, annotations)))
-    first = next(iter(parts.values()))
-    for path, part in zip(annotations, parts.values()):
-        if not isinstance(part, dict) or not isinstance(part.get("videos"), list):
-            raise InputError(f"{path} has no list of videos: it is not in the YouTube-VIS format")
-        if part.get("categories") != first.get("categories"):
-            raise InputError(f"{path} has other categories than {annotations[0]}: they are not parts of one set")
-        part["annotations"] = part.get("annotations") or []
-        if not isinstance(part["annotations"], list):
-            raise InputError(f"{path} has no list of annotations: it is not in the YouTube-VIS format")
-    whole = first | {name: [entry for part in parts.values() for entry in part[name]] for name in ("videos", "annotations")}
-    check_results(results, whole)
+def read_parts(paths: list[str | Path], skip_bad: bool) -> dict[str, AnnotationFile]:
+    """Annotation files by name: several are parts of one set, and have the same categories."""
+    parts = [read_annotations(path, skip_bad) for path in paths]
+    for part in parts:
+        if part.categories != parts[0].categories:
+            raise InputError(f"{part.name} has other categories than {parts[0].name}: "
+                             "they are not parts of one set")
+    names = [Path(path).stem for path in paths]
+    return dict(zip(names if len(set(names)) == len(names) else map(str, paths), parts))
+
+
+def finish(results_path: Path, parts: dict[str, AnnotationFile], output: Path,
+           plot: bool) -> dict | None:
+    """Check a results file, zip it for the server, and score it where there are annotations.
+
+    parts: of the ground truth, by name; each is scored, and the mean is what metrics.json starts
+        with. All files are written before anything is printed: no terminal can lose them.
+    Returns what metrics.json holds, None without annotations.
+    """
+    whole = {key: [entry for part in parts.values() for entry in part.content[key]]
+             for key in ("videos", "annotations")}
+    first, *_ = parts.values()
+    whole["categories"] = first.content["categories"]
+    left_out = [video for part in parts.values() for video in part.left_out]
+    results = check_predictions(read_json(results_path), whole, left_out)
     output.mkdir(parents=True, exist_ok=True)
     zip_results(results_path, output / "results.json.zip")
+    lines = [f"skipped: {sentence}"
+             for sentence in Skipped(part.skipped for part in parts.values()).sentences()]
+    if left_out:
+        lines.append(f"{len(left_out)} of {len(left_out) + len(whole['videos'])} videos are left "
+                     f"out of the metric, the first: {shown(left_out[0])}")
     if not whole["annotations"]:
-        classes = {str(category["name"]).lower() for category in whole["categories"]}
-        server = next((server for name, server in SERVERS.items() if name in classes), "the benchmark's server")
-        print(f"{annotations[0]} has no annotations: submit {output / 'results.json.zip'} to {server}")
+        print(*lines, f"{first.name} has no annotations: submit {output / 'results.json.zip'} to "
+              f"{server_of(whole['categories'])}", sep="\n")
         return None
-    metrics = {}
+
+    scored, curves = {}, {}
     for name, part in parts.items():
-        inside = {video["id"] for video in part["videos"]}
+        inside = {video["id"] for video in part.content["videos"]}
         own = [entry for entry in results if entry["video_id"] in inside]
-        precision, recall, _ = accumulate(own, part)          # which have been checked above
-        metrics[name] = summarize(precision, recall, part)
-        print(f"{name}, {len(inside)} videos" if len(parts) > 1 else "", format_table(metrics[name]), sep="\n" if len(parts) > 1 else "")
-        if plot:
-            (output / "plots").mkdir(exist_ok=True)
-            plot_precision(output / "plots" / f"precision_{name}.png", precision)
-            plot_classes(output / "plots" / f"classes_{name}.png", metrics[name]["per_class"])
+        curves[name], recall, _ = accumulate(own, part.content)
+        scored[name] = summarize(curves[name], recall, part.content)
+        title = [f"{name}, {len(inside)} videos"] if len(parts) > 1 else []
+        lines += [*title, format_table(scored[name])]
+    metrics = scored[name]
     if len(parts) > 1:
-        metrics = mean_metrics(list(metrics.values())) | {"parts": metrics}
-        print("mean", format_table(metrics), sep="\n")
-    else:
-        metrics, = metrics.values()
+        metrics = mean_metrics(list(scored.values())) | {"parts": scored}
+        lines += ["mean", format_table(metrics)]
     save_json(output / "metrics.json", metrics)
+    for name in parts if plot else ():
+        (output / "plots").mkdir(exist_ok=True)
+        file_name = name.replace(os.sep, "-") + ".png"
+        plot_precision(output / "plots" / f"precision_{file_name}", curves[name])
+        plot_classes(output / "plots" / f"classes_{file_name}", scored[name]["per_class"])
+    print(*lines, sep="\n")
     return metrics
+
+
+def server_of(categories: list[dict]) -> str:
+    """Where results of these classes are submitted."""
+    classes = {category["name"].lower() for category in categories}
+    return next((server for name, server in SERVERS.items() if name in classes),
+                "the benchmark's server")
 
 
 def zip_results(path: Path, target: Path) -> None:
@@ -248,16 +350,17 @@ def check_categories(model: GRAttVIS, config: dict, videos: VideoSet, weights: s
     """InputError unless the checkpoint's classes are those of the data set."""
     if model.num_classes != len(videos.categories):
         raise InputError(f"{weights} has {model.num_classes} classes, {videos.path} has {len(videos.categories)}")
-    trained = [name for _, name in config.get("categories", [])]
+    trained = unique_names([(category_id, one_line(name))
+                            for category_id, name in config.get("categories", [])])
     if trained and trained != [name for _, name in videos.categories]:
         raise InputError(f"{weights} was trained on other classes than {videos.path} has: {', '.join(trained)}")
 
 
-def draw_video(folder: Path, video: Video, found: EncodedVideo, categories: list[tuple[int, str]]) -> None:
+def draw_video(folder: Path, video: Video, found: EncodedVideo, names: list[str]) -> None:
     """Overlays of the instances that score at least DRAWN_SCORE."""
     frames = (np.array(read_frame(file, video.height, video.width)) for file in video.files)
-    pictures = overlays(frames, found, [name for _, name in categories], DRAWN_SCORE)
-    save_pictures(folder, f"{video.id:05d}", pictures, len(video.files))
+    pictures = overlays(frames, found, names, DRAWN_SCORE)
+    save_pictures(folder, video.name, pictures, len(video.files))
 
 
 if __name__ == "__main__":

@@ -25,9 +25,8 @@ from collections import defaultdict
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from data import shown, to_rle
-from reading.pictures import check_pixels
-from run_length import find_fault
+from reading.annotations import complete, id_key, id_order
+from reading.masks import find_bad_tracks, shown, to_rle
 from runtime.errors import InputError
 
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)  # index 0 is AP50, index 5 is AP75
@@ -41,14 +40,14 @@ def evaluate_results(results, ground_truth):
     """Score predictions against ground truth; neither argument is changed.
 
     results: list of {"video_id", "category_id", "score", "segmentations"}, the last one a list with an RLE
-        dict {"size": [height, width], "counts"} or None for every frame of the video.
-    ground_truth: a parsed YouTube-VIS file with "videos", "categories" and "annotations"; masks may be
-        polygons, compressed or uncompressed RLE, or None.
+        dict {"size": [height, width], "counts"} or None for every frame of the video. COCO's
+        results, with "image_id" and "segmentation", are read too.
+    ground_truth: a parsed annotation file of any form that reading/annotations.py reads.
     Returns floats in [0, 1], or -1.0 where no ground truth defines the number: AP, AP50, AP75, APs, APm, APl
     (small, medium, large objects), AR1, AR10, AR100, ARs, ARm, ARl, and "per_class": {category name: AP} in
     the order of the file. Raises InputError (see `check_results`).
     """
-    check_results(results, ground_truth)
+    results, ground_truth = check_results(results, ground_truth)
     precision, recall, _ = accumulate(results, ground_truth)
     return summarize(precision, recall, ground_truth)
 
@@ -71,60 +70,53 @@ def summarize(precision, recall, ground_truth):
 
 
 def check_results(results, ground_truth):
-    """Raise InputError, naming the offending entry, unless `evaluate_results` can score these arguments.
+    """Both arguments of `evaluate_results` as `accumulate` wants them.
 
-    The official evaluator silently cuts a track that is longer or shorter than its video; that is nearly
-    always a mistake in the file, so we refuse it.
+    Raises InputError naming the offending entry.
     """
-    check_ground_truth(ground_truth)
+    ground_truth = complete(ground_truth, "the ground truth").content
+    return check_predictions(results, ground_truth), ground_truth
+
+
+def check_predictions(results, ground_truth, left_out=()):
+    """The predictions with the ids of the ground truth.
+
+    ground_truth: complete, as reading/annotations.py makes it.
+    left_out: ids of videos that are left out of the ground truth, as are predictions for them.
+    Raises InputError naming the offending entry. The official evaluator silently cuts a track that
+    is longer or shorter than its video; that is nearly always a mistake, so we refuse it.
+    """
     if not isinstance(results, list):
         raise InputError(f"results is a {type(results).__name__}, not a list of predictions")
-    videos = {video["id"]: video for video in ground_truth["videos"]}
-    known_ids = {"video_id": videos.keys(), "category_id": set(category_ids(ground_truth))}
-    tracks = []
+    videos = {id_key(video["id"]): video for video in ground_truth["videos"]}
+    categories = {id_key(category["id"]): category for category in ground_truth["categories"]}
+    left_out = set(map(id_key, left_out))
+    predictions, names, tracks = [], [], []
     for index, prediction in enumerate(results):
         name = f"results[{index}]"
+        if isinstance(prediction, dict) and {"image_id", "segmentation"} <= prediction.keys():
+            prediction = prediction | {"video_id": prediction["image_id"],
+                                       "segmentations": [prediction["segmentation"]]}  # COCO
         check_keys(name, prediction, ("video_id", "category_id", "score", "segmentations"))
-        for key, known in known_ids.items():
-            if not np.isscalar(prediction[key]) or prediction[key] not in known:  # a list has no hash
-                raise InputError(f"{name} has {key} {shown(prediction[key])}, which the annotations do not define")
+        if id_key(prediction["video_id"]) in left_out:
+            continue
+        for key, known in (("video_id", videos), ("category_id", categories)):
+            if id_key(prediction[key]) not in known:
+                raise InputError(f"{name} has {key} {shown(prediction[key])}, "
+                                 "which the annotations do not define")
         score = prediction["score"]
         if not isinstance(score, (int, float, np.number)) or not abs(score) <= sys.float_info.max:
             raise InputError(f"{name} has the score {shown(score)}, which is not a finite number")
-        tracks.append((name, prediction["segmentations"], videos[prediction["video_id"]]))
-    check_tracks(tracks)
-
-
-def check_ground_truth(ground_truth):
-    """Raise InputError, naming the offending entry, unless a parsed JSON can serve as ground truth."""
-    for key in ("videos", "categories", "annotations"):
-        if not isinstance(ground_truth, dict) or not isinstance(ground_truth.get(key), list):
-            raise InputError(f"the ground truth has no list of {key}: this metric needs a file with annotations")
-    for index, video in enumerate(ground_truth["videos"]):
-        check_keys(f"videos[{index}]", video, ("id", "length", "height", "width"))
-        check_whole(f"videos[{index}]", video, ("id", "length", "height", "width"))
-        check_pixels(video["height"], video["width"], f"videos[{index}]")
-        if video["length"] < 1:
-            raise InputError(f"videos[{index}] has no frames")
-    for index, category in enumerate(ground_truth["categories"]):
-        check_keys(f"categories[{index}]", category, ("id", "name"))
-        check_whole(f"categories[{index}]", category, ("id",))
-        if not isinstance(category["name"], str):
-            raise InputError(f"categories[{index}] has the name {shown(category['name'])}, which is no text")
-    videos = {video["id"]: video for video in ground_truth["videos"]}
-    tracks = []
-    for index, annotation in enumerate(ground_truth["annotations"]):
-        name = f"annotations[{index}]"
-        check_keys(name, annotation, ("video_id", "category_id", "areas", "segmentations"))
-        check_whole(name, annotation, ("video_id", "category_id"))
-        if annotation["video_id"] in videos:  # others are never looked at
-            if not isinstance(annotation["areas"], list):
-                raise InputError(f"{name} has no list of areas")
-            for area in annotation["areas"]:
-                if area is not None and not (isinstance(area, (int, float, np.number)) and 0 <= area <= 1e10):
-                    raise InputError(f"{name} has the area {shown(area)}, which is no number of pixels")
-            tracks.append((name, annotation["segmentations"], videos[annotation["video_id"]]))
-    check_tracks(tracks, polygons=True)
+        video = videos[id_key(prediction["video_id"])]
+        check_length(name, prediction["segmentations"], video)
+        category = categories[id_key(prediction["category_id"])]
+        predictions.append(prediction | {"video_id": video["id"], "category_id": category["id"]})
+        tracks.append((prediction["segmentations"], video["height"], video["width"]))
+        names.append(name)
+    for number, frame, reason in find_bad_tracks(tracks):
+        raise InputError(f"{names[number]}, frame {frame}, "
+                         f"has a segmentation that cannot be read: {reason}")
+    return predictions
 
 
 def check_keys(name, entry, keys):
@@ -134,38 +126,19 @@ def check_keys(name, entry, keys):
         raise InputError(f"{name} lacks {', '.join(missing)}")
 
 
-def check_whole(name, entry, keys):
-    """Raise InputError unless the entry called `name` has whole numbers under the keys."""
-    for key in keys:
-        if not isinstance(entry[key], (int, np.integer)):
-            raise InputError(f"{name} has {key} {shown(entry[key])}, which is no whole number")
-
-
-def check_tracks(tracks, polygons=False):
-    """Raise InputError unless every track has a readable mask of its video's size or None per frame.
-
-    tracks: (name, segmentations, video) each. Compressed codes are read all together, which is a hundred times as fast.
-    """
-    names, codes, pixels = [], [], []
-    for name, segmentations, video in tracks:
-        if not isinstance(segmentations, list) or len(segmentations) != video["length"]:
-            found = f"{len(segmentations)} masks" if isinstance(segmentations, list) else "no list of masks"
-            raise InputError(f"{name} has {found} for the {video['length']} frames of video {video['id']}")
-        for frame, segmentation in enumerate(segmentations):
-            if isinstance(segmentation, list) and segmentation and not polygons:
-                raise InputError(f"{name} has polygons in frame {frame}; results hold RLEs")
-            encoded = to_rle(segmentation, video["height"], video["width"], f"{name}, frame {frame},", checked=True)
-            if encoded is segmentation and encoded is not None:
-                names.append((name, frame))
-                codes.append(encoded["counts"])
-                pixels.append(video["height"] * video["width"])
-    if fault := find_fault(codes, pixels):
-        name, frame = names[fault[0]]
-        raise InputError(f"{name}, frame {frame}, has a segmentation that cannot be read: {fault[1]}")
+def check_length(name, segmentations, video):
+    """Raise InputError unless there is one RLE or None for every frame of the video."""
+    if not isinstance(segmentations, list) or len(segmentations) != video["length"]:
+        count = len(segmentations) if isinstance(segmentations, list) else "no list of"
+        raise InputError(f"{name} has {count} masks for the {video['length']} frames "
+                         f"of video {shown(video['id'])}")
+    for frame, segmentation in enumerate(segmentations):
+        if isinstance(segmentation, list) and segmentation:
+            raise InputError(f"{name} has polygons in frame {frame}; results hold RLEs")
 
 
 def accumulate(results, ground_truth, ignored=None):
-    """Precision, recall and score arrays over all settings; arguments as for `evaluate_results`, unchecked.
+    """Precision, recall and score arrays over all settings, of what `check_results` returns.
 
     ignored: a bool for each annotation, True for those that count neither as found nor as missed, as those of another area range
         do: the prediction that takes one is no error, a second one and one that finds nothing are. None = none.
@@ -191,7 +164,7 @@ def accumulate(results, ground_truth, ignored=None):
         # In ascending order of video id: the stable sort below keeps equal scores in it, which changes AP.
         matchings = [
             match_video(predictions[video, category], annotations[video, category], videos[video])
-            for video in sorted(videos)
+            for video in sorted(videos, key=id_order)
             if (video, category) in predictions or (video, category) in annotations
         ]
         positives = sum(matching["positives"] for matching in matchings)  # (A,)
@@ -309,7 +282,10 @@ def track_rles(entry, video):
     """Masks of a prediction or annotation as L compressed RLE dicts; None becomes an empty mask."""
     height, width = video["height"], video["width"]
     empty = coco_mask.frPyObjects({"size": [height, width], "counts": [height * width]}, height, width)
-    return [to_rle(segmentation, height, width, "a mask", checked=True) or empty for segmentation in entry["segmentations"]]
+    return [
+        to_rle(segmentation, height, width, "a mask", checked=True) or empty
+        for segmentation in entry["segmentations"]
+    ]
 
 
 def outside_ranges(areas):
@@ -325,7 +301,7 @@ def outside_ranges(areas):
 
 def category_ids(ground_truth):
     """Category ids in ascending order: the K axis of `accumulate`."""
-    return sorted({category["id"] for category in ground_truth["categories"]})
+    return sorted({category["id"] for category in ground_truth["categories"]}, key=id_order)
 
 
 def mean_defined(values):

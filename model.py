@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from types import MethodType
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -350,7 +351,7 @@ class GRAttVIS(nn.Module):
 
         Scores are those of segment_video for the frames so far; at the last frame the two agree.
         """
-        self.check_request(output_size, top_k)
+        self.check_request(output_size, top_k, first=state is None)
         if self.propagation == "clip" or self.clip_length != 1:
             raise ValueError("step needs a model that goes frame by frame, not one that reads clips of several frames")
         check_frame(frame)
@@ -374,14 +375,33 @@ class GRAttVIS(nn.Module):
         """The state before a video's first frame, to start `step` on another one: tracks, scores and memory are forgotten."""
         return None
 
-    def check_request(self, output_size: tuple[int, int] | None, top_k: int) -> None:
-        """Refuse what would return noise (sampled gates, dropped paths) or nothing."""
-        if self.training:
-            raise RuntimeError("the model is in training mode: call model.eval() first")
-        if top_k < 1:
-            raise ValueError(f"top_k must be at least 1, not {top_k}")
-        if output_size is not None and min(output_size) < 1:
-            raise ValueError(f"output_size must be (height, width) of at least 1 pixel, not {output_size}")
+    def check_request(self, output_size: tuple[int, int] | None, top_k: int,
+                      first: bool = True) -> None:
+        """Refuse what would return noise or nothing.
+
+        RuntimeError if any module is in training mode (gates would be sampled, paths dropped), of
+        which only the first frame of a video is asked; ValueError unless top_k is a positive int
+        and output_size two of them, or None.
+        """
+        for name, module in self.named_modules() if first else [("", self)]:
+            if module.training:
+                raise RuntimeError(f"{name or 'the model'} is in training mode: call model.eval() "
+                                   "first")
+        if not is_positive(top_k):
+            raise ValueError(f"top_k must be an int of at least 1, not {top_k!r}")
+        if output_size is not None and not is_size(output_size):
+            raise ValueError("output_size must be (height, width), two ints of at least 1, not "
+                             f"{output_size!r}")
+
+
+def is_positive(number) -> bool:
+    """Whether it is an int of at least 1."""
+    return isinstance(number, (int, np.integer)) and not isinstance(number, bool) and number >= 1
+
+
+def is_size(pair) -> bool:
+    """Whether it is a tuple or list of two ints of at least 1."""
+    return isinstance(pair, (tuple, list)) and len(pair) == 2 and all(map(is_positive, pair))
 
 
 PRESETS = {  # a model of the paper a line; every value is an argument of GRAttVIS and can be overridden in build_model

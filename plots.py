@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 from pycocotools import mask as rle
 
-from draw import best_labels, colour_of
+from draw import best_labels, colour_of, name_to_draw
 from metric import IOU_THRESHOLDS, RECALL_POINTS
 from results import EncodedVideo
 from runtime.errors import InputError
 
 BAR = "#2f7d4f"
+LARGEST_HEIGHT = 500  # inches; matplotlib draws less than 2 ** 16 pixels
 
 
 def require_matplotlib() -> None:
@@ -28,8 +29,13 @@ def new_figure(width: float, height: float):
     """A figure of so many inches that no display is needed for, and its axes."""
     require_matplotlib()
     from matplotlib.figure import Figure
-    figure = Figure((width, height), dpi=120, layout="constrained")
+    figure = Figure((width, min(height, LARGEST_HEIGHT)), dpi=120, layout="constrained")
     return figure, figure.add_subplot()
+
+
+def plain_text(name: str) -> str:
+    """A class name as a label: short, and not parsed as a formula between dollar signs."""
+    return name_to_draw(name).replace("$", r"\$")
 
 
 def plot_precision(path: Path, precision: np.ndarray) -> None:
@@ -49,7 +55,8 @@ def plot_classes(path: Path, per_class: dict[str, float]) -> None:
     """AP of each class that the ground truth has, best first."""
     defined = sorted(((value, name) for name, value in per_class.items() if value >= 0), reverse=True)
     figure, axes = new_figure(6, 1 + 0.25 * max(4, len(defined)))
-    bars = axes.barh([name for _, name in defined], [100 * value for value, _ in defined], color=BAR)
+    bars = axes.barh(range(len(defined)), [100 * value for value, _ in defined], color=BAR)
+    axes.set_yticks(range(len(defined)), [plain_text(name) for _, name in defined])
     axes.bar_label(bars, fmt="%.1f", padding=3, fontsize="small")
     axes.invert_yaxis()
     axes.set(xlabel="AP", xlim=(0, 105), title="AP by class")
@@ -76,6 +83,7 @@ def plot_timeline(path: Path, found: EncodedVideo, names: list[str], least: floa
     axes.set(xlabel="frame", xlim=(0, frames), ylim=(max(1, len(chosen)), 0),
              title="seen (colour), gates open (black) or closed (pale)" if chosen else f"no instance scores {least} or more")
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set_yticks(np.arange(len(chosen)) + 0.4, [f"{names[found.labels[index]]} #{found.track_ids[index]} {found.scores[index]:.2f}"
-                                                   for index in chosen])
+    labels = [f"{plain_text(names[found.labels[index]])} #{found.track_ids[index]} "
+              f"{found.scores[index]:.2f}" for index in chosen]
+    axes.set_yticks(np.arange(len(chosen)) + 0.4, labels)
     figure.savefig(path)

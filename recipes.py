@@ -18,8 +18,8 @@ from clips import ClipDataset, MixedClips, RenderedClips
 from data import VideoSet, find_split
 from detector import SUPERVISED_LAYERS
 from losses import GATE_LOSSES, SIMILARITY_SPANS, Criterion
-from metric import check_ground_truth
 from model import PIXEL_MEAN, PIXEL_STD, PRESETS, TEST_SIDES, GRAttVIS
+from reading.annotations import id_key
 from runtime.errors import InputError
 from runtime.files import first_existing
 from synthetic import SUITES
@@ -35,7 +35,7 @@ STAGES = {
 
 # Of all recipes, and of those on videos and on images.
 ALL = dict(points=12544, clip_gradient=0.01, backbone_lr_factor=0.1, weight_decay=0.05, warmup=10, warmup_start=1.0, lr_gamma=0.1,
-           save_every=5000, seed=-1, crop_size=(384, 600), pseudo_crop_size=(384, 600), rotation=15.0, workers=4)
+           save_every=5000, seed=-1, crop_size=(384, 600), pseudo_crop_size=(384, 600), rotation=15.0)
 SIDES = (288, 320, 352, 384, 416, 448, 480, 512)
 VIDEO = ALL | dict(batch=8, lr=5e-5, short_sides=SIDES, pseudo_short_sides=SIDES, max_long_side=768,
                    crop_short_sides=(400, 500, 600), lsj=False, lsj_size=768)
@@ -143,7 +143,7 @@ def open_clips(args: argparse.Namespace) -> ClipDataset | MixedClips | RenderedC
         if own[2]:
             raise InputError(f"--train-sets {' '.join(args.train_sets)}: the last must be the data set whose classes are trained")
         target = VideoSet(*own[:2], skip_bad=args.skip_bad)
-        known = {category_id for category_id, _ in target.categories}
+        known = {id_key(category_id) for category_id, _ in target.categories}
         for _, _, category_map in others:
             if category_map and not known >= set(category_map.values()):
                 raise InputError(f"{target.path} lacks categories that COCO's are mapped to: "
@@ -167,13 +167,20 @@ def open_held_out(args: argparse.Namespace, categories: list[tuple[int, str]]) -
     if args.train_json:
         raise InputError("--evaluate-every needs --data-root or --test-sets")
     found = find_named_set(args.data_root, args.test_sets[0])[:2] if args.test_sets else find_split(args.data_root, "valid")
-    videos = VideoSet(*found)
-    if not videos.ground_truth.get("annotations"):
+    videos = VideoSet(*found, skip_bad=args.skip_bad)
+    if not videos.ground_truth["annotations"]:
         raise InputError(f"--evaluate-every: {videos.path} has no annotations")
-    if videos.categories != categories:
+    if [name for _, name in videos.categories] != [name for _, name in categories]:
         raise InputError(f"--evaluate-every: {videos.path} has other categories than the training clips")
-    check_ground_truth(videos.ground_truth)
     return videos
+
+
+def clip_bytes(args: argparse.Namespace, world: int) -> int:
+    """About how many bytes a process's clips of one step take: frames, and masks of 10 instances."""
+    short_side = max(args.short_sides + args.pseudo_short_sides)
+    long_side = min(args.max_long_side, short_side * 16 // 9)
+    pixels = args.lsj_size ** 2 if args.lsj else short_side * long_side
+    return args.batch // world * args.frames * pixels * (3 + 10)
 
 
 def at_least(minimum: int):
@@ -224,7 +231,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--skip-bad", action=switch, default=False, help="leave out what cannot be read, say and count it")
     data.add_argument("--frames", type=at_least(1), default=3, help="frames a clip")
     data.add_argument("--reach", type=at_least(1), default=6, help="largest distance of a clip's frames from its first choice, in frames")
-    data.add_argument("--workers", type=at_least(0), default=2, help="loader processes a GPU; 0 = load in the training process")
+    data.add_argument("--workers", type=at_least(0), help="loader processes per GPU; 0 = load in the training process "
+                      "(default: 2, for a recipe 4, fewer where shared memory is small)")
     change = parser.add_argument_group("augmentation")
     change.add_argument("--short-sides", type=at_least(1), nargs="+", default=[80, 96], help="of a clip, drawn from these, pixels")
     change.add_argument("--pseudo-short-sides", type=at_least(1), nargs="+", help="the same of a pseudo video (default: --short-sides)")

@@ -248,9 +248,10 @@ def make_dataset(root, train_videos=240, valid_videos=24, frames=20, height=HEIG
             generators = (np.random.default_rng((seed, split_index, index)) for index in range(videos))
             scenes = (make_video(rng, frames, height, width, objects, difficulty) for rng in generators)
             instances += write_split(draft, split, tqdm(scenes, desc=split, total=videos, unit="video"), difficulty)
-        if root.exists():
-            root.rmdir()
-        draft.rename(root)
+        try:
+            draft.rename(root)  # also onto an empty folder
+        except OSError as error:
+            raise FileExistsError(f"{root} was made by another process meanwhile.") from error
     print(f"{root}: {train_videos} train + {valid_videos} valid videos of {frames} frames, "
           f"{width} x {height} pixels, {instances} instances; valid.json has the checksum {checksum(root / 'valid.json')}.")
 
@@ -287,7 +288,7 @@ def write_split(folder, split, scenes, difficulty=Difficulty()):
         "videos": videos,
         "annotations": annotations,
     }
-    (folder / f"{split}.json").write_text(json.dumps(content))
+    (folder / f"{split}.json").write_text(json.dumps(content), encoding="utf-8")
     return len(annotations)
 
 

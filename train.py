@@ -1,33 +1,33 @@
 """Train GRAtt-VIS, and the stages it starts from: a detector on images, VITA and GenVIS on videos.
 
-    python train.py                                             # toy preset on the synthetic set, 2 CPU cores, minutes
-    python train.py --render easy occlusion                     # on endless scenes that are drawn on the fly
-    torchrun --nproc-per-node 8 train.py --recipe grattvis/ovis/r50 --init vita_r50_ovis.pth     # an official setting
-    torchrun --nproc-per-node 8 train.py --recipe grattvis/ovis/r50 --resume runs/grattvis_ovis_r50/last.pt    # go on exactly
+    python train.py                                      # toy preset, synthetic set, 2 CPU cores
+    python train.py --render easy occlusion              # endless scenes, drawn on the fly
+    torchrun --nproc-per-node 8 train.py --recipe grattvis/ovis/r50 --init vita_r50_ovis.pth
+    torchrun --nproc-per-node 8 train.py --recipe grattvis/ovis/r50 --resume auto
 
-Settings are in recipes.py. Writes last.pt (model, optimizer, schedule, scaler, step, config), args.json and log.jsonl into
---output, and best.pt with --evaluate-every. Paper: GRAtt-VIS (arXiv 2305.17096), implementation details; upstream
-train_net_grattvis.py.
+Settings are in recipes.py. Writes last.pt (model, optimizer, schedule, scaler, step, config),
+args.json and log.jsonl into --output, and best.pt with --evaluate-every. Paper: GRAtt-VIS (arXiv
+2305.17096), implementation details; upstream train_net_grattvis.py.
 
-Every step seeds torch from (seed, step, rank) and its clips are a function of (seed, step), so that a run resumes exactly
-and no random state has to be stored.
+Every step seeds torch from (seed, step, rank) and its clips are a function of (seed, step), so a
+run resumes exactly and no random state has to be stored. SIGINT and SIGTERM finish the current step
+and save last.pt. Machines need not share a file system: rank 0 alone reads and writes --output.
 """
 import argparse
 import json
 import math
 import random
-import time
-from contextlib import nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from pathlib import Path
+from time import perf_counter
 
 import torch
 import torch.distributed as distributed
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from checkpoint import load_backbone, load_weights, save_checkpoint
+from checkpoint import load_backbone, load_weights, read_run, save_checkpoint
 from clips import StepSampler
 from data import VideoSet
 from deform_attn import implementation
@@ -36,131 +36,197 @@ from losses import Criterion
 from matcher import upload
 from metric import evaluate_results
 from model import PRESETS, GRAttVIS, build_model
-from reading.checkpoints import read_file
-from recipes import RECIPES, official_setting, open_clips, open_held_out, parse_arguments
-from runtime.device import choose_amp, make_deterministic, start_processes
+from recipes import (RECIPES, clip_bytes, official_setting, open_clips, open_held_out,
+                     parse_arguments)
+from runtime.device import choose_amp, make_deterministic
 from runtime.errors import InputError, cli_errors
-from runtime.files import atomic_write, checksum, save_json
+from runtime.files import atomic_write, checksum, folder_lock, save_json
+from runtime.loading import choose_workers, read_ahead
+from runtime.processes import (broadcast, errors_of_any_process, largest, require_agreement,
+                               start_processes, stop_processes)
+from runtime.stopping import Stopped, deferred_stop, stop_requested
 
-MAY_CHANGE = {"recipe", "dry_run", "iterations", "output", "resume", "init", "backbone_weights", "reset_classes", "workers",
-              "device", "recompute", "skip_nonfinite", "log_every", "save_every", "skip_bad", "data_root", "train_json", "train_images",
-              "test_sets", "evaluate_every", "test_short_side", "test_max_long_side", "top_k"}       # between a run and its resumption
+# Arguments that may change between a run and its resumption.
+MAY_CHANGE = {"recipe", "dry_run", "iterations", "output", "resume", "init", "backbone_weights",
+              "reset_classes", "workers", "device", "recompute", "skip_nonfinite", "log_every",
+              "save_every", "skip_bad", "data_root", "train_json", "train_images", "test_sets",
+              "evaluate_every", "test_short_side", "test_max_long_side", "top_k"}
+# Arguments that may differ between machines; of files, the contents are compared instead.
+MAY_DIFFER = {"output", "resume", "init", "backbone_weights", "data_root", "train_json",
+              "train_images", "device", "workers"}
+FILES_OF_A_RUN = ("last.pt", "best.pt", "log.jsonl", "args.json")
+PREFETCH = 4  # batches that each loader process reads ahead
 
 
 def main(args: argparse.Namespace) -> None:
-    """One training run, in this process (torchrun starts one a GPU)."""
+    """One training run, in this process (torchrun starts one for each GPU)."""
     if args.dry_run:
-        print(json.dumps({"recipe": args.recipe, "stage": args.stage} | official_setting(args), indent=1))
+        setting = {"recipe": args.recipe, "stage": args.stage} | official_setting(args)
+        print(json.dumps(setting, indent=1))
         return
     rank, world, device = start_processes(args.device)
-    say = print if rank == 0 else lambda *_: None
     if args.deterministic:
         make_deterministic()
     amp, reason = choose_amp(args.amp, device, training=True)
-    output, last = Path(args.output), Path(args.output) / "last.pt"
-    if args.resume == "auto":
-        args.resume = str(last) if last.exists() else None
-    resumed = read_file(args.resume) if args.resume else None
-    choose_seed(args, resumed, world)
-    check_run(args, resumed, world, last)
-    clips = open_clips(args)
-    held_out = open_held_out(args, clips.categories)
-    torch.manual_seed(args.seed)
-    model, config = make_model(args, clips.categories, resumed, say)
-    config["data"] = [checksum(path) for path in clips.paths]
-    if resumed and resumed["config"].get("data", config["data"]) != config["data"]:
-        say(f"the annotations are not those that {args.resume} was trained on: from here on this is another run")
-    set_up(model, args, device, amp)
-    run = Run(model, config, args, device, amp, resumed)
-    network = model
-    if world > 1:
-        unread_memory = model.tracker.remembers and args.frames <= args.clip_length  # one clip: written, never read
-        network = nn.parallel.DistributedDataParallel(model, [device] if device.type == "cuda" else None,
-                                                      find_unused_parameters=unread_memory)
-    criterion = Criterion(len(clips.categories), points=args.points, no_object_weight=args.no_object_weight,
-                          similarity_weight=args.similarity_weight, gate_weight=args.gate_weight, gate_loss=args.gate_loss,
-                          freeze_detector=args.freeze_detector, similarity_span=args.similarity_span)
-    loader = DataLoader(clips, batch_sampler=StepSampler(run.step, args.iterations, args.batch // world, rank, world),
-                        num_workers=args.workers, collate_fn=list, pin_memory=device.type == "cuda",
-                        prefetch_factor=4 if args.workers else None)
-    if rank == 0:
-        describe(args, model, clips, world, device, f"{str(amp).removeprefix('torch.')} ({reason})", run.step)
-        output.mkdir(parents=True, exist_ok=True)
-        save_json(output / "args.json", vars(args))
-        trim_log(output / "log.jsonl", run.step)
+    say = print if rank == 0 else lambda *_: None
+    output = Path(args.output)
 
-    bar = tqdm(loader, initial=run.step, total=args.iterations, desc="train", disable=rank > 0, mininterval=1)
-    waited, skipped = 0.0, len(clips.skipped)
-    began = mark = time.perf_counter()
-    for batch in bar:
-        waited += time.perf_counter() - mark
+    # What is trained: an error of one process ends all of them, before anything is written.
+    with errors_of_any_process():
+        resumed = read_resumed(args, output) if rank == 0 else None
+    args.resume, resumed = broadcast((args.resume, resumed))
+    args.seed = broadcast(choose_seed(args.seed, resumed))
+    with errors_of_any_process():
+        check_run(args, resumed, world)
+        clips = open_clips(args)
+        held_out = open_held_out(args, clips.categories)
+        for sentence in held_out.skipped.sentences() if held_out else ():
+            say(f"skipped: {sentence}")
+        torch.manual_seed(args.seed)
+        model, config = make_model(args, clips.categories, resumed, say)
+        config["data"] = [checksum(path) for path in clips.paths]
+    require_agreement(describe_run(args, config))
+    if resumed and resumed["config"].get("data", config["data"]) != config["data"]:
+        say(f"the annotations are not those that {args.resume} was trained on: from here on this "
+            "is another run")
+    if args.workers is None:
+        args.workers = choose_workers(4 if args.recipe else 2, clip_bytes(args, world), PREFETCH)
+    set_up(model, args, device, amp)
+    run = Run(model, config, args, device, amp, resumed, rank, world)
+
+    with ExitStack() as folder:
+        with errors_of_any_process():
+            if rank == 0:
+                output.mkdir(parents=True, exist_ok=True)
+                folder.enter_context(folder_lock(output))
+                check_folder(args, output)
+                dtype = f"{str(amp).removeprefix('torch.')} ({reason})"
+                describe(args, model, clips, world, device, dtype, run.step)
+                save_json(output / "args.json", vars(args))
+                trim_log(output / "log.jsonl", run.step)
+                if not resumed:
+                    run.save()  # so that a run has a checkpoint as soon as it has a folder
+        sampler = StepSampler(run.step, args.iterations, args.batch // world, rank, world)
+        network = make_network(model, args, device, world)
+        criterion = make_criterion(args, clips)
+        with (deferred_stop(),
+              closing(read_ahead(clips, args.workers, device, batch_sampler=sampler,
+                                 prefetch=PREFETCH)) as batches,
+              tqdm(batches, initial=run.step, total=args.iterations, desc="train",
+                   disable=rank > 0, mininterval=1) as bar):
+            train(run, network, criterion, bar, held_out, clips.skipped.total)
+    stop_processes()
+    if run.stopping:
+        raise Stopped(run.stopping, f"{run.last} holds iteration {run.step} of {args.iterations}, "
+                      f"--resume {run.last} continues")
+
+
+def train(run: "Run", network: nn.Module, criterion: Criterion, bar: tqdm,
+          held_out: VideoSet | None, skipped: int) -> None:
+    """The steps of a run, with its log, evaluations and checkpoints, until it ends or is stopped.
+
+    bar: iterates over lists of Clips, one for each step. skipped: bad entries left out so far.
+    """
+    args, on_gpu = run.args, run.device.type == "cuda"
+    if held_out and run.unevaluated:
+        run.pause_to_evaluate(held_out, bar)
+    waited, began = 0.0, perf_counter()
+    mark = began
+    for batch in () if run.stopping else bar:
+        waited += perf_counter() - mark
         for sentence in (sentence for clip in batch for sentence in clip.skipped):
             skipped += 1
             bar.write(f"skipped: {sentence}")
-        torch.manual_seed(hash((args.seed, run.step, rank)) % 2 ** 63)
-        losses, gradient, left_out = run.advance(network, criterion, batch)
+        torch.manual_seed(hash((args.seed, run.step, run.rank)) % 2 ** 63)
+        losses, grad_norm, left_out = run.advance(network, criterion, batch)
         if left_out:
             bar.write(f"left out: {left_out}")
-        if rank == 0 and run.step % args.log_every == 0:
-            seconds, began = time.perf_counter() - began, time.perf_counter()
+        if run.step % args.log_every == 0:
+            seconds, began = perf_counter() - began, perf_counter()
             total = sum(losses.values())
-            log_line(output, {"step": run.step, "loss": total, "lr": run.schedule.get_last_lr()[0],
-                              "gradient_norm": gradient if math.isfinite(gradient) else None,  # fp16 skips such a step
-                              "iterations_per_second": args.log_every / seconds, "data_share": waited / seconds,
-                              "memory_gib": torch.cuda.max_memory_allocated() / 2 ** 30 if device.type == "cuda" else None,
-                              "skipped": skipped} | losses)
+            run.log({"step": run.step, "loss": total, "lr": run.schedule.get_last_lr()[0],
+                     # fp16 skips such a step
+                     "gradient_norm": grad_norm if math.isfinite(grad_norm) else None,
+                     "iterations_per_second": args.log_every / seconds,
+                     "data_share": waited / seconds,
+                     "memory_gib": torch.cuda.max_memory_allocated() / 2 ** 30 if on_gpu else None,
+                     "skipped": skipped} | losses)
             bar.set_postfix(loss=f"{total:.2f}", data=f"{waited / seconds:.0%}", refresh=False)
             waited = 0.0
         if held_out and run.step % args.evaluate_every == 0:
-            paused = time.perf_counter()
-            if rank == 0:
-                bar.write(run.evaluate(held_out, output))
-            if world > 1:
-                distributed.barrier()
-            began += time.perf_counter() - paused                  # the log tells the speed of training
-        if rank == 0 and run.step % args.save_every == 0:
-            run.save(last)
-        mark = time.perf_counter()
-    if rank == 0:
-        run.save(last)
-        say(f"saved {last}" + (f"; left out {skipped} bad videos, annotations and clips" if skipped else ""))
-    if world > 1:
-        distributed.destroy_process_group()
+            paused = perf_counter()
+            run.pause_to_evaluate(held_out, bar)
+            began += perf_counter() - paused  # the log tells the speed of training
+        if run.step % args.save_every == 0:
+            run.save()
+        run.stopping = run.stopping or largest(stop_requested())
+        if run.stopping:
+            break
+        mark = perf_counter()
+    run.save()
+    bad = f"; left out {skipped} bad videos, annotations and clips" if skipped else ""
+    if run.rank == 0 and not run.stopping:
+        bar.close()
+        print(f"saved {run.last}{bad}")
 
 
 class Run:
-    """What training changes, and so what a checkpoint holds: weights, their average, optimiser, schedule, scaler, the step."""
+    """What training changes, and so what a checkpoint holds.
 
-    def __init__(self, model: GRAttVIS, config: dict, args: argparse.Namespace, device: torch.device, amp: torch.dtype,
-                 resumed: dict | None):
-        """resumed: the contents of a checkpoint to go on from, whose weights the model has already."""
-        self.model, self.config, self.args, self.device, self.amp = model, config, args, device, amp
-        self.optimizer = torch.optim.AdamW(parameter_groups(model, args.lr, args.weight_decay, args.backbone_lr_factor), fused=True)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: learning_rate_factor(
-            step, args.warmup, args.lr_steps, args.warmup_start, args.lr_gamma))
+    That is: weights, their average, optimizer, schedule, scaler, and the number of steps done.
+    """
+
+    def __init__(self, model: GRAttVIS, config: dict, args: argparse.Namespace,
+                 device: torch.device, amp: torch.dtype, resumed: dict | None, rank: int = 0,
+                 world: int = 1):
+        """resumed: the contents of a checkpoint to resume, whose weights the model has already."""
+        self.model, self.config, self.args = model, config, args
+        self.device, self.amp, self.rank, self.world = device, amp, rank, world
+        self.output, self.last = Path(args.output), Path(args.output) / "last.pt"
+        groups = parameter_groups(model, args.lr, args.weight_decay, args.backbone_lr_factor)
+        self.optimizer = torch.optim.AdamW(groups, fused=True)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: learning_rate_factor(
+                step, args.warmup, args.lr_steps, args.warmup_start, args.lr_gamma))
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
-        self.averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema)) if args.ema else None
-        self.parts = {"optimizer": self.optimizer, "schedule": self.schedule, "scaler": self.scaler}
-        self.parts |= {"ema": self.averaged} if args.ema else {}
-        self.step, self.best, self.left_out = 0, -1.0, 0           # steps done, the best AP, steps left out in a row
+        self.averaged = None
+        if args.ema:
+            self.averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema))
+        self.parts = {"optimizer": self.optimizer, "schedule": self.schedule,
+                      "scaler": self.scaler} | ({"ema": self.averaged} if args.ema else {})
+        self.step = 0          # steps done
+        self.best = -1.0       # the best AP so far
+        self.unevaluated = False  # whether a signal has interrupted this step's evaluation
+        self.left_out = 0      # steps left out in a row
+        self.saved = -1        # the step of the last checkpoint
+        self.stopping = 0      # the signal that any process has received
         if resumed:
             self.step, self.best = resumed["step"], resumed.get("best", -1.0)
+            self.unevaluated = resumed.get("unevaluated", False)
             for name, part in self.parts.items():
                 part.load_state_dict(resumed[name])
 
-    def advance(self, network: nn.Module, criterion: Criterion, batch: list) -> tuple[dict[str, float], float, str]:
-        """One step, by this process's clips of it: losses, gradient norm, and why it was left out, if it was. FloatingPointError if it
-        is not finite, and --skip-nonfinite steps before it were not."""
-        norms = [buffer.clone() for buffer in self.model.buffers()] if self.args.skip_nonfinite else []
-        losses, gradient = train_step(network, criterion, batch, self.args, self.device, self.amp, self.optimizer, self.scaler)
+    def advance(self, network: nn.Module, criterion: Criterion,
+                batch: list) -> tuple[dict[str, float], float, str]:
+        """One step on this process's clips: losses, gradient norm, and why it was left out, if so.
+
+        FloatingPointError if it is not finite, and --skip-nonfinite steps before it were not.
+        """
+        buffers = list(self.model.buffers()) if self.args.skip_nonfinite else []
+        buffers_before = [buffer.clone() for buffer in buffers]
+        losses, grad_norm = train_step(network, criterion, batch, self.args, self.device, self.amp,
+                                       self.optimizer, self.scaler)
         total, reason = sum(losses.values()), ""
-        found_scale = self.scaler.is_enabled() and math.isfinite(total)           # in fp16 the scaler leaves such a step out by itself
-        self.left_out = 0 if math.isfinite(gradient + total) or found_scale else self.left_out + 1
+        # In fp16 the scaler leaves such a step out by itself.
+        found_scale = self.scaler.is_enabled() and math.isfinite(total)
+        finite = math.isfinite(grad_norm + total) or found_scale
+        self.left_out = 0 if finite else self.left_out + 1
         if self.left_out:
-            reason = describe_nonfinite(losses, gradient, self.step, self.schedule.get_last_lr()[0], batch)
+            rate = self.schedule.get_last_lr()[0]
+            reason = describe_nonfinite(losses, grad_norm, self.step, rate, batch)
             if self.left_out > self.args.skip_nonfinite:
                 raise FloatingPointError(reason)
-            for buffer, before in zip(self.model.buffers(), norms):
+            for buffer, before in zip(buffers, buffers_before):
                 buffer.copy_(before)
         if not self.left_out or self.scaler.is_enabled():
             self.scaler.step(self.optimizer)
@@ -169,54 +235,101 @@ class Run:
         if self.averaged:
             self.averaged.update_parameters(self.model)
         self.step += 1
-        return losses, gradient, reason
+        return losses, grad_norm, reason
 
-    def evaluate(self, videos: VideoSet, output: Path) -> str:
-        """Measure the model on held-out videos (the averaged one where there is one): a line of the log, and best.pt if it is the best
-        so far; returns a sentence."""
+    def pause_to_evaluate(self, videos: VideoSet, bar: tqdm) -> None:
+        """Evaluate in rank 0 while the other processes wait.
+
+        A signal interrupts it; the evaluation is then repeated when the run is resumed.
+        """
+        if self.rank == 0:
+            try:
+                self.unevaluated = True
+                bar.write(self.evaluate(videos))
+                self.unevaluated = False
+            except Stopped:
+                pass  # the next line tells all processes
+        self.stopping = largest(stop_requested())
+
+    def evaluate(self, videos: VideoSet) -> str:
+        """Measure the model (the averaged one where there is one) on held-out videos.
+
+        Writes a line of the log, and best.pt if it is the best so far; returns a sentence.
+        """
         model, args = self.averaged.module if self.averaged else self.model, self.args
         weights = self.finite_weights(model)
         model.eval()
-        results = [entry for video, found in segment_videos(model, videos.videos, self.device, self.amp, args.test_short_side,
-                                                            args.test_max_long_side, args.top_k, workers=args.workers)
-                   for entry in to_entries(video, found, videos.categories)]
+        segmented = segment_videos(model, videos.videos, self.device, self.amp,
+                                   args.test_short_side, args.test_max_long_side, args.top_k,
+                                   workers=args.workers, skip_bad=args.skip_bad)
+        results, left_out = [], []
+        for video, found in segmented:
+            if isinstance(found, InputError):
+                tqdm.write(f"skipped: {found}")
+                left_out.append(video.id)
+            else:
+                results += to_entries(video, found, videos.categories)
         model.train()
-        metrics = {name: value for name, value in evaluate_results(results, videos.ground_truth).items() if isinstance(value, float)}
-        log_line(output, {"step": self.step} | metrics)
+        found = evaluate_results(results, videos.file.without(left_out).content)
+        metrics = {name: value for name, value in found.items() if isinstance(value, float)}
+        self.log({"step": self.step} | metrics)
         sentence = f"iteration {self.step}: AP {100 * metrics['AP']:.1f}"
         if metrics["AP"] <= self.best:
             return sentence
         self.best = metrics["AP"]
-        save_checkpoint(output / "best.pt", {"model": weights, "step": self.step, "best": self.best, "config": self.config})
+        save_checkpoint(self.output / "best.pt", {"model": weights, "step": self.step,
+                                                  "best": self.best, "config": self.config})
         return f"{sentence}, the best so far"
+
+    def log(self, record: dict) -> None:
+        """Append a line to log.jsonl, in rank 0."""
+        if self.rank:
+            return
+        path = self.output / "log.jsonl"
+        try:
+            with open(path, "a", encoding="utf-8") as log:
+                log.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise InputError(f"{path} cannot be written: {error.strerror}; --resume {self.last} "
+                             "continues") from error
 
     def finite_weights(self, model: GRAttVIS) -> dict[str, torch.Tensor]:
         """The model's state; FloatingPointError if there is anything in it that is not finite."""
         weights = model.state_dict()
-        if broken := [name for name, value in weights.items() if not value.isfinite().all()]:
-            raise FloatingPointError(f"{', '.join(broken[:3])} {'is' if len(broken) == 1 else 'are'} not finite at iteration {self.step}: "
-                                     "the checkpoints were left as they were")
+        broken = [name for name, value in weights.items() if not value.isfinite().all()]
+        if broken:
+            names = f"{', '.join(broken[:3])} {'is' if len(broken) == 1 else 'are'}"
+            raise FloatingPointError(f"{names} not finite at iteration {self.step}: the "
+                                     "checkpoints were left as they were")
         return weights
 
-    def save(self, path: Path) -> None:
-        """Write the checkpoint."""
+    def save(self) -> None:
+        """Write last.pt, in rank 0, unless this step is saved already."""
+        if self.rank or self.saved == self.step:
+            return
         states = {name: part.state_dict() for name, part in self.parts.items()}
-        save_checkpoint(path, {"model": self.finite_weights(self.model), "step": self.step, "best": self.best, "config": self.config}
-                        | states)
+        save_checkpoint(self.last, {"model": self.finite_weights(self.model), "step": self.step,
+                                    "best": self.best, "unevaluated": self.unevaluated,
+                                    "config": self.config} | states)
+        self.saved = self.step
 
 
-def train_step(network: nn.Module, criterion: Criterion, batch: list, args: argparse.Namespace, device: torch.device,
-               amp: torch.dtype, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> tuple[dict[str, float], float]:
-    """Clipped gradients of one process's share of a step, in --accumulate parts; returns the losses, averaged over parts and
-    processes, and the norm that the gradients had: the same in all processes, also where they are not finite.
+def train_step(network: nn.Module, criterion: Criterion, batch: list, args: argparse.Namespace,
+               device: torch.device, amp: torch.dtype, optimizer: torch.optim.Optimizer,
+               scaler: torch.amp.GradScaler) -> tuple[dict[str, float], float]:
+    """Clipped gradients of one process's share of a step, computed in --accumulate parts.
 
-    Each part counts its own instances, as each process would: the mean of the parts is what the optimiser sees.
+    Returns the losses, averaged over parts and processes, and the norm of the gradients before
+    clipping: the same in all processes, also where they are not finite. Each part counts its own
+    instances, as each process would; the optimizer sees the mean of the parts.
     """
     optimizer.zero_grad(set_to_none=True)
     size, totals = len(batch) // args.accumulate, 0
     for first in range(0, len(batch), size):
-        part, synchronised = batch[first:first + size], first + size == len(batch)
-        with nullcontext() if synchronised or not hasattr(network, "no_sync") else network.no_sync():
+        part = batch[first:first + size]
+        # DDP exchanges gradients after the last part only.
+        last = first + size == len(batch) or not hasattr(network, "no_sync")
+        with nullcontext() if last else network.no_sync():
             with torch.autocast(device.type, amp, enabled=amp != torch.float32):
                 predictions = network([upload(clip.frames, device) for clip in part])
             losses, _ = criterion(predictions, part, whole_video=args.propagation == "clip")
@@ -224,99 +337,137 @@ def train_step(network: nn.Module, criterion: Criterion, batch: list, args: argp
             scaler.scale(values.sum()).backward()
         totals = totals + values.detach()
     scaler.unscale_(optimizer)
-    gradient = nn.utils.clip_grad_norm_(network.parameters(), args.clip_gradient or math.inf)
+    grad_norm = nn.utils.clip_grad_norm_(network.parameters(), args.clip_gradient or math.inf)
     if distributed.is_available() and distributed.is_initialized():
         distributed.all_reduce(totals)
         totals = totals / distributed.get_world_size()
-    *values, gradient = torch.cat((totals, gradient[None].to(totals))).tolist()  # one wait for the GPU
-    return dict(zip(losses, values)), gradient
+    # One wait for the GPU.
+    *values, grad_norm = torch.cat((totals, grad_norm[None].to(totals))).tolist()
+    return dict(zip(losses, values)), grad_norm
 
 
-def describe_nonfinite(losses: dict[str, float], gradient: float, step: int, rate: float, batch: list) -> str:
-    """What is not finite, when, and on what; the losses are all processes', the clips this one's."""
-    broken = [f"{name} {value}" for name, value in losses.items() if not math.isfinite(value)] or [f"the gradient's norm {gradient}"]
-    return (f"not finite at iteration {step}, learning rate {rate:g}: {', '.join(broken)}; clips: "
-            + "; ".join(clip.source for clip in batch) + ". Look at these, lower --lr, or pass --skip-nonfinite N")
+def describe_nonfinite(losses: dict[str, float], grad_norm: float, step: int, rate: float,
+                       batch: list) -> str:
+    """What is not finite, when, and on what clips of this process; losses are those of all."""
+    broken = [f"{name} {value}" for name, value in losses.items() if not math.isfinite(value)]
+    broken = ", ".join(broken or [f"the gradient's norm {grad_norm}"])
+    sources = "; ".join(clip.source for clip in batch)
+    return (f"not finite at iteration {step}, learning rate {rate:g}: {broken}; clips: {sources}. "
+            "Look at these, lower --lr, or pass --skip-nonfinite N")
 
 
-def describe(args: argparse.Namespace, model: GRAttVIS, clips, world: int, device: torch.device, dtype: str, start: int) -> None:
-    """Print what the run is, and what the learning rate of another batch size usually is."""
+def describe(args: argparse.Namespace, model: GRAttVIS, clips, world: int, device: torch.device,
+             dtype: str, start: int) -> None:
+    """Print what the run is, and the usual learning rate of another batch size."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    source = f"endless scenes ({', '.join(args.render)})" if args.render else f"{len(clips.videos)} videos"
-    print(f"{args.recipe or args.preset}, {args.propagation} propagation, {trained / 1e6:.1f} M trained parameters; {device.type} x "
-          f"{world}, {dtype}; deformable attention: {implementation(device)}\n"
-          f"{source} of {len(clips.categories)} classes; a step is {args.batch} clips of {args.frames} "
-          f"frames, {args.batch // world} a process" + (f" in {args.accumulate} parts" if args.accumulate > 1 else "")
-          + f"; iterations {start} to {args.iterations}; output {args.output}")
-    for sentence in clips.skipped:
+    source = f"{len(clips.videos)} videos" if not args.render else (
+        f"endless scenes ({', '.join(args.render)})")
+    parts = f" in {args.accumulate} parts" if args.accumulate > 1 else ""
+    print(f"{args.recipe or args.preset}, {args.propagation} propagation, {trained / 1e6:.1f} M "
+          f"trained parameters; {device.type} x {world}, {dtype}; deformable attention: "
+          f"{implementation(device)}")
+    print(f"{source} of {len(clips.categories)} classes; a step is {args.batch} clips of "
+          f"{args.frames} frames, {args.batch // world} a process{parts}; iterations {start} to "
+          f"{args.iterations}; {args.workers} loader processes; output {args.output}")
+    for sentence in clips.skipped.sentences():
         print(f"skipped: {sentence}")
     usual = RECIPES[args.recipe][1] if args.recipe else {}
     if usual.get("batch", args.batch) != args.batch and args.lr == usual["lr"]:
-        print(f"the recipe's learning rate {args.lr:g} is for {usual['batch']} clips a step; for {args.batch}, "
-              f"--lr {args.lr * args.batch / usual['batch']:g} is usual (nothing was changed)")
-
-
-def log_line(output: Path, record: dict) -> None:
-    """Append a line to log.jsonl."""
-    try:
-        with open(output / "log.jsonl", "a") as log:
-            log.write(json.dumps(record) + "\n")
-    except OSError as error:
-        raise InputError(f"{output / 'log.jsonl'} cannot be written: {error.strerror}; --resume {output / 'last.pt'} goes on") from error
+        print(f"the recipe's learning rate {args.lr:g} is for {usual['batch']} clips a step; for "
+              f"{args.batch}, --lr {args.lr * args.batch / usual['batch']:g} is usual (nothing was "
+              "changed)")
 
 
 def trim_log(path: Path, step: int) -> None:
-    """Leave out what a run that died wrote after its last checkpoint, half a line perhaps: those steps are done again."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    """Remove what a run that died wrote after its last checkpoint: those steps are done again."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     try:
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} holds a line that training did not write: {error!r}") from error
     if len(kept) < len(lines):
         with atomic_write(path) as temporary:
-            temporary.write_text("".join(kept))
+            temporary.write_text("".join(kept), encoding="utf-8")
 
 
-def choose_seed(args: argparse.Namespace, resumed: dict | None, world: int) -> None:
-    """Put a seed in the place of -1, the same in all processes; the checkpoint's in a resumed run."""
-    if args.seed >= 0:
+# Before a run
+
+def read_resumed(args: argparse.Namespace, output: Path) -> dict | None:
+    """The contents of the checkpoint to resume, None to start; puts its path in args.resume."""
+    if args.resume == "auto":
+        last = output / "last.pt"
+        args.resume = str(last) if last.exists() else None
+    check_folder(args, output)
+    return read_run(args.resume) if args.resume else None
+
+
+def check_folder(args: argparse.Namespace, output: Path) -> None:
+    """InputError if --output holds any part of a run other than the one to resume."""
+    if output.exists() and not output.is_dir():
+        raise InputError(f"--output {output} is a file, not a folder")
+    found = [name for name in FILES_OF_A_RUN if (output / name).exists()]
+    if not found:
         return
+    last, resumed = output / "last.pt", Path(args.resume) if args.resume else None
+    if last.exists():
+        if not (resumed and resumed.exists() and last.samefile(resumed)):
+            raise InputError(f"{last} exists: resume it (--resume), or choose another --output")
+    elif not (resumed and resumed.resolve().parent == output.resolve()):
+        raise InputError(f"{output} holds {' and '.join(found)} of a run that has no last.pt: "
+                         "remove the folder, or choose another --output")
+
+
+def choose_seed(asked: int, resumed: dict | None) -> int:
+    """The seed: in the place of -1, that of the checkpoint in a resumed run, else a random one."""
+    if asked >= 0:
+        return asked
     if resumed:
-        args.seed = ((resumed.get("config") or {}).get("args") or {}).get("seed", -1)
-        return
-    drawn = [random.SystemRandom().randrange(2 ** 31)]
-    if world > 1:
-        distributed.broadcast_object_list(drawn)
-    args.seed = drawn[0]
+        return ((resumed.get("config") or {}).get("args") or {}).get("seed", -1)
+    return random.SystemRandom().randrange(2 ** 31)
 
 
-def check_run(args: argparse.Namespace, resumed: dict | None, world: int, last: Path) -> None:
-    """InputError for arguments that contradict one another, the checkpoint to resume, or a run that is already there."""
+def check_run(args: argparse.Namespace, resumed: dict | None, world: int) -> None:
+    """InputError for arguments that contradict one another, or the checkpoint to resume."""
     if resumed:
         check_resumed(args, resumed)
-    if last.exists() and not (args.resume and last.samefile(args.resume)):
-        raise InputError(f"{last} exists: resume it (--resume), or choose another --output")
-    if last.parent.exists() and not last.parent.is_dir():
-        raise InputError(f"--output {last.parent} is a file, not a folder")
     if args.batch % (world * args.accumulate):
         parts = f" in {args.accumulate} parts" if args.accumulate > 1 else ""
         raise InputError(f"--batch {args.batch} cannot be shared by {world} processes{parts}")
     if args.deterministic and args.compile != "off":
-        raise InputError("--deterministic and --compile do not go together: compiled sums are in any order")
+        raise InputError("--deterministic and --compile do not go together: the order of compiled "
+                         "sums is not fixed")
     if bool(args.train_json) != bool(args.train_images):
         raise InputError("--train-json and --train-images go together")
     if args.render and (args.train_json or args.train_sets):
-        raise InputError("--render draws the training clips: --train-json and --train-sets (which a recipe sets) do not go with it")
+        raise InputError("--render draws the training clips: --train-json and --train-sets (which "
+                         "a recipe sets) do not go with it")
     if args.propagation != "clip" and args.frames % args.clip_length:
-        raise InputError(f"--frames {args.frames} is no multiple of --clip-length {args.clip_length}")
+        raise InputError(f"--frames {args.frames} is no multiple of --clip-length "
+                         f"{args.clip_length}")
 
 
-def make_model(args: argparse.Namespace, categories: list[tuple[int, str]], resumed: dict | None, say) -> tuple[GRAttVIS, dict]:
-    """The model with the weights it starts from, and the config that a checkpoint will carry; `say` prints what was loaded."""
+def describe_run(args: argparse.Namespace, config: dict) -> dict[str, object]:
+    """What all processes must agree on before the first step."""
+    flags = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items()
+             if name not in MAY_DIFFER}
+    files = {f"the contents of --{name.replace('_', '-')}": checksum(getattr(args, name))
+             for name in ("init", "backbone_weights")
+             if not args.resume and getattr(args, name) and Path(getattr(args, name)).is_file()}
+    return flags | files | {"the contents of the annotation files": config["data"]}
+
+
+def make_model(args: argparse.Namespace, categories: list[tuple[int, str]],
+               resumed: dict | None, say) -> tuple[GRAttVIS, dict]:
+    """The model with the weights it starts from, and the config that a checkpoint will carry.
+
+    say: prints what was loaded.
+    """
     options = {"gate_mask": args.gate_mask, "clip_length": args.clip_length}
-    options |= {name: getattr(args, name) for name in ("norm", "window") if getattr(args, name) is not None}
+    given = {"norm": args.norm, "window": args.window}  # None: the preset's
+    options |= {name: value for name, value in given.items() if value is not None}
     model = build_model(args.preset, len(categories), args.propagation, **options)
-    config = {"preset": args.preset, "propagation": args.propagation, "model_options": options, "test_short_side": args.test_short_side,
+    config = {"preset": args.preset, "propagation": args.propagation, "model_options": options,
+              "test_short_side": args.test_short_side,
               "categories": [list(category) for category in categories], "args": vars(args)}
     if resumed:
         if resumed["config"].get("categories") != config["categories"]:
@@ -328,55 +479,89 @@ def make_model(args: argparse.Namespace, categories: list[tuple[int, str]], resu
         if args.init:
             say(f"init: {load_weights(model, args.init, args.reset_classes)}")
         if args.backbone_weights:
-            say(f"backbone: {load_backbone(model, args.backbone_weights, PRESETS[args.preset]['backbone'])}")
+            backbone = PRESETS[args.preset]["backbone"]
+            say(f"backbone: {load_backbone(model, args.backbone_weights, backbone)}")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not args.freeze_detector or name.startswith("tracker."))
     return model, config
 
 
-def set_up(model: GRAttVIS, args: argparse.Namespace, device: torch.device, amp: torch.dtype) -> None:
+def make_network(model: GRAttVIS, args: argparse.Namespace, device: torch.device,
+                 world: int) -> nn.Module:
+    """The model, wrapped so that the processes average their gradients."""
+    if world == 1:
+        return model
+    # The memory of a single clip is written, but never read.
+    unread_memory = model.tracker.remembers and args.frames <= args.clip_length
+    return nn.parallel.DistributedDataParallel(
+        model, [device] if device.type == "cuda" else None, find_unused_parameters=unread_memory)
+
+
+def make_criterion(args: argparse.Namespace, clips) -> Criterion:
+    """The losses as the arguments say."""
+    return Criterion(len(clips.categories), points=args.points,
+                     no_object_weight=args.no_object_weight,
+                     similarity_weight=args.similarity_weight, gate_weight=args.gate_weight,
+                     gate_loss=args.gate_loss, freeze_detector=args.freeze_detector,
+                     similarity_span=args.similarity_span)
+
+
+def set_up(model: GRAttVIS, args: argparse.Namespace, device: torch.device,
+           amp: torch.dtype) -> None:
     """Put the model on its device, ready to be trained as the arguments say."""
-    on_gpu = device.type == "cuda"                                 # channels last: convolutions are faster there
-    model.to(device, memory_format=torch.channels_last if on_gpu else torch.contiguous_format).train()
+    # Channels last: convolutions are faster there on a GPU.
+    on_gpu = device.type == "cuda"
+    memory_format = torch.channels_last if on_gpu else torch.contiguous_format
+    model.to(device, memory_format=memory_format).train()
     if amp != torch.float32:
         model.hold_frozen(amp)
     model.tracker.query_noise = args.query_noise
-    model.pixel_decoder.recompute, model.backbone.recompute = args.recompute != "off", args.recompute == "all"
+    model.pixel_decoder.recompute = args.recompute != "off"
+    model.backbone.recompute = args.recompute == "all"
     if args.compile != "off":
         model.compile_parts(detector=args.compile == "all")
 
 
-def parameter_groups(model: nn.Module, lr: float, weight_decay: float, backbone_factor: float) -> list[dict]:
-    """AdamW groups as upstream: no decay for norms, nn.Embedding and relative position tables; biases do decay."""
+def parameter_groups(model: nn.Module, lr: float, weight_decay: float,
+                     backbone_factor: float) -> list[dict]:
+    """AdamW groups as upstream.
+
+    No decay for norms, nn.Embedding and relative position tables; biases do decay.
+    """
     norms = (nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)
     groups: dict[tuple[float, float], list] = {}
     for module_name, module in model.named_modules():
+        rate = lr * (backbone_factor if module_name.startswith("backbone") else 1.0)
         for name, parameter in module.named_parameters(recurse=False):
             if not parameter.requires_grad:
                 continue
-            exempt = isinstance(module, (*norms, nn.Embedding)) or name == "relative_position_bias_table"
-            key = (lr * (backbone_factor if module_name.startswith("backbone") else 1.0), 0.0 if exempt else weight_decay)
-            groups.setdefault(key, []).append(parameter)
-    return [{"params": parameters, "lr": rate, "weight_decay": decay} for (rate, decay), parameters in groups.items()]
+            exempt = isinstance(module, (*norms, nn.Embedding))
+            exempt = exempt or name == "relative_position_bias_table"
+            groups.setdefault((rate, 0.0 if exempt else weight_decay), []).append(parameter)
+    return [{"params": parameters, "lr": rate, "weight_decay": decay}
+            for (rate, decay), parameters in groups.items()]
 
 
-def learning_rate_factor(step: int, warmup: int, milestones: list[int], start: float = 0.0, gamma: float = 0.1) -> float:
+def learning_rate_factor(step: int, warmup: int, milestones: list[int], start: float = 0.0,
+                         gamma: float = 0.1) -> float:
     """Linear warm-up from a share of the rate, then times gamma at every milestone."""
     warm = min(1.0, (step + 1) / max(warmup, 1))
-    return (start + (1 - start) * warm) * gamma ** sum(step >= milestone for milestone in milestones)
+    passed = sum(step >= milestone for milestone in milestones)
+    return (start + (1 - start) * warm) * gamma ** passed
 
 
 def check_resumed(args: argparse.Namespace, resumed: dict) -> None:
     """A resumed run must be the run that was interrupted: InputError naming what differs."""
-    if not {"step", "optimizer", "config"} <= resumed.keys() or "args" not in (resumed["config"] or {}):
-        raise InputError(f"{args.resume} is no checkpoint of a training run: start from it with --init")
-    before = vars(parse_arguments([])) | resumed["config"]["args"]     # what an older version did not know was at its default
-    changed = [name for name, value in vars(args).items() if name not in MAY_CHANGE and before[name] != value]
+    # What an older version did not know was at its default.
+    before = vars(parse_arguments([])) | resumed["config"]["args"]
+    changed = [f"--{name.replace('_', '-')} {before[name]} (now {value})"
+               for name, value in vars(args).items()
+               if name not in MAY_CHANGE and before[name] != value]
     if changed:
-        raise InputError(f"{args.resume} was trained with " + ", ".join(
-            f"--{name.replace('_', '-')} {before[name]} (now {getattr(args, name)})" for name in changed))
+        raise InputError(f"{args.resume} was trained with {', '.join(changed)}")
     if resumed["step"] > args.iterations:
-        raise InputError(f"{args.resume} is already at iteration {resumed['step']}, past --iterations {args.iterations}")
+        raise InputError(f"{args.resume} is already at iteration {resumed['step']}, past "
+                         f"--iterations {args.iterations}")
 
 
 if __name__ == "__main__":

@@ -225,7 +225,7 @@ def main() -> None:
         rows.append(row)
         print_row(row, columns)
     if options.json:
-        options.json.write_text(json.dumps(ceilings | {"rows": rows}, indent=1) + "\n")
+        options.json.write_text(json.dumps(ceilings | {"rows": rows}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

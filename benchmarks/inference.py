@@ -130,7 +130,7 @@ def memory(lengths: list[int], chunk: int) -> None:
 
 def resident() -> float:
     """The memory of this process, MB."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
+    return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * resource.getpagesize() / 1e6
 
 
 def make_set(root: Path, videos: int, frames: int) -> VideoSet:
@@ -144,7 +144,7 @@ def make_set(root: Path, videos: int, frames: int) -> VideoSet:
         for frame, name in enumerate(names):
             texture.crop((frame % 200, frame % 199, 1280 + frame % 200, 720 + frame % 199)).save(root / name, quality=90)
         content["videos"].append({"id": video + 1, "height": 720, "width": 1280, "length": frames, "file_names": names})
-    (root / "valid.json").write_text(json.dumps(content))
+    (root / "valid.json").write_text(json.dumps(content), encoding="utf-8")
     return VideoSet(root / "valid.json", root)
 
 
@@ -184,7 +184,7 @@ def speed(videos: int, frames: int, chunk: int, workers: int) -> None:
             began = time.perf_counter()
             entries = [entry for video, result in segment_videos(model, found.videos, DEVICE, AMP, HEIGHT, 1333, 20, chunk, workers)
                        for entry in to_entries(video, result, found.categories)]
-            (Path(folder) / "results.json").write_text(json.dumps(entries))
+            (Path(folder) / "results.json").write_text(json.dumps(entries), encoding="utf-8")
             print(f"  from files to results.json: {videos * frames / (time.perf_counter() - began):.1f} frames a second")
 
 

@@ -71,7 +71,7 @@ def make_set(root: Path, videos: int) -> None:
 def describe_set(root: Path) -> dict:
     """What a clip's reader meets in this set."""
     sizes = [path.stat().st_size for path in root.glob("train/JPEGImages/*/*.jpg")]
-    content = json.loads((root / "train.json").read_text())
+    content = json.loads((root / "train.json").read_text(encoding="utf-8"))
     areas = [area for annotation in content["annotations"] for area in annotation["areas"] if area]
     return {"videos": len(content["videos"]), "frames": len(sizes), "kilobytes_a_frame": sum(sizes) / len(sizes) / 1000,
             "instances_a_video": len(content["annotations"]) / len(content["videos"]),
@@ -180,7 +180,7 @@ def main() -> None:
             make_set(root, options.videos)
         found = measure(root, options)
     if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+        options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ from plots import new_figure, require_matplotlib  # noqa: E402
 from recipes import at_least  # noqa: E402
 from results import EncodedVideo  # noqa: E402
 from scenes import Difficulty  # noqa: E402
-from runtime.device import choose_amp, start_processes  # noqa: E402
+from runtime.device import choose_amp, choose_device  # noqa: E402
 from runtime.errors import InputError, cli_errors  # noqa: E402
 from runtime.files import checksum, read_json, save_json  # noqa: E402
 from synthetic import SUITES  # noqa: E402
@@ -259,7 +259,7 @@ def measure(args: argparse.Namespace) -> None:
         raise InputError(f"{output} exists: give another --output (`table` takes several files)")
     output.parent.mkdir(parents=True, exist_ok=True)
     sets = {suite: open_suite(suite, Path(args.sets) / suite, args.videos) for suite in args.suites}
-    _, _, device = start_processes(args.device)
+    device = choose_device(args.device)
     amp, _ = choose_amp(args.amp, device)
     records = []
     for number, weights in enumerate(args.weights):

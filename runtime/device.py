@@ -1,17 +1,17 @@
-"""Where a program runs: this process among those of torchrun, its device, and the dtype of autocast, with the reason."""
+"""Where a program computes: its device, and the dtype of autocast with the reason for it."""
 import os
-from datetime import timedelta
 
 import torch
-import torch.distributed as distributed
-from torch.distributed.rendezvous import rendezvous
 
 from runtime.errors import InputError
 
 
-def start_processes(asked: str) -> tuple[int, int, torch.device]:
-    """(rank, processes, device) of this process; joins the group when torchrun has started several."""
-    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+def choose_device(asked: str, local_rank: str | None = None) -> torch.device:
+    """The device of this process; InputError if it is not there.
+
+    asked: "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:N". local_rank: torchrun's
+    LOCAL_RANK, the number of the GPU on this machine; None for a single process.
+    """
     if asked == "auto":
         asked = "cuda" if torch.cuda.is_available() else "cpu"
     if asked.startswith("cuda") and not torch.cuda.is_available():
@@ -20,29 +20,33 @@ def start_processes(asked: str) -> tuple[int, int, torch.device]:
         raise InputError(f"--device {asked}: give auto, cpu or cuda")
     device = torch.device(asked)
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
+        number = device.index or 0 if local_rank is None else int(local_rank)
+        if number >= torch.cuda.device_count():
+            raise InputError(f"GPU {number} was asked for, but this machine has "
+                             f"{torch.cuda.device_count()} (--device, --nproc-per-node)")
+        device = torch.device("cuda", number)
         torch.cuda.set_device(device)
-    if world > 1:
-        store, *_ = next(rendezvous("env://", rank, world))
-        # torchrun --max-restarts keeps the store, and in it the addresses of the processes that died
-        store = distributed.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        # long enough for one process to evaluate while the others wait
-        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world,
-                                       timeout=timedelta(hours=3))
-    return rank, world, device
+    return device
 
 
 def make_deterministic() -> None:
-    """The same run twice gives the same bits on a GPU, too (of one kind, with one PyTorch); slower. Before anything is computed."""
+    """Make GPU runs deterministic, at some cost in speed; call before anything is computed.
+
+    The same run twice gives the same bits, on GPUs of one kind with one version of PyTorch.
+    """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
 
 
 def choose_amp(asked: str, device: torch.device, training: bool = False) -> tuple[torch.dtype, str]:
-    """The dtype of autocast (float32 = off) and why: of the two of 16 bit, training wants the range of bfloat16, inference the digits of
-    float16."""
+    """The dtype of autocast (float32 = off) and the reason for it.
+
+    Of the two 16-bit types, training needs the range of bfloat16, inference the precision of
+    float16.
+    """
     if asked != "auto":
-        return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[asked], "asked for"
+        dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
+        return dtypes[asked], "asked for"
     if device.type != "cuda":
         return torch.float32, "a CPU is not faster in 16 bit"
     if not training:

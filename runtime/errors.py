@@ -8,13 +8,13 @@ code and printed here. Anything else is a bug and keeps its traceback.
 """
 import errno
 import os
-import re
 import sys
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 from tqdm import tqdm
+
+from runtime.stopping import Stopped, stop_signals
 
 
 class InputError(ValueError):
@@ -28,34 +28,83 @@ class InputError(ValueError):
 def cli_errors() -> Iterator[None]:
     """Print what a user can mend as one sentence and exit with status 2.
 
-    That is an InputError (also one that a loader process has wrapped), a file that the system
-    refuses, a number that is not finite, and a loader process that was killed.
+    That is an InputError, a number that is not finite, and a file that the system refuses. SIGINT
+    and SIGTERM end the program in one sentence, too, with status 130 and 143.
     """
+    with open_streams():
+        try:
+            with stop_signals():
+                yield
+        except (InputError, FloatingPointError) as error:
+            fail(2, f"error: {error}")
+        except Stopped as stop:
+            fail(128 + stop.number, str(stop) if os.environ.get("RANK", "0") == "0" else "")
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                fail(2, f"error: {TOO_MANY_FILES}")
+            if not error.filename and error.errno != errno.ENOSPC:
+                raise
+            fail(2, f"error: {error.filename or 'a file'}: {error.strerror}")
+
+
+TOO_MANY_FILES = ("too many open files: raise the limit (ulimit -n 4096), or use fewer loader "
+                  "processes (--workers)")
+
+
+def fail(status: int, sentence: str) -> None:
+    """Exit with that status, after a sentence on stderr."""
+    if sentence:
+        tqdm.write(sentence, file=sys.stderr)  # below a progress bar, where there is one
+    sys.exit(status)
+
+
+@contextmanager
+def open_streams() -> Iterator[None]:
+    """Let nothing that is wrong with stdout or stderr cost any results.
+
+    A stream that is closed, or whose reader has gone, drops what is written; characters that its
+    encoding lacks are written as \\N escapes.
+    """
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = map(UnbreakableStream, before)
     try:
         yield
-    except (InputError, FloatingPointError) as error:
-        last_line = str(error).strip().splitlines()[-1]
-        sentence = re.sub(r"^([\w.]+\.)?InputError: ", "", last_line)
-    except BrokenPipeError:
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        sys.stdout, sys.stderr = before
+
+
+class UnbreakableStream:
+    """A text stream to which writing never fails; `broken` says that nobody reads it any more."""
+
+    def __init__(self, stream):
+        self.broken = stream is None  # so Python tells of one that is closed from the start
+        self.stream = open(os.devnull, "w", encoding="utf-8") if self.broken else stream
+        if hasattr(self.stream, "reconfigure"):
+            self.stream.reconfigure(errors="backslashreplace")
+
+    def write(self, text: str) -> int:
+        self._attempt(lambda: self.stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._attempt(lambda: self.stream.flush())
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def _attempt(self, action) -> None:
         try:
-            print(flush=True)
-        except BrokenPipeError:  # whoever reads our output has seen enough, as `head` does
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(1)
-        raise  # another pipe: another program has failed
-    except (ConnectionError, EOFError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker (pid"):
-            raise
-        with suppress(RuntimeError):  # PyTorch's signal of the same death may still come
-            time.sleep(0.5)
-        cause = " ".join(str(error).split()) or "it says no more"
-        sentence = (f"a process that reads ahead was killed ({cause}): often memory has run out, "
-                    "try fewer --workers; the same command goes on, training with --resume")
-    except OSError as error:
-        if not error.filename and error.errno != errno.ENOSPC:
-            raise
-        sentence = f"{error.filename or 'a file'}: {error.strerror}"
-    else:
-        return
-    tqdm.write(f"error: {sentence}", file=sys.stderr)  # below a progress bar, where there is one
-    sys.exit(2)
+            action()
+        except (OSError, ValueError):  # a pipe without a reader, a full disk; a closed file
+            self._drop()
+
+    def _drop(self) -> None:
+        """Send what is buffered, and all that follows, to nowhere."""
+        self.broken = True
+        nowhere = open(os.devnull, "w", encoding="utf-8")
+        try:
+            os.dup2(nowhere.fileno(), self.stream.fileno())
+        except (OSError, ValueError):  # it has no descriptor
+            self.stream = nowhere

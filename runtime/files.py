@@ -3,15 +3,31 @@
     save_json(path, contents)                 # atomic: a temporary name, then a rename
     with atomic_write(path) as temporary:     # the same for any other writer
         temporary.write_bytes(...)
+    with folder_lock(folder):                 # no other process may write there meanwhile
+        ...
 """
+import errno
 import hashlib
 import json
 import os
+import re
+import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
+from reading.regular import read_regular
 from runtime.errors import InputError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+
+LARGEST_JSON = 2 ** 33  # bytes
 
 
 def first_existing(what: str, candidates: list[Path]) -> Path:
@@ -25,9 +41,10 @@ def first_existing(what: str, candidates: list[Path]) -> Path:
 def read_json(path: str | Path):
     """Parsed JSON in UTF-8, with or without BOM; InputError if it is missing or malformed."""
     path = first_existing("file", [Path(path)])
+    content = read_regular(path, LARGEST_JSON)
     try:
-        return json.loads(path.read_bytes())
-    except (ValueError, OSError, RecursionError) as error:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not a JSON file: {error}") from error
 
 
@@ -35,17 +52,19 @@ def read_json(path: str | Path):
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """A temporary name to write to, renamed to `path` when the block ends well.
 
-    InputError where the disk is full or may not be written to: `path` is then as it was before,
-    and nothing new is left.
+    Otherwise `path` is as it was before, and nothing new is left. InputError where the disk is
+    full or may not be written to.
     """
     path = Path(path)
     temporary = path.with_name(path.name + ".part")
     try:
         yield temporary
         os.replace(temporary, path)
-    except OSError as error:
+    except BaseException as error:
         with suppress(OSError):  # nobody may remove it either
             temporary.unlink()
+        if not isinstance(error, OSError):
+            raise
         reason = error.strerror or error
         raise InputError(f"{path} cannot be written: {reason}; it is as it was before") from error
 
@@ -58,4 +77,73 @@ def save_json(path: str | Path, contents, indent: int | None = 1) -> None:
 
 def checksum(path: str | Path) -> str:
     """The first twelve digits of a file's SHA-256: equal annotations, equal task."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:12]
+
+
+@contextmanager
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Hold a folder, which must exist, against other processes that ask for the same.
+
+    InputError naming the process that holds it already. The kernel releases the lock of a process
+    that dies, so that what a dead one has left behind blocks nobody. Where the file system has no
+    locks (some network ones) or the operating system has no flock, nothing is held.
+    """
+    if fcntl is None:
+        yield
+        return
+    path = folder / ".lock"
+    file = open_locked(path)
+    try:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+    finally:
+        with suppress(OSError):
+            path.unlink()
+        file.close()
+
+
+def open_locked(path: Path) -> IO:
+    """The open lock file, which this process holds; InputError if another one does."""
+    while True:
+        file = open(path, "a+", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+                file.close()
+                raise InputError(f"{path.parent} is in use by {holder}: wait for it, or give "
+                                 "another --output") from error
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            return file
+        file.close()  # whoever held it has just removed it
+
+
+RESERVED_NAMES = {"CON", "PRN", "AUX", "NUL", *(f"{port}{number}" for port in ("COM", "LPT")
+                                                for number in range(10))}  # on Windows
+LONGEST_FILE_NAME = 80  # bytes, so that a caller can add to it: most file systems allow 255
+
+
+def file_name_for(text: str) -> str:
+    """A file name that says what the text says, and is valid wherever files are written.
+
+    Letters, digits, spaces and `_.-` stay. Where anything had to be replaced or cut off, a digest is
+    appended, so that different texts have different names.
+    """
+    encoding = sys.getfilesystemencoding()
+    encodable = text.encode(encoding, "replace").decode(encoding)
+    name = re.sub(r"[^\w. -]+", "_", encodable)
+    name = name.encode(encoding)[:LONGEST_FILE_NAME].decode(encoding, "ignore").strip(" ").rstrip(". ")
+    if not name or name.startswith(".") or name.split(".")[0].upper() in RESERVED_NAMES:
+        name = f"_{name}"
+    if name == text and not re.search(r"-[0-9a-f]{8}$", name):  # which looks like a digest
+        return name
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    room = LONGEST_FILE_NAME - len(f"-{digest}")
+    return f"{name.encode(encoding)[:room].decode(encoding, 'ignore')}-{digest}"

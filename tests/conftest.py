@@ -1,12 +1,31 @@
-"""Fixtures shared by the tests."""
-import pytest
-import torch
+"""Fixtures shared by the tests, how many threads they use, and which of them are fast."""
+import os
 
-import golden_set
+import processes
+
+os.environ |= processes.ONE_THREAD  # before torch is imported, which reads it once
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+import golden_set  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects
+def pytest_collection_modifyitems(items):
+    """A test is golden by its name, and fast unless it is marked otherwise."""
+    for item in items:
+        if "golden" in item.name:
+            item.add_marker("golden")
+        if not item.get_closest_marker("slow") and not item.get_closest_marker("faults"):
+            item.add_marker("fast")
 
 
 def fixed_threads(count: int):
-    """A fixture for all tests of a module: sums depend on the number of threads in their last bit, here it is the same everywhere."""
+    """A fixture for all tests of a module: sums depend on the number of threads in their last bit,
+    here it is the same everywhere."""
     @pytest.fixture(scope="module", autouse=True)
     def threads():
         before = torch.get_num_threads()

@@ -19,8 +19,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before PyTorch is imported
@@ -105,12 +104,16 @@ def main() -> None:
         run = partial(run_tests, timeout=args.timeout)
         for test, failed in zip(known, pool.map(run, [[test] for test in known])):
             if failed:
-                print(f"{test} is left out, it fails without a mutation: {failed}", flush=True)
-                wanted = [[other for other in tests if other != test] for tests in wanted]
-        found = [pool.submit(attempt, *mutation[:3], tests, args.timeout)
-                 for mutation, tests in zip(mutations, wanted)]
-        for (file, old, new, *_), done in zip(mutations, found):
-            noticed = done.result()
+                print(f"{test} is left out, as it fails without a mutation: {failed}", flush=True)
+            else:
+                seconds[test] = taken
+        found = {}
+        for mutation, tests in zip(mutations, wanted):
+            tests = [test for test in tests if test in seconds]
+            tests = tests[:1] + sorted(tests[1:], key=seconds.get)
+            found[pool.submit(attempt, tests, args.timeout, *mutation[:3])] = mutation
+        for done in as_completed(found):
+            (file, old, new, *_), (noticed, _) = found[done], done.result()
             print(f"{noticed or 'SURVIVED':70} {file}: {old!r} -> {new!r}", flush=True)
             tried.update([file, "all"])
             killed.update([file, "all"] if noticed else [])

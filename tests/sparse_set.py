@@ -14,15 +14,17 @@ from pycocotools import mask as rle
 from checkpoint import save_checkpoint
 from model import GRAttVIS, build_model
 
-# In the order of the file: frames, height and width of each video id, and the name of each category
-# id; annotation, video and category id of each instance.
+# Id: frames, height, width, in the order of the file
 VIDEOS = {3: (3, 40, 56), 17: (2, 56, 40), 5: (3, 40, 56)}
-CATEGORIES = {90: "dog", 7: "cat", 3: "ant"}
-LABELS = {3: 0, 7: 1, 90: 2}  # of category ids, in their order
+CATEGORIES = {90: "dog", 7: "cat", 3: "ant"}                 # id: name, in the order of the file
+# Category id: label, in the order of the ids
+LABELS = {3: 0, 7: 1, 90: 2}
+# Annotation, video and category id
 INSTANCES = [(44, 17, 90), (12, 3, 7), (31, 5, 3), (8, 3, 90), (27, 17, 3)]
-TINY = {"backbone": "resnet10_thin", "channels": 32, "heads": 2, "feed_forward": 32,
-        "pixel_feed_forward": 32}
-SIDE = 32                     # short side that tiny models are tested at, pixels
+TINY = {"backbone": "resnet10_thin", "channels": 32, "heads": 2,
+        "feed_forward": 32, "pixel_feed_forward": 32}
+# Short side that tiny models are tested at, pixels
+SIDE = 32
 
 
 def rectangles(annotation_id: int, frames: int, height: int, width: int) -> numpy.ndarray:
@@ -70,9 +72,9 @@ def perfect_results() -> list[dict]:
 def part_of_set(*video_ids: int) -> dict:
     """The parsed JSON of some videos and their annotations, with all categories."""
     content = sparse_content()
-    videos = [video for video in content["videos"] if video["id"] in video_ids]
-    annotations = [entry for entry in content["annotations"] if entry["video_id"] in video_ids]
-    return content | {"videos": videos, "annotations": annotations}
+    return content | {
+        "videos": [video for video in content["videos"] if video["id"] in video_ids],
+        "annotations": [entry for entry in content["annotations"] if entry["video_id"] in video_ids]}
 
 
 def write_sparse_set(folder: Path) -> dict:
@@ -83,8 +85,8 @@ def write_sparse_set(folder: Path) -> dict:
     generator = numpy.random.default_rng(0)
     for video in content["videos"]:
         for name in video["file_names"]:
-            size = video["height"] // 8, video["width"] // 8, 3
-            blocks = generator.integers(0, 256, size, numpy.uint8)
+            blocks = generator.integers(0, 256, (video["height"] // 8, video["width"] // 8, 3),
+                                        numpy.uint8)
             path = folder / "JPEGImages" / name
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(blocks.repeat(8, 0).repeat(8, 1)).save(path)
@@ -104,8 +106,8 @@ def tiny_model(classes: int = 3, propagation: str = "gated", seed: int = 0, **op
     return build_model("toy", classes, propagation, **TINY | options).eval()
 
 
-def save_tiny_model(path: Path, classes: int = 3, propagation: str = "gated", seed: int = 0,
-                    **config) -> GRAttVIS:
+def save_tiny_model(path: Path, classes: int = 3, propagation: str = "gated",
+                    seed: int = 0, **config) -> GRAttVIS:
     """Write a tiny model as a checkpoint of train.py; returns the model."""
     model = tiny_model(classes, propagation, seed)
     config = {"preset": "toy", "propagation": propagation, "model_options": TINY,

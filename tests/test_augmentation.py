@@ -10,7 +10,7 @@ import torch
 from scipy.ndimage import binary_dilation, binary_erosion, center_of_mass
 from torchvision import tv_tensors
 
-from augmentation import Augmentation
+from augmentation import Augmentation, short_side_size
 from test_data import GREEN, HEIGHT, RED, is_colour, painted_clip
 
 TURNED = Augmentation(short_sides=(2 * HEIGHT,), flip=False, rotation=15)
@@ -101,3 +101,78 @@ def test_a_clip_without_instances(augmentation):
     frames, masks = painted_clip()
     frames, masks = augmentation(frames, tv_tensors.Mask(masks[:0]), numpy.random.default_rng(0))
     assert len(masks) == 0 and masks.shape[1:] == (3, *frames.shape[2:])
+
+
+SHAPES = [(1, 4000), (4000, 1), (1, 1), (2, 3), (3, 500)]
+SETTINGS = {"resized": Augmentation((48,), rotation=15),
+            "cut": Augmentation((48,), crop_short_sides=(40,), crop_size=(10, 600)),
+            "cut to a share": Augmentation((48,), crop_short_sides=(1,), crop_size=(0.01, 0.1),
+                                           crop_relative=True),
+            "jittered": Augmentation((), jitter=64, rotation=15)}
+
+
+@pytest.mark.parametrize("height, width", SHAPES)
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_frames_of_any_shape_keep_a_pixel_each_way(setting, height, width):
+    frames = tv_tensors.Video(torch.full((2, 3, height, width), 200, dtype=torch.uint8))
+    masks = tv_tensors.Mask(torch.ones(1, 2, height, width, dtype=torch.bool))
+    for generator in generators(8):
+        pictures, outlines = SETTINGS[setting](frames, masks, generator)
+        assert pictures.shape[2:] == outlines.shape[2:]
+        assert min(pictures.shape[2:]) >= 1 and max(pictures.shape[2:]) <= 1333
+
+
+@pytest.mark.parametrize("height, width, expected", [
+    (1, 4000, (1, 1333)), (4000, 1, (1333, 1)), (1, 1, (360, 360)), (2, 3, (360, 540)),
+    (7, 90_000, (1, 1333))])
+def test_no_side_is_resized_to_nothing(height, width, expected):
+    assert short_side_size(height, width, 360, 1333) == expected
+
+
+# Sizes
+
+def ramps(height, width, frames=1):
+    """Red is the column and green the row, in shares of 255 that may lie between two pixels."""
+    columns, rows = torch.meshgrid(torch.linspace(0, 255, width), torch.linspace(0, 255, height), indexing="xy")
+    picture = torch.stack((columns, rows, 0 * rows)).round().to(torch.uint8)
+    return tv_tensors.Video(picture.expand(frames, -1, -1, -1)), tv_tensors.Mask(torch.ones(1, frames, height, width, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("size, short, longest, expected", [
+    ((48, 192), 40, 80, (20, 80)), ((192, 48), 40, 80, (80, 20)), ((48, 64), 24, 80, (24, 32)), ((50, 50), 90, 60, (60, 60))])
+def test_the_long_side_has_a_limit(size, short, longest, expected):
+    resizing = Augmentation(short_sides=(short,), max_long_side=longest, flip=False)
+    frames, masks = resizing(*ramps(*size), numpy.random.default_rng(0))
+    assert frames.shape[-2:] == masks.shape[-2:] == expected
+
+
+def test_the_long_side_before_a_crop_has_a_limit_of_its_own():
+    """Three times as wide as high: 1333 pixels instead of 1500 wide before the crop, whatever max_long_side is."""
+    cropping = Augmentation(short_sides=(300,), max_long_side=9999, crop_short_sides=(500,), crop_size=(300, 300), flip=False)
+    seen = []
+    for generator in generators(12):
+        frames, _ = cropping(*ramps(40, 120), generator)
+        if frames.shape[-2:] == (300, 300):                       # cut out as it is
+            seen.append(frames[0, 0, 0].float().diff().mean().item())
+    assert len(seen) > 2 and numpy.mean(seen) == pytest.approx(255 / 1333, rel=0.02)
+
+
+def test_a_relative_crop_has_a_smallest_share_of_each_side():
+    """At least half of the height and nine tenths of the width here; all of both at most."""
+    cropping = Augmentation(short_sides=(), crop_size=(0.5, 0.9), crop_relative=True)
+    shares = []
+    for generator in generators(60):
+        frames, masks = cropping.crop(*ramps(100, 200, frames=2), generator)
+        assert frames.shape[-2:] == masks.shape[-2:]
+        shares.append((frames.shape[-2] / 100, frames.shape[-1] / 200))
+    heights, widths = zip(*shares)
+    assert 0.5 <= min(heights) < 0.55 and 0.95 < max(heights) <= 1
+    assert 0.9 <= min(widths) < 0.91 and 0.99 < max(widths) <= 1
+
+
+def test_pictures_are_smoothed_before_they_shrink():
+    """A fine pattern becomes grey; without that, some of its black and white would stay."""
+    pattern = ((torch.arange(64)[:, None] + torch.arange(64)) % 2 * 255).to(torch.uint8).expand(1, 3, 64, 64)
+    shrinking = Augmentation(short_sides=(13,), flip=False)
+    frames, _ = shrinking(tv_tensors.Video(pattern), tv_tensors.Mask(torch.ones(1, 1, 64, 64, dtype=torch.bool)), numpy.random.default_rng(0))
+    assert (frames.float() - 127.5).abs().max() < 20

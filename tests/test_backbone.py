@@ -2,7 +2,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torchvision.models import resnet50
+from torchvision.models import get_model, resnet50
 from torchvision.models.swin_transformer import SwinTransformer
 
 from backbone import RESNETS, SWINS, SwinBackbone, build_backbone, fold_norms, shifted_from_afar
@@ -19,6 +19,38 @@ def test_resnet_is_torchvisions():
     maps = ours(images)
     assert [tuple(m.shape[1:]) for m in maps] == [(256, 16, 24), (512, 8, 12), (1024, 4, 6), (2048, 2, 3)]
     torch.testing.assert_close(theirs.fc(maps[-1].mean((2, 3))), theirs(images))
+
+
+@pytest.mark.parametrize("name", ["resnet50", "resnet101", "swin_t", "swin_s", "swin_b"])
+def test_weights_are_named_and_shaped_as_torchvisions(name):
+    """So that its ImageNet weights fit, but for the classifier and, of a Swin, the last norm."""
+    with torch.device("meta"):
+        theirs = {key: value.shape for key, value in get_model(name).state_dict().items() if not key.startswith(("fc.", "head.", "norm."))}
+        ours = build_backbone(name, "batch") if "resnet" in name else build_backbone(name)
+    assert {key: value.shape for key, value in ours.state_dict().items() if not key.startswith("norms.")} == theirs
+
+
+def test_the_heads_of_a_swin():
+    """Their number is in the table of relative positions, those of torchvision's sizes are compared above."""
+    with torch.device("meta"):
+        network = build_backbone("swin_l")
+    tables = [value for key, value in network.state_dict().items() if key.endswith("relative_position_bias_table")]
+    assert [table.shape[1] for table in tables] == [6] * 2 + [12] * 2 + [24] * 18 + [48] * 2
+    assert {table.shape[0] for table in tables} == {23 ** 2}                              # windows of 12
+
+
+def test_another_window():
+    for window in (None, 5):
+        with torch.device("meta"):
+            network = build_backbone("swin_t", window=window)
+        tables = [value for key, value in network.state_dict().items() if key.endswith("relative_position_bias_table")]
+        assert {len(table) for table in tables} == {(2 * (window or 7) - 1) ** 2}
+
+
+def test_a_group_norm_has_32_groups():
+    network = build_backbone("resnet10", "group")
+    groups = [module.num_groups for module in network.modules() if isinstance(module, torch.nn.GroupNorm)]
+    assert len(groups) == 12 and set(groups) == {32}                                      # 1 + 4 * 2, and 3 beside
 
 
 def test_norms():
@@ -136,6 +168,7 @@ def test_golden_swin_tiny(window, spec, dtype):
         assert subsampled_error(m, read_arrays(SWIN["file"]), key) < 1e-5, key
 
 
+@pytest.mark.slow
 def test_golden_swin_large():
     large, golden = SWIN["large"], read_arrays(SWIN["file"])
     spec, constructor = large["input"], large["constructor"]

@@ -21,7 +21,7 @@ from PIL import Image
 import evaluate
 import synthetic
 import train
-from data import InputError, VideoSet, read_mask, read_picture
+from data import InputError, read_mask, read_picture
 
 SMALL = ["--batch", "1", "--frames", "2", "--points", "64", "--workers", "0", "--short-sides", "64", "--device", "cpu"]
 
@@ -78,6 +78,7 @@ def run(program, *arguments):
     return ended.returncode, [line for line in ended.stderr.splitlines() if line.strip() and "it/s]" not in line]
 
 
+@pytest.mark.slow
 def test_training_without_data_exits_with_one_sentence(tmp_path):
     code, lines = run("train.py", "--data-root", tmp_path / "nothing", "--output", tmp_path / "run")
     assert code == 2 and len(lines) == 1
@@ -86,13 +87,14 @@ def test_training_without_data_exits_with_one_sentence(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_evaluating_without_weights_exits_with_one_sentence(good, tmp_path):
     code, lines = run("evaluate.py", "--data-root", good / "set", "--weights", tmp_path / "last.pt")
     assert code == 2 and lines == [f"error: no checkpoint at {tmp_path / 'last.pt'}"]
 
 
 def test_who_reads_what_is_printed_may_leave():
-    """As head does: that is no error, but a pipe to another program that breaks is one."""
+    """As head does: the program goes on to its end. A pipe to another program that breaks is an error."""
     reading, writing = os.pipe()
     os.close(reading)
     for statement, stdout, said in [("print('enough', flush=True)", writing, ""),
@@ -100,10 +102,11 @@ def test_who_reads_what_is_printed_may_leave():
         script = f"from runtime import errors\nwith errors.cli_errors():\n    {statement}"
         ended = subprocess.run([sys.executable, "-c", script], cwd=Path(train.__file__).parent, text=True, stdout=stdout,
                                stderr=subprocess.PIPE, timeout=120)
-        assert ended.returncode == 1 and ended.stderr.strip().endswith(said) and bool(ended.stderr) == bool(said)
+        assert ended.returncode == bool(said) and ended.stderr.strip().endswith(said) and bool(ended.stderr) == bool(said)
     os.close(writing)
 
 
+@pytest.mark.slow
 def test_an_error_in_a_loader_process_exits_with_one_sentence(dataset, tmp_path):
     spoil_frames(dataset, "train", cut_short)
     code, lines = run("train.py", *train_arguments(dataset, tmp_path / "run"), "--workers", "1")
@@ -144,48 +147,42 @@ def test_a_malformed_json(dataset, tmp_path, text):
     assert refuse_training(dataset, tmp_path).startswith(f"{dataset / 'train.json'} is not a JSON file: ")
 
 
-NO_FORMAT = "train.json is not in the YouTube-VIS format"
-
-
 @pytest.mark.parametrize("change, expected", [
     (lambda content: content.pop("videos"), "train.json has no list of videos"),
-    (put([], "videos"), "train.json has no list of videos"),
+    (put([], "videos"), "train.json has an empty list of videos"),
     (put({}, "categories"), "train.json has no list of categories"),
     (put([None], "annotations", 0, "segmentations"), "annotation 1 of .* has 1 segmentations, its video has 3 frames"),
-    (put(99, "annotations", 0, "category_id"), "annotation 1 of .* has category 99, which is not among the categories"),
-    (put(99, "annotations", 0, "video_id"), "annotation 1 of .* belongs to video 99, which does not exist"),
     (lambda content: content["videos"].append({"id": 9, "height": 64, "width": 96, "file_names": []}),
      "video 9 of .*train.json has no frames"),
     (put([], "annotations"), "train.json has no annotated video to train on"),
-    (lambda content: content["videos"][0].pop("file_names"), NO_FORMAT + ".*file_names"),
-    (put(None, "videos", 0, "height"), NO_FORMAT),
-    (put("a name", "videos", 0), NO_FORMAT),
-    pytest.param(put("tall", "videos", 0, "height"), NO_FORMAT),
-    (put(float("inf"), "videos", 0, "height"), NO_FORMAT),
+    (lambda content: content["videos"][0].pop("file_names"), "video 1 of .*train.json has no file_names"),
+    (put("a name", "videos", 0), "video at index 0 of .*train.json is 'a name', which is no entry"),
+    (put("tall", "videos", 0, "height"), "video 1 of .*train.json has height 'tall', which is no whole number"),
+    (put(float("inf"), "videos", 0, "height"), "video 1 of .*train.json has height inf, which is no whole number"),
     (put(10 ** 6, "videos", 0, "height"), "video 1 of .*train.json is said to be 96x1000000: at least 1x1 and at most"),
     (put(0, "videos", 0, "width"), "video 1 of .*train.json is said to be 0x64"),
-    (put("two\nlines", "annotations", 0, "id"), r"an annotation of .* has id 'two\\nlines', which is no whole number"),
-    (put([1], "annotations", 0, "video_id"), "in an entry|which is no whole number"),
-], ids=["videos missing", "videos empty", "categories no list", "number of masks", "category", "video", "no frames",
-        "no annotations", "no file names", "no height", "no entry", "height no number", "endless height", "huge", "no width",
-        "id no number", "video no number"])
+    (put([1], "annotations", 0, "video_id"), r"annotation 1 of .* has video_id \[1\], which is no id"),
+    (put(9, "videos", 0, "length"), "video 1 of .*train.json has 3 file_names, but a length of 9"),
+], ids=["videos missing", "videos empty", "categories no list", "number of masks", "no frames", "no annotations", "no file names",
+        "no entry", "height no number", "endless height", "huge", "no width", "video no id", "length"])
 def test_an_impossible_entry_is_named(dataset, tmp_path, change, expected):
     edit(dataset, "train", change)
     assert re.search(expected, refuse_training(dataset, tmp_path))
 
 
-@pytest.mark.parametrize("name", ["/etc/hostname", "../valid.json", "00000/../../../valid.json", "..", "//etc/hostname", "two\nlines",
-                                  "\u2028", ""])
+@pytest.mark.parametrize("name", ["/etc/hostname", "../valid.json", "00000/../../../valid.json", "..", "//etc/hostname",
+                                  "..\\..\\valid.json", "C:\\frames\\00000.jpg"])
 def test_a_frame_outside_of_the_folder_is_refused(dataset, tmp_path, name):
     edit(dataset, "train", put(name, "videos", 0, "file_names", 0))
     message = refuse_training(dataset, tmp_path)
-    assert message == f"{dataset / 'train.json'} names the file {name!r}, which cannot be inside of {dataset / 'train/JPEGImages'}"
+    assert message == (f"video 1 of {dataset / 'train.json'} has the file name {name!r}, which leads outside of "
+                       f"{dataset / 'train/JPEGImages'}")
 
 
-def test_a_frame_may_go_up_and_down_inside_of_the_folder(dataset):
-    edit(dataset, "train", put("00000/../00000/./00000.jpg", "videos", 0, "file_names", 0))
-    videos = VideoSet(dataset / "train.json", dataset / "train/JPEGImages")
-    assert videos.videos[0].files[0] == dataset / "train/JPEGImages/00000/00000.jpg"
+@pytest.mark.parametrize("name", ["two\nlines", "\u2028", "", "\0", None, 7, ["a.jpg"]], ids=repr)
+def test_what_is_no_file_name_is_refused(dataset, tmp_path, name):
+    edit(dataset, "train", put(name, "videos", 0, "file_names", 0))
+    assert refuse_training(dataset, tmp_path) == f"video 1 of {dataset / 'train.json'} has the file name {name!r}, which is none"
 
 
 def test_a_json_of_a_hundred_thousand_brackets(dataset, tmp_path):
@@ -198,7 +195,7 @@ def test_a_json_of_a_hundred_thousand_brackets(dataset, tmp_path):
     ([[float("nan")] * 6], "a coordinate is no number"),
     ([[None] * 6], "a coordinate is no number"),
     ([[0, 0, 1e5, 1e5] * 500], "its outline is longer than"),
-    ([[10 ** 400] * 6], "OverflowError"),
+    ([[10 ** 400] * 6], "a coordinate is no number or lies far outside"),
     ({"size": [64, 96], "counts": [0.5, 64 * 96 - 0.5]}, "its runs do not fill the frame"),
     ({"size": [2 ** 32, 2 ** 32], "counts": "0"}, "its size is .*, its video's"),
 ], ids=["far away", "nan", "null", "long", "huge number", "half pixels", "huge size"])

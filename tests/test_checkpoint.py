@@ -1,7 +1,9 @@
 """Weights in and out: every official state dict fits, what does not fit is refused, and no file can run code."""
+import argparse
 import pickle
 import zipfile
 from collections import OrderedDict
+from pathlib import Path
 
 import numpy
 import pytest
@@ -9,7 +11,7 @@ import torch
 
 from backbone import build_backbone
 from checkpoint import (default_short_side, load_backbone, load_weights, model_from_checkpoint, read_propagation,
-                        save_checkpoint, save_weights, translate)
+                        read_run, save_checkpoint, save_weights, translate)
 from data import InputError
 from golden_set import meta, names_shapes
 from model import PRESETS, TEST_SIDES, build_model
@@ -94,7 +96,7 @@ CLAIMS = {
 @pytest.mark.parametrize("kind", CLAIMS)
 def test_pickles_that_claim_what_they_do_not_hold_are_refused(tmp_path, kind):
     (tmp_path / "claim.pkl").write_bytes(CLAIMS[kind])
-    with pytest.raises(InputError, match="claim.pkl is no checkpoint that can be read safely: "):
+    with pytest.raises(InputError, match="claim.pkl is no checkpoint "):
         load_weights(tiny_model(), tmp_path / "claim.pkl")
 
 
@@ -130,17 +132,196 @@ def test_tensors_that_claim_what_they_do_not_hold_are_refused(tmp_path, tensor, 
 
 
 @pytest.mark.parametrize("config, expected", [
-    ([], "holds a config that training did not write"), ({"preset": ["toy"]}, "holds a config that training did not write"),
+    ({"preset": ["toy"]}, "holds a config that training did not write"),
     ({"preset": "toy", "categories": [[1, "a\nb"]]}, "holds a config that training did not write"),
     ({"preset": "toy", "test_short_side": 10.5}, "holds a config that training did not write"),
     ({"preset": "toy", "model_options": {"channels": 10 ** 6}}, "cannot be built: it has [0-9]+ numbers, the file [0-9]+"),
     ({"preset": "toy", "model_options": {"frame_layers": 10 ** 9}}, "cannot be built: it has more layers than the file has entries"),
     ({"preset": "toy", "model_options": {"heads": 0}}, "cannot be built: ")],
-    ids=["list", "preset", "name", "side", "channels", "layers", "heads"])
+    ids=["preset", "name", "side", "channels", "layers", "heads"])
 def test_a_config_that_asks_for_the_impossible(tmp_path, config, expected):
     torch.save({"model": tiny_model().state_dict(), "config": config}, tmp_path / "odd.pt")
     with pytest.raises(InputError, match=expected):
         model_from_checkpoint(tmp_path / "odd.pt", propagation="gated")
+
+
+def refused_config(tmp_path, config):
+    """The line that a checkpoint with such a config is refused with."""
+    torch.save({"model": tiny_model().state_dict(), "config": config}, tmp_path / "odd.pt")
+    with pytest.raises(InputError) as refusal:
+        model_from_checkpoint(tmp_path / "odd.pt", propagation="gated")
+    assert len(str(refusal.value).splitlines()) == 1
+    return str(refusal.value)
+
+
+@pytest.mark.parametrize("name, value", [
+    ("preset", 3), ("propagation", torch.ones(2, 2)), ("categories", "red"), ("categories", [[1]]),
+    ("test_short_side", 10 ** 9), ("test_short_side", float("nan")), ("model_options", [1]),
+    ("args", argparse.Namespace(seed=0))])
+def test_a_value_that_training_does_not_write(tmp_path, name, value):
+    message = refused_config(tmp_path, {"preset": "toy"} | {name: value})
+    assert f"odd.pt holds a config that training did not write: {name} is " in message
+
+
+@pytest.mark.parametrize("option, value, expected", [
+    ("heads", 0, "heads is 0, not a whole number from 1"),
+    ("heads", 7, "must be divisible by heads"),
+    ("clip_length", 2.5, "clip_length is 2.5, not a whole number from 1"),
+    ("window", -5, "window is -5, not a whole number from 0"),
+    ("queries", float("nan"), "queries is nan, not a whole number"),
+    ("queries", True, "queries is True, not a whole number"),
+    ("queries", "20", "queries is '20', not a whole number"),
+    ("queries", None, "queries is None, not a whole number"),
+    ("channels", torch.ones(2, 2), "channels is tensor("),
+    ("swin_window", 10 ** 6, "swin_window is 1000000, not a whole number from 1 to 1000"),
+    ("norm", ["batch"], "norm is ['batch'], not a name"),
+    ("norm", "layer", "unknown norm 'layer'"),
+    ("depth", 3, "GRAttVIS has no option depth"),
+    ("num_classes", 3, "GRAttVIS has no option num_classes")])
+def test_model_options_have_types_and_ranges(tmp_path, option, value, expected):
+    message = refused_config(tmp_path, {"preset": "toy", "model_options": {option: value}})
+    assert "odd.pt asks for a model that cannot be built: " in message and expected in message
+
+
+@pytest.mark.parametrize("config", [
+    [], "configs/r50.yaml", argparse.Namespace(preset="toy"),
+    {"lr": torch.ones(2, 2), "clip_length": 2.5, "window": -5},
+    {"model_options": 3, "categories": None, "test_short_side": float("nan")}])
+def test_a_config_of_another_program_does_not_matter(tmp_path, config):
+    """Only one that names a preset is ours."""
+    args = argparse.Namespace(output=Path("x"))
+    contents = {"state_dict": tiny_model().state_dict(), "config": config, "args": args}
+    torch.save(contents, tmp_path / "other.pth")
+    model, found = model_from_checkpoint(tmp_path / "other.pth", "toy", **TINY)
+    assert found == {} and model.propagation == "gated"
+
+
+@pytest.mark.parametrize("changes", [
+    {"config": argparse.Namespace(preset="toy")}, {"config": [1]}, {"config": {"preset": "toy"}},
+    {"step": None}, {"step": -1}, {"step": torch.ones(2)}, {"optimizer": torch.optim.AdamW}])
+def test_only_what_training_has_written_is_resumed(tmp_path, changes):
+    contents = {"step": 3, "optimizer": {"state": {}}, "config": {"preset": "toy", "args": {}}}
+    torch.save(contents, tmp_path / "last.pt")
+    assert read_run(tmp_path / "last.pt") == contents
+    torch.save(contents | changes, tmp_path / "last.pt")
+    with pytest.raises(InputError, match="last.pt is no checkpoint of a training run"):
+        read_run(tmp_path / "last.pt")
+
+
+PREFIXES = ["module.", "model.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.",
+            "model.model.", "module.model.module."]
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_prefixes_of_training_tools_are_stripped(prefix):
+    state = {prefix + name: value for name, value in tiny_model().state_dict().items()}
+    report = load_weights(tiny_model(), state)
+    assert not report.missing and not report.unexpected
+
+
+@pytest.mark.parametrize("part", ["_orig_mod.", "module.", "_fsdp_wrapped_module.",
+                                  "_checkpoint_wrapped_module."])
+def test_wrapped_parts_have_their_own_names(part):
+    """torch.compile(model.backbone) puts its name into the middle of names."""
+    state = {}
+    for name, value in tiny_model().state_dict().items():
+        for owner in ("backbone.", "layers.0."):
+            name = name.replace(owner, owner + part)
+        state[name] = value
+    report = load_weights(tiny_model(), state)
+    assert not report.missing and not report.unexpected
+
+
+@pytest.mark.parametrize("key", [key for key in meta()["names_shapes"]])
+def test_official_names_stay_what_they_are(key):
+    """None of them has a part that is stripped, with or without a prefix."""
+    names = [name for name, _, _ in names_shapes(key)]
+    plain, _ = translate({name: torch.empty(1) for name in names})
+    wrapped, _ = translate({f"module.{name}": torch.empty(1) for name in names})
+    assert plain.keys() == wrapped.keys() and len(plain) >= len(names) - 10
+
+
+def test_real_wrappers_of_pytorch():
+    """Their own state dicts, nested in one another."""
+    model = build_model("toy", 3, backbone="resnet10_thin", **TINY)
+    compiled = torch.nn.Module()
+    compiled.model = torch.compile(torch.nn.DataParallel(model))
+    averaged = torch.optim.swa_utils.AveragedModel(compiled)
+    report = load_weights(model, averaged.state_dict())
+    assert not report.missing and not report.unexpected
+
+
+@pytest.mark.parametrize("wrappers", [
+    ["model"], ["state_dict"], ["model_state_dict"], ["module"], ["net"], ["model", "state_dict"]])
+def test_state_dicts_are_found_next_to_other_things(wrappers):
+    contents = {f"module.{name}": value for name, value in tiny_model().state_dict().items()}
+    optimizer = {"state": {0: {"step": torch.ones(1)}}}
+    for wrapper in reversed(wrappers):
+        contents = {wrapper: contents, "epoch": 3, "rng": torch.ones(4), "optimizer": optimizer}
+    contents.setdefault("model", {"name": "GRAttVIS"})
+    assert not load_weights(tiny_model(), contents).missing
+
+
+def test_entries_that_are_no_weights_are_ignored_by_their_names():
+    state, model = tiny_model().state_dict(), tiny_model()
+    extras = {"epoch": 3, "date": "today", "meta.seed": 4, "n_averaged": torch.tensor(3)}
+    report = load_weights(model, state | extras)
+    assert not report.missing and not report.unexpected and "epoch" in report.ignored
+    for value, kind in ((None, "NoneType"), ("x", "str"), (3, "int"), ([1.0], "list")):
+        expected = f"entry tracker.decoder_norm.bias is a {kind}, not a tensor"
+        with pytest.raises(InputError, match=expected):
+            load_weights(model, state | {"tracker.decoder_norm.bias": value})
+
+
+def test_two_entries_for_one_weight():
+    state = tiny_model().state_dict()
+    state["module.tracker.decoder_norm.bias"] = torch.zeros(32)
+    with pytest.raises(InputError, match="several entries for tracker.decoder_norm.bias"):
+        load_weights(tiny_model(), state)
+
+
+def test_a_whole_model_in_the_place_of_its_weights(tmp_path):
+    torch.save({"model": tiny_model(), "epoch": 3}, tmp_path / "whole.pth")
+    with pytest.raises(InputError, match="whole.pth holds a whole model.GRAttVIS: save its state"):
+        load_weights(tiny_model(), tmp_path / "whole.pth")
+
+
+@pytest.mark.parametrize("dtype", ["complex64", "bool", "uint8", "int8", "int64", "float8_e4m3fn"])
+@pytest.mark.parametrize("suffix", [".pth", ".pkl"])
+def test_weights_that_are_no_real_numbers_are_refused(tmp_path, dtype, suffix):
+    """By name, and before anything is changed."""
+    state, path = dict(tiny_model().state_dict()), tmp_path / f"odd{suffix}"
+    state["tracker.decoder_norm.bias"] = torch.zeros(32).to(getattr(torch, dtype))
+    path.write_bytes(pickle.dumps(state)) if suffix == ".pkl" else torch.save(state, path)
+    target = tiny_model()
+    torch.nn.init.constant_(target.tracker.query_feat.weight, 7)
+    expected = f"entry tracker.decoder_norm.bias is {dtype}: weights must be float16, bfloat16, "
+    with pytest.raises(InputError, match=expected):
+        load_weights(target, path)
+    assert (target.tracker.query_feat.weight == 7).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_other_precision_are_taken(dtype):
+    """Counters, too, where all entries were cast to what holds whole numbers exactly."""
+    state = tiny_model().state_dict()
+    cast = {name: value.to(dtype) for name, value in state.items()
+            if dtype != torch.bfloat16 or value.is_floating_point()}
+    model = tiny_model()
+    assert not load_weights(model, state | cast).missing
+    if dtype != torch.bfloat16:
+        assert not load_weights(model, {name: value.numpy() for name, value in cast.items()}).missing
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("values", [
+    torch.tensor(2.5), torch.tensor(float("nan")), torch.tensor(True), torch.tensor(1j),
+    torch.tensor(3).bfloat16()])
+def test_counters_must_be_whole_numbers(values):
+    state = tiny_model().state_dict() | {"backbone.bn1.num_batches_tracked": values}
+    expected = "entry backbone.bn1.num_batches_tracked is .*: it must hold whole numbers"
+    with pytest.raises(InputError, match=expected):
+        load_weights(tiny_model(), state)
 
 
 def test_class_counts():

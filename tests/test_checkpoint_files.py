@@ -3,7 +3,6 @@
 Models are tiny and random. Pickles are written as NumPy, detectron2 and Python 2 write them.
 """
 import pickle
-import re
 import signal
 import struct
 from collections import OrderedDict
@@ -15,7 +14,7 @@ import torch
 from torch import nn
 
 from checkpoint import load_weights, model_from_checkpoint, save_checkpoint, save_weights
-from model import build_model
+from model import TEST_SIDES, build_model
 from runtime.errors import InputError
 from sparse_set import TINY, save_tiny_model, tiny_model
 
@@ -66,14 +65,17 @@ def changed(checkpoint, tmp_path):
                                   "tracker.gate_proj.bias", "pixel_decoder.level_embed"])
 def test_a_missing_entry_is_refused_by_name(checkpoint, changed, name):
     assert name in checkpoint["model"]
-    with pytest.raises(InputError, match=rf"does not fit a toy with gated .*1 missing \({name}\)"):
+    with pytest.raises(
+        InputError, match=f"does not fit a toy with gated propagation: .*1 missing \\({name}\\)"):
         changed(**{name: None})
 
 
 @pytest.mark.parametrize("name", ["backbone.conv2.weight", "tracker.second_gate.bias",
                                   "pixel_decoder.layers.9.norm.weight"])
 def test_a_foreign_entry_is_refused_by_name(changed, name):
-    with pytest.raises(InputError, match=rf"does not fit a toy .*1 unexpected \({name}\)"):
+    with pytest.raises(
+        InputError,
+        match=f"does not fit a toy with gated propagation: .*1 unexpected \\({name}\\)"):
         changed(**{name: torch.zeros(3)})
 
 
@@ -89,20 +91,24 @@ def test_constants_of_official_files_are_no_foreign_entries(checkpoint, changed)
                  "pixel_std", "backbone.norm.weight", "backbone.layers.0.blocks.1.attn_mask",
                  "backbone.fc.bias", "backbone.head.weight", "backbone.stem.fc.weight")
     changed(**{name: torch.zeros(2) for name in constants})
-    weights = checkpoint["model"] | {name: torch.zeros(2) for name in constants}
-    report = load_weights(tiny_model(), weights)
+    report = load_weights(tiny_model(),
+                          checkpoint["model"] | {name: torch.zeros(2) for name in constants})
     assert sorted(report.ignored) == sorted(constants)
-    assert not report.unexpected and not report.missing
+    assert not report.unexpected
+    assert not report.missing
 
 
 def test_frozen_norms_need_no_counters_of_batches(checkpoint):
     """Nor do the others, which official files do not hold."""
     counters = {name for name in checkpoint["model"] if name.endswith("num_batches_tracked")}
     report = load_weights(tiny_model(norm="frozen"), checkpoint["model"])
-    assert counters and set(report.ignored) == counters
-    assert not report.unexpected and not report.missing
-    others = {name: checkpoint["model"][name] for name in checkpoint["model"].keys() - counters}
-    assert not load_weights(tiny_model(), others).missing
+    assert counters
+    assert set(report.ignored) == counters
+    assert not report.unexpected
+    assert not report.missing
+    report = load_weights(tiny_model(), {name: value for name, value in checkpoint["model"].items()
+                                         if name not in counters})
+    assert not report.missing
 
 
 @pytest.mark.parametrize("options", [{"channels": 64}, {"feed_forward": 48}, {"queries": 7}],
@@ -140,10 +146,11 @@ def test_a_report_tells_the_first_entries(checkpoint):
                if not name.startswith("tracker.encoder.")}
     report = load_weights(tiny_model(), weights)
     missing = [name for name in checkpoint["model"] if name not in weights]
-    assert len(missing) > 4 and report.missing == missing
+    assert len(missing) > 4
+    assert report.missing == missing
     assert sorted(report.loaded) == sorted(weights)
-    told = f"{len(weights)} entries loaded; {len(missing)} missing ({', '.join(missing[:4])}, ...)"
-    assert str(report) == told
+    assert str(
+        report) == f"{len(weights)} entries loaded; {len(missing)} missing ({', '.join(missing[:4])}, ...)"
 
 
 def test_reset_classes_leaves_the_classes_of_the_model(checkpoint):
@@ -151,25 +158,28 @@ def test_reset_classes_leaves_the_classes_of_the_model(checkpoint):
     model = tiny_model(classes=5, seed=1)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     report = load_weights(model, checkpoint["model"], reset_classes=True)
-    layers = {name.rpartition(".")[0] for name in report.reset}
-    assert layers == {"tracker.class_embed", "frame_decoder.class_embed"}
+    assert {name.rpartition(".")[0] for name in report.reset} == {"tracker.class_embed",
+                                                                  "frame_decoder.class_embed"}
     for name, value in model.state_dict().items():
-        expected = before if name in report.reset else checkpoint["model"]
-        assert torch.equal(value, expected[name])
+        assert torch.equal(value, before[name] if name in report.reset
+                           else checkpoint["model"][name])
 
 
-@pytest.mark.parametrize("preset, propagation", [
-    ("toy", "memory"), ("toy", "plain"), ("toy", "clip"), ("small", "gated")])
+@pytest.mark.parametrize("preset, propagation",
+                         [("toy", "memory"), ("toy", "plain"), ("toy", "clip"), ("small", "gated")])
 def test_the_config_of_a_file_says_what_is_built(tmp_path, preset, propagation):
     torch.manual_seed(0)
     model = build_model(preset, 2, propagation, **TINY)
     config = {"preset": preset, "propagation": propagation, "model_options": TINY,
               "categories": [[1, "a"], [5, "b"]]}
-    contents = {"model": model.state_dict(), "config": config, "step": 3}
-    save_checkpoint(tmp_path / "last.pt", contents)
+    save_checkpoint(tmp_path / "last.pt",
+                    {"model": model.state_dict(), "config": config, "step": 3})
     built, found = model_from_checkpoint(tmp_path / "last.pt")
-    assert same_weights(built, model) and found == config and not built.training
-    assert built.num_classes == 2 and built.propagation == propagation
+    assert same_weights(built, model)
+    assert found == config
+    assert built.num_classes == 2
+    assert built.propagation == propagation
+    assert TEST_SIDES[preset] == 96 and not built.training
     with pytest.raises(InputError, match="was made with preset"):
         model_from_checkpoint(tmp_path / "last.pt", "r50")
     with pytest.raises(InputError, match="was made with channels 32, not 64"):
@@ -186,21 +196,23 @@ def test_an_empty_config_says_nothing(tmp_path, config):
 
 @pytest.mark.parametrize("propagation", ["gated", "memory", "gated+memory"])
 def test_the_names_of_an_official_file_tell_its_propagation(tmp_path, propagation):
-    official = build_model("toy", 4, propagation)
-    torch.save({"model": official.state_dict()}, tmp_path / "official.pth")
+    torch.save({"model": build_model("toy", 4, propagation).state_dict()},
+               tmp_path / "official.pth")
     model, config = model_from_checkpoint(tmp_path / "official.pth", "toy")
     assert model.propagation == propagation and model.num_classes == 4 and config == {}
-    with pytest.raises(InputError, match=f"was made with propagation '{re.escape(propagation)}'"):
+    with pytest.raises(
+        InputError,
+        match=f"was made with propagation '{propagation.replace('+', '.')}', not 'plain'"):
         model_from_checkpoint(tmp_path / "official.pth", "toy", "plain")
 
 
 # Weights to hand on
 
 def test_norms_and_biases_handed_on_are_what_they_were(checkpoint, tmp_path):
-    """To the last bit, since small errors in them show; matrices and tables have 16 bit."""
-    torch.manual_seed(0)
-    weights = {name: torch.rand_like(value) if value.is_floating_point() else value
-               for name, value in checkpoint["model"].items()}
+    """To the last bit, since small errors in them show; matrices and tables are rounded to 16 bit."""
+    generator = torch.Generator().manual_seed(0)
+    weights = {name: torch.rand(value.shape, generator=generator) if value.is_floating_point()
+               else value for name, value in checkpoint["model"].items()}
     save_checkpoint(tmp_path / "last.pt", checkpoint | {"model": weights})
     written = save_weights(tmp_path / "last.pt", tmp_path / "handed/on.pt")
     assert written == (tmp_path / "handed/on.pt").stat().st_size
@@ -263,19 +275,21 @@ def arrays_of(model):
 
 
 @pytest.mark.parametrize("protocol", range(6))
-@pytest.mark.parametrize("ordered", [numpy.ascontiguousarray, numpy.asfortranarray])
-def test_arrays_are_read_in_the_order_they_were_written_in(tmp_path, protocol, ordered):
+@pytest.mark.parametrize("change", [lambda array: array, numpy.asfortranarray, lambda array: array[
+    ::-1][::-1]], ids=["rows", "columns", "view"])
+def test_arrays_are_read_in_the_order_they_were_written_in(tmp_path, protocol, change):
     """Row by row or column by column, by every protocol of pickle."""
     model, other = small_module(), small_module(seed=1)
-    arrays = {name: ordered(array) for name, array in arrays_of(model).items()}
-    path = write_pickle(tmp_path / "zoo.pkl", {"model": arrays}, protocol)
-    assert not load_weights(other, path).missing
+    arrays = {name: change(array) if array.ndim else array
+              for name, array in arrays_of(model).items()}
+    assert not load_weights(other, write_pickle(tmp_path / "zoo.pkl",
+                                                {"model": arrays}, protocol)).missing
     assert same_weights(other, model)
 
 
 @pytest.mark.parametrize("order", "<>=")
-@pytest.mark.parametrize("kind", ["f8", "f4", "f2", "i4", "u1", "i2"])
-def test_arrays_of_any_byte_order_and_type_keep_their_values(tmp_path, kind, order):
+@pytest.mark.parametrize("kind", ["f8", "f4", "f2"])
+def test_arrays_of_any_byte_order_keep_their_values(tmp_path, kind, order):
     model, table = small_module(), numpy.arange(32 * 20).reshape(32, 20) % 251
     written = table.astype(numpy.dtype(kind).newbyteorder(order))
     load_weights(model, write_pickle(tmp_path / "zoo.pkl", {"model": {"tracker.weight": written}}))
@@ -294,19 +308,18 @@ def test_a_pickle_of_python_2_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".pkl", ".pth"])
-def test_a_container_that_holds_itself_is_read(tmp_path, suffix):
+def test_a_container_that_holds_itself_is_refused(tmp_path, suffix):
+    """In time: there is no end to what is in it."""
     model, other = small_module(), small_module(seed=1)
     history, log = [], {}
     history += [history, 3]
     log["log"], log["history"] = log, history
+    contents = {"model": dict(arrays_of(model)) if suffix == ".pkl" else model.state_dict(),
+                "log": log}
     path = tmp_path / f"endless{suffix}"
-    if suffix == ".pkl":
-        write_pickle(path, {"model": dict(arrays_of(model)), "log": log})
-    else:
-        torch.save({"model": model.state_dict(), "log": log}, path)
-    with within(60):
+    write_pickle(path, contents) if suffix == ".pkl" else torch.save(contents, path)
+    with within(60), pytest.raises(InputError, match="it holds a container that holds itself"):
         load_weights(other, path)
-    assert same_weights(other, model)
 
 
 # Files of PyTorch
@@ -320,19 +333,22 @@ def test_files_of_old_and_new_pytorch_are_read(tmp_path, new):
     assert same_weights(other, model)
 
 
-@pytest.mark.filterwarnings("ignore")                     # quantised tensors will leave PyTorch
-def test_a_quantised_tensor_is_refused(tmp_path):
-    weight = torch.quantize_per_tensor(torch.rand(32, 20), 0.1, 0, torch.qint8)
-    torch.save({"model": {"tracker.weight": weight}}, tmp_path / "quantised.pt")
-    with pytest.raises(InputError, match="quantised.pt is no checkpoint"):
-        load_weights(small_module(), tmp_path / "quantised.pt")
+# Quantised tensors are going to leave PyTorch
+@pytest.mark.filterwarnings("ignore")
+def test_a_quantised_tensor_is_refused(checkpoint, tmp_path):
+    weights = checkpoint["model"] | {"tracker.query_feat.weight": torch.quantize_per_tensor(
+        torch.rand(20, 32), 0.1, 0, torch.qint8)}
+    torch.save(checkpoint | {"model": weights}, tmp_path / "quantised.pt")
+    with pytest.raises(InputError, match="entry tracker.query_feat.weight is .*quantized"):
+        model_from_checkpoint(tmp_path / "quantised.pt")
 
 
 @pytest.mark.parametrize("contents", [[1, 2], "text", torch.zeros(3), 5],
                          ids=["list", "text", "tensor", "number"])
 def test_a_file_without_named_tensors_is_refused(tmp_path, contents):
     torch.save(contents, tmp_path / "odd.pth")
-    with pytest.raises(InputError, match="odd.pth is no checkpoint: it holds a .*, not named"):
+    with pytest.raises(InputError,
+                       match="odd.pth is no checkpoint: it holds a .*, not named tensors"):
         load_weights(small_module(), tmp_path / "odd.pth")
 
 
@@ -344,7 +360,8 @@ def test_an_entry_that_is_no_tensor_is_refused_by_name(checkpoint, value):
 
 def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path):
     save_checkpoint(tmp_path / "last.pt", {"step": 1})
-    with pytest.raises(Exception):                        # no file can hold a function
+    with pytest.raises(Exception):
+        # Which no file can hold
         save_checkpoint(tmp_path / "last.pt", {"step": 2, "odd": lambda: None})
     assert torch.load(tmp_path / "last.pt", weights_only=True) == {"step": 1}
 

@@ -200,6 +200,7 @@ for name, queries, score_shape in (("forward", 14, (8,)), ("sample", 5, (2, 4)))
 """
 
 
+@pytest.mark.slow
 def test_it_compiles_and_its_operators_know_their_shapes_without_a_gpu(library):
     command = [sys.executable, "-c", META_SCRIPT, str(library)]
     run = subprocess.run(command, cwd=FOLDER.parent, capture_output=True, text=True)

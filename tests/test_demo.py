@@ -10,6 +10,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -26,7 +27,8 @@ import train
 from checkpoint import model_from_checkpoint
 from data import InputError, at_test_size
 from draw import overlays
-from processes import ENVIRONMENT, REPOSITORY
+from processes import ENVIRONMENT, REPOSITORY, fake_ffmpeg
+from reading.annotations import one_line
 from results import FrameTracks
 from scenes import CATEGORIES
 from synthetic import Suite, make_dataset
@@ -161,13 +163,6 @@ def test_a_picture_that_is_cut_off_is_refused_and_the_one_before_is_not(missing)
         next(found)
 
 
-def fake_ffmpeg(tmp_path, monkeypatch, script):
-    """An ffmpeg that is found before any other: a shell script, which writes what it was given into the file `given`."""
-    (tmp_path / "ffmpeg").write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/given\n{script}\n')
-    (tmp_path / "ffmpeg").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-
-
 def test_a_camera_is_opened_by_ffmpeg(tmp_path, monkeypatch, pictures):
     """/dev/null is no camera, but a device as a camera is one."""
     (tmp_path / "seen.ppm").write_bytes(ppm(*pictures))
@@ -176,8 +171,11 @@ def test_a_camera_is_opened_by_ffmpeg(tmp_path, monkeypatch, pictures):
     assert " -f v4l2 -i /dev/null -fps_mode passthrough " in (tmp_path / "given").read_text()
 
 
-@pytest.mark.parametrize("script, reason", [("echo one >&2; echo no light >&2; exit 1", "no light"), ("exit 3", "exit status 3")])
-def test_what_ffmpeg_cannot_read_is_named_with_its_last_words(tmp_path, monkeypatch, script, reason):
+@pytest.mark.parametrize("script, reason", [
+    ("echo '[mov @ 0x5f] no light' >&2; echo 'Error opening input files: no' >&2; exit 1",
+     "no light"),
+    ("exit 3", "exit status 3")])
+def test_what_ffmpeg_cannot_read_is_named_with_the_cause(tmp_path, monkeypatch, script, reason):
     fake_ffmpeg(tmp_path, monkeypatch, script)
     (tmp_path / "clip.mkv").touch()
     with pytest.raises(InputError, match=f"^ffmpeg cannot read {tmp_path}/clip.mkv: {reason}$"):
@@ -294,6 +292,90 @@ def test_a_timeline_is_drawn_if_asked_for(tmp_path, weights, pictures):
         assert file.format == "PNG"
 
 
+# Whole or not at all
+
+def stop(error):
+    """A function that raises the error, whatever it is given."""
+    def raising(*given, **more):
+        raise error
+    return raising
+
+
+@pytest.mark.parametrize("where", ["save_json", "overlays", "save_pictures", "make_mp4", "publish"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(143), OSError(28, "No space")],
+                         ids=["Ctrl-C", "SIGTERM", "disk full"])
+def test_an_interruption_leaves_nothing_and_the_next_attempt_works(
+        tmp_path, monkeypatch, weights, pictures, where, error):
+    (tmp_path / "in").mkdir()
+    pictures[0].save(tmp_path / "in/one.png")
+    fake_ffmpeg(tmp_path / "in", monkeypatch, "exit 1")
+    arguments = tmp_path / "in/one.png", weights, "--output", tmp_path / "new/out", "--top-k", 1
+    with monkeypatch.context() as patch:
+        patch.setattr(demo, where, stop(error))
+        with pytest.raises(type(error)):
+            run(*arguments)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+    if where == "publish":
+        run(*arguments)
+        assert (tmp_path / "new/out/results.json").exists()
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "new"]
+
+
+def test_a_kill_leaves_no_folder_of_that_name(tmp_path):
+    process = os.fork()
+    if not process:
+        try:
+            with demo.staging_folder(tmp_path / "out") as folder:
+                (folder / "results.json").write_text("{}")
+                os.kill(os.getpid(), signal.SIGKILL)
+        finally:
+            os._exit(1)
+    assert os.waitpid(process, 0)[1] == signal.SIGKILL
+    left, = tmp_path.iterdir()
+    assert left.name.startswith(".")
+    demo.check_output(tmp_path / "out")
+    with demo.staging_folder(tmp_path / "out") as folder:
+        demo.publish(folder, tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("appear", [
+    os.mkdir, lambda path: path.write_text("of another"), lambda path: path.symlink_to("nowhere")],
+    ids=["a folder", "a file", "a link"])
+def test_what_appears_meanwhile_is_left_as_it_is(tmp_path, monkeypatch, weights, pictures, appear):
+    pictures[0].save(tmp_path / "one.png")
+    monkeypatch.setattr(demo, "make_mp4", lambda *given: [appear(tmp_path / "out")][:0])
+    monkeypatch.setattr(demo.shutil, "which", lambda name: name)
+    arguments = command(tmp_path / "one.png", weights, "--output", tmp_path / "out", "--top-k", 1)
+    assert sentence(demo, arguments) == (f"{tmp_path}/out has appeared meanwhile and is left as it "
+                                         "is: give another --output")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.png", "out"]
+    before = (tmp_path / "out").lstat()
+    assert before.st_size == len("of another") or not (tmp_path / "out").is_file()
+
+
+def test_the_folder_may_be_read_by_whom_the_user_allows(tmp_path, done):
+    (tmp_path / "usual").mkdir()
+    assert done.stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+@pytest.mark.parametrize("change", [
+    lambda folder, frame: frame.save(folder / "9.png"),
+    lambda folder, frame: (folder / "1.png").unlink(),
+    lambda folder, frame: frame.resize((9, 9)).save(folder / "1.png")],
+    ids=["one more", "one less", "another size"])
+def test_a_source_that_changes_meanwhile_is_refused(
+        tmp_path, monkeypatch, weights, pictures, change):
+    (tmp_path / "in").mkdir()
+    for t in range(2):
+        pictures[t].save(tmp_path / f"in/{t}.png")
+    monkeypatch.setattr(
+        demo, "overlays",
+        lambda *given: change(tmp_path / "in", pictures[2]) or overlays(*given))
+    message = refuse(tmp_path, tmp_path / "in", weights, "--top-k", 1)
+    assert re.search("has changed meanwhile|is 9x9, the first 80x64", message)
+
+
 # Without a source
 
 @pytest.fixture
@@ -326,6 +408,17 @@ def test_without_a_source_nothing_is_written_if_one_of_the_scenes_is_there(tmp_p
     message = sentence(demo, without_source(weights, "--output", tmp_path / "out"))
     assert message == f"{tmp_path}/out/occlusion_6 is there already: give another --output"
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["occlusion_6"]
+
+
+def test_without_a_source_an_interruption_blocks_no_scene(
+        tmp_path, monkeypatch, short_scenes, weights):
+    """Not even one that was finished before."""
+    segment = demo.segment
+    monkeypatch.setattr(demo, "segment", lambda model, source, *more: (
+        stop(KeyboardInterrupt())() if source == "occlusion:6" else segment(model, source, *more)))
+    with pytest.raises(KeyboardInterrupt):
+        demo.main(demo.parse_arguments(without_source(weights, "--top-k", 1)))
+    assert not list(tmp_path.iterdir())
 
 
 def test_without_a_source_the_first_scene_is_followed_live(tmp_path, capsys, short_scenes, weights):
@@ -368,8 +461,28 @@ def test_class_names_are_in_the_results(tmp_path, weights, pictures, model):
     tracks = json.loads((tmp_path / "out/results.json").read_text())["tracks"]
     assert [track["category"] for track in tracks] == [names[label] for label in found.labels[chosen]]
     assert [track["score"] for track in tracks] == found.scores[chosen].tolist()
-    assert {path.name for path in (tmp_path / "out/masks").iterdir()} == {
+    folders = {path.name for path in (tmp_path / "out/masks").iterdir()}
+    assert {re.sub("-[0-9a-f]+$", "", folder) for folder in folders} == {
         f"{track['track_id']:03d}_{track['category'].replace('/', '_')}" for track in tracks}
+
+
+@pytest.mark.parametrize("name", ["n" * 300, "../../a", "..", "CON", "nul\0byte", "two\nlines",
+                                  "\ud800", "日本語" * 100])
+def test_any_class_name_can_be_written(tmp_path, capsys, weights, pictures, name):
+    """The results have it on one line; folders are named after it; a printed line stays a line."""
+    categories = [{"id": i, "name": f"{name}{i}"} for i in range(6)]
+    (tmp_path / "names.json").write_text(json.dumps({"categories": categories}))
+    pictures[0].save(tmp_path / "one.png")
+    run(tmp_path / "one.png", weights, "--score", 0, "--categories", tmp_path / "names.json",
+        "--output", tmp_path / "out")
+    tracks = json.loads((tmp_path / "out/results.json").read_text())["tracks"]
+    names = {one_line(category["name"]) for category in categories}
+    assert tracks and {track["category"] for track in tracks} <= names
+    folders = list((tmp_path / "out/masks").iterdir())
+    assert len(folders) == len(tracks)
+    assert all(len(os.fsencode(folder.name)) < 100 for folder in folders)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["names.json", "one.png", "out"]
+    assert len(capsys.readouterr().out.split("\n")) == 3
 
 
 # What is refused
@@ -452,6 +565,7 @@ def box_of(mask):
     return f"{columns.min()},{rows.min()} to {columns.max()},{rows.max()}"
 
 
+@pytest.mark.slow
 def test_standard_input_is_followed_picture_by_picture(tmp_path, weights, pictures, model):
     """The line of a frame comes before the next frame is sent; it has the class, number, score and box of every track of `step`."""
     # as many threads as here, since others round otherwise; and Python itself must not hand on what is printed

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 import draw
-from draw import best_labels, colour_of, gate_strip, overlay, overlays, save_pictures
+from draw import (best_labels, colour_of, gate_strip, name_to_draw, overlay, overlays,
+                  save_pictures)
 from results import EncodedVideo
 from run_length import encode
 
@@ -117,6 +118,39 @@ def test_small_frames_are_enlarged_by_a_whole_factor(height, factor):
     assert numpy.array_equal(changed(picture, expected), numpy.kron(mask, numpy.ones((factor, factor), bool)))
 
 
+@pytest.mark.parametrize("height, width, size", [
+    (1, 4000, (4000, 1)), (16, 1300, (3900, 48)), (1, 1, (240, 240)), (4000, 1, (1, 4000)),
+    (3, 2, (160, 240)), (100, 5000, (5000, 100))])
+def test_frames_of_any_shape_are_enlarged_to_a_size_that_can_be_shown(height, width, size):
+    mask = numpy.ones((1, height, width), bool)
+    frame = numpy.zeros((height, width, 3), numpy.uint8)
+    assert overlay(frame, mask, [3], ["disc 0.90"]).size == size
+
+
+# Names
+
+NAMES = ["n" * 300, "two\nlines", "\ud800", "nul\0", "日本語", "\N{RIGHT-TO-LEFT OVERRIDE}a", "\t",
+         "😀" * 100, "e" + "\N{COMBINING ACUTE ACCENT}" * 1000]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_any_class_name_can_be_drawn(name):
+    """On one line above the mask; what the font does not have is a box."""
+    frames, masks = moving(1)
+    found = video_of(masks, [5, 8])
+    plain, = overlays(frames, found, ["", ""], 0.3)
+    named, = overlays(frames, found, [name, name], 0.3)
+    assert plain.size == named.size
+    rows = changed(named, numpy.asarray(plain))[:HEIGHT].any(1).nonzero()[0]
+    assert rows.min() >= 0 and rows.max() < 40
+
+
+def test_names_that_are_drawn_are_short_and_stay_apart():
+    assert name_to_draw("giant panda") == "giant panda"
+    names = {name_to_draw("class " * 50 + number) for number in ("one", "two", "three")}
+    assert len(names) == 3 and all(len(name) <= draw.LONGEST_NAME for name in names)
+
+
 def video_of(masks, tracks, scores=None, layers=3):
     """Masks bool (I, T, H, W), a track each -> what the model finds in a video; all gates of so many layers are closed."""
     count = len(tracks)
@@ -192,6 +226,60 @@ def test_long_videos_are_shown_from_the_first_to_the_last_frame(tmp_path, monkey
     assert [int(picture[0, 0, 0]) for picture in read_animation(tmp_path / "long.webp")] == pytest.approx(range(0, 201, 30), abs=3)
 
 
+def shades(count, size):
+    """Pictures of one shade of grey each."""
+    return (Image.new("RGB", size, (10 * t,) * 3) for t in range(count))
+
+
+@pytest.mark.parametrize("size", [(16384, 3), (2, 20000)])
+def test_what_webp_cannot_hold_is_written_as_png_with_a_note(tmp_path, capsys, size):
+    save_pictures(tmp_path, "00007", shades(2, size), 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["00007", "00007.png"]
+    names = sorted(path.name for path in (tmp_path / "00007").iterdir())
+    assert names == ["00000.png", "00001.png"]
+    with Image.open(tmp_path / "00007/00001.png") as file:
+        assert file.size == size and file.getpixel((1, 1)) == (10, 10, 10)
+    note, = capsys.readouterr().err.splitlines()
+    assert "00007.webp was not made" in note and f"{size[0]}x{size[1]}" in note and "00007/" in note
+
+
+def test_the_largest_pictures_of_webp_are_animated(tmp_path, capsys):
+    save_pictures(tmp_path, "wide", shades(2, (16383, 2)), 2)
+    shapes = [picture.shape for picture in read_animation(tmp_path / "wide.webp")]
+    assert shapes == [(2, 16383, 3)] * 2
+    assert not capsys.readouterr().err
+
+
+def test_every_picture_is_a_png_where_a_folder_for_them_is_given(tmp_path):
+    save_pictures(tmp_path, "clip", shades(3, (30, 20)), 3, frames=tmp_path / "new/frames")
+    names = sorted(path.name for path in (tmp_path / "new/frames").iterdir())
+    assert names == ["00000.png", "00001.png", "00002.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["clip.png", "clip.webp", "new"]
+
+
+@pytest.mark.parametrize("count, expected", [
+    (2, (200, 100)), (4, (141, 70)), (8, (100, 50)), (20, (63, 31))])
+def test_an_animation_keeps_to_its_memory(tmp_path, monkeypatch, count, expected):
+    """Its pictures are smaller, the longer it is; those of the sheet are not."""
+    monkeypatch.setattr(draw, "ANIMATION_BYTES", 2 * 200 * 100 * 4)          # of two pictures
+    save_pictures(tmp_path, "clip", shades(count, (200, 100)), count)
+    pictures = read_animation(tmp_path / "clip.webp")
+    assert {picture.shape[1::-1] for picture in pictures} == {expected}
+    assert len(pictures) == count
+    found = [int(picture[9, 9, 0]) for picture in pictures[:4]]
+    assert found == pytest.approx([0, 10, 20, 30][:count], abs=3)
+    with Image.open(tmp_path / "clip.png") as sheet:
+        assert sheet.size == (min(count, 3) * 200, (1 if count < 4 else 2) * 100)
+
+
+def test_a_sheet_of_huge_pictures_is_smaller(tmp_path, monkeypatch):
+    monkeypatch.setattr(draw, "SHEET_PIXELS", 6 * 50 * 20)
+    save_pictures(tmp_path, "huge", shades(9, (500, 200)), 9)
+    with Image.open(tmp_path / "huge.png") as sheet:
+        assert sheet.size == (3 * 50, 2 * 20)
+        assert [sheet.getpixel((25 + 50 * place, 10))[0] for place in range(3)] == [0, 20, 30]
+
+
 # The strip of gates
 
 CELLS = numpy.random.default_rng(1).random((2, 8, 3)) < 0.5  # of two tracks, eight frames, three layers
@@ -257,6 +345,16 @@ def test_a_strip_is_as_wide_as_its_picture_for_any_number_of_frames():
         assert picture.shape[1] == width
     opened = strip(~many, 999, width=60, captions=("a caption that is longer than that", "star 0.80"))
     assert [value.tolist() for value in runs((opened != picture).any((0, 2)))] == [[30], [26]]
+
+
+@pytest.mark.parametrize("height, width, size", [
+    (1, 1, (240, 240)), (300, 1, (1, 300)), (1, 300, (3900, 13)), (2, 3, (360, 240))])
+def test_frames_of_any_shape_have_a_strip(height, width, size):
+    masks = torch.ones(2, 3, height, width, dtype=torch.bool)
+    frames = numpy.zeros((3, height, width, 3), numpy.uint8)
+    pictures = list(overlays(frames, video_of(masks, [3, 7]), ["n" * 300, "b"], 0.3))
+    assert len({picture.size for picture in pictures}) == 1
+    assert pictures[0].width == size[0] and size[1] < pictures[0].height < size[1] + 200
 
 
 @pytest.mark.parametrize("layers", [0, 1, 6])

@@ -69,6 +69,7 @@ def test_a_set_without_annotations_gets_results_but_no_metrics(trained, tmp_path
     assert "server" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_without_arguments_the_shipped_weights_are_evaluated_on_suites(tmp_path, monkeypatch, capsys):
     """Two suites, which are written; a model that has learned something. Here the suites are small."""
     monkeypatch.chdir(tmp_path)

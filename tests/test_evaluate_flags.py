@@ -6,6 +6,7 @@ One test for each flag, named after it; a flag without a test fails the first on
 import json
 import multiprocessing
 import re
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -325,6 +326,20 @@ def test_flag_amp(run, seen, amp, dtype):
     products = {module.weight.dtype for module in seen[0].model.modules()
                 if type(module) in (nn.Linear, nn.Conv2d)}
     assert products == {dtype or torch.float32}
+
+
+def test_flag_skip_bad(run, folder, tmp_path):
+    """A video that cannot be read has no results, and costs the others nothing."""
+    shutil.copytree(folder, tmp_path / "damaged")
+    video = sparse_content()["videos"][0]
+    (tmp_path / "damaged/JPEGImages" / video["file_names"][1]).write_bytes(b"no picture")
+    with pytest.raises(InputError, match="cannot be read"):
+        run("--data-root", tmp_path / "damaged")
+    run("--data-root", tmp_path / "damaged", "--skip-bad", "--output", tmp_path / "rest")
+    run("--output", tmp_path / "whole")
+    expected = [entry for entry in read_results(tmp_path / "whole")
+                if entry["video_id"] != video["id"]]
+    assert read_results(tmp_path / "rest") == expected
 
 
 def test_flag_compile(run, seen, tmp_path, monkeypatch):

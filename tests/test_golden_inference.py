@@ -17,6 +17,9 @@ VIDEOS = list(meta()["infer"]["videos"])
 MODES = [(mode, video) for mode, run in meta()["modes"]["runs"].items() for video in run["videos"]]
 FIRST = [(mode, next(iter(run["videos"]))) for mode, run in meta()["modes"]["runs"].items()]  # one video of each mode
 DTYPES = [torch.float64, torch.float32]
+# the cheapest case notices most mistakes
+STAGES = [pytest.param(dtype, name, marks=[pytest.mark.slow] if (dtype, name) != (DTYPES[0], VIDEOS[0]) else [],
+                       id=f"{str(dtype).removeprefix('torch.')}-{name}") for dtype in DTYPES for name in VIDEOS]
 two_threads = fixed_threads(2)  # in float32 a last bit can decide
 
 
@@ -45,7 +48,7 @@ def run_stages(model, frames):
         yield stages, prediction, state
 
 
-@pytest.mark.parametrize("name", VIDEOS)
+@pytest.mark.parametrize("model, name", STAGES, indirect=["model"])
 @torch.no_grad()
 def test_golden_stages(model, name):
     spec = meta()["infer"]
@@ -103,6 +106,7 @@ def compare_detections(video, golden, prefix, packed=True, tolerance=1e-4, pixel
         assert (wrong <= numpy.maximum(0.001 * areas.sum(1), pixels)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VIDEOS)
 def test_golden_detections(model, name, monkeypatch):
     """Masks at output size and at that of the frames, from one run of the model."""
@@ -119,6 +123,7 @@ def test_golden_detections(model, name, monkeypatch):
         compare_detections(video, golden, "f64.", packed=False, tolerance=1e-6, pixels=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VIDEOS)
 def test_golden_step_equals_segment_video(model, name):
     """Frame by frame gives the same logits, and at the last frame the same detections."""
@@ -135,6 +140,7 @@ def test_golden_step_equals_segment_video(model, name):
     assert torch.equal(tracks.masks, video.masks[:, -1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode, name, dtype", [(*case, torch.float64) for case in MODES] + [(*case, torch.float32) for case in FIRST])
 def test_golden_propagation_modes(mode, name, dtype):
     spec = meta()["modes"]
@@ -160,6 +166,7 @@ def test_golden_propagation_modes(mode, name, dtype):
         assert (torch.stack(prediction.gate_logits)[:, 0, 0].numpy() >= 0).tolist() == golden["gate_open"][-1].tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float64", "float32"])
 @pytest.mark.parametrize("name", list(meta()["vita"]["videos"]))
 def test_golden_vita(name, dtype):
@@ -210,5 +217,6 @@ def assert_masks_in_16_bit(device, compiled=False):
     assert min(half) > 0.95 and numpy.mean(half) > 0.97 and numpy.mean(brain) > 0.7
 
 
+@pytest.mark.slow
 def test_masks_in_16_bit():
     assert_masks_in_16_bit("cpu")

@@ -24,6 +24,7 @@ from data import InputError, Video, VideoSet, test_frames
 from inference import FrameBatches, Unfinished, share
 from metric import evaluate_results
 from processes import ENVIRONMENT, REPOSITORY, free_port, wait_until
+from results import EncodedVideo
 from synthetic import make_dataset
 from test_model import HEIGHT, WIDTH, make_frames, make_model
 
@@ -196,28 +197,42 @@ def test_every_video_has_one_process_and_none_has_much_more_than_another(lengths
 # Unfinished results
 
 SETTING = {"weights": "last.pt", "top_k": 10, "amp": "torch.float32"}
-ENTRIES = [{"video_id": 1, "score": 0.25, "category_id": 3, "segmentations": [{"size": [4, 4], "counts": "`0"}]},
-           {"video_id": 1, "score": 1e-7, "category_id": 1, "segmentations": [{"size": [4, 4], "counts": "4\\<"}]}]
+CATEGORIES = [(3, "cat"), (90, "dog")]
+CODES = [{"size": [4, 4], "counts": "`0"}, {"size": [4, 4], "counts": "4\\<"}]
 
 
-def entries_of(video):
-    """Two entries for a video of odd id, none for the others."""
-    return [entry | {"video_id": video.id} for entry in ENTRIES] if video.id % 2 else []
+def found_in(video):
+    """Two instances in a video of odd id, none in the others."""
+    count = 2 * (video.id % 2)
+    frames = len(video.files)
+    return EncodedVideo(torch.tensor([0.25, 1e-7])[:count], torch.tensor([1, 0])[:count], torch.tensor([7, 5])[:count],
+                        [[code] * frames for code in CODES[:count]], torch.arange(count * frames * 3).view(count, frames, 3) % 2 == 0)
 
 
 def test_what_is_done_is_not_done_again(tmp_path):
     everything, folder = blank_videos(3, 2, 4, 1), tmp_path / "out/unfinished"
     assert Unfinished(folder, SETTING).remaining(everything) == everything
     for done in (everything[2], everything[0]):
-        Unfinished(folder, SETTING).save(done, entries_of(done))
+        Unfinished(folder, SETTING).save(done, found_in(done))
     assert Unfinished(folder, SETTING).remaining(everything) == [everything[1], everything[3]]
+
+
+def test_saved_results_are_read_back_exactly(tmp_path):
+    unfinished = Unfinished(tmp_path, SETTING)
+    for video in blank_videos(3, 2):
+        found = found_in(video)
+        unfinished.save(video, found)
+        again = unfinished.load(video)
+        assert again.scores.tolist() == found.scores.tolist() and again.segmentations == found.segmentations
+        assert torch.equal(again.labels, found.labels) and torch.equal(again.track_ids, found.track_ids)
+        assert again.gates.dtype == torch.bool and again.gates.tolist() == found.gates.tolist()
 
 
 @pytest.mark.parametrize("change, named", [
     ({"top_k": 20}, "top_k"), ({"short_side": 360}, "short_side"), ({"weights": "best.pt", "amp": "off"}, "weights, amp")])
 def test_results_of_another_setting_are_refused(tmp_path, change, named):
     everything = blank_videos(3)
-    Unfinished(tmp_path, SETTING).save(everything[0], [])
+    Unfinished(tmp_path, SETTING).save(everything[0], found_in(everything[0]))
     with pytest.raises(InputError, match=rf"of another setting \({named} differ\)") as refusal:
         Unfinished(tmp_path, SETTING | change)
     assert str(tmp_path) in str(refusal.value)
@@ -229,10 +244,13 @@ def test_joined_results_are_one_list_in_the_order_of_the_videos(tmp_path, count)
     everything = blank_videos(*[1] * count)
     unfinished = Unfinished(tmp_path / "unfinished", SETTING)
     for video in reversed(everything):
-        unfinished.save(video, entries_of(video))
-    unfinished.join(everything, tmp_path / "results.json")
-    expected = [entry for video in everything for entry in entries_of(video)]
-    assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(expected))
+        unfinished.save(video, found_in(video))
+    unfinished.join(everything, CATEGORIES, tmp_path / "results.json")
+    unfinished.remove()
+    expected = [{"video_id": video.id, "score": score, "category_id": category_id, "segmentations": [code]}
+                for video in everything if video.id % 2
+                for score, category_id, code in zip(torch.tensor([0.25, 1e-7]).tolist(), (90, 3), CODES)]
+    assert json.loads((tmp_path / "results.json").read_text()) == expected
     assert list(tmp_path.iterdir()) == [tmp_path / "results.json"]          # no folder, and no part of a file
 
 
@@ -265,6 +283,7 @@ def test_chunks_and_workers_change_no_byte(trained, whole, tmp_path, more):
     assert_equal_results(tmp_path, whole)
 
 
+@pytest.mark.slow
 def test_two_processes_write_what_one_writes(trained, whole, tmp_path):
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port()]
     process = subprocess.run([sys.executable, *launcher, str(REPOSITORY / "evaluate.py"), *arguments(trained, tmp_path)],
@@ -276,6 +295,7 @@ def test_two_processes_write_what_one_writes(trained, whole, tmp_path):
     assert (tmp_path / "metrics.json").read_text() == (whole / "metrics.json").read_text()
 
 
+@pytest.mark.slow
 def test_a_killed_evaluation_goes_on_where_it_was(trained, whole, tmp_path, capsys):
     """kill -9 as soon as a video is done; then the same command does the others, and nobody can tell."""
     def done():
@@ -403,14 +423,12 @@ def test_parts_of_one_name_are_both_scored(whole, ground_truth, tmp_path):
 
 
 def test_what_a_kill_left_of_a_removed_folder_is_not_taken_for_unfinished(tmp_path, videos):
-    """Joining moves the folder away before it removes the files in it, one by one."""
+    """The folder is moved away before the files in it are removed, one by one."""
     unfinished = Unfinished(tmp_path / "unfinished", {"top_k": 10})
-    for video in videos:
-        unfinished.save(video, [])
     (tmp_path / "unfinished.done").mkdir()
     (tmp_path / "unfinished.done/7.json").write_text("[]")
-    unfinished.join(videos, tmp_path / "results.json")
-    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+    unfinished.remove()
+    assert list(tmp_path.iterdir()) == []
     assert Unfinished(tmp_path / "unfinished", {"top_k": 20}).remaining(videos) == videos
 
 

@@ -472,19 +472,22 @@ def test_gate_losses():
 
 # The whole criterion against plain loops
 
+SLOW = {"class": 1.5, "mask": 3.0, "dice": 7.0, "similarity": 0.25, "gate": 0.75, "no object": 0.2}      # weights, all different
+
 @torch.no_grad()
-def slow_costs(logits: torch.Tensor, kernel: torch.Tensor, features: torch.Tensor, labels, truth, count: int) -> numpy.ndarray:
+def slow_costs(logits: torch.Tensor, kernel: torch.Tensor, features: torch.Tensor, labels, truth, criterion: Criterion
+               ) -> numpy.ndarray:
     """Costs (Q, I) of the queries of one clip, one by one. features (T, C, h, w), truth (I, T, H, W)."""
     cost = numpy.zeros((len(logits), len(labels)))
-    at = fixed_points(1, count, features)
+    at = fixed_points(1, criterion.points, features)
     for query, instance in itertools.product(range(len(logits)), range(len(labels))):
         masks = paint(kernel[query], features)
         sampled = torch.cat([sample_at(mask[None, None], at).flatten() for mask in masks])
         true = torch.cat([sample_at(mask[None, None].to(masks.dtype), at).flatten() for mask in truth[instance]])
         inside = sampled.sigmoid()
         dice = 1 - (2 * (inside * true).sum() + 1) / (inside.sum() + true.sum() + 1)
-        cost[query, instance] = (5 * F.binary_cross_entropy_with_logits(sampled, true) + 5 * dice
-                                 - 2 * logits[query].softmax(0)[labels[instance]])
+        cost[query, instance] = (SLOW["mask"] * F.binary_cross_entropy_with_logits(sampled, true) + SLOW["dice"] * dice
+                                 - SLOW["class"] * logits[query].softmax(0)[labels[instance]])
     return cost
 
 
@@ -493,7 +496,7 @@ def slow_class_loss(rows: list[tuple[torch.Tensor, dict[int, int]]]) -> torch.Te
     total = weight = 0
     for logits, classes in rows:
         for query, scores in enumerate(logits):
-            share = 1.0 if query in classes else 0.1
+            share = 1.0 if query in classes else SLOW["no object"]
             total = total - share * scores.log_softmax(0)[classes.get(query, CLASSES)]
             weight += share
     return total / weight
@@ -515,7 +518,7 @@ def add_masks(losses: dict, name: str, suffix: str, pairs: list, count: int, cri
         losses[f"{name}_{kind}{suffix}"] = torch.zeros((), dtype=torch.float64)
     for logits, truth in pairs:
         for kind, loss in zip(("mask", "dice"), slow_mask_loss(logits, truth, criterion)):
-            losses[f"{name}_{kind}{suffix}"] = losses[f"{name}_{kind}{suffix}"] + 5 * loss / max(1, count)
+            losses[f"{name}_{kind}{suffix}"] = losses[f"{name}_{kind}{suffix}"] + SLOW[kind] * loss / max(1, count)
 
 
 def slow_criterion(output: TrainingOutput, clips: list[Clip], criterion: Criterion) -> tuple[dict, list, list]:
@@ -527,7 +530,7 @@ def slow_criterion(output: TrainingOutput, clips: list[Clip], criterion: Criteri
         for n, (b, t) in enumerate(itertools.product(range(batch), range(length))):
             shown = [i for i in range(len(clips[b].labels)) if clips[b].ids[i, t] != -1]
             cost = slow_costs(logits[n], kernel[n], output.frames.features[n:n + 1], clips[b].labels[shown],
-                              clips[b].masks[shown, t][:, None], criterion.points)
+                              clips[b].masks[shown, t][:, None], criterion)
             found[-1].append({shown[i]: int(query) for query, i in zip(*linear_sum_assignment(cost))})
         rows, pairs, count = [], [], 0
         for n, match in enumerate(found[-1]):
@@ -537,11 +540,11 @@ def slow_criterion(output: TrainingOutput, clips: list[Clip], criterion: Criteri
                       for i, query in match.items()]
             count += int((clip.ids[:, t] != -1).sum())
         suffix = f"_{number}" if number < len(output.frames.predictions) - 1 else ""
-        losses[f"loss_ce{suffix}"] = 2 * slow_class_loss(rows)
+        losses[f"loss_ce{suffix}"] = SLOW["class"] * slow_class_loss(rows)
         add_masks(losses, "loss", suffix, pairs, count, criterion)
     found = found[-layers:]
 
-    held, by_clip, first = {}, [], 0                                    # held: {(depth, level, video): {instance: query}}
+    held, by_clip, of_clips, first = {}, [], [], 0                                    # held: {(depth, level, video): {instance: query}}
     lengths = [prediction.frame_embed.shape[2] for prediction in output.clips]
     all_features = output.frames.features.unflatten(0, (batch, length))
     for number, (prediction, features) in enumerate(zip(output.clips, all_features.split(lengths, 1), strict=True)):
@@ -555,7 +558,7 @@ def slow_criterion(output: TrainingOutput, clips: list[Clip], criterion: Criteri
                 own = held.setdefault((d, level, b), {})
                 valid = [i for i in range(len(clip.labels)) if (clip.ids[i, times] != -1).any()]
                 new = [i for i in valid if (clip.ids[i, :first] == -1).all()]
-                cost = slow_costs(logits, kernel, features[b], clip.labels[new], clip.masks[new][:, times], criterion.points)
+                cost = slow_costs(logits, kernel, features[b], clip.labels[new], clip.masks[new][:, times], criterion)
                 for i in valid:
                     if i not in new and i in own:
                         cost[own[i]] = 1e6
@@ -575,16 +578,22 @@ def slow_criterion(output: TrainingOutput, clips: list[Clip], criterion: Criteri
                     streams[-1] += [(clip.ids[i, t].item(), prediction.frame_embed[level, b, offset, query])
                                     for i, query in found[level][b * length + t].items()]
             suffix = f"_clip{number}" if d == depth - 1 else f"_{d}_clip{number}"
-            losses[f"loss_genvis_ce{suffix}"] = 2 * slow_class_loss(rows)
-            losses[f"loss_genvis_gate{suffix}"] = sum(gates) / len(gates)
+            losses[f"loss_genvis_ce{suffix}"] = SLOW["class"] * slow_class_loss(rows)
+            losses[f"loss_genvis_gate{suffix}"] = SLOW["gate"] * sum(gates) / len(gates)
             add_masks(losses, "loss_genvis", suffix, pairs, count, criterion)
-        losses[f"loss_genvis_sim_clip{number}"] = 0.5 * slow_similarity(streams)
+        of_clips.append(streams)
         first = times[-1] + 1
+    if criterion.similarity_span == "clip":
+        for number, streams in enumerate(of_clips):
+            losses[f"loss_genvis_sim_clip{number}"] = SLOW["similarity"] * slow_similarity(streams)
+    else:                                                               # as much as of all clips together
+        joined = [sum(members, []) for members in zip(*of_clips)]
+        losses["loss_genvis_sim_clip0"] = SLOW["similarity"] * len(of_clips) * slow_similarity(joined)
     return losses, found, by_clip
 
 
-@pytest.mark.parametrize("queries", [6, 2])
-def test_all_losses_and_matches_are_loops(no_chance, queries):
+@pytest.mark.parametrize("queries, span", [(6, "clip"), (2, "clip"), (6, "video")])
+def test_all_losses_and_matches_are_loops(no_chance, queries, span):
     """Clips of 2, 2 and 1 frames, videos of 2, 0, 3 and 1 instances, that hide and come back; also more than there are queries.
     All losses, matches and gradients."""
     torch.manual_seed(queries)
@@ -593,7 +602,8 @@ def test_all_losses_and_matches_are_loops(no_chance, queries):
         [[0, 0, 1, 1, 0]])]
     clips[1] = Clip(clips[1].frames, clips[1].labels[:0], clips[1].ids[:0], clips[1].masks[:0])
     output = random_output(batch=4, frames=5, clip_length=2, layers=2, depth=2, queries=queries)
-    criterion = Criterion(CLASSES, points=8, gate_weight=1.0)
+    criterion = Criterion(CLASSES, SLOW["class"], SLOW["mask"], SLOW["dice"], SLOW["similarity"], SLOW["no object"], points=8,
+                          gate_weight=SLOW["gate"], similarity_span=span)
     losses, matches = criterion(output, clips)
     slow, frames, by_clip = slow_criterion(output, clips, criterion)
     assert losses.keys() == slow.keys()
@@ -741,6 +751,27 @@ def test_a_frozen_detector_has_no_frame_losses(toy_output, no_chance):
         assert torch.equal(loss, losses[name]), name
     assert [[query.tolist() for query in layer] for layer in frozen_matches.frames] == [
         [query.tolist() for query in layer] for layer in matches.frames]
+
+
+def test_losses_do_not_depend_on_the_precision_of_the_model(no_chance):
+    """The step under bfloat16: the same losses as of what it predicted, turned into float32."""
+    def in_full(values):
+        if torch.is_tensor(values):
+            return values.float()
+        if isinstance(values, (list, tuple)):
+            return type(values)(map(in_full, values))
+        return values if isinstance(values, int) else type(values)(**{name: in_full(value) for name, value in vars(values).items()})
+
+    torch.manual_seed(0)
+    clips = [make_clip([[1, 1, 1], [0, 1, 1]]), make_clip([[1, 0, 1]])]
+    with torch.autocast("cpu", torch.bfloat16):
+        output = build_model("toy", CLASSES)([clip.frames for clip in clips])
+        losses, _ = Criterion(CLASSES, points=32, gate_weight=1.0)(output, clips)
+    assert output.frames.features.dtype == torch.bfloat16
+    exact, _ = Criterion(CLASSES, points=32, gate_weight=1.0)(in_full(output), clips)
+    for name, loss in losses.items():
+        assert loss.dtype == torch.float32
+        torch.testing.assert_close(loss, exact[name], msg=lambda text, name=name: f"{name}: {text}")
 
 
 def gates(losses):

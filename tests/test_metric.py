@@ -189,6 +189,44 @@ def test_ground_truth_formats_agree_and_inputs_stay():
         assert (results, ground_truth) == before
 
 
+@pytest.mark.parametrize("areas", [None, [], [4, 4], ["large"] * 4, [float("nan")] * 4, [None] * 4])
+def test_areas_that_are_not_stated_are_those_of_the_masks(areas):
+    stated = metric.evaluate_results([prediction(LEFT)], truth(annotation(LEFT)))
+    assert metric.evaluate_results([prediction(LEFT)], truth(annotation(LEFT) | {"areas": areas})) == stated
+    assert stated["APs"] == pytest.approx(1) and stated["APl"] == -1
+
+
+def test_stated_areas_choose_the_range_whatever_the_masks_are():
+    metrics = metric.evaluate_results([prediction(LEFT)], truth(annotation(LEFT) | {"areas": [256**2] * 4}))
+    assert metrics["APl"] == pytest.approx(1) and metrics["APs"] == -1
+
+
+@pytest.mark.parametrize("declared, used", [(7, 7.0), (7, "7"), ("7", 7), ("video_07", "video_07"), (7.0, "7.0")])
+def test_ids_are_matched_in_any_notation(declared, used):
+    ground_truth = truth(annotation(LEFT, video=used, category=used), videos=(declared,), categories=(declared,))
+    results = [prediction(LEFT, video=used, category=used)]
+    assert metric.evaluate_results(results, ground_truth)["AP"] == pytest.approx(1)
+
+
+def test_cocos_results_and_annotations_are_scored():
+    """Of images, which are videos of one frame."""
+    coco = {
+        "images": [{"id": "a.jpg", "height": 8, "width": 8}],
+        "categories": [{"id": 1, "name": "class1"}],
+        "annotations": [{"id": 1, "image_id": "a.jpg", "category_id": 1, "segmentation": LEFT[0], "area": 4}],
+    }
+    results = [{"image_id": "a.jpg", "category_id": 1, "score": 0.9, "segmentation": LEFT[0]}]
+    assert metric.evaluate_results(results, coco)["AP"] == pytest.approx(1)
+
+
+def test_classes_of_one_name_are_both_in_the_table():
+    ground_truth = truth(annotation(LEFT), annotation(RIGHT, category=3), categories=(1, 3, 2))
+    for category in ground_truth["categories"][:2]:
+        category["name"] = "cat"
+    metrics = metric.evaluate_results([prediction(LEFT)], ground_truth)
+    assert metrics["per_class"] == {"cat (id 1)": pytest.approx(1), "cat (id 3)": 0, "class2": -1}
+
+
 def test_table():
     metrics = metric.evaluate_results([prediction(LEFT)], truth(annotation(LEFT), categories=(2, 1)))
     assert metric.format_table(metrics).splitlines() == [
@@ -244,20 +282,18 @@ def test_bad_results_are_refused(results, message):
 @pytest.mark.parametrize(
     "ground_truth, message",
     [
-        ({"videos": [], "categories": []}, "no list of annotations"),
+        ({"videos": [], "categories": []}, "an empty list of videos"),
         ({"videos": {}, "categories": [], "annotations": []}, "no list of videos"),
-        (truth(annotation(LEFT) | {"areas": None}), r"annotations\[0\] has no list of areas"),
-        (truth({"id": 1, "video_id": 1}), r"annotations\[0\] lacks category_id, areas, segmentations"),
-        (truth(annotation(LEFT[:3])), r"annotations\[0\] has 3 masks for the 4 frames"),
-        (truth(annotation(LEFT) | {"areas": ["large"]}), r"annotations\[0\] has the area 'large', which is no number of pixels"),
-        (truth(annotation(LEFT) | {"areas": [10**400] * 4}), r"annotations\[0\] has the area 10000"),
-        (truth(annotation(LEFT) | {"areas": [1e308] * 4}), r"annotations\[0\] has the area 1e\+308, which is no number of pixels"),
-        (truth(annotation(LEFT) | {"video_id": [1]}), r"annotations\[0\] has video_id \[1\], which is no whole number"),
-        (truth(annotation(LEFT), categories=([1],)), r"categories\[0\] has id \[1\], which is no whole number"),
-        (truth(annotation(LEFT), size=(10**6, 10**6)), r"videos\[0\] is said to be 1000000x1000000"),
-        (truth(annotation(LEFT), size=("8", 8)), r"videos\[0\] has height '8', which is no whole number"),
-        (truth(frames=0), r"videos\[0\] has no frames"),
-        (truth(annotation(LEFT), size=(8, 9)), r"annotations\[0\], frame 0, .* its size is \[8, 8\]"),
+        (truth(annotation(LEFT)) | {"annotations": {"id": 1}}, "annotations that are no list"),
+        (truth({"id": 1, "video_id": 1}), "annotations that refer to no video or category: 1"),
+        (truth(annotation(LEFT[:3])), "annotation 1 of the ground truth has 3 segmentations, its video has 4 frames"),
+        (truth(annotation(LEFT) | {"video_id": [1]}), r"annotation 1 .* has video_id \[1\], which is no id"),
+        (truth(annotation(LEFT) | {"iscrowd": 2}), "annotation 1 .* has iscrowd 2, which is neither 0 nor 1"),
+        (truth(annotation(LEFT), categories=([1],)), r"category at index 0 .* has id \[1\], which is no id"),
+        (truth(annotation(LEFT), size=(10**6, 10**6)), "video 1 of the ground truth is said to be 1000000x1000000"),
+        (truth(annotation(LEFT), size=("eight", 8)), "video 1 .* has height 'eight', which is no whole number"),
+        (truth(annotation(LEFT), frames=0), "video 1 of the ground truth has no frames"),
+        (truth(annotation(LEFT), size=(8, 9)), r"annotation 1 .*, frame 0, .* its size is \[8, 8\]"),
     ],
 )
 def test_bad_ground_truth_is_refused(ground_truth, message):

@@ -7,18 +7,22 @@ import copy
 import gc
 import math
 import pickle
+import re
 import weakref
 from functools import partial
+from itertools import accumulate
 
 import numpy
 import pytest
 import torch
 import torch.nn.functional as F
+from pycocotools import mask as rle
+from torchvision.models.resnet import BasicBlock, ResNet
 
+import plain_model
 from batching import regrouped
-from detector import DeformableEncoderLayer, FrameDecoder, MasksAtLevels, sine_position
-from golden_set import relative_error
-from model import PIXEL_MEAN, PIXEL_STD, PRESETS, GRAttVIS, build_model
+from model import PIXEL_MEAN, PIXEL_STD, PRESETS, TEST_SIDES, GRAttVIS, build_model
+from test_detector import randomised
 
 CLASSES, HEIGHT, WIDTH = 3, 40, 56
 STEPPING = ("gated", "plain", "memory", "gated+memory")  # the propagations that go frame by frame
@@ -49,67 +53,6 @@ def assert_equal(one, other) -> None:
 
 # Parts
 
-def test_sine_position_is_a_loop():
-    height, width, channels = 3, 5, 8
-    position = sine_position(height, width, channels, torch.zeros((), dtype=torch.float64))
-    assert position.shape == (1, channels, height, width)
-    for channel in range(channels):
-        along_y, number = channel < channels // 2, channel % (channels // 2)
-        frequency = 10000 ** (2 * (number // 2) / (channels // 2))
-        wave = math.cos if number % 2 else math.sin
-        for y in range(height):
-            for x in range(width):
-                place = (y + 1) / (height + 1e-6) if along_y else (x + 1) / (width + 1e-6)
-                expected = wave(2 * math.pi * place / frequency)
-                assert position[0, channel, y, x].item() == pytest.approx(expected, abs=1e-12)
-    assert sine_position(2, 2, 8, torch.zeros((), dtype=torch.float16)).dtype == torch.float32
-
-
-def test_blocked_pixels():
-    """A query reads where its last mask is not background; one whose mask is empty reads everywhere."""
-    masks = torch.tensor([[[1.0, -1.0, 0.0, -2.0], [-1.0, -1.0, -3.0, -0.1]]])           # two queries, four pixels
-    blocked = FrameDecoder.blocked_pixels(masks)
-    assert blocked.tolist() == [[[[False, True, False, True], [False] * 4]]]             # (N, 1, F, pixels)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-@torch.no_grad()
-def test_masks_at_levels(dtype):
-    """Masks made at full size, then resized; in 16 bit it is the features that are, which is the same but for rounding."""
-    torch.manual_seed(0)
-    features, kernel, sizes = torch.randn(2, 64, 16, 20), torch.randn(2, 3, 64 + 1), [(2, 3), (4, 5), (8, 10)]
-    masks_at = MasksAtLevels(features.to(dtype), sizes)
-    for level, size in enumerate(sizes):
-        masks = torch.stack([(kernel[:, query, :-1, None, None].double() * features.double()).sum(1) for query in range(3)], 1)
-        masks += kernel[:, :, -1:, None].double()
-        expected = F.interpolate(masks, size, mode="bilinear", align_corners=False).flatten(2)
-        found = masks_at.at(level, kernel.to(dtype))
-        assert found.dtype == dtype and (found - expected).norm() / expected.norm() < (1e-6 if dtype == torch.float64 else 1e-2)
-    assert bool(masks_at.small) == (dtype == torch.bfloat16)
-
-
-def test_positions_tell_where_to_look_not_what_is_seen():
-    torch.manual_seed(0)
-    layer, shapes = DeformableEncoderLayer(8, 2, 16).double(), [(1, 2), (2, 3), (4, 6)]
-    torch.nn.init.normal_(layer.attention.sampling_offsets.weight)
-    x, position = (torch.randn(2, 2 + 6 + 24, 8, dtype=torch.float64) for _ in range(2))
-    expected = layer.feed_forward(layer.norm(x + layer.attention(x + position, x, shapes)))
-    torch.testing.assert_close(layer(x, position, shapes), expected)
-
-
-@pytest.mark.parametrize("training, layers", [(True, 3), (False, 1)])
-@torch.no_grad()
-def test_queries_handed_on(training, layers):
-    """The normed queries behind the last predictions: three layers' in training, else the last one's."""
-    model = make_model()
-    decoder = model.frame_decoder.train(training)
-    levels = [torch.randn(2, 64, size, size, dtype=torch.float64) for size in (1, 2, 4)]
-    predictions, queries = decoder(levels, torch.randn(2, 64, 8, 8, dtype=torch.float64), model.pixel_decoder.mask_features)
-    assert len(predictions) == (4 if layers > 1 else 1) and queries.shape == (layers, 2, 20, 64)
-    for (logits, _), handed_on in zip(predictions[-layers:], queries, strict=True):
-        torch.testing.assert_close(decoder.class_embed(handed_on), logits)
-
-
 def test_prepare_normalises_then_pads(model):
     """Padding is 0 after normalisation, the mean colour that is, at the right and bottom, to multiples of 32."""
     frames = [make_frames(1)[0], make_frames(1, 30, 70)[0]]
@@ -133,6 +76,58 @@ def test_prepare_refuses_other_frames(model, frame):
 
 
 # A whole video
+
+@pytest.mark.parametrize("propagation, options", [
+    ("gated", {}), ("gated", {"gate_mask": "blocked"}), ("plain", {}), ("memory", {}), ("gated+memory", {"clip_length": 2}),
+    ("gated", {"clip_length": 3}), ("clip", {}), ("clip", {"window": 2})], ids=str)
+@torch.no_grad()
+def test_a_video_is_segmented_as_by_plain_loops(propagation, options):
+    """From frames to masks in float64, with nothing in common but the names of the weights; the backbone is torchvision's."""
+    sizes = dict(channels=32, heads=2, queries=4, frame_queries=5, pixel_layers=1, pixel_feed_forward=24, frame_layers=3,
+                 tracker_encoder_layers=2, tracker_decoder_layers=2, feed_forward=24)
+    model = randomised(make_model(propagation, **sizes, **options))
+    frames = make_frames(4)
+    backbone = ResNet(BasicBlock, [1, 1, 1, 1]).double().eval()
+    backbone.load_state_dict(model.backbone.state_dict(), strict=False)
+
+    def maps(image):
+        x = backbone.maxpool(backbone.relu(backbone.bn1(backbone.conv1(image))))
+        return list(accumulate((backbone.layer1, backbone.layer2, backbone.layer3, backbone.layer4), lambda x, stage: stage(x),
+                               initial=x))[1:]
+
+    torch.set_default_dtype(torch.float64)
+    try:
+        weights = plain_model.Weights(model.state_dict())
+        clip_length = len(frames) if propagation == "clip" else options.get("clip_length", 1)
+        window = options.get("window", 6 if propagation == "clip" else 0)
+        expected, logits = plain_model.segment_video(weights, 2, maps, frames, (30, 70), 7, clip_length, window=window,
+                                                     gate_mask=options.get("gate_mask", "additive"))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    found, encoded = model.segment_video(frames, (30, 70), top_k=7), model.encode_video([frames], (30, 70), top_k=7)
+    torch.testing.assert_close(found.logits, logits)
+    for number, (score, label, query, masks) in enumerate(expected):
+        for result in (found, encoded):
+            assert result.scores[number].item() == pytest.approx(score, rel=1e-6)
+            assert (result.labels[number], result.track_ids[number]) == (label, query)
+        assert torch.equal(found.masks[number], masks)
+        assert [rle.decode(code).tolist() for code in encoded.segmentations[number]] == masks.int().tolist()
+
+
+@pytest.mark.parametrize("propagation, length", [("gated", 1), ("gated+memory", 2), ("gated", 3)])
+def test_several_clips_at_once(monkeypatch, propagation, length):
+    """As a GPU takes them: six frames that come together are what they are one by one."""
+    model, frames = make_model(propagation, clip_length=length), make_frames(6)
+    alone = model.encode_video([frames], top_k=6), model.segment_video(frames, top_k=6)
+    monkeypatch.setattr("model.regrouped", lambda batches, count: regrouped(batches, 6))
+    together = model.encode_video([frames], top_k=6), model.segment_video(frames, top_k=6)
+    assert together[1].logits.shape[0] == 6 // length
+    for one, other in zip(alone, together):
+        for name in ("scores", "labels", "track_ids"):
+            torch.testing.assert_close(getattr(one, name), getattr(other, name))
+    assert alone[0].segmentations == together[0].segmentations and torch.equal(alone[0].gates, together[0].gates)
+    assert torch.equal(alone[1].masks, together[1].masks)
+
 
 @pytest.mark.parametrize("propagation", [*STEPPING, "clip"])
 def test_video_result(propagation):
@@ -311,24 +306,6 @@ def test_forward_is_segment_video(propagation):
         torch.testing.assert_close(logits, model.segment_video(frames).logits)
 
 
-@torch.no_grad()
-def test_pixel_decoder_in_16_bit():
-    """Under autocast products are in 16 bit, the residual stream is not: little is lost over six layers."""
-    torch.manual_seed(0)
-    model = build_model("r50", num_classes=5).eval()
-    for layer in model.pixel_decoder.layers:            # all zero at first
-        torch.nn.init.normal_(layer.attention.sampling_offsets.weight, std=0.01)
-        torch.nn.init.normal_(layer.attention.attention_weights.weight, std=0.02)
-    maps = [torch.randn(1, channels, 64 // step, 96 // step)
-            for channels, step in zip(model.backbone.channels, (1, 2, 4, 8))]
-    levels, output = model.pixel_decoder(maps)
-    with torch.autocast("cpu", torch.bfloat16):
-        levels_16, output_16 = model.pixel_decoder(maps)
-    assert output_16.dtype == torch.bfloat16 and all(level.dtype == torch.float32 for level in levels_16)
-    for ours, exact in zip([*levels_16, output_16], [*levels, output]):
-        assert 0 < relative_error(ours.double(), exact) < 0.01
-
-
 # Construction
 
 @pytest.mark.parametrize("preset, channels", [
@@ -348,6 +325,19 @@ def test_presets(preset, channels):
 def test_presets_are_all_tested():
     tested = test_presets.pytestmark[0].args[1]
     assert [preset for preset, _ in tested] == list(PRESETS)
+
+
+def test_defaults_of_the_tracker():
+    """VITA reads windows of six frames, the others whole clips; the masks of closed queries are the released ones."""
+    windows = {propagation: build_model("toy", CLASSES, propagation).tracker.window for propagation in (*STEPPING, "clip")}
+    assert windows == {"gated": 0, "plain": 0, "memory": 0, "gated+memory": 0, "clip": 6}
+    assert build_model("toy", CLASSES, "clip", window=0).tracker.window == 0
+    assert build_model("toy", CLASSES).tracker.gate_mask == "additive"
+
+
+def test_sides_of_test_frames():
+    """The official ones: 360 for a ResNet, 448 for a Swin; those of the synthetic set."""
+    assert TEST_SIDES == {name: 360 if name in ("r50", "r101") else 448 if name.startswith("swin") else 96 for name in PRESETS}
 
 
 def test_build_model_refuses():
@@ -370,8 +360,12 @@ def test_requests_that_make_no_sense_are_refused():
         model.segment_video(frames.numpy())
     with pytest.raises(ValueError, match="top_k"):
         model.segment_video(frames, top_k=0)
-    with pytest.raises(ValueError, match="output_size"):
-        model.segment_video(frames, output_size=(0, 5))
+    for size in ((0, 5), (5,), (3, 4, 5), (4.0, 5), ("4", "5"), (True, 5), (), 5):
+        with pytest.raises(ValueError, match="output_size must be .height, width., two ints"):
+            model.segment_video(frames, output_size=size)
+    for count in (0, -3, 2.5, None, True):
+        with pytest.raises(ValueError, match="top_k must be an int of at least 1"):
+            model.step(frames[0], top_k=count)
     with pytest.raises(ValueError, match="no frames"):
         model.prepare([])
     with pytest.raises(ValueError, match="num_classes"):
@@ -398,7 +392,10 @@ def test_weights_cast_once_are_those_of_autocast(frozen):
             return model.eval().segment_video(frames).logits, model.train()([frames]).frames.queries
 
     expected = run()
-    model.hold_frozen(torch.bfloat16) if frozen else model.accelerate(torch.bfloat16)
+    if frozen:
+        model.hold_frozen(torch.bfloat16)
+    else:
+        assert not model.train().accelerate(torch.bfloat16).training                    # it is for inference alone
     assert model.backbone.conv1.weight.dtype == torch.bfloat16
     assert all(map(torch.equal, run(), expected))
     after = model.state_dict()
@@ -441,14 +438,15 @@ def test_recomputed_gradients_are_the_same():
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.slow
 def test_the_compiled_parts_have_no_breaks(monkeypatch):
     """Traced as a whole, in inference and in training, and then run as they are: the same results."""
     monkeypatch.setattr("tracker.logistic_noise", torch.zeros_like)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager", fullgraph=True))
     torch._dynamo.reset()
     torch.manual_seed(0)
-    model, frames = build_model("toy", CLASSES, "gated+memory", norm="group").double(), make_frames(3)
-    expected = model.train()([frames]).clips[-1].logits[-1], model.eval().segment_video(frames).logits
+    model, frames = build_model("toy", CLASSES, "gated+memory", norm="group", frame_layers=2, tracker_decoder_layers=2), make_frames(3)
+    expected = model.double().train()([frames]).clips[-1].logits[-1], model.eval().segment_video(frames).logits
     model.compile_parts()
     other = copy.deepcopy(model)
     assert other.decode.__self__ is other and other.tracker.carry.__self__ is other.tracker
@@ -497,3 +495,14 @@ def test_a_model_is_gone_with_its_last_name():
     gone = alive() is None
     gc.enable()
     assert gone
+
+
+@pytest.mark.parametrize("part", ["backbone.layer1", "pixel_decoder", "tracker", "tracker.decoder"])
+def test_a_part_in_training_mode_is_refused_and_named(part):
+    """It would draw gates at random, or use the statistics of a batch."""
+    model = make_model("gated")
+    model.get_submodule(part).train()
+    frames = make_frames(2)
+    for infer in (model.segment_video, model.encode_video, lambda frames: model.step(frames[0])):
+        with pytest.raises(RuntimeError, match=rf"^{re.escape(part)}\S* is in training mode"):
+            infer(frames)

@@ -83,6 +83,24 @@ def test_a_bar_for_each_class(tmp_path):
     assert sorted(set(lengths[lengths > 0].tolist())) == pytest.approx([lengths.max() / 2, lengths.max()], abs=2)
 
 
+@pytest.mark.parametrize("name", [
+    "n" * 300, "$x$ and $\\frac{1", "two\nlines", "\ud800", "日本", ""])
+@pytest.mark.filterwarnings("ignore:Glyph:UserWarning")
+def test_any_class_name_is_a_label(tmp_path, name):
+    """Beside bars and rows that still have half of the width, and never read as a formula."""
+    plot_classes(tmp_path / "classes.png", {name: 0.8, "star": 0.4})
+    bar_colour = [int(plots.BAR[place:place + 2], 16) for place in (1, 3, 5)]
+    bars = coloured(pixels_of(tmp_path / "classes.png"), bar_colour)
+    assert bars.any(0).sum() > 0.35 * bars.shape[1]
+    plot_timeline(tmp_path / "tracks.png", video_of(seen_in(1, 1)[None], [7], [0.9]), [name], 0.3)
+    assert coloured(pixels_of(tmp_path / "tracks.png"), colour_of(7)).any(0).mean() > 0.4
+
+
+def test_a_row_for_each_of_thousands_is_no_larger_than_matplotlib_draws():
+    figure, _ = plots.new_figure(6, 1 + 0.25 * 10_000)
+    assert (figure.get_size_inches() * figure.dpi < 2 ** 16).all()
+
+
 # The timeline of a video
 
 @pytest.mark.parametrize("side, frames", [(0, (1, 1, 1, 1, 0, 0, 0, 0, 0, 0)), (1, (0, 0, 0, 0, 0, 0, 1, 1, 1, 1))])

@@ -11,10 +11,12 @@ from pycocotools import mask as rle
 
 import recipes
 import train
+from augmentation import Augmentation
 from data import InputError, VideoSet
 from recipes import COCO_MAPS, RECIPES, find_named_set, official_setting, parse_arguments
 
 OFFICIAL = json.loads((Path(__file__).parent / "recipes.json").read_text())   # of the official repository's 17 configurations
+COCO_TABLES = json.loads((Path(__file__).parent / "coco_maps.json").read_text())
 CLASSES = {"ovis": 25, "ytvis_2019": 40, "ytvis_2021": 40}
 COCO_IDS = [i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)]         # 80 of 90, as in COCO
 HEIGHT, WIDTH, FRAMES = 40, 56, 3
@@ -52,6 +54,10 @@ def test_flags_override_a_recipe_and_its_stage():
     assert changed == {"lr", "freeze_detector", "flip", "frames", "use_mem", "gated", "crop", "meta"}
 
 
+def test_only_a_recipe_starts_other_classes_anew():
+    assert parse_arguments(["--recipe", "grattvis/ovis/r50"]).reset_classes and not parse_arguments([]).reset_classes
+
+
 def test_a_stage_without_a_recipe():
     args = parse_arguments(["--stage", "vita"])
     assert (args.propagation, args.window, args.preset) == ("clip", 6, "toy")
@@ -85,7 +91,7 @@ def make_videos(root, layout, classes, videos=3):
         files = [f"video{video}/{t:05d}.jpg" for t in range(FRAMES)]
         boxes = [draw_frame(root / frames_name / file, generator) for file in files]
         content["videos"].append({"id": video, "height": HEIGHT, "width": WIDTH, "length": FRAMES, "file_names": files})
-        content["annotations"].append({"id": video, "video_id": video, "category_id": video, "iscrowd": 0,
+        content["annotations"].append({"id": video, "video_id": video, "category_id": video, "iscrowd": 0, "areas": [18 * 22] * FRAMES,
                                        "segmentations": [filled(*box) for box in boxes]})
     (root / json_name).parent.mkdir(parents=True, exist_ok=True)
     (root / json_name).write_text(json.dumps(content))
@@ -167,6 +173,45 @@ def test_images_become_pseudo_videos_of_the_targets_classes(data_sets):
     assert all(turned) and len(real.videos) == 3
 
 
+@pytest.mark.parametrize("target", [name for name in COCO_TABLES if name != "source"])
+def test_every_category_of_coco_becomes_the_official_one(target, tmp_path):
+    """One image of each category, which its file is named after; those of no category of the target are left out."""
+    coco, name = tmp_path / "coco", target.replace("ytvis", "ytvis_")
+    make_videos(tmp_path / name, LAYOUTS["as upstream, YouTube-VIS"], CLASSES[name], videos=1)
+    (coco / "train2017").mkdir(parents=True)
+    content = {"categories": [{"id": i, "name": f"coco {i}"} for i in COCO_IDS], "images": [], "annotations": []}
+    for category in COCO_IDS:
+        Image.new("RGB", (WIDTH, HEIGHT)).save(coco / f"train2017/{category}.jpg")
+        content["images"].append({"id": category, "height": HEIGHT, "width": WIDTH, "file_name": f"{category}.jpg"})
+        content["annotations"].append({"id": category, "image_id": category, "category_id": category, "iscrowd": 0,
+                                       "segmentation": [[4, 4, 30, 4, 30, 30, 4, 30]]})
+    (coco / "annotations").mkdir()
+    (coco / "annotations/instances_train2017.json").write_text(json.dumps(content))
+    images, _ = open_clips(tmp_path, "--train-sets", f"coco2{target}_train", f"{name}_train", "--num-classes",
+                           str(CLASSES[name]), "--crop-short-sides").sources
+    clips = [images[index] for index in range(len(images.videos))]
+    found = {Path(clip.source.split(", ")[0]).stem: clip.labels.item() + 1 for clip in clips}
+    assert found == COCO_TABLES[target]
+
+
+@pytest.mark.parametrize("name", DIFFERENT.values())
+def test_every_source_of_a_recipe_is_augmented_as_officially(name, data_sets):
+    official = OFFICIAL["common"] | OFFICIAL["recipes"][RECIPES[name][0]]
+    clips = recipes.open_clips(parse_arguments(["--recipe", name, "--data-root", str(data_sets)]))
+    *images, videos = getattr(clips, "sources", [clips])
+    common = dict(max_long_side=official["max_long_side"], crop_short_sides=(400, 500, 600) if official["crop"] else (), flip=True,
+                  jitter=official["lsj_image_size"] if official["lsj"] else 0)
+    assert videos.augmentation == Augmentation(
+        tuple(official["short_sides"]), crop_size=tuple(official["crop_size"]), rotation=0.0,
+        crop_relative=official["crop_type"] == "relative_range", **common)
+    for source in images:
+        assert source.augmentation == Augmentation(
+            tuple(official["pseudo_short_sides"]), crop_size=tuple(official["pseudo_crop_size"]), rotation=15.0, **common)
+    assert len(images) == len(official["train_sets"]) - 1
+    for source in (*images, videos):
+        assert (source.frames, source.reach) == (official["frames"], official["frame_range"])
+
+
 def test_sources_are_mixed_by_ratio(data_sets):
     """1 : 0.25, as the recipe says; a clip's source depends on its number alone."""
     mixed = open_clips(data_sets)
@@ -177,6 +222,52 @@ def test_sources_are_mixed_by_ratio(data_sets):
         assert torch.equal(mixed[index].frames, mixed.sources[drawn[index]][index].frames)
     with pytest.raises(InputError, match="one share for each of the 2 sets"):
         open_clips(data_sets, "--train-ratio", "1")
+
+
+def test_another_seed_mixes_otherwise(data_sets):
+    def drawn(seed):
+        clips = open_clips(data_sets, "--seed", str(seed), "--train-ratio", "1", "1")
+        return [Path(clips[index].source.split(", ")[0]).is_relative_to(data_sets / "coco") for index in range(40)]
+
+    assert drawn(3) == drawn(3) != drawn(4)
+
+
+def test_images_as_the_target_are_refused(data_sets):
+    for names in (["ovis_train", "coco2ovis_train"], ["coco2ovis_train"]):
+        with pytest.raises(InputError, match="the last must be the data set whose classes are trained"):
+            open_clips(data_sets, "--train-sets", *names)
+
+
+def test_a_target_without_the_mapped_classes_is_refused(tmp_path):
+    make_videos(tmp_path / "ovis", LAYOUTS["flat"], 23)
+    (tmp_path / "coco").mkdir()
+    make_coco(tmp_path / "coco")
+    with pytest.raises(InputError, match=r"lacks categories that COCO's are mapped to: \[24, 25\]"):
+        open_clips(tmp_path, "--num-classes", "23")
+
+
+@pytest.mark.parametrize("key, value, expected", [
+    ("annotations", [], "has no annotations"),
+    ("categories", [{"id": number, "name": f"other {number}"} for number in (1, 2, 3)],
+     "has other categories than the training clips")])
+def test_a_held_out_set_that_cannot_be_scored_is_refused(tmp_path, key, value, expected):
+    """Before the first step, not at the first evaluation."""
+    make_videos(tmp_path, ("train.json", "train/JPEGImages"), 3)
+    content = make_videos(tmp_path, ("valid.json", "valid/JPEGImages"), 3)
+    (tmp_path / "valid.json").write_text(json.dumps(content | {key: value}))
+    arguments = ["--data-root", str(tmp_path), "--output", str(tmp_path / "run"), *SMALL]
+    with pytest.raises(InputError, match=f"--evaluate-every: .*valid.json {expected}"):
+        train.main(parse_arguments([*arguments, "--evaluate-every", "9"]))
+    assert not (tmp_path / "run").exists()
+
+
+def test_evaluation_of_a_single_annotation_file_is_refused(tmp_path):
+    make_videos(tmp_path, ("train.json", "train/JPEGImages"), 3)
+    with pytest.raises(InputError, match="--evaluate-every needs --data-root or --test-sets"):
+        train.main(parse_arguments([
+            "--train-json", str(tmp_path / "train.json"), "--train-images",
+            str(tmp_path / "train/JPEGImages"), "--output", str(tmp_path / "run"), *SMALL,
+            "--evaluate-every", "1"]))
 
 
 def test_other_classes_than_expected_are_refused(data_sets):
@@ -201,16 +292,17 @@ def broken(tmp_path):
 
 def test_broken_data_is_told_by_name(broken):
     root, content = broken
-    told = ["frame .*video1/00000.jpg of video 1 is missing", "annotation 3 .* has 2 segmentations, its video has 3 frames",
-            "annotation 4 .* has category 77, which is not among the categories"]
+    told = ["frame .*video1/00000.jpg of video 1 is missing", "annotation 3 .* has 2 segmentations, its video has 3 frames"]
     for sentence in told:
         with pytest.raises(InputError, match=sentence):
             VideoSet(root / "train.json", root / "train/JPEGImages")
         for key in ("videos", "annotations"):                      # mended: the next fault is told
-            wrong = 1 if "video1" in sentence else 3 if "annotation 3" in sentence else 4
+            wrong = 1 if "video1" in sentence else 3
             content[key] = [entry for entry in content[key] if entry["id"] != wrong]
         (root / "train.json").write_text(json.dumps(content))
     clips = recipes.open_clips(parse_arguments(["--data-root", str(root), *SMALL]))
+    assert clips.skipped.sentences() == ["annotations of categories that do not exist: 1; the first: annotation 4 of "
+                                         f"{root / 'train.json'}, of category 77"]
     with pytest.raises(InputError, match="video2/.* cannot be read"):
         [clips[index] for index in range(8)]
 
@@ -223,4 +315,7 @@ def test_skip_bad_goes_on_and_counts(broken, tmp_path_factory, capsys):
     counted = json.loads((output / "log.jsonl").read_text().splitlines()[-1])["skipped"]
     printed = capsys.readouterr().out
     assert printed.count("skipped: ") == counted >= 3 + 1          # three when opened; 4 clips of 4 videos, each seen once
+    for reason in ("videos that cannot be used: 1; the first: frame ", "annotations that cannot be used: 1; the first: annotation 3 ",
+                   "annotations of categories that do not exist: 1; the first: annotation 4 "):
+        assert f"skipped: {reason}" in printed
     assert "video2/" in printed and f"left out {counted} bad" in printed

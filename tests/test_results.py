@@ -39,8 +39,8 @@ def test_large_masks_in_16_bit_have_the_confidence_of_float32(dtype):
     torch.manual_seed(0)
     logits = (3 * torch.randn(2, 512, 512)).to(dtype)
     logits[0].abs_()
-    both = zip(mask_confidence(logits), mask_confidence(logits.float()), strict=True)
-    for found, expected in both:
+    for found, expected in zip(mask_confidence(logits), mask_confidence(logits.float()),
+                               strict=True):
         assert found.dtype == expected.dtype and torch.equal(found, expected)
     mask_sum, mask_area = mask_confidence(logits)
     inside = logits.double()[0].sigmoid()[logits[0] > 0]
@@ -48,8 +48,8 @@ def test_large_masks_in_16_bit_have_the_confidence_of_float32(dtype):
     assert mask_sum[0].item() == pytest.approx(inside.sum().item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("scores", [
-    [0.5, math.nan, 0.1], [math.inf, 0.5], [0.2, -math.inf], [math.nan] * 3], ids=str)
+@pytest.mark.parametrize("scores", [[0.5, math.nan, 0.1], [math.inf, 0.5],
+                                    [0.2, -math.inf], [math.nan] * 3], ids=str)
 def test_one_score_that_is_not_finite_is_told(scores):
     with pytest.raises(FloatingPointError, match="the scores are not finite"):
         check_finite(torch.tensor(scores))
@@ -66,9 +66,9 @@ def test_the_best_pairs_of_query_and_class():
 
 
 def test_mask_scores_change_the_order():
-    """Class score times mean probability inside the mask; a mask without pixels scores nothing."""
-    class_scores, mask_sum = torch.tensor([0.9, 0.8, 0.7, 0.7]), torch.tensor([5.0, 9.0, 0.0, 8.0])
-    scores, order = with_mask_scores(class_scores, mask_sum, torch.tensor([10, 10, 0, 10]))
+    """A class score times the mean probability inside the mask; a mask of no pixels scores nothing."""
+    scores, order = with_mask_scores(torch.tensor([0.9, 0.8, 0.7, 0.7]), torch.tensor(
+        [5.0, 9.0, 0.0, 8.0]), torch.tensor([10, 10, 0, 10]))
     assert order.tolist() == [1, 3, 0, 2]
     assert scores.tolist() == pytest.approx([0.72, 0.56, 0.45, 0])
 

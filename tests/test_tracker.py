@@ -3,14 +3,16 @@
 Then the parts one by one, each against a loop or numbers written out: the masks of closed queries in both variants, the
 Gumbel-sigmoid and its straight-through gradient, GenVIS' memory, VITA's windows. Tiny random trackers in float64.
 """
+import itertools
 import math
 
 import pytest
 import torch
 
+import plain_model
 import tracker as tracker_module
 from tracker import GATE_MASKS, GUMBEL_TEMPERATURE, PROPAGATIONS, Tracker, TrackerState, logistic_noise
-from transformer import Attention
+from transformer import Attention, mask_kernel
 
 QUERIES, FRAME_QUERIES, CHANNELS = 5, 4, 16
 OPEN, CLOSED = 100.0, -100.0  # gate biases that no logit of these tests gets across
@@ -41,6 +43,59 @@ def random_queries(rows: int = 1, queries: int = QUERIES, seed: int = 2) -> torc
 @pytest.fixture
 def no_noise(monkeypatch):
     monkeypatch.setattr(tracker_module, "logistic_noise", torch.zeros_like)
+
+
+# The whole of it
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("propagation, gate_mask, window", [
+    ("gated", "additive", 0), ("gated", "blocked", 0), ("gated", "additive", 2), ("plain", "additive", 0), ("memory", "additive", 0),
+    ("gated+memory", "additive", 0), ("gated+memory", "blocked", 0), ("clip", "additive", 2), ("clip", "additive", 0)])
+def test_every_mode_is_a_plain_loop(propagation, gate_mask, window, training, no_noise):
+    """Two videos of three clips of three frames, two detector layers: all that the tracker says, and its gradients."""
+    layers, batch, clips, frames = 2, 2, 3, 3
+    tracker = make_tracker(propagation, gate_mask, window, encoder_layers=3).train(training)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in tracker.parameters():                                          # norms and biases, too
+            parameter += 0.2 * torch.randn(parameter.shape, dtype=torch.float64, generator=generator)
+        if tracker.gated:
+            tracker.gate_proj.bias.fill_(-0.8)                                          # some gates are open, some are closed
+    queries = torch.randn(layers, batch, clips, frames, FRAME_QUERIES, CHANNELS, dtype=torch.float64, generator=generator)
+    parameters = dict(tracker.named_parameters())
+    torch.set_default_dtype(torch.float64)
+    try:
+        expected = [plain_model.track_clips(plain_model.Weights(parameters), 2, list(video.transpose(0, 1)), gate_mask, window, training)
+                    for video in queries.transpose(0, 1)]
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+    state, pairs, gates = None, [], []
+    for clip in range(clips):
+        prediction, state = tracker(queries[:, :, clip], state)
+        carried = state.query.unflatten(0, (layers, batch))
+        gates += prediction.gate_logits
+        for layer, video in itertools.product(range(layers), range(batch)):
+            own = {name: values[layer] for name, values in expected[video][clip].items()}
+            predicted = slice(None) if training else slice(-1, None)                    # at inference by the last layer alone
+            for name, values in (("logits", own["logits"][predicted]), ("mask_embed", own["embed"][predicted]),
+                                 ("gate_logits", own["gate_logits"]), ("gate_soft", own["gate_soft"] if training else [])):
+                pairs += zip([value[layer, video] for value in getattr(prediction, name)], values, strict=True)
+            for embed, kernel in zip(own["embed"][predicted], prediction.mask_kernel, strict=True):
+                pairs.append((kernel[layer, video], mask_kernel(embed, tracker.mask_features)))
+            pairs += [(carried[layer, video], own["query"]), (prediction.clip_embed[layer, video], own["clip_embed"]),
+                      (prediction.frame_embed[layer, video], own["frame_embed"])]
+    for found, value in pairs:
+        torch.testing.assert_close(found, value)
+    if tracker.gated:
+        assert 0.2 < (torch.stack(gates) >= 0).double().mean() < 0.8
+    ours, theirs = (torch.autograd.grad(sum(value.square().sum() for value in values), parameters.values()) for values in zip(*pairs))
+    for name, found, value in zip(parameters, ours, theirs):
+        torch.testing.assert_close(found, value, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_the_masks_of_closed_queries_are_the_released_ones_unless_asked():
+    assert Tracker(3, 16, 16, heads=2, feed_forward=8).gate_mask == "additive"
 
 
 # The gate, forced
@@ -192,6 +247,18 @@ def test_straight_through_gradient(no_noise):
         prediction, state = tracker(random_frames(), TrackerState(random_queries()))
         assert all(((logits > 0) == (bias > 0)).all() for logits in prediction.gate_logits)
         assert torch.autograd.grad(prediction.logits[-1].square().sum(), tracker.gate_proj.weight)[0].abs().min() > 0
+
+
+def test_noise_decides_a_gate():
+    """In training a gate whose logit is zero is open half of the time, at inference always."""
+    tracker = make_tracker(gate_bias=0.0).train()
+    torch.nn.init.zeros_(tracker.gate_proj.weight)
+    torch.manual_seed(0)
+    frames = random_frames().expand(1, 200, -1, -1, -1)
+    soft = torch.cat(tracker(frames)[0].gate_soft)
+    assert (soft >= 0.5).double().mean().item() == pytest.approx(0.5, abs=0.05)
+    logits = torch.logit(soft) * GUMBEL_TEMPERATURE
+    assert logits.var().item() == pytest.approx(math.pi ** 2 / 3, rel=0.1)
 
 
 def test_gate_noise_is_logistic():

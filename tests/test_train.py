@@ -1,6 +1,7 @@
 """Training: an interrupted run resumes exactly, parts of a step add up, the best is kept, parameters are treated as upstream."""
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -134,6 +135,15 @@ def test_evaluation_keeps_the_best(data_root, tmp_path, monkeypatch):
     assert not torch.equal(averaged, last["model"][name]) and not torch.equal(best["model"][name], last["model"][name])
 
 
+def test_the_best_so_far_is_known_after_resuming(data_root, tmp_path, monkeypatch):
+    found = iter([3.0, 2.0])
+    monkeypatch.setattr(train, "evaluate_results", lambda results, truth: {"AP": next(found), "per_class": {}})
+    evaluating = ["--batch", "1", "--evaluate-every", "1", "--test-short-side", "32"]
+    run(data_root, tmp_path, "--iterations", "1", *evaluating)
+    assert run(data_root, tmp_path, "--iterations", "2", *evaluating, "--resume", str(tmp_path / "last.pt"))["best"] == 3.0
+    assert torch.load(tmp_path / "best.pt", weights_only=True)["step"] == 1
+
+
 def test_averaged_weights_resume(data_root, tmp_path):
     whole = run(data_root, tmp_path / "whole", "--iterations", "3", "--batch", "1", "--ema", "0.9")
     run(data_root, tmp_path / "halves", "--iterations", "1", "--batch", "1", "--ema", "0.9")
@@ -171,6 +181,14 @@ def test_seed_minus_one_is_drawn_once(data_root, tmp_path):
     assert seed >= 0
     run(data_root, tmp_path, "--iterations", "2", "--batch", "1", "--seed", "-1", "--resume", str(tmp_path / "last.pt"))
     assert json.loads((tmp_path / "args.json").read_text())["seed"] == seed
+
+
+def test_a_deterministic_run_is_not_compiled(data_root, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda mode: None)
+    monkeypatch.setattr(torch, "compile", lambda part, **options: part)
+    for parts in ("tracker", "all"):
+        with pytest.raises(InputError, match="--deterministic and --compile"):
+            run(data_root, tmp_path, "--deterministic", "--compile", parts)
 
 
 def test_warmup_may_start_anywhere():
@@ -248,10 +266,16 @@ def test_weights_that_are_not_finite_are_not_saved(data_root, tmp_path, monkeypa
 # A step shared by processes
 
 SAME_POINTS = """
+import os
 import sys
 import torch
 import matcher
 import train
+from model import GRAttVIS
+
+def tell_seed(module, inputs):
+    if isinstance(module, GRAttVIS):
+        print("seed of rank", os.environ.get("RANK", 0), torch.initial_seed(), flush=True)
 
 def same_points(rows, count, like):
     points = torch.rand(count, 2, generator=torch.Generator().manual_seed(count), dtype=torch.float64)
@@ -259,6 +283,7 @@ def same_points(rows, count, like):
 
 torch.set_default_dtype(torch.float64)
 matcher.random_points = same_points
+torch.nn.modules.module.register_module_forward_pre_hook(tell_seed)
 train.main(train.parse_arguments(sys.argv[1:]))
 """
 
@@ -271,8 +296,10 @@ def instances_per_video(root):
     return sorted(map(videos.count, set(videos)))
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_gradients_of_one(tmp_path):
-    """The gradients of 2 x 1 clip are those of 1 x 2 clips to rounding, where both draw the same points.
+    """The gradients and losses of 2 x 1 clip are those of 1 x 2 clips to rounding, where both draw the same points; otherwise
+    the processes are seeded differently.
 
     One clip has one instance, the other two: a loss that a process divides by a count of its own differs by percents.
     In float64 what remains, relative to the largest gradient, is the 1e-6 that each process adds to its (here 12 and 48) pairs
@@ -282,15 +309,20 @@ def test_two_processes_have_the_gradients_of_one(tmp_path):
     assert instances_per_video(tmp_path / "set") == [1, 2]  # a batch of two is one clip of each
     (tmp_path / "driver.py").write_text(SAME_POINTS)
     arguments = [str(tmp_path / "driver.py"), "--data-root", str(tmp_path / "set"), *TINY, "--iterations", "1",
-                 "--batch", "2", "--norm", "group", "--propagation", "plain", "--clip-gradient", "0"]
+                 "--batch", "2", "--norm", "group", "--propagation", "plain", "--clip-gradient", "0", "--log-every", "1"]
     launchers = {"one": [], "two": ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port()]}
-    moments = []
+    moments, losses, seeds = [], [], []
     for name, launcher in launchers.items():
         process = subprocess.run([sys.executable, *launcher, *arguments, "--output", str(tmp_path / name)], cwd=tmp_path,
                                  env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
         assert process.returncode == 0, process.stderr[-3000:]
         state = torch.load(tmp_path / name / "last.pt", weights_only=True)["optimizer"]["state"]
         moments.append({index: entry["exp_avg"] for index, entry in state.items()})  # after one step: a tenth of the gradient
+        record = json.loads((tmp_path / name / "log.jsonl").read_text())
+        losses.append({key: value for key, value in record.items() if "loss" in key})
+        seeds.append(dict(re.findall(r"seed of rank (\d) (\d+)", process.stdout)))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6) and len(losses[0]) > 20
+    assert seeds[0]["0"] == seeds[1]["0"] != seeds[1]["1"]
     one, two = moments
     assert one.keys() == two.keys() and len(one) > 100
     largest = max(gradient.abs().max().item() for gradient in one.values())

@@ -2,11 +2,14 @@
 
 An encoder layer made of our post-norm blocks is nn.TransformerEncoderLayer. Everything runs in float64.
 """
+import math
+
 import pytest
 import torch
 from torch import nn
 
-from transformer import MLP, Attention, CrossAttention, FeedForward, SelfAttention, mask_kernel, mask_logits
+from transformer import (MLP, Attention, CrossAttention, FeedForward, SelfAttention, cast_products, mask_kernel,
+                         mask_logits)
 
 CHANNELS, HEADS = 12, 3
 
@@ -125,3 +128,26 @@ def test_a_kernel_on_features_is_an_embedding_on_convolved_ones():
     assert kernel.shape == (2, 3, 7)
     torch.testing.assert_close(mask_logits(kernel, features), expected)
     torch.testing.assert_close(mask_logits(kernel, features.flatten(2)), expected.flatten(2))
+
+
+@pytest.mark.parametrize("make, names", [
+    (lambda: Attention(64, 4), ("in_proj_weight", "out_proj.weight")), (lambda: FeedForward(64, 96), ("linear1.weight", "linear2.weight"))])
+def test_weights_start_as_xavier_says(make, names):
+    """Uniform up to sqrt(6 / (inputs + outputs)); biases of attention at zero."""
+    torch.manual_seed(0)
+    parameters = dict(make().named_parameters())
+    for name in names:
+        outputs, inputs = parameters[name].shape
+        bound = math.sqrt(6 / (inputs + outputs))
+        assert parameters[name].abs().max().item() == pytest.approx(bound, rel=0.01)
+        assert parameters[name].std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
+    for name in ("in_proj_bias", "out_proj.bias"):
+        assert not parameters.get(name, torch.zeros(1)).any()
+
+
+def test_weights_cast_once():
+    """Those of products, in place; norms and embeddings stay as they are."""
+    block = nn.ModuleList([SelfAttention(CHANNELS, HEADS), FeedForward(CHANNELS, 8), nn.Conv2d(3, 4, 1), nn.Embedding(2, 3)])
+    cast_products(block.modules(), torch.bfloat16)
+    kept = {name for name, parameter in block.named_parameters() if parameter.dtype == torch.float32}
+    assert kept == {"0.norm.weight", "0.norm.bias", "1.norm.weight", "1.norm.bias", "3.weight"}

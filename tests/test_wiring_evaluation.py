@@ -4,7 +4,6 @@ A model is trained for one step on the set of sparse_set.py and evaluated throug
 What it must write is computed from `segment_video`, the ids of the JSON and the metric alone.
 """
 import json
-import os
 import shutil
 import zipfile
 
@@ -193,7 +192,7 @@ def test_a_class_that_one_part_has_not_counts_in_the_other_alone(tmp_path):
 @pytest.mark.parametrize("names", [{}, {3: "ant"}, {3: "ant", 7: "dog", 90: "cat"}], ids=len)
 def test_parts_of_other_categories_are_not_averaged(tmp_path, names):
     categories = [{"id": number, "name": name} for number, name in names.items()]
-    with pytest.raises(InputError, match="b/gt.json has other categories than .*a/gt.json"):
+    with pytest.raises(InputError, match="b/gt.json has (other categories than .*a/gt.json|an empty list of)"):
         score(tmp_path, [], part_of_set(17), part_of_set(3, 5) | {"categories": categories})
     assert not (tmp_path / "scores").exists()
 
@@ -265,7 +264,7 @@ def test_a_stopped_evaluation_goes_on_without_the_videos_that_are_done(folder, s
     capsys.readouterr()
     evaluate_on(folder, "--chunk", 1, "--draw", 1, "--output", rest)
     assert "1 of them done before" in capsys.readouterr().out
-    assert not (rest / "overlays").exists()                            # of the first video alone
+    assert len(list((rest / "overlays").iterdir())) == 2  # of the video that was done before
     for name in ("results.json", "metrics.json"):
         assert json.loads((rest / name).read_text()) == json.loads((whole / name).read_text())
 
@@ -295,10 +294,17 @@ def test_results_of_another_model_are_not_gone_on_with(folder, tmp_path, propaga
         evaluate_on(folder, *arguments, *then)
 
 
-def test_results_of_weights_that_have_changed_since_are_not_gone_on_with(folder, tmp_path):
-    weights = shutil.copy(folder / "run/last.pt", tmp_path)
-    arguments = ["--weights", weights, "--output", tmp_path / "out"]
-    stop_after_one_video(folder, *arguments)
-    os.utime(weights, (1, 1))
-    with pytest.raises(InputError, match="weights.* differ"):
-        evaluate_on(folder, *arguments)
+def test_results_of_weights_that_have_changed_since_are_not_gone_on_with(folder, stopped, tmp_path):
+    """Their contents count, not the time at which the file was written."""
+    shutil.copytree(stopped, tmp_path / "rest")
+    weights = folder / "run/last.pt"
+    before = weights.read_bytes()
+    other = torch.load(weights, weights_only=True)
+    other["model"]["tracker.query_feat.weight"] += 1
+    try:
+        torch.save(other, weights)
+        with pytest.raises(InputError, match="weights differ"):
+            evaluate_on(folder, "--output", tmp_path / "rest")
+    finally:
+        weights.write_bytes(before)
+    evaluate_on(folder, "--output", tmp_path / "rest")

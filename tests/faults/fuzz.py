@@ -9,6 +9,7 @@ input and what was done to it.
 """
 import argparse
 import contextlib
+import datetime
 import faulthandler
 import io
 import json
@@ -18,6 +19,7 @@ import pickle
 import resource
 import shutil
 import struct
+import subprocess
 import sys
 import tempfile
 import traceback
@@ -41,7 +43,7 @@ import evaluate
 import synthetic
 from checkpoint import model_from_checkpoint
 from data import InputError, VideoSet, read_frame, read_mask
-from metric import check_ground_truth
+from metric import evaluate_results
 from model import build_model
 
 MEMORY = 2 ** 31     # bytes of a whole process
@@ -57,6 +59,8 @@ TINY = dict(backbone="resnet10_thin", channels=32, heads=2, queries=4, frame_que
 NESTED = {f"nested {depth}": "[" * depth + "]" * depth for depth in (30, 300, 800, 900, 940, 960, 980, 100_000)}  # as text: Python's limit
 FRAME, PIXELS = [HEIGHT, WIDTH], HEIGHT * WIDTH
 EXTREMES = [
+    1.0, 2.0, "1.0", "01", "-1", "video_07", "v10", "9" * 30, "7f3c-00", "собака", 1.5, "00000\\00000.jpg", "\ud800/x.jpg",
+    "C:\\a\\00000.jpg", [[], []], [None, None], ["", {}],
     None, True, False, float("nan"), float("inf"), -float("inf"), -1, 0, 1, 0.5, 1e308, -1e308, 2 ** 31, 2 ** 32, 2 ** 63, -2 ** 63,
     2 ** 64, 10 ** 400, 10 ** 4000,
     "", " ", "1", "nan", "x" * 5000, "two\nlines", "\u2028", "\0", "\ud800", "\x1b[2J", [], {}, [[]], [None],
@@ -191,6 +195,11 @@ def annotations_input(base: Path, folder: Path, random) -> tuple[Path, str]:
 
 def load_annotations(base: Path, path: Path) -> None:
     """All that train.py and evaluate.py do with an annotation file, apart from the model."""
+    with contextlib.suppress(InputError):                         # what is left is complete
+        left = VideoSet(path, base / "set/train/JPEGImages", skip_bad=True)
+        evaluate_results([], left.ground_truth)
+        assert all(len(line.splitlines()) == 1 for line in left.skipped.sentences())
+        assert len({video.name for video in left.videos}) == len(left)
     videos = VideoSet(path, base / "set/train/JPEGImages")
     for video in videos.videos:
         for frame, file in enumerate(video.files):
@@ -199,8 +208,6 @@ def load_annotations(base: Path, path: Path) -> None:
             read_frame(file, video.height, video.width)
             for annotation in video.annotations:
                 read_mask(annotation["segmentations"][frame], video.height, video.width, f"annotation {annotation['id']}, frame {frame},")
-    if videos.ground_truth.get("annotations"):
-        check_ground_truth(videos.ground_truth)
 
 
 def results_input(base: Path, folder: Path, random) -> tuple[Path, str]:
@@ -219,7 +226,8 @@ def results_input(base: Path, folder: Path, random) -> tuple[Path, str]:
 def load_results(base: Path, path: Path) -> None:
     """evaluate.py --results."""
     with contextlib.redirect_stdout(io.StringIO()):
-        evaluate.finish(path, [path.with_name("truth.json")], path.parent / "scores", False)
+        truth = evaluate.read_parts([path.with_name("truth.json")], skip_bad=False)
+        evaluate.finish(path, truth, path.parent / "scores", False)
 
 
 # Checkpoints
@@ -246,6 +254,21 @@ CONFIGS = [None, [], "x", {}, 5, torch.zeros(3), {"preset": ["toy"]}, {"preset":
         5, [1], [[1, 2]], [[1, "a", 2]], None, {"a": 1}, [[1, "a"], [2, "b\n"], [3, "c"]])]
 
 
+class Settings(dict):
+    """A configuration as other tools keep it next to weights: a class that is not known here."""
+
+
+NEIGHBOURS = [  # what sits next to weights
+    datetime.datetime(2024, 5, 6), datetime.timedelta(3), Path("a/b"), range(3), 1j, b"bytes\xff",
+    argparse.Namespace(lr=1e-4, out=Path("x")), Settings(a={"b": 1}), bytearray(b"x\xff"),
+    np.float32(3), np.int64(3), np.dtype("f4"), np.float32, np.array(["a", "b"]),
+    np.array([{}, None], dtype=object), np.zeros((0, 3)), {1, 2}, frozenset({"a"}), Counter("aab"),
+    OrderedDict(a=1), torch.Size([1]), torch.device("cpu"), torch.float32, torch.nn.Linear(1, 1),
+    torch.nn.Parameter(torch.ones(2)), torch.ones(2, dtype=torch.bfloat16), torch.ones(4)[1:3],
+    torch.ones(2).to(torch.float8_e4m3fn), torch.ones(2, 3).T]
+PREFIXES = ["module.", "model.", "_orig_mod.", "module.model._orig_mod."]
+
+
 @cache
 def tiny_weights(base: Path) -> dict:
     """Of the tiny model, read once: PyTorch refuses the file after one whose sparse tensors are damaged, whatever it holds."""
@@ -267,6 +290,14 @@ def checkpoint_contents(base: Path, number: int, random) -> dict:
         name = ["tracker.class_embed.weight", "backbone.relative_position_index", "tracker.two\nlines", "tracker." + "x" * 10000,
                 "backbone.layer9.1.bn1.weight", ""][random.integers(6)]
         weights[name] = odd
+    if random.random() < 0.3:
+        prefix = PREFIXES[random.integers(len(PREFIXES))]
+        weights = {prefix + name: value for name, value in weights.items()}
+    if random.random() < 0.5:
+        neighbour = NEIGHBOURS[random.integers(len(NEIGHBOURS))]
+        if random.random() < 0.3:
+            weights["epoch"] = neighbour
+        return {"model": weights, "config": config, "date": neighbour}
     return {"model": weights, "config": config} if random.random() < 0.9 else weights
 
 
@@ -287,6 +318,20 @@ def save_bomb(path: Path, entries: dict[str, bytes]) -> None:
                     entry.write(part)
 
 
+@cache
+def repeating_pickles() -> list[bytes]:
+    """Of the same bytes or items, which a pickle holds once, something is to be made 5000 times."""
+    file, items = io.BytesIO(), list(range(10 ** 5))
+    storage = torch.zeros(10 ** 5).untyped_storage()
+    torch.save(storage, file, _use_new_zipfile_serialization=False)
+    from_buffer, numbers = np.zeros(1).__reduce_ex__(5)[0], bytes(4 * 10 ** 5)
+    calls = [(torch.storage._load_from_bytes, file.getvalue()), (bytearray, numbers), (set, items),
+             (from_buffer, numbers, np.dtype("f4"), (10 ** 5,), "C"),
+             (OrderedDict, dict.fromkeys(items))]
+    things = [[Call(*call) for _ in range(5000)] for call in calls]
+    return [pickle.dumps({"model": {"tracker.query_feat.weight": each}}, 4) for each in things]
+
+
 def hostile_pickles(folder: Path) -> list[bytes]:
     """Pickles that run code, overflow the stack, or claim memory."""
     harm = str(folder / "executed")
@@ -296,10 +341,14 @@ def hostile_pickles(folder: Path) -> list[bytes]:
              Call(bytearray, 10 ** 12), Call(getattr, Path, "unlink"), Call(OrderedDict, [("a", 1)]), np.array([print, {}], dtype=object),
              np.zeros(3, dtype="S5"), np.zeros(2, dtype=[("a", "O")]), Call(np.frombuffer, b"x" * 8, "O"),
              np.lib.stride_tricks.as_strided(np.zeros(1), (3,), (0,)), np.zeros(3, ">f4"), np.float64(2)]
+    inside = pickle.dumps(Call(os.system, f"touch {harm}"))
+    calls += [Call(torch.storage._load_from_bytes, inside), Call(torch.load, harm), Call(set, [[]]),
+              Call(subprocess.Popen, ["touch", harm]), Call(OrderedDict, {1: 2}, [1])]
     whole = [pickle.dumps({"model": {"backbone.bn1.weight": call}}, protocol) for call in calls for protocol in (2, 4, 5)]
     array = pickle.dumps({"model": {"tracker.query_feat.weight": np.zeros((2, 3), np.float32)}}, 2)
     whole += [array.replace(b"K\x02K\x03\x86", b"\x8a\x06" + (10 ** 12).to_bytes(6, "little") + b"K\x03\x86"),
               array.replace(b"K\x02K\x03\x86", b"J\xff\xff\xff\xffK\x03\x86"), array.replace(b"f4", b"O8"), array.replace(b"f4", b"V4")]
+    whole += repeating_pickles()
     return [*whole, b"\x80\x02}(K\x01" + b"\x85" * 300_000 + b"K\x01u.", b"\x80\x02" + b"]" * 300_000 + b"a" * 299_999 + b".",
             b"\x80\x02}r" + struct.pack("<I", 2 ** 31 - 1) + b".", b"\x80\x02}p" + b"9" * 12 + b"\n.",
             b"\x80\x04\x8e" + struct.pack("<Q", 2 ** 40) + b"x.",
@@ -310,7 +359,7 @@ def hostile_pickles(folder: Path) -> list[bytes]:
 
 
 def pkl_input(base: Path, folder: Path, number: int, random) -> tuple[Path, str]:
-    """A .pkl as detectron2 writes it."""
+    """A .pkl of arrays, as detectron2 writes it, and of tensors, as Mask2Former's tools do."""
     path = folder / "input.pkl"
     hostile = hostile_pickles(folder)
     if random.random() < 0.3:
@@ -323,11 +372,9 @@ def pkl_input(base: Path, folder: Path, number: int, random) -> tuple[Path, str]
         contents = checkpoint_contents(base, number, random)
         named = contents.get("model", contents)
         for name, value in list(named.items()):
-            if isinstance(value, torch.Tensor):
+            if isinstance(value, torch.Tensor) and random.random() < 0.5:
                 keep = value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized and value.numel() < 10 ** 6
-                named[name] = value.numpy() if keep else 0
-        if "tensor(" in repr(contents.get("config")):
-            contents["config"] = np.zeros(3)
+                named[name] = value.detach().float().numpy() if keep else 0
         content = pickle.dumps(contents, [2, 4, 5][random.integers(3)])
         content, done = mutate_bytes(content, random) if number % FULL and random.random() < 0.6 else (content, "as it is")
     path.write_bytes(content)

@@ -18,6 +18,7 @@ from checkpoint import save_checkpoint
 from processes import ENVIRONMENT, REPOSITORY, wait_until
 from synthetic import make_dataset
 
+pytestmark = pytest.mark.slow
 TRIES = 10                                           # for each kill: on a busy machine the murderer may come too late
 KILLS = [2, pytest.param(20, marks=pytest.mark.faults)]
 TINY = ["--device", "cpu", "--frames", "2", "--points", "64", "--short-sides", "64", "--workers", "0", "--lr-steps", "3",

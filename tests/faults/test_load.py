@@ -56,6 +56,7 @@ def test_two_thousand_videos_in_a_row(tmp_path):
     assert_steady(*hold(tmp_path, "evaluate", str(tmp_path), "2000", "4", every=1), growth=8_000 * 200)
 
 
+@pytest.mark.slow
 def test_what_a_process_holds(tmp_path):
     """Memory and files that a child holds are seen, and that they are given back."""
     script = ("import subprocess, sys, time\n"
@@ -72,6 +73,7 @@ def test_what_a_process_holds(tmp_path):
     assert held - usage(os.getpid())["files"] == 10
 
 
+@pytest.mark.slow
 def test_a_copy_of_what_was_shared_since_a_fork_is_no_growth(tmp_path):
     """Loader processes are forked, and both sides write to what they share, sooner or later."""
     script = ("import os, time\nheld = bytearray(b'x') * 50_000_000\nreading, writing = os.pipe()\n"

@@ -1,0 +1,244 @@
+"""Batches read ahead by worker processes that can neither hang nor interrupt the program.
+
+    workers = choose_workers(16, batch_bytes)           # as many as /dev/shm has room for
+    for batch in read_ahead(dataset, workers, device, batch_sampler=sampler):
+        ...
+
+A worker packs all tensors of a batch into one block of shared memory: one file descriptor a batch.
+Where shared memory is full, the block goes through a pipe instead, which is slower. Errors of a
+worker, also those of the background thread that sends its batches, are raised where a batch is
+asked for, and nowhere else: not in the middle of an optimizer step, nor while a checkpoint is
+written.
+"""
+import io
+import math
+import multiprocessing
+import multiprocessing.queues
+import os
+import pickle
+import re
+import resource
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch._utils import ExceptionWrapper
+from torch.utils.data import DataLoader, Dataset
+
+from runtime.errors import TOO_MANY_FILES, InputError
+from runtime.stopping import Stopped, stop_requested
+
+ALIGNMENT = 64  # bytes, of each tensor in a block: enough for every dtype and a cache line
+SHARED_MEMORY = "/dev/shm"
+FILES_PER_WORKER, OTHER_FILES = 8, 32  # file descriptors, with a margin
+MORE_SHARED_MEMORY = ("give the container more (docker run --shm-size=8g), or use fewer loader "
+                      "processes (--workers)")
+
+
+# Packing
+
+class PackedBatch:
+    """A batch as one block of bytes, and a pickle of everything else."""
+
+    def __init__(self, batch, shared: bool):
+        """batch: anything that can be pickled; shared: put its tensors into shared memory."""
+        buffers: list[pickle.PickleBuffer] = []
+        stream = io.BytesIO()
+        BatchPickler(stream, protocol=5, buffer_callback=buffers.append).dump(batch)
+        self.head, views = stream.getvalue(), [buffer.raw() for buffer in buffers]
+        self.sizes = [view.nbytes for view in views]
+        self.block = new_block(sum(map(aligned, self.sizes)), shared)
+        memory = self.memory()
+        for start, view in zip(self.starts(), views):
+            memory[start:start + view.nbytes] = view
+
+    def starts(self) -> list[int]:
+        """Where each tensor begins, in bytes."""
+        return np.cumsum([0, *map(aligned, self.sizes)])[:-1].tolist()
+
+    def memory(self) -> memoryview:
+        """The block's bytes."""
+        block = self.block.numpy() if isinstance(self.block, Tensor) else self.block
+        return memoryview(block)
+
+    def pin_memory(self) -> "PackedBatch":
+        """Move the block to memory that a GPU reads by itself; called by DataLoader."""
+        block = self.block if isinstance(self.block, Tensor) else torch.from_numpy(self.block)
+        self.block = block.pin_memory()
+        return self
+
+    def unpack(self):
+        """The batch; its tensors are views of the block."""
+        memory = self.memory()
+        parts = [memory[start:start + size] for start, size in zip(self.starts(), self.sizes)]
+        return pickle.loads(self.head, buffers=parts)
+
+
+class BatchPickler(pickle.Pickler):
+    """Pickles tensors as NumPy arrays, whose bytes are handed to the buffer callback."""
+
+    def reducer_override(self, thing):
+        if not isinstance(thing, Tensor):
+            return NotImplemented
+        order = sorted(range(thing.ndim), key=thing.stride, reverse=True)  # as it lies in memory
+        array = thing.detach().permute(order).contiguous().numpy()
+        return restore_tensor, (array, [order.index(axis) for axis in range(thing.ndim)])
+
+
+def restore_tensor(array: np.ndarray, axes: list[int]) -> Tensor:
+    """The tensor of an array whose axes were sorted by their strides."""
+    return torch.from_numpy(array).permute(axes)
+
+
+def aligned(size: int) -> int:
+    """A size rounded up, so that the next tensor begins at a multiple of ALIGNMENT."""
+    return math.ceil(size / ALIGNMENT) * ALIGNMENT
+
+
+def new_block(size: int, shared: bool) -> Tensor | np.ndarray:
+    """uint8 memory of that many bytes: shared if asked for and if there is room."""
+    block = torch.empty(size, dtype=torch.uint8)
+    if shared:
+        try:
+            return block.share_memory_()
+        except (RuntimeError, OSError) as error:
+            if not is_about_shared_memory(error) and not is_about_files(error):
+                raise
+    return block.numpy() if shared else block  # DataLoader sends an array's bytes through a pipe
+
+
+# Worker processes
+
+def choose_workers(wanted: int, batch_bytes: int, prefetch: int = 2) -> int:
+    """How many loader processes to start where the user has not said it.
+
+    wanted: at most so many. batch_bytes: of one batch; every worker holds `prefetch` of them in
+    shared memory, half of whose free space is used.
+    """
+    if not sys.platform.startswith("linux"):
+        return wanted
+    if not os.access(SHARED_MEMORY, os.W_OK):  # processes cannot even share a lock
+        return 0
+    room = shutil.disk_usage(SHARED_MEMORY).free // 2
+    return min(wanted, room // max(1, batch_bytes * prefetch))
+
+
+def read_ahead(dataset: Dataset, workers: int, device: torch.device, stoppable: bool = False,
+               batch_sampler=None, prefetch: int = 2) -> Iterator:
+    """The batches of a dataset in order: lists of items, or single items without a batch_sampler.
+
+    stoppable: raise Stopped at the next batch once SIGINT or SIGTERM has come. Raises InputError
+    if a worker died or cannot be started, naming the remedy; errors of the dataset as they are.
+    """
+    if workers:
+        check_limits(workers)
+    many = {"batch_size": None} if batch_sampler is None else {"batch_sampler": batch_sampler}
+    loader = DataLoader(dataset, **many, num_workers=workers, collate_fn=Pack(workers > 0),
+                        pin_memory=device.type == "cuda", worker_init_fn=start_worker,
+                        prefetch_factor=prefetch if workers else None)
+    before = signal.getsignal(signal.SIGCHLD)
+    batches = None
+    try:
+        batches = iter(loader)
+        # PyTorch's handler raises the death of a worker wherever the program happens to be.
+        # Without it, the death is noticed within five seconds where a batch is asked for.
+        signal.signal(signal.SIGCHLD, before)
+        while True:
+            if stoppable and stop_requested():
+                raise Stopped(stop_requested())
+            packed = next(batches, None)
+            if packed is None:
+                return
+            yield packed.unpack()
+    except (ConnectionError, EOFError, OSError, RuntimeError, InputError) as error:
+        if sentence := describe_loader_error(error, workers):
+            raise InputError(sentence) from error
+        raise
+    finally:
+        if batches is not None and workers:
+            batches._shutdown_workers()  # or each of them would delay the exit by five seconds
+
+
+class Pack:
+    """DataLoader's collate function."""
+
+    def __init__(self, shared: bool):
+        self.shared = shared
+
+    def __call__(self, batch) -> PackedBatch:
+        return PackedBatch(batch, self.shared)
+
+
+def start_worker(_worker: int) -> None:
+    """Called in every worker before it loads anything."""
+    # The main process decides what a signal to the whole group means for its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=leave_when_told, daemon=True).start()
+    multiprocessing.queues.Queue._on_queue_feeder_error = send_feeder_error
+
+
+def leave_when_told() -> None:
+    """Exit at a SIGTERM that comes from the main process; others are ignored."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
+
+
+def send_feeder_error(queue, error: Exception, item: tuple) -> None:
+    """Send an error in the place of the batch that could not be sent.
+
+    Called in the background thread of the worker's queue. Python only prints such an error, and
+    the main process would wait for the batch forever.
+    """
+    index, _ = item
+    exc_info = type(error), error, error.__traceback__
+    queue.put((index, ExceptionWrapper(exc_info, where="in a loader process")))
+
+
+def check_limits(workers: int) -> None:
+    """InputError if the system cannot run so many loader processes."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    needed = OTHER_FILES + FILES_PER_WORKER * workers
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise InputError(f"{workers} loader processes need about {needed} open files and the limit "
+                         f"is {hard}: raise it (ulimit -n {needed}), or use fewer --workers")
+    try:
+        [multiprocessing.Lock() for _ in range(8 + 4 * workers)]  # more than its queues hold
+    except OSError as error:
+        raise InputError(f"loader processes need shared memory ({SHARED_MEMORY}: {error.strerror})"
+                         ": provide it, or load in the main process (--workers 0)") from error
+
+
+# Errors
+
+def is_about_shared_memory(error: Exception) -> bool:
+    return bool(re.search(r"shared memory|\bshm|Bus error", str(error)))
+
+
+def is_about_files(error: Exception) -> bool:
+    return bool(re.search(r"Too many open files|items of ancdata", str(error)))
+
+
+def describe_loader_error(error: Exception, workers: int) -> str:
+    """One sentence with the remedy; empty if the error is not one of loading itself."""
+    if isinstance(error, InputError):  # raised by the dataset, perhaps wrapped with a traceback
+        return re.sub(r"^([\w.]+\.)?InputError: ", "", str(error).strip().splitlines()[-1])
+    if not workers:
+        return ""
+    cause = " ".join(str(error).split()) or type(error).__name__
+    if is_about_files(error):
+        return TOO_MANY_FILES
+    if is_about_shared_memory(error):
+        return f"shared memory is full ({cause}): {MORE_SHARED_MEMORY}"
+    if isinstance(error, (ConnectionError, EOFError)) or "DataLoader worker (pid" in cause:
+        return (f"a loader process was killed ({cause}): often memory has run out, try fewer "
+                "--workers; the same command continues, training with --resume")
+    return ""
