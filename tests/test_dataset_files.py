@@ -56,6 +56,17 @@ def test_valid_and_val_are_one_split(tmp_path, asked, json_path, frames):
     assert find_split(tmp_path, asked) == (tmp_path / json_path, tmp_path / frames)
 
 
+@pytest.mark.parametrize("asked", ["valid", "val"])
+def test_valid_goes_before_val(tmp_path, asked):
+    """Wherever each of them lies."""
+    for name in ("val.json", "annotations/instances_valid.json"):
+        write_json(tmp_path / name, {})
+    for name in ("val/JPEGImages", "valid"):
+        (tmp_path / name).mkdir(parents=True)
+    found = tmp_path / "annotations/instances_valid.json", tmp_path / "valid"
+    assert find_split(tmp_path, asked) == found
+
+
 def test_train_is_no_other_split(tmp_path):
     for name in ("valid", "val", "test"):
         write_json(tmp_path / f"{name}.json", {})
@@ -107,6 +118,32 @@ def test_another_number_of_masks_than_frames_is_refused(open_set, count):
             content["annotations"][3]["segmentations"] * 2)[:count]
     with pytest.raises(InputError,
                        match=f"annotation 8 .* has {count} segmentations, its video has 3 frames"):
+        open_set(change)
+
+
+@pytest.mark.parametrize("annotations", [None, [], "missing"], ids=str)
+def test_a_set_may_have_no_annotations(open_set, folder, tmp_path, annotations):
+    """As those have that a server scores, in both formats."""
+    def change(content):
+        content["annotations"] = annotations
+        if annotations == "missing":
+            del content["annotations"]
+
+    coco = coco_content()
+    change(coco)
+    in_coco = VideoSet(write_json(tmp_path / "coco.json", coco), folder / "JPEGImages")
+    for videos, count in ((open_set(change), 3), (in_coco, 2)):
+        assert len(videos) == count and not any(video.annotations for video in videos.videos)
+
+
+def test_an_empty_list_of_images_makes_no_coco_set(open_set):
+    assert len(open_set(lambda content: content.update(images=[]))) == 3
+
+
+def test_a_frame_of_another_format_is_another_file(open_set):
+    def change(content):
+        content["videos"][1]["file_names"][1] = "17/1.jpg"              # there is 17/1.png
+    with pytest.raises(InputError, match="17/1.jpg of video 17 is missing"):
         open_set(change)
 
 
@@ -301,3 +338,10 @@ def test_many_outlines_have_an_end_together(count, is_read):
     else:
         with pytest.raises(InputError, match="annotation 1 has a segmentation that cannot be read"):
             data.read_mask(polygons, 40, 56, "annotation 1")
+
+
+@pytest.mark.parametrize("counts", [[5, -5, 2240], [-1, 2241], [0, 2250, -10]], ids=str)
+def test_runs_of_negative_length_are_refused(counts):
+    """Though they add up to the number of pixels."""
+    with pytest.raises(InputError, match="its runs do not fill the frame"):
+        data.read_mask({"size": [40, 56], "counts": counts}, 40, 56, "annotation 1")

@@ -287,6 +287,8 @@ def test_flag_results(run, seen, folder, tmp_path):
     assert json.loads((tmp_path / "scored/metrics.json").read_text()) == metrics
     run(*arguments)
     assert json.loads((tmp_path / "out/metrics.json").read_text()) == metrics
+    with pytest.raises(InputError, match="scoring a file needs --results and --annotations"):
+        run("--results", path)
 
 
 def test_flag_annotations(run, tmp_path):

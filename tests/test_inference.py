@@ -442,3 +442,12 @@ def test_parts_of_other_categories_are_refused(whole, ground_truth, tmp_path):
         run(*given, tmp_path / "other.json")
     assert not (tmp_path / "scores").exists()
     assert run(*given, tmp_path / "bare.json")["parts"]["bare"]["AP"] == -1
+
+
+@pytest.mark.parametrize("lengths, frames", [
+    ((4, 1, 1, 1, 1), [4, 4]), ((100, 1, 1, 1, 1, 1), [100, 5]),
+    ((1, 5, 1, 2, 1, 8), [8, 5, 5])], ids=str)
+def test_a_long_video_is_shared_against_many_short_ones(lengths, frames):
+    shares = [share(blank_videos(*lengths), rank, len(frames)) for rank in range(len(frames))]
+    found = [sum(len(video.files) for video in own) for own in shares]
+    assert sorted(found, reverse=True) == frames

@@ -441,3 +441,18 @@ def test_no_polygon_is_an_empty_mask():
     for nothing in ([], None):
         ground_truth = truth(half | {"segmentations": LEFT[:2] + [None, nothing]})
         assert metric.evaluate_results(results, ground_truth)["AP"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("change", [
+    {"score": float("nan")}, {"video_id": 2}, {"segmentations": LEFT[:3]}],
+    ids=["score", "video", "masks"])
+def test_results_are_checked_before_they_are_scored(change):
+    with pytest.raises(InputError, match=r"results\[0\] has"):
+        metric.evaluate_results([prediction(LEFT) | change], truth(annotation(LEFT)))
+
+
+def test_a_table_tells_zero_from_undefined():
+    ground_truth = truth(annotation(LEFT), categories=(1, 2))
+    table = metric.format_table(metric.evaluate_results([], ground_truth))
+    assert "AP   0.0" in table and "APl     -" in table
+    assert table.splitlines()[-2:] == ["  class1   0.0", "  class2     -"]
