@@ -310,7 +310,8 @@ def test_weights_of_other_precision_are_taken(dtype):
     model = tiny_model()
     assert not load_weights(model, state | cast).missing
     if dtype != torch.bfloat16:
-        assert not load_weights(model, {name: value.numpy() for name, value in cast.items()}).missing
+        arrays = {name: value.numpy() for name, value in cast.items()}
+        assert not load_weights(model, arrays).missing
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
 
 
