@@ -371,7 +371,7 @@ class CheckpointReader:
         if count > len(numbers) or count and end > len(numbers):
             raise BadPickle(f"it holds a tensor of shape {size}, but not so many numbers")
         try:
-            return numbers.as_strided(size, stride, first)
+            return numbers.as_strided(size, stride, numbers.storage_offset() + first)
         except RuntimeError as error:  # no numbers, and too large dimensions
             raise Damaged(str(error)) from error
 

@@ -418,3 +418,39 @@ def test_a_tar_archive_is_called_one(tmp_path):
         archive.add(tmp_path / "a", "a")
     with pytest.raises(InputError, match="it is a tar archive: unpack it first"):
         read_file(tmp_path / "weights.pth")
+
+
+def test_more_tuples_than_can_be_read_are_refused(tmp_path):
+    """Python's own stack could overflow at many of them inside one another."""
+    many = [(number, -number) for number in range(50_001)]
+    message = refusal(write({"model": {"a": GRID}, "note": many}, tmp_path / "a.pkl", "pickle 2"))
+    assert "tuples, more than the 50000 that can be read" in message
+
+
+class Storage:
+    """Pickled as a reference to a part of a storage, as PyTorch wrote it until 2017."""
+
+
+class ViewPickler(pickle.Pickler):
+    def persistent_id(self, thing):
+        if isinstance(thing, Storage):
+            return "storage", torch.FloatStorage, "7", "cpu", 10, ("8", 2, 6)
+        return None
+
+
+class View:
+    """A tensor of the second to sixth of those six numbers."""
+
+    def __reduce__(self):
+        return torch._utils._rebuild_tensor, (Storage(), 1, (5,), (1,))
+
+
+def test_a_view_of_a_storage_begins_where_it_says(tmp_path):
+    stream = io.BytesIO()
+    for contents in (0x1950a86a20f9469cfc6c, 1001, {"little_endian": True}):
+        pickle.dump(contents, stream, 2)
+    ViewPickler(stream, 2).dump({"model": {"a": View()}})
+    pickle.dump(["7"], stream, 2)
+    stream.write(struct.pack("<q", 10) + np.arange(10, dtype="<f4").tobytes())
+    (tmp_path / "old.pth").write_bytes(stream.getvalue())
+    assert read_file(tmp_path / "old.pth")["model"]["a"].tolist() == [3, 4, 5, 6, 7]
