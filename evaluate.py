@@ -120,7 +120,9 @@ def main(args: argparse.Namespace) -> dict | None:
         model, config = model_from_checkpoint(args.weights, args.preset, args.propagation,
                                               **options)
         args.short_side = args.short_side or default_short_side(config, args.preset)
+    with errors_of_any_process():
         sets = open_sets(args, rank, world)
+    with errors_of_any_process():
         for videos in sets.values():
             check_categories(model, config, videos, args.weights)
         if args.annotations:
@@ -192,8 +194,8 @@ def evaluate_set(model: GRAttVIS, videos: VideoSet, output: Path, args: argparse
             if rank == 0:
                 output.mkdir(parents=True, exist_ok=True)
                 folder.enter_context(folder_lock(output))
-            with in_turn(rank, world):  # they may share the folder
-                unfinished = Unfinished(output / "unfinished", setting)
+        with errors_of_any_process(), in_turn(rank, world):  # they may share the folder
+            unfinished = Unfinished(output / "unfinished", setting)
         remaining = unfinished.remaining(videos.videos)
         mine, done = share(remaining, rank, world), len(videos) - len(remaining)
         workers = args.workers

@@ -142,7 +142,7 @@ def largest(number: int) -> int:
 def errors_of_any_process() -> Iterator[None]:
     """An InputError in one process is raised in all of them at the end of the block.
 
-    Otherwise the others would wait for it. The block must not communicate.
+    Otherwise the others would wait for it. The block must not communicate, except by `in_turn`.
     """
     problem = None
     try:
