@@ -62,7 +62,8 @@ def read_regular(path: str | Path, limit: int) -> bytes:
                 raise InputError(f"{path} has {file.size} bytes, at most {limit} are read")
             parts = [file.read()]
             length = len(parts[0])
-            while part := file.read(io.DEFAULT_BUFFER_SIZE):  # it grows, or its file system states no size
+            # It may have grown, or its file system states no size.
+            while part := file.read(io.DEFAULT_BUFFER_SIZE):
                 parts.append(part)
                 length += len(part)
                 if length > limit:
@@ -71,7 +72,8 @@ def read_regular(path: str | Path, limit: int) -> bytes:
     except InputError:
         raise
     except (OSError, ValueError) as error:  # ValueError: a name with a NUL
-        raise InputError(f"{path} cannot be read: {getattr(error, 'strerror', error)}") from error
+        reason = getattr(error, "strerror", error)
+        raise InputError(f"{path} cannot be read: {reason}") from error
 
 
 def check_regular(path: str | Path, status: os.stat_result) -> None:

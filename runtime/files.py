@@ -133,13 +133,14 @@ LONGEST_FILE_NAME = 80  # bytes, so that a caller can add to it: most file syste
 def file_name_for(text: str) -> str:
     """A file name that says what the text says, and is valid wherever files are written.
 
-    Letters, digits, spaces and `_.-` stay. Where anything had to be replaced or cut off, a digest is
-    appended, so that different texts have different names.
+    Letters, digits, spaces and `_.-` stay. Where anything had to be replaced or cut off, a digest
+    is appended, so that different texts have different names.
     """
     encoding = sys.getfilesystemencoding()
     encodable = text.encode(encoding, "replace").decode(encoding)
     name = re.sub(r"[^\w. -]+", "_", encodable)
-    name = name.encode(encoding)[:LONGEST_FILE_NAME].decode(encoding, "ignore").strip(" ").rstrip(". ")
+    name = name.encode(encoding)[:LONGEST_FILE_NAME].decode(encoding, "ignore")
+    name = name.strip(" ").rstrip(". ")
     if not name or name.startswith(".") or name.split(".")[0].upper() in RESERVED_NAMES:
         name = f"_{name}"
     if name == text and not re.search(r"-[0-9a-f]{8}$", name):  # which looks like a digest
