@@ -14,7 +14,6 @@ no random states: every training step seeds its generators from (seed, step, ran
 import argparse
 import os
 import re
-import reprlib
 import sys
 import unicodedata
 from dataclasses import dataclass, field
@@ -28,7 +27,7 @@ from torch import Tensor, nn
 
 from model import PRESETS, TEST_SIDES, GRAttVIS, build_model
 from reading.checkpoints import Placeholder, read_file
-from runtime.errors import InputError, cli_errors
+from runtime.errors import InputError, cli_errors, shown
 from runtime.files import atomic_write
 
 RENAMES = [(re.compile(pattern), replacement) for pattern, replacement in [
@@ -122,11 +121,6 @@ class LoadReport:
                 shown = ", ".join(entries[:4]) + (", ..." if len(entries) > 4 else "")
                 parts.append(f"{len(entries)} {name} ({shown})")
         return "; ".join(parts)
-
-
-def shown(value) -> str:
-    """A value for a sentence: short, and on one line."""
-    return " ".join(reprlib.repr(value).split())
 
 
 def find_state_dict(contents: dict, levels: int = 3) -> dict:

@@ -101,14 +101,16 @@ class ClipDataset(Dataset):
                 return clip
 
     def read(self, video: Video, generator: np.random.Generator) -> Clip:
-        """A clip of this video; InputError where a frame or a mask cannot be read."""
+        """A clip of this video; InputError where a frame cannot be read."""
         chosen = sample_frames(len(video.files), self.frames, self.reach, generator)
         annotations = [annotation for annotation in video.annotations if not annotation.get("iscrowd")]
         pictures, outlines = {}, {}
         for t in set(chosen):                                      # a frame may be chosen more than once
             pictures[t] = np.asarray(read_frame(video.files[t], video.height, video.width))
-            outlines[t] = np.stack([read_mask(annotation["segmentations"][t], video.height, video.width,
-                                              f"annotation {annotation['id']}, frame {t},") for annotation in annotations])
+            # VideoSet has checked all masks.
+            outlines[t] = np.stack([
+                read_mask(annotation["segmentations"][t], video.height, video.width, "", checked=True)
+                for annotation in annotations])
         clip = make_clip(np.stack([pictures[t] for t in chosen]), np.stack([outlines[t] for t in chosen], 1),
                          [annotation["label"] for annotation in annotations], self.augmentation, generator)
         return replace(clip, source=", ".join([str(video.files[chosen[0]]), *(video.files[t].name for t in chosen[1:])]))

@@ -96,8 +96,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     run.add_argument("--compile", action="store_true", help="compile the model on a GPU: half a minute for each size of frames, then "
                      "faster; results differ by rounding")
     run.add_argument("--chunk", type=at_least(1), default=8, help="frames that are read together; no result depends on it")
-    run.add_argument("--workers", type=at_least(0), help="processes that read frames ahead, for each GPU; 0 = none (default: one for "
-                     "each CPU core, at most 16, fewer where shared memory is small)")
+    run.add_argument("--workers", type=at_least(0), help="processes that read frames ahead, for "
+                     "each GPU; 0 = none (default: one for each CPU core, at most 16, fewer where "
+                     "shared memory is small)")
     return parser.parse_args(arguments)
 
 

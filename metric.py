@@ -26,8 +26,8 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from reading.annotations import complete, id_key, id_order
-from reading.masks import find_bad_tracks, shown, to_rle
-from runtime.errors import InputError
+from reading.masks import find_bad_tracks, to_rle
+from runtime.errors import InputError, shown
 
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)  # index 0 is AP50, index 5 is AP75
 RECALL_POINTS = np.linspace(0.0, 1.0, 101)

@@ -231,8 +231,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--skip-bad", action=switch, default=False, help="leave out what cannot be read, say and count it")
     data.add_argument("--frames", type=at_least(1), default=3, help="frames a clip")
     data.add_argument("--reach", type=at_least(1), default=6, help="largest distance of a clip's frames from its first choice, in frames")
-    data.add_argument("--workers", type=at_least(0), help="loader processes per GPU; 0 = load in the training process "
-                      "(default: 2, for a recipe 4, fewer where shared memory is small)")
+    data.add_argument("--workers", type=at_least(0), help="loader processes per GPU; 0 = load in "
+                      "the training process (default: 2, for a recipe 4, fewer where shared memory "
+                      "is small)")
     change = parser.add_argument_group("augmentation")
     change.add_argument("--short-sides", type=at_least(1), nargs="+", default=[80, 96], help="of a clip, drawn from these, pixels")
     change.add_argument("--pseudo-short-sides", type=at_least(1), nargs="+", help="the same of a pseudo video (default: --short-sides)")

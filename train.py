@@ -43,7 +43,7 @@ from runtime.errors import InputError, cli_errors
 from runtime.files import atomic_write, checksum, folder_lock, save_json
 from runtime.loading import choose_workers, read_ahead
 from runtime.processes import (broadcast, errors_of_any_process, largest, require_agreement,
-                               start_processes, stop_processes)
+                               start_processes, started, stop_processes)
 from runtime.stopping import Stopped, deferred_stop, stop_requested
 
 # Arguments that may change between a run and its resumption.
@@ -338,7 +338,7 @@ def train_step(network: nn.Module, criterion: Criterion, batch: list, args: argp
         totals = totals + values.detach()
     scaler.unscale_(optimizer)
     grad_norm = nn.utils.clip_grad_norm_(network.parameters(), args.clip_gradient or math.inf)
-    if distributed.is_available() and distributed.is_initialized():
+    if started():
         distributed.all_reduce(totals)
         totals = totals / distributed.get_world_size()
     # One wait for the GPU.

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from PIL import Image
 from pycocotools import mask as rle
-from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -32,6 +31,7 @@ import model as model_module  # noqa: E402
 from model import FRAMES_TOGETHER, build_model  # noqa: E402
 from results import mask_confidence, resize_masks  # noqa: E402
 from run_length import encode, encode_counts  # noqa: E402
+from runtime.loading import read_ahead  # noqa: E402
 from transformer import mask_logits  # noqa: E402
 
 CUDA = torch.cuda.is_available()
@@ -155,7 +155,7 @@ def speed(videos: int, frames: int, chunk: int, workers: int) -> None:
         found = make_set(Path(folder), videos, frames)
         size = sum(file.stat().st_size for file in found.videos[0].files) / frames / 1e3
         batches = FrameBatches(found.videos, HEIGHT, 1333, chunk)
-        loader = DataLoader(batches, batch_size=None, num_workers=workers, pin_memory=CUDA)
+        loader = read_ahead(batches, workers, DEVICE)
         began = time.perf_counter()
         one = [batches[number] for number in range(8)]
         alone = 8 * chunk / (time.perf_counter() - began)

@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from unittest.mock import patch
 
@@ -30,16 +30,16 @@ import numpy as np
 import PIL
 import torch
 import torchvision
-from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import clips as clips_module
-import data
 from augmentation import Augmentation, transforms
 from clips import ClipDataset, StepSampler
 from recipes import open_clips, parse_arguments
+from runtime.loading import read_ahead
 from scenes import CATEGORIES
 from synthetic import make_video, write_split
+from train import PREFETCH
 
 HEIGHT, WIDTH, FRAMES, OBJECTS = 720, 1280, 14, 6      # of a video; reach 6 sees 13 frames
 NOISE = 5.0                                            # grey levels, standard deviation
@@ -48,7 +48,6 @@ WARM = 2                                               # batches a worker that a
 STAGES = (
     ("reading JPEGs", clips_module, "read_frame"),
     ("decoding masks", clips_module, "read_mask"),
-    ("  checking their runs", data, "to_rle"),
     ("augmentation", Augmentation, "__call__"),
     ("  resizing frames", transforms, "resize"),
     ("  resizing masks", transforms, "resize_image"),
@@ -115,13 +114,13 @@ def measure_loader(clips: ClipDataset, workers: int, batch: int, first: int, bat
     """Frames a second of train.py's loader, over batches `first` to `first + batches`."""
     warm = WARM * max(workers, 1)
     sampler = StepSampler(first - warm, sys.maxsize, batch)                    # endless, so that no worker runs out of work
-    loader = iter(DataLoader(clips, batch_sampler=sampler, num_workers=workers, collate_fn=list,
-                             prefetch_factor=4 if workers else None))
-    for _ in range(warm):
-        next(loader)
-    start = time.perf_counter()
-    frames = sum(len(clip.frames) for _ in range(batches) for clip in next(loader))
-    return frames / (time.perf_counter() - start)
+    with closing(read_ahead(clips, workers, torch.device("cpu"), batch_sampler=sampler,
+                            prefetch=PREFETCH)) as loader:
+        for _ in range(warm):
+            next(loader)
+        start = time.perf_counter()
+        frames = sum(len(clip.frames) for _ in range(batches) for clip in next(loader))
+        return frames / (time.perf_counter() - start)
 
 
 def describe_machine() -> dict:

@@ -98,7 +98,8 @@ def build_library(target: Path, architectures: list[str]) -> None:
 
 def run_together(commands: list[list[str]], folder: str) -> None:
     """Run all, wait for all, then raise BuildError with the end of what the first that failed printed."""
-    running = [subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8", errors="replace")
+    running = [subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                text=True, encoding="utf-8", errors="replace")
                for command in commands]
     outputs = [process.communicate()[0] for process in running]
     for process, output in zip(running, outputs):

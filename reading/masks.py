@@ -7,13 +7,12 @@ any length. Everything is therefore checked here first. Shape letters: H, W of t
 """
 from collections.abc import Iterator
 from math import isnan
-from reprlib import repr as shown  # one short line, whatever a file holds
 
 import numpy as np
 from pycocotools import mask as rle
 
 from run_length import UNFILLED, find_fault
-from runtime.errors import InputError
+from runtime.errors import InputError, shown
 
 LONGEST_OUTLINE = 2 ** 20  # pixels, of all polygons of one segmentation
 FAR_AWAY = "a coordinate is no number or lies far outside of the frame"
@@ -57,9 +56,10 @@ def to_rle(segmentation: Segmentation, height: int, width: int, where: str,
     return rle.frPyObjects(code, height, width) if isinstance(code["counts"], list) else code
 
 
-def read_mask(segmentation: Segmentation, height: int, width: int, where: str) -> np.ndarray:
+def read_mask(segmentation: Segmentation, height: int, width: int, where: str,
+              checked: bool = False) -> np.ndarray:
     """bool (H, W) of one frame's segmentation; arguments and InputError as of `to_rle`."""
-    encoded = to_rle(segmentation, height, width, where)
+    encoded = to_rle(segmentation, height, width, where, checked)
     return rle.decode(encoded).astype(bool) if encoded else np.zeros((height, width), bool)
 
 

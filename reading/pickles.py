@@ -1,6 +1,6 @@
 """Pickles read as data: nothing that a pickle names is imported, looked up or called.
 
-    contents = read_pickle(stream, size)    # containers, numbers, text, and Records of all else
+    contents, references = read_pickle(stream)    # containers, numbers, text, Records of all else
 
 A pickle is a small program. For everything but numbers, text and plain containers it says: import
 this name, call it with these arguments, hand it this state. Here, a name becomes a class of its
@@ -107,6 +107,7 @@ class RecordUnpickler(pickle.Unpickler):
         self.references = []
 
     def find_class(self, module: str, name: str) -> type[Record]:
+        """The class of Records for a name; BadPickle if no honest file has a use for the name."""
         module = RENAMED_MODULES.get(module, module)
         full_name = f"{module}.{name}"
         if not full_name.isprintable() or len(full_name) > MOST_CHARACTERS:

@@ -8,6 +8,7 @@ code and printed here. Anything else is a bug and keeps its traceback.
 """
 import errno
 import os
+import reprlib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,11 @@ class InputError(ValueError):
 
     The programs print it and exit with status 2.
     """
+
+
+def shown(value) -> str:
+    """Any value for a message: short, and on one line."""
+    return " ".join(reprlib.repr(value).split())
 
 
 @contextmanager

@@ -17,18 +17,23 @@ import multiprocessing.queues
 import os
 import pickle
 import re
-import resource
 import shutil
 import signal
 import sys
 import threading
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader, Dataset
+
+try:
+    import resource
+except ImportError:  # Windows, where PyTorch neither shares file descriptors nor handles SIGCHLD
+    resource = None
 
 from runtime.errors import TOO_MANY_FILES, InputError
 from runtime.stopping import Stopped, stop_requested
@@ -83,6 +88,7 @@ class BatchPickler(pickle.Pickler):
     """Pickles tensors as NumPy arrays, whose bytes are handed to the buffer callback."""
 
     def reducer_override(self, thing):
+        """How to pickle a tensor: its memory in one piece, and the order of its axes."""
         if not isinstance(thing, Tensor):
             return NotImplemented
         order = sorted(range(thing.ndim), key=thing.stride, reverse=True)  # as it lies in memory
@@ -138,16 +144,17 @@ def read_ahead(dataset: Dataset, workers: int, device: torch.device, stoppable: 
     if workers:
         check_limits(workers)
     many = {"batch_size": None} if batch_sampler is None else {"batch_sampler": batch_sampler}
-    loader = DataLoader(dataset, **many, num_workers=workers, collate_fn=Pack(workers > 0),
+    loader = DataLoader(dataset, **many, num_workers=workers, collate_fn=partial(PackedBatch, shared=workers > 0),
                         pin_memory=device.type == "cuda", worker_init_fn=start_worker,
                         prefetch_factor=prefetch if workers else None)
-    before = signal.getsignal(signal.SIGCHLD)
-    batches = None
+    death_of_child = getattr(signal, "SIGCHLD", None)
+    before, batches = death_of_child and signal.getsignal(death_of_child), None
     try:
         batches = iter(loader)
         # PyTorch's handler raises the death of a worker wherever the program happens to be.
         # Without it, the death is noticed within five seconds where a batch is asked for.
-        signal.signal(signal.SIGCHLD, before)
+        if death_of_child:
+            signal.signal(death_of_child, before)
         while True:
             if stoppable and stop_requested():
                 raise Stopped(stop_requested())
@@ -162,16 +169,6 @@ def read_ahead(dataset: Dataset, workers: int, device: torch.device, stoppable: 
     finally:
         if batches is not None and workers:
             batches._shutdown_workers()  # or each of them would delay the exit by five seconds
-
-
-class Pack:
-    """DataLoader's collate function."""
-
-    def __init__(self, shared: bool):
-        self.shared = shared
-
-    def __call__(self, batch) -> PackedBatch:
-        return PackedBatch(batch, self.shared)
 
 
 def start_worker(_worker: int) -> None:
@@ -204,6 +201,8 @@ def send_feeder_error(queue, error: Exception, item: tuple) -> None:
 
 def check_limits(workers: int) -> None:
     """InputError if the system cannot run so many loader processes."""
+    if resource is None:
+        return
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     needed = OTHER_FILES + FILES_PER_WORKER * workers
@@ -220,10 +219,12 @@ def check_limits(workers: int) -> None:
 # Errors
 
 def is_about_shared_memory(error: Exception) -> bool:
+    """Whether PyTorch or the kernel says that shared memory is full."""
     return bool(re.search(r"shared memory|\bshm|Bus error", str(error)))
 
 
 def is_about_files(error: Exception) -> bool:
+    """Whether the process has no file descriptor left."""
     return bool(re.search(r"Too many open files|items of ancdata", str(error)))
 
 

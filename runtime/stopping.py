@@ -40,8 +40,8 @@ class _State:
 def _handle(number: int, _frame) -> None:
     """The first signal sets the flag, and raises Stopped unless that is deferred."""
     if _State.number:
-        repeated = "TORCHELASTIC_RUN_ID" in os.environ
-        if not repeated or time.monotonic() - _State.received > TORCHRUN_GRACE:
+        under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+        if not under_torchrun or time.monotonic() - _State.received > TORCHRUN_GRACE:
             os._exit(128 + number)
         return
     _State.number, _State.received = int(number), time.monotonic()
