@@ -8,6 +8,7 @@ made of it in clips.py. Upstream: vita/data/datasets/ytvis.py and convert_coco2y
 letters: T frames, H, W.
 """
 import argparse
+import hashlib
 import os
 import re
 import unicodedata
@@ -22,12 +23,12 @@ from PIL import Image
 from torch import Tensor
 
 from augmentation import short_side_size
-from reading.annotations import (
-    EntryName, Id, id_key, id_order, read_annotations, read_categories)
+from reading.annotations import read_annotations, read_categories
+from reading.ids import EntryName, Id, id_key, id_order
 from reading.masks import read_mask, to_rle
 from reading.pictures import read_picture
 from runtime.errors import InputError, cli_errors, shown
-from runtime.files import file_name_for, first_existing
+from runtime.files import first_existing
 
 __all__ = ["InputError", "Video", "VideoSet", "at_test_size", "find_split", "read_categories",
            "read_frame", "read_mask", "read_picture", "test_frames", "to_rle"]
@@ -48,7 +49,10 @@ class Video:
         key = id_key(self.id)
         if isinstance(key, int) and abs(key) < 10 ** 18:
             return f"{key:05d}"
-        return file_name_for(str(key))
+        # Unlike file_name_for: names differ also where "A" and "a" are the same file.
+        text = str(key)
+        digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+        return re.sub("[^A-Za-z0-9]+", "-", text)[:40].strip("-") + f"-{digest}"
 
 
 # Reading a data set
@@ -66,7 +70,7 @@ def find_split(root: str | Path, split: str) -> tuple[Path, Path]:
     """
     root, names = Path(root), ("valid", "val") if split in ("valid", "val") else (split,)
     jsons = [root / path.format(name) for name in names for path in JSON_PATHS]
-    folders = [root / path.format(name) for path in FRAMES_PATHS for name in names]
+    folders = [root / path.format(name) for name in names for path in FRAMES_PATHS]
     folders.append(root / "JPEGImages")
     return first_existing("annotation file", jsons), first_existing("folder of frames", folders)
 

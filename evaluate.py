@@ -32,13 +32,13 @@ from inference import Unfinished, segment_videos, share
 from metric import accumulate, check_predictions, format_table, mean_metrics, summarize
 from model import PRESETS, GRAttVIS
 from plots import plot_classes, plot_precision, plot_timeline, require_matplotlib
-from reading.annotations import (
-    AnnotationFile, Id, Skipped, one_line, read_annotations, unique_names)
-from reading.masks import shown
+from reading.annotations import (AnnotationFile, Skipped, one_line, read_annotations,
+                                 unique_names)
+from reading.ids import Id
 from recipes import at_least
 from results import EncodedVideo
 from runtime.device import choose_amp
-from runtime.errors import InputError, cli_errors
+from runtime.errors import InputError, cli_errors, shown
 from runtime.files import atomic_write, checksum, folder_lock, read_json, save_json
 from runtime.loading import choose_workers
 from runtime.processes import (errors_of_any_process, gather, in_turn, require_agreement,

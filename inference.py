@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from data import Video, test_frames
 from model import GRAttVIS
-from reading.annotations import id_order
+from reading.ids import id_order
 from results import EncodedVideo
 from runtime.errors import InputError
 from runtime.files import atomic_write, read_json, save_json

@@ -25,7 +25,8 @@ from collections import defaultdict
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from reading.annotations import complete, id_key, id_order
+from reading.annotations import complete
+from reading.ids import id_key, id_order
 from reading.masks import find_bad_tracks, to_rle
 from runtime.errors import InputError, shown
 

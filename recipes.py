@@ -19,7 +19,7 @@ from data import VideoSet, find_split
 from detector import SUPERVISED_LAYERS
 from losses import GATE_LOSSES, SIMILARITY_SPANS, Criterion
 from model import PIXEL_MEAN, PIXEL_STD, PRESETS, TEST_SIDES, GRAttVIS
-from reading.annotations import id_key
+from reading.ids import id_key
 from runtime.errors import InputError
 from runtime.files import first_existing
 from synthetic import SUITES

@@ -18,7 +18,6 @@ refer to, whole floats as int. So files are written with the ids that were read.
 Annotations that refer to nothing or have no mask are left out and counted. Everything else that is
 wrong is an InputError of one sentence; with skip_bad, videos and annotations are left out instead.
 """
-import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -28,14 +27,14 @@ from pathlib import Path
 
 import numpy as np
 
-from reading.masks import find_bad_tracks, has_mask, mask_areas, shown
+from reading.ids import EntryName, Id, by_id, id_key, id_order, read_id
+from reading.masks import find_bad_tracks, has_mask, mask_areas
 from reading.pictures import check_pixels
-from runtime.errors import InputError
+from runtime.errors import InputError, shown
 from runtime.files import read_json
 
 LARGEST_AREA = 1e10  # pixels: the end of the metric's last range
 MOST_SUFFIXES = 5    # of a name; a checkpoint may hold any number of equal names and ids
-Id = int | str
 
 
 # What a file becomes
@@ -95,65 +94,6 @@ class AnnotationFile:
             "annotations": [annotation for annotation in self.content["annotations"]
                             if annotation["video_id"] not in names]}
         return AnnotationFile(self.name, content, self.skipped, self.left_out + gone)
-
-
-@dataclass
-class EntryName:
-    """How messages name an entry: by its id where it has one. Text is made only when needed."""
-    what: str   # "video"
-    index: int
-    entry: object
-    file: str
-
-    def __str__(self) -> str:
-        if isinstance(self.entry, dict) and id_key(self.entry.get("id")) is not None:
-            return f"{self.what} {shown(self.entry['id'])} of {self.file}"
-        return f"{self.what} at index {self.index} of {self.file}"
-
-
-# Ids
-
-def id_key(value) -> Id | None:
-    """What is equal for all notations of an id; None of what is no id (true, NaN, 1.5, null)."""
-    if isinstance(value, bool):
-        return None
-    if isinstance(value, (int, np.integer)):
-        return int(value)
-    if isinstance(value, float):
-        return int(value) if value.is_integer() else None
-    if isinstance(value, str) and value:
-        whole = re.fullmatch(r"(-?[0-9]{1,18})(\.0+)?", value)
-        return int(whole[1]) if whole else value
-    return None
-
-
-def id_order(value: Id) -> tuple:
-    """To sort ids by: numbers first, then text, in which numbers count as numbers ("v9", "v10")."""
-    key = id_key(value)
-    if isinstance(key, int):
-        return 0, key
-    parts = re.split(r"([0-9]{1,18})", key)  # text and digits in turn
-    return 1, [int(part) if place % 2 else part for place, part in enumerate(parts)], key
-
-
-def read_id(entry: dict, key: str, where: EntryName) -> Id:
-    """The id under a key: text as it is, numbers as int; InputError if it is none."""
-    found = id_key(entry.get(key))
-    if found is None:
-        raise InputError(f"{where} has {key} {shown(entry.get(key))}, which is no id: "
-                         "ids are whole numbers or text")
-    return entry[key] if isinstance(entry[key], str) else found
-
-
-def by_id(entries: list[dict], what: str, name: str) -> dict[Id, dict]:
-    """{id_key: entry}; InputError if two entries have one id."""
-    found = {}
-    for entry in entries:
-        other = found.setdefault(id_key(entry["id"]), entry)
-        if other is not entry:
-            raise InputError(f"{name} has two {what} of one id: "
-                             f"{shown(other['id'])} and {shown(entry['id'])}")
-    return found
 
 
 # Reading

@@ -22,13 +22,8 @@ import evaluate
 import train
 from data import InputError, Video, VideoSet
 from metric import evaluate_results
-from reading.annotations import (
-    Skipped,
-    complete,
-    id_order,
-    read_categories,
-    unique_names,
-)
+from reading.annotations import Skipped, complete, read_categories, unique_names
+from reading.ids import id_order
 
 HEIGHT, WIDTH, FRAMES = 40, 56, 3
 SMALL = [
