@@ -2,18 +2,14 @@
 
     contents = read_file("grattvis_r50_ovis.pth")    # or a .pt, a .pkl: the content decides
 
-A file is an archive of torch.save, the older format of torch.save (five pickles, then the numbers),
-or a single pickle. All three are read in the same two steps, and so hold the same things:
-pickles.py reads the pickle as data, then CheckpointReader makes tensors, arrays and containers of
-it. All else becomes a Placeholder, which can do nothing. Nothing is made larger than the numbers
-that the file really holds. Tests: tests/test_reading_checkpoints.py, tests/faults.
+containers.py finds the parts of a file, pickles.py reads its pickle as data, and CheckpointReader
+makes tensors, arrays and containers of that, in the same way for all kinds of files. All else
+becomes a Placeholder, which can do nothing. Nothing is made larger than the numbers that the file
+really holds. Tests: tests/test_reading_checkpoints.py, tests/faults.
 """
 import io
 import math
 import re
-import struct
-import sys
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -22,13 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from reading.containers import Container, is_shape, parse_reference
 from reading.kinds import describe_kind
-from reading.pickles import BadPickle, Damaged, Persistent, Record, read_pickle, refusal
+from reading.pickles import BadPickle, Damaged, Persistent, Record, arguments, refusal
 from reading.regular import open_regular
 from runtime.errors import InputError
 
-MAGIC_NUMBER = 0x1950a86a20f9469cfc6c  # the first pickle of torch.save's older format
-SMALL_FILE = 2 ** 26                   # bytes; read at once: pickles are read in small pieces
 MOST_LEVELS = 100                      # of containers inside one another
 UNFINISHED = object()                  # what stands for itself while it is made
 
@@ -43,14 +38,6 @@ class Placeholder:
     name: str
 
 
-def arguments(record: Record, *types: type) -> tuple:
-    """The first arguments of a record; Damaged unless they are of these types."""
-    found = record.args[:len(types)]
-    if len(found) < len(types) or not all(map(isinstance, found, types)):
-        raise Damaged(f"the arguments of {record.name}")
-    return found
-
-
 def name_of(record: Record) -> str:
     """The full name of a record's class, which old protocols do not call by itself."""
     if record.name == "copyreg._reconstructor" and record.args and isinstance(record.args[0], type):
@@ -59,16 +46,12 @@ def name_of(record: Record) -> str:
 
 
 def hashable(key):
+    """The key of a dict or set; Damaged if it cannot be one."""
     try:
         hash(key)
     except TypeError as error:
         raise Damaged(str(error)) from error
     return key
-
-
-def is_shape(sizes) -> bool:
-    return isinstance(sizes, tuple) and len(sizes) <= 64 and all(
-        type(size) is int and 0 <= size < 2 ** 63 for size in sizes)
 
 
 class CheckpointReader:
@@ -80,93 +63,17 @@ class CheckpointReader:
 
     def __init__(self, stream: BinaryIO, size: int, nested: bool = False):
         """nested: the stream is part of a checkpoint itself, and may not have parts like that."""
-        self.stream, self.size, self.nested = stream, size, nested
+        self.container, self.nested = Container(stream, size), nested
         self.budget = size
         self.made = {}                         # id of what the pickle holds: (that, what is made)
         self.storages: dict[str, Tensor] = {}  # key: the numbers, one-dimensional
-        self.places: dict[str, tuple[int, int]] = {}  # key: first byte and bytes of a storage
-        self.swapped = False                   # the file was written in the other byte order
 
     def read(self):
         """The contents: nested dicts, lists, tuples and sets; BadPickle if they cannot be read."""
-        magic = self.stream.read(4)
-        self.stream.seek(0)
-        if magic == b"PK\3\4":
-            return self.make(self.read_archive())
-        if self.size <= SMALL_FILE:
-            self.stream = io.BytesIO(self.stream.read())
-        records, _ = read_pickle(self.stream)
-        if records == MAGIC_NUMBER:
-            records = self.read_older_format()
-        return self.make(records)
-
-    # Containers of torch.save: records, and the places of storages
-
-    def read_archive(self):
-        """A ZIP archive: name/data.pkl, and the numbers of a storage in each name/data/key."""
-        try:
-            with zipfile.ZipFile(self.stream) as archive:
-                entries = archive.NameToInfo
-        except (zipfile.BadZipFile, ValueError, struct.error, NotImplementedError) as error:
-            raise Damaged(str(error)) from error
-        root = next((name for name in entries if re.fullmatch(r"[^/]*/data\.pkl", name)), None)
-        if root is None:
-            kind = f"other files, such as {next(iter(entries), None)!r:.60}"
-            if all(name.endswith(".npy") for name in entries):
-                kind = "NumPy arrays (.npz)"
-            raise BadPickle(f"it is a ZIP archive of {kind}")
-        root = root.removesuffix("data.pkl")
-        if f"{root}constants.pkl" in entries:
-            raise BadPickle("it is a program (torch.jit.save): save the state_dict of the model")
-        for name, entry in entries.items():
-            if name.startswith(f"{root}data/"):
-                self.places[name.removeprefix(f"{root}data/")] = self.find_entry(entry)
-        if f"{root}byteorder" in entries:
-            self.swapped = self.read_entry(entries[f"{root}byteorder"]) != sys.byteorder.encode()
-        records, _ = read_pickle(io.BytesIO(self.read_entry(entries[f"{root}data.pkl"])))
-        return records
-
-    def find_entry(self, entry: zipfile.ZipInfo) -> tuple[int, int]:
-        """First byte and bytes of an archive's entry."""
-        if entry.compress_type != zipfile.ZIP_STORED:
-            raise BadPickle("it is a ZIP archive that is packed, which torch.save never writes")
-        if entry.header_offset < 0:
-            raise Damaged(f"entry {entry.filename} begins before the file")
-        self.stream.seek(entry.header_offset)
-        header = self.stream.read(30)
-        if len(header) < 30 or not header.startswith(b"PK\3\4"):
-            raise Damaged(f"entry {entry.filename} has no header")
-        first = entry.header_offset + 30 + sum(struct.unpack("<HH", header[26:]))  # name and extras
-        if first + entry.file_size > self.size:
-            raise Damaged(f"entry {entry.filename} ends outside of the file")
-        return first, entry.file_size
-
-    def read_entry(self, entry: zipfile.ZipInfo) -> bytes:
-        first, nbytes = self.find_entry(entry)
-        self.stream.seek(first)
-        return self.stream.read(nbytes)
-
-    def read_older_format(self):
-        """After the magic number: version, system, contents, keys of storages, their numbers."""
-        read_pickle(self.stream)
-        read_pickle(self.stream)
-        records, references = read_pickle(self.stream)
-        dtypes = {key: dtype for dtype, key, *_ in map(parse_reference, references)}
-        keys, _ = read_pickle(self.stream)
-        if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
-            raise Damaged("the keys of storages")
-        for key in keys:
-            if key not in dtypes:
-                raise Damaged(f"storage {key} is not referred to")
-            nbytes = int.from_bytes(self.stream.read(8), "little") * dtypes[key].itemsize
-            first = self.stream.tell()
-            if first + nbytes > self.size:
-                raise Damaged(f"storage {key} ends outside of the file")
-            self.places[key] = first, nbytes
-            self.stream.seek(first + nbytes)
-        return records
+        return self.make(self.container.records)
 
     def spend(self, nbytes: int) -> None:
+        """Pay for memory; BadPickle where the budget is exceeded."""
         self.budget -= nbytes
         if self.budget < 0:
             raise BadPickle("it asks for more memory than it holds numbers")
@@ -200,13 +107,16 @@ class CheckpointReader:
         return made
 
     def make_set(self, items, level: int) -> set:
+        """The set of what items stand for."""
         return {hashable(self.make(item, level)) for item in items}
 
     def set_of(self, record: Record, level: int) -> set | frozenset:
+        """A set or frozenset."""
         made = self.make_set(self.items_of(record), level)
         return frozenset(made) if record.name == "builtins.frozenset" else made
 
     def list_of(self, record: Record, level: int) -> list:
+        """A deque is a list here."""
         return [self.make(item, level) for item in self.items_of(record)]
 
     def dict_of(self, record: Record, level: int) -> dict:
@@ -245,11 +155,13 @@ class CheckpointReader:
         return data
 
     def encoded(self, record: Record, level: int) -> bytes:
+        """Bytes, paid for."""
         found = self.bytes_of(record)
         self.spend(len(found))
         return found
 
     def bytearray_of(self, record: Record, level: int) -> bytearray:
+        """A bytearray of given bytes, not of a given length."""
         if not record.args:
             return bytearray()
         if isinstance(record.args[0], int):  # so many zeros
@@ -259,6 +171,7 @@ class CheckpointReader:
         return found
 
     def complex_of(self, record: Record, level: int) -> complex:
+        """A complex number."""
         return complex(*arguments(record, float, float))
 
     # NumPy
@@ -285,11 +198,13 @@ class CheckpointReader:
         return self.make_array(shape, dtype, "F" if by_column else "C", numbers, level)
 
     def array_of_buffer(self, record: Record, level: int) -> np.ndarray | Placeholder:
+        """How protocol 5 writes arrays."""
         numbers, dtype, shape, order = arguments(record, object, object, tuple, str)
         record.args = ()
         return self.make_array(shape, dtype, "F" if order == "F" else "C", numbers, level)
 
     def make_array(self, shape, dtype, order: str, numbers, level: int) -> np.ndarray | Placeholder:
+        """The array of these bytes; a Placeholder if they are no plain numbers."""
         dtype = self.make(dtype, level)
         if not isinstance(dtype, np.dtype):  # text, objects, records, NumPy's dates
             kind = dtype.name if isinstance(dtype, Placeholder) else "unknown"
@@ -305,6 +220,7 @@ class CheckpointReader:
         return array.astype(dtype.newbyteorder("="))  # a copy: PyTorch wants it to be writable
 
     def scalar_of(self, record: Record, level: int) -> np.generic | Placeholder:
+        """A number of NumPy."""
         dtype, number = arguments(record, Record, object)
         array = self.make_array((), dtype, "C", number, level)
         return array if isinstance(array, Placeholder) else array[()]
@@ -328,19 +244,11 @@ class CheckpointReader:
 
     def read_storage(self, key: str, dtype: torch.dtype, count: int) -> Tensor:
         """The storage of that key, read where it is asked for the first time."""
-        if key in self.storages:
-            return self.storages[key]
-        first, nbytes = self.places.get(key, (0, -1))
-        if count * dtype.itemsize > nbytes:
-            raise Damaged(f"storage {key} is smaller than is said")
-        self.spend(nbytes)
-        self.storages[key] = numbers = torch.empty(count, dtype=dtype)
-        self.stream.seek(first)
-        if self.stream.readinto(numbers.view(torch.uint8).numpy()) < numbers.nbytes:
-            raise Damaged(f"storage {key} is cut short")
-        if self.swapped:
-            numbers.untyped_storage().byteswap(dtype)
-        return numbers
+        if key not in self.storages:
+            first, nbytes = self.container.find_storage(key, dtype, count)
+            self.spend(nbytes)
+            self.storages[key] = self.container.read_storage(first, dtype, count)
+        return self.storages[key]
 
     def storage_of_bytes(self, record: Record, level: int):
         """A storage in a pickle, which is itself a file of torch.save."""
@@ -381,18 +289,6 @@ class CheckpointReader:
         return self.make(function(*args), level)
 
 
-def parse_reference(record: Record) -> tuple[torch.dtype, str, int, object]:
-    """What torch.save says of a storage: dtype, key, count of numbers, which part of them it is."""
-    saved_id, = arguments(record, tuple)
-    word, kind, key, _, count, view = (*saved_id, *[None] * 6)[:6]
-    if word != "storage" or not isinstance(kind, type) or not isinstance(key, str):
-        raise Damaged("a reference to what is no storage")
-    name = kind.name.rpartition(".")[2]
-    if name not in STORAGE_DTYPES or not is_shape((count,)):
-        raise Damaged(f"storage {key}")
-    return STORAGE_DTYPES[name], key, count, view
-
-
 def reinterpret(numbers: Tensor, dtype: torch.dtype) -> Tensor:
     """The same bytes as numbers of another dtype; what is left at the end is left out."""
     if numbers.dtype == dtype:
@@ -402,18 +298,8 @@ def reinterpret(numbers: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 DTYPES = {str(dtype): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
-STORAGE_DTYPES = {
-    "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
-    "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool, "ComplexFloatStorage": torch.complex64,
-    "ComplexDoubleStorage": torch.complex128, "UntypedStorage": torch.uint8,
-    "QInt8Storage": torch.qint8, "QUInt8Storage": torch.quint8, "QInt32Storage": torch.qint32,
-    "QUInt4x2Storage": torch.quint4x2, "QUInt2x4Storage": torch.quint2x4,
-}
-
-
 def odd_tensor(kind: str):
+    """A maker of Placeholders for tensors that are not plain numbers."""
     return lambda *_: Placeholder(f"tensor that is not plain numbers ({kind})")
 
 

@@ -94,6 +94,14 @@ class Record:
         raise refusal(f"a call of what {self.name} returns")
 
 
+def arguments(record: Record, *types: type) -> tuple:
+    """The first arguments of a record; Damaged unless they are of these types."""
+    found = record.args[:len(types)]
+    if len(found) < len(types) or not all(map(isinstance, found, types)):
+        raise Damaged(f"the arguments of {record.name}")
+    return found
+
+
 def refusal(what: str) -> BadPickle:
     return BadPickle(f"it asks for {what}, which is neither a tensor, an array nor other data")
 
