@@ -18,7 +18,7 @@ SMALL = ["--device", "cpu", "--frames", "2", "--points", "64", "--short-sides", 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
     root = tmp_path_factory.mktemp("stopping") / "set"
-    make_dataset(root, train_videos=3, valid_videos=60, frames=3, height=48, width=64,
+    make_dataset(root, train_videos=3, valid_videos=24, frames=3, height=48, width=64,
                  objects=(1, 2))
     return root
 
@@ -98,7 +98,7 @@ def test_an_interrupted_evaluation_of_a_run_is_repeated(dataset, tmp_path):
     options = ["--workers", 0, "--evaluate-every", 2, "--test-short-side", 48, "--iterations", 4]
     process = train(dataset, tmp_path / "run", *options)
     wait_until(lambda: 2 in steps(tmp_path / "run"), process)
-    process.send_signal(signal.SIGTERM)                 # the evaluation of 60 videos has begun
+    process.send_signal(signal.SIGTERM)                 # the evaluation has begun
     _, said = process.communicate(timeout=60)
     assert process.returncode == 143, said
     again = train(dataset, tmp_path / "run", *options, "--resume", "auto")
@@ -132,7 +132,7 @@ def test_evaluation_keeps_what_is_done(dataset, tmp_path):
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in said
     done = len(list(unfinished.glob("[0-9]*.json")))
-    assert last_line(said) == (f"stopped by SIGINT: {done} of 60 videos are done and kept in "
+    assert last_line(said) == (f"stopped by SIGINT: {done} of 24 videos are done and kept in "
                                f"{unfinished}; the same command continues")
     process = start(*command)
     printed, said = process.communicate(timeout=120)

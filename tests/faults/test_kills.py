@@ -13,6 +13,7 @@ import time
 import pytest
 import torch
 
+import evaluate
 import train
 from checkpoint import save_checkpoint
 from processes import ENVIRONMENT, REPOSITORY, wait_until
@@ -94,7 +95,7 @@ def test_killed_runs_resume_exactly(data_root, tmp_path, kills):
     iterations = 3 * kills + 1                       # a kill costs it about two
     arguments = ["--data-root", str(data_root), *TINY, "--iterations", str(iterations), "--batch", "1"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    finish(start(whole, *arguments), whole)
+    train.main(train.parse_arguments([*arguments, "--output", str(whole)]))
     for number in range(TRIES * kills):
         if deaths >= kills and deaths_while_saving:
             break
@@ -166,7 +167,7 @@ def test_killed_evaluations_go_on_where_they_were(data_root, tmp_path, kills):
         moments.append(done())
     print(f"{len(moments)} kills, after which so many of {4 * kills} videos were done: {moments}")
     assert len(moments) >= kills
-    subprocess.run([*command, str(tmp_path / "killed")], env=ENVIRONMENT, check=True, capture_output=True)
+    evaluate.main(evaluate.parse_arguments([*command[2:], str(tmp_path / "killed")]))
     assert results.read_bytes() == expected
     assert {path.name for path in (tmp_path / "killed").iterdir()} == {path.name for path in (tmp_path / "whole").iterdir()}
 
