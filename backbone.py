@@ -19,7 +19,11 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
-from torchvision.models.swin_transformer import ShiftedWindowAttention, SwinTransformer, SwinTransformerBlock
+from torchvision.models.swin_transformer import (
+    ShiftedWindowAttention,
+    SwinTransformer,
+    SwinTransformerBlock,
+)
 from torchvision.ops import FrozenBatchNorm2d
 
 RESNETS = {

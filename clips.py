@@ -20,8 +20,8 @@ from augmentation import Augmentation
 from data import Video, VideoSet, read_frame, read_mask
 from reading.annotations import Skipped
 from runtime.errors import InputError
-from scenes import CATEGORIES
-from synthetic import HEIGHT, SUITES, WIDTH, make_video
+from synthetic.scenes import CATEGORIES
+from synthetic.suites import HEIGHT, SUITES, WIDTH, make_video
 
 MOST_BAD_IN_A_ROW = 20  # clips; more than that is no accident
 

@@ -226,7 +226,7 @@ test_frames.__test__ = False  # its name is not pytest's business
 
 def main() -> None:
     """Write the synthetic set as the command line says."""
-    from synthetic import SUITES, make_dataset
+    from synthetic.suites import SUITES, make_dataset
     parser = argparse.ArgumentParser(
         description="Write the synthetic data set: textured shapes that move, cross, occlude one "
         "another, leave and come back, in the YouTube-VIS format.",

@@ -36,18 +36,18 @@ from batching import in_batches
 from checkpoint import SHIPPED_WEIGHTS, default_short_side, model_from_checkpoint
 from data import at_test_size, read_categories
 from deform_attn import implementation
-from draw import best_labels, name_to_draw, overlays, save_pictures
+from evaluation.postprocess import EncodedVideo, check_finite
 from model import PRESETS, GRAttVIS
-from plots import plot_timeline, require_matplotlib
 from reading.pictures import PICTURE_FORMATS, read_animation, read_picture
 from reading.videos import informative_line, read_ppm, read_video
 from recipes import at_least
-from results import EncodedVideo, check_finite
 from runtime.device import choose_amp, choose_device
 from runtime.errors import InputError, cli_errors
 from runtime.files import file_name_for, save_json
-from synthetic import HEIGHT, SUITES, WIDTH, make_video
+from synthetic.suites import HEIGHT, SUITES, WIDTH, make_video
 from tracker import PROPAGATIONS
+from viewing.overlays import best_labels, name_to_draw, overlays, save_pictures
+from viewing.plots import plot_timeline, require_matplotlib
 
 SCENES = ("occlusion:0", "occlusion:4", "occlusion:6")  # shown where no source is given
 

@@ -8,8 +8,9 @@
     python evaluate.py --results results.json --annotations gt_short.json gt_long.json       # YouTube-VIS 2022: both, and the mean
 
 Writes into --output: results.json, results.json.zip (what the benchmark's server takes), metrics.json where the annotations
-are at hand, overlays/ and plots/ for the first --draw and --plot videos; for suites, a folder each. Killed, the same command goes
-on with the videos that are left. Upstream: vita/data/ytvis_eval.py. The metric is metric.py, the way from frames to results inference.py.
+are at hand, overlays/ and plots/ for the first --draw and --plot videos; for suites, a folder each. After a kill, the same command
+continues with the videos that are left. The metric is evaluation/metric.py, inference over a data set evaluation/inference.py.
+Upstream: vita/data/ytvis_eval.py.
 """
 import argparse
 import math
@@ -27,25 +28,30 @@ from augmentation import short_side_size
 from checkpoint import SHIPPED_WEIGHTS, default_short_side, model_from_checkpoint
 from data import Video, VideoSet, find_split, read_frame
 from deform_attn import implementation
-from draw import overlays, save_pictures
-from inference import Unfinished, segment_videos, share
-from metric import accumulate, check_predictions, format_table, mean_metrics, summarize
+from evaluation.inference import Unfinished, segment_videos, share
+from evaluation.metric import accumulate, check_predictions, format_table, mean_metrics, summarize
+from evaluation.postprocess import EncodedVideo
 from model import PRESETS, GRAttVIS
-from plots import plot_classes, plot_precision, plot_timeline, require_matplotlib
-from reading.annotations import (AnnotationFile, Skipped, one_line, read_annotations,
-                                 unique_names)
+from reading.annotations import AnnotationFile, Skipped, one_line, read_annotations, unique_names
 from reading.ids import Id
 from recipes import at_least
-from results import EncodedVideo
 from runtime.device import choose_amp
 from runtime.errors import InputError, cli_errors, shown
 from runtime.files import atomic_write, checksum, folder_lock, read_json, save_json
 from runtime.loading import choose_workers
-from runtime.processes import (errors_of_any_process, gather, in_turn, require_agreement,
-                               start_processes, stop_processes)
+from runtime.processes import (
+    errors_of_any_process,
+    gather,
+    in_turn,
+    require_agreement,
+    start_processes,
+    stop_processes,
+)
 from runtime.stopping import Stopped, deferred_stop
-from synthetic import SUITES, make_dataset
+from synthetic.suites import SUITES, make_dataset
 from tracker import PROPAGATIONS
+from viewing.overlays import overlays, save_pictures
+from viewing.plots import plot_classes, plot_precision, plot_timeline, require_matplotlib
 
 DRAWN_SCORE = 0.3  # instances below it are left out of the pictures
 HELD_OUT = 24      # videos of a suite that has to be written

@@ -18,8 +18,23 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from clips import Clip
-from matcher import (Matches, Matching, Predictions, Targets, all_matches, bring_costs, clip_predictions, frame_predictions,
-                     full_precision, match, matching_costs, pad_targets, sample_at, to_device, uncertain_points)
+from matcher import (
+    Matches,
+    Matching,
+    Predictions,
+    Targets,
+    all_matches,
+    bring_costs,
+    clip_predictions,
+    frame_predictions,
+    full_precision,
+    match,
+    matching_costs,
+    pad_targets,
+    sample_at,
+    to_device,
+    uncertain_points,
+)
 from model import TrainingOutput
 from tracker import ClipPrediction
 from transformer import mask_logits

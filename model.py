@@ -30,10 +30,22 @@ from torch import Tensor, nn
 from backbone import ResNetBackbone, build_backbone, fold_norms
 from batching import check_frame, in_batches, padded, regrouped
 from detector import FrameDecoder, PixelDecoder
-from graph import Beside, Replay
-from results import (EncodedVideo, FrameTracks, RunningScores, StepState, Stretch, VideoResult, best_pairs, check_finite,
-                     class_probabilities, mask_confidence, resize_masks, with_mask_scores)
-from run_length import PackedCodes, encode_counts
+from evaluation.postprocess import (
+    EncodedVideo,
+    FrameTracks,
+    RunningScores,
+    StepState,
+    Stretch,
+    VideoResult,
+    best_pairs,
+    check_finite,
+    class_probabilities,
+    mask_confidence,
+    resize_masks,
+    with_mask_scores,
+)
+from evaluation.run_length import PackedCodes, encode_counts
+from fast.cuda_graphs import Beside, Replay
 from tracker import ClipPrediction, Tracker, TrackerState
 from transformer import cast_products, mask_logits
 

@@ -22,7 +22,7 @@ from model import PIXEL_MEAN, PIXEL_STD, PRESETS, TEST_SIDES, GRAttVIS
 from reading.ids import id_key
 from runtime.errors import InputError
 from runtime.files import first_existing
-from synthetic import SUITES
+from synthetic.suites import SUITES
 from tracker import GATE_MASKS, PROPAGATIONS
 
 # What a stage trains: a detector on single images, VITA on videos, GenVIS, GRAtt-VIS.

@@ -31,19 +31,32 @@ from checkpoint import load_backbone, load_weights, read_run, save_checkpoint
 from clips import StepSampler
 from data import VideoSet
 from deform_attn import implementation
-from inference import segment_videos, to_entries
+from evaluation.inference import segment_videos, to_entries
+from evaluation.metric import evaluate_results
 from losses import Criterion
 from matcher import upload
-from metric import evaluate_results
 from model import PRESETS, GRAttVIS, build_model
-from recipes import (RECIPES, clip_bytes, official_setting, open_clips, open_held_out,
-                     parse_arguments)
+from recipes import (
+    RECIPES,
+    clip_bytes,
+    official_setting,
+    open_clips,
+    open_held_out,
+    parse_arguments,
+)
 from runtime.device import choose_amp, make_deterministic
 from runtime.errors import InputError, cli_errors
 from runtime.files import atomic_write, checksum, folder_lock, save_json
 from runtime.loading import choose_workers, read_ahead
-from runtime.processes import (broadcast, errors_of_any_process, largest, require_agreement,
-                               start_processes, started, stop_processes)
+from runtime.processes import (
+    broadcast,
+    errors_of_any_process,
+    largest,
+    require_agreement,
+    start_processes,
+    started,
+    stop_processes,
+)
 from runtime.stopping import Stopped, deferred_stop, stop_requested
 
 # Arguments that may change between a run and its resumption.

@@ -22,15 +22,15 @@ from pycocotools import mask as rle
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import model as model_module  # noqa: E402
 from batching import regrouped  # noqa: E402
 from data import VideoSet  # noqa: E402
 from deform_attn import implementation  # noqa: E402
-from runtime.device import choose_amp  # noqa: E402
-from inference import FrameBatches, segment_videos, to_entries  # noqa: E402
-import model as model_module  # noqa: E402
+from evaluation.inference import FrameBatches, segment_videos, to_entries  # noqa: E402
+from evaluation.postprocess import mask_confidence, resize_masks  # noqa: E402
+from evaluation.run_length import encode, encode_counts  # noqa: E402
 from model import FRAMES_TOGETHER, build_model  # noqa: E402
-from results import mask_confidence, resize_masks  # noqa: E402
-from run_length import encode, encode_counts  # noqa: E402
+from runtime.device import choose_amp  # noqa: E402
 from runtime.loading import read_ahead  # noqa: E402
 from transformer import mask_logits  # noqa: E402
 

@@ -4,7 +4,7 @@
     python benchmarks/loading.py --root /data/loading --workers 1 2 4 8 16     # keeps the set, to be used again
     python benchmarks/loading.py --json rows.json             # also write all numbers
 
-The set is in the YouTube-VIS format: scenes of synthetic.py drawn at 1280x720, six textured objects a video that move, hide
+The set is in the YouTube-VIS format: scenes of synthetic/ drawn at 1280x720, six textured objects a video that move, hide
 one another and leave, with camera noise (a standard deviation of 5 grey levels), as JPEGs of quality 90, some 250 kB each;
 masks as compressed RLE. Clips are those of --recipe on videos (no pseudo videos), by default the official R-50 on OVIS: 5
 frames within 6 of the first choice, short sides 288 to 512, before that a crop in half of the clips, half of them mirrored.
@@ -37,8 +37,8 @@ from augmentation import Augmentation, transforms
 from clips import ClipDataset, StepSampler
 from recipes import open_clips, parse_arguments
 from runtime.loading import read_ahead
-from scenes import CATEGORIES
-from synthetic import make_video, write_split
+from synthetic.scenes import CATEGORIES
+from synthetic.suites import make_video, write_split
 from train import PREFETCH
 
 HEIGHT, WIDTH, FRAMES, OBJECTS = 720, 1280, 14, 6      # of a video; reach 6 sees 13 frames

@@ -22,10 +22,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from clips import Clip  # noqa: E402
 from deform_attn import implementation  # noqa: E402
-from runtime.device import choose_amp  # noqa: E402
 from losses import Criterion  # noqa: E402
 from model import build_model  # noqa: E402
 from recipes import parse_arguments  # noqa: E402
+from runtime.device import choose_amp  # noqa: E402
 from train import parameter_groups, train_step  # noqa: E402
 from transformer import mask_logits  # noqa: E402
 

@@ -7,7 +7,7 @@
 
 `train` trains the tracker of every configuration with several seeds, from one VITA model whose detector stays as it is: the paper's
 last stage. Nothing but the flags of CONFIGURATIONS and the seed differs. Several runs share a GPU: alone, none keeps it busy.
-`measure` runs every checkpoint over the held-out videos of every suite (synthetic.py; sets that are missing are written) and
+`measure` runs every checkpoint over the held-out videos of every suite (synthetic/suites.py; sets that are missing are written) and
 writes a record of each into one JSON file. `table` prints means and standard deviations over the records of one name and suite.
 
 AP by occlusion: ground-truth instances fall into bins by their longest gap, frames in a row without a mask between two frames
@@ -51,19 +51,19 @@ sys.path.insert(0, str(REPOSITORY))
 
 from checkpoint import default_short_side, model_from_checkpoint  # noqa: E402
 from data import Video, VideoSet, read_frame  # noqa: E402
-from draw import best_labels  # noqa: E402
 from evaluate import check_categories, open_suite  # noqa: E402
-from inference import segment_videos, to_entries  # noqa: E402
-from metric import accumulate, evaluate_results, mean_defined, summarize, track_rles  # noqa: E402
+from evaluation.inference import segment_videos, to_entries  # noqa: E402
+from evaluation.metric import accumulate, evaluate_results, mean_defined, summarize, track_rles  # noqa: E402
+from evaluation.postprocess import EncodedVideo  # noqa: E402
 from model import GRAttVIS  # noqa: E402
-from plots import new_figure, require_matplotlib  # noqa: E402
 from recipes import at_least  # noqa: E402
-from results import EncodedVideo  # noqa: E402
-from scenes import Difficulty  # noqa: E402
 from runtime.device import choose_amp, choose_device  # noqa: E402
 from runtime.errors import InputError, cli_errors  # noqa: E402
 from runtime.files import checksum, read_json, save_json  # noqa: E402
-from synthetic import SUITES  # noqa: E402
+from synthetic.scenes import Difficulty  # noqa: E402
+from synthetic.suites import SUITES  # noqa: E402
+from viewing.overlays import best_labels  # noqa: E402
+from viewing.plots import new_figure, require_matplotlib  # noqa: E402
 
 CONFIGURATIONS = {  # name: flags of train.py
     "plain": ("--propagation", "plain"),

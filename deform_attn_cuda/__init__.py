@@ -23,7 +23,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .build import FOLDER, BuildError, build_library, library_name, source_digest, wanted_architectures
+from .build import (
+    FOLDER,
+    BuildError,
+    build_library,
+    library_name,
+    source_digest,
+    wanted_architectures,
+)
 
 INSTALL = f"python -m pip install --no-build-isolation {shlex.quote(str(FOLDER))}"
 _loaded: bool | None = None     # None = not tried yet
@@ -84,7 +91,7 @@ def build_in_cache() -> Path:
     """Build for the GPUs seen. Of several processes that come here together, one builds and the others wait for it."""
     if os.name != "posix":
         raise BuildError(f"it is built on Linux, not on {sys.platform}")
-    import fcntl                   # not everywhere
+    import fcntl  # not everywhere
     architectures = wanted_architectures()
     if not serves_all(architectures):
         raise BuildError(f"TORCH_CUDA_ARCH_LIST asks for {', '.join(architectures)}, which a GPU here cannot run")

@@ -11,7 +11,7 @@ from math import isnan
 import numpy as np
 from pycocotools import mask as rle
 
-from run_length import UNFILLED, find_fault
+from evaluation.run_length import UNFILLED, find_fault
 from runtime.errors import InputError, shown
 
 LONGEST_OUTLINE = 2 ** 20  # pixels, of all polygons of one segmentation

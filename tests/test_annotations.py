@@ -21,7 +21,7 @@ from pycocotools import mask as rle
 import evaluate
 import train
 from data import InputError, Video, VideoSet
-from metric import evaluate_results
+from evaluation.metric import evaluate_results
 from reading.annotations import Skipped, complete, read_categories, unique_names
 from reading.ids import id_order
 
@@ -205,6 +205,7 @@ NOTATIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("notation", NOTATIONS)
 def test_results_have_the_ids_of_the_annotations(notation, frames, weights, tmp_path):
     content = rename(make_content(), *NOTATIONS[notation])
@@ -229,6 +230,7 @@ def test_results_have_the_ids_of_the_annotations(notation, frames, weights, tmp_
     assert scored == metrics and set(metrics["per_class"]) == {"cat", "dog"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("notation", ["uuids", "other script", "gaps"])
 def test_a_set_of_any_ids_is_trained_on(notation, frames, tmp_path):
     content = rename(make_content(), *NOTATIONS[notation])
@@ -463,6 +465,7 @@ def test_an_annotation_of_nothing_is_skipped_and_counted(content, reason, frames
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "segmentation", [None, "", [], {}, [[]], [[5, 5, 9, 9]], "missing"], ids=repr
 )
@@ -494,6 +497,7 @@ def test_a_track_that_is_never_seen_counts_as_missed():
     assert evaluate_results(perfect(make_content())[1:], content)["per_class"]["cat"] < 1
 
 
+@pytest.mark.slow
 def test_ten_thousand_skipped_annotations_are_one_line(frames, tmp_path, capsys):
     content = make_content()
     content["annotations"] += [
@@ -529,6 +533,7 @@ def test_where_all_annotations_are_skipped_the_error_says_why(change, frames, tm
         VideoSet(write(tmp_path / "set.json", content), frames)
 
 
+@pytest.mark.slow
 def test_a_file_without_annotations_is_a_test_set(frames, weights, tmp_path):
     for number, annotations in enumerate((None, [], "missing")):
         content = make_content() | {"annotations": annotations}
@@ -615,6 +620,7 @@ def test_what_is_bad_is_refused_or_left_out(spoil, sentence, tracks, frames, tmp
     assert len(videos.ground_truth["annotations"]) == sum(tracks)
 
 
+@pytest.mark.slow
 def test_training_and_evaluation_leave_out_the_same(frames, weights, tmp_path, capsys):
     content = make_content(3)
     no_frame(content)
@@ -640,6 +646,7 @@ def test_training_and_evaluation_leave_out_the_same(frames, weights, tmp_path, c
     assert {entry["video_id"] for entry in results} == {2, 3}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "more", [["--chunk", "1"], ["--chunk", "2", "--workers", "2"]], ids=" ".join
 )
@@ -667,6 +674,7 @@ def test_a_frame_that_turns_out_damaged_costs_its_video_alone(
     ).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_resumed_evaluation_tries_again_what_was_left_out(frames, weights, tmp_path, monkeypatch):
     folder, path = (
         damaged(frames, tmp_path / "frames"),
@@ -684,6 +692,7 @@ def test_a_resumed_evaluation_tries_again_what_was_left_out(frames, weights, tmp
     assert metrics == run_evaluation(weights, path, frames, tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_video_that_is_left_out_is_left_out_of_other_annotations(frames, weights, tmp_path):
     folder, path = (
         damaged(frames, tmp_path / "frames"),
@@ -696,6 +705,7 @@ def test_a_video_that_is_left_out_is_left_out_of_other_annotations(frames, weigh
     assert metrics == run_evaluation(weights, path, folder, tmp_path / "again", "--skip-bad")
 
 
+@pytest.mark.slow
 def test_a_damaged_frame_does_not_end_periodic_evaluation(frames, tmp_path, capsys):
     root = tmp_path / "set"
     damaged(frames, root / "valid")
@@ -723,6 +733,7 @@ def test_a_damaged_frame_does_not_end_periodic_evaluation(frames, tmp_path, caps
     )
 
 
+@pytest.mark.slow
 def test_where_everything_is_bad_the_error_says_so(frames, weights, tmp_path):
     content = make_content()
     put(["v1/8.png", "v1/9.png"], "videos.file_names")(content)
@@ -800,6 +811,7 @@ def test_images_and_videos_may_lack_what_the_other_task_needs():
 NAMES = ["собака", "猫", "kočička 🐈", "\u06af\u0631\u0628\u0647\u200c\u0647\u0627"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, encoding", list(zip(NAMES, ["utf-8", "utf-8-sig", "utf-16"])))
 def test_names_survive_from_the_file_to_the_metrics(name, encoding, frames, tmp_path):
     content = make_content()
@@ -831,6 +843,7 @@ for video in videos.videos:
 """
 
 
+@pytest.mark.slow
 def test_files_are_utf8_whatever_the_locale_says(frames, tmp_path):
     """The JSON, the names in it, and the names of frames on the disk."""
     content = make_content(1)
@@ -884,6 +897,7 @@ def test_metrics_and_plots_are_saved_before_anything_is_printed(tmp_path, monkey
     ]
 
 
+@pytest.mark.slow
 def test_classes_of_one_name_are_told_apart(frames, tmp_path):
     content = make_content()
     content["categories"][1]["name"] = "cat"

@@ -19,9 +19,9 @@ import torch
 from PIL import Image
 
 import evaluate
-import synthetic
 import train
 from data import InputError, read_mask, read_picture
+from synthetic import suites as synthetic
 
 SMALL = ["--batch", "1", "--frames", "2", "--points", "64", "--workers", "0", "--short-sides", "64", "--device", "cpu"]
 
@@ -216,6 +216,7 @@ def cut_short(path):
     path.write_bytes(path.read_bytes()[:-200])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spoil, expected", [
     (Path.unlink, "of video 1 is missing"),
     (cut_short, "cannot be read: .*truncated"),

@@ -8,12 +8,21 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from golden_set import meta, names_shapes
 
 from backbone import build_backbone
-from checkpoint import (default_short_side, load_backbone, load_weights, model_from_checkpoint, read_propagation,
-                        read_run, save_checkpoint, save_weights, translate)
+from checkpoint import (
+    default_short_side,
+    load_backbone,
+    load_weights,
+    model_from_checkpoint,
+    read_propagation,
+    read_run,
+    save_checkpoint,
+    save_weights,
+    translate,
+)
 from data import InputError
-from golden_set import meta, names_shapes
 from model import PRESETS, TEST_SIDES, build_model
 
 TINY = dict(channels=32, heads=2, feed_forward=32, pixel_feed_forward=32)
@@ -54,6 +63,7 @@ def test_a_contradicting_mode_is_reported_by_name():
     assert load_weights(gated, plain.state_dict()).missing == ["tracker.gate_proj.weight", "tracker.gate_proj.bias"]
 
 
+@pytest.mark.slow
 def test_detectron2_pickles_load_without_running_anything(tmp_path):
     """numpy arrays under "model", as the model zoo's .pkl files; protocol 2 is how they were written."""
     model = tiny_model()
@@ -241,6 +251,7 @@ def test_official_names_stay_what_they_are(key):
     assert plain.keys() == wrapped.keys() and len(plain) >= len(names) - 10
 
 
+@pytest.mark.slow
 def test_real_wrappers_of_pytorch():
     """Their own state dicts, nested in one another."""
     model = build_model("toy", 3, backbone="resnet10_thin", **TINY)
@@ -396,6 +407,7 @@ def test_detectron2_backbone_alone():
     assert not report.unexpected and not any(name.startswith("backbone.") for name in report.missing)
 
 
+@pytest.mark.slow
 def test_our_checkpoint_builds_its_model(tmp_path):
     model = build_model("toy", 3, "gated+memory", gate_mask="blocked", **TINY)
     config = {"preset": "toy", "propagation": "gated+memory", "model_options": {"gate_mask": "blocked"} | TINY}
@@ -432,6 +444,7 @@ def test_official_checkpoint_needs_what_its_names_do_not_tell(tmp_path):
         model_from_checkpoint(path, "toy")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("averaged", [False, True])
 def test_weights_alone(tmp_path, averaged):
     """Half the bytes, the same model but for rounding; the averaged weights where there are some; nothing is overwritten."""

@@ -191,6 +191,7 @@ def test_the_config_of_a_file_says_what_is_built(tmp_path, preset, propagation):
         model_from_checkpoint(tmp_path / "last.pt", channels=64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [None, {}], ids=str)
 def test_an_empty_config_says_nothing(tmp_path, config):
     torch.save({"model": build_model("toy", 2).state_dict(), "config": config}, tmp_path / "a.pt")

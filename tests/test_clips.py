@@ -12,7 +12,7 @@ from augmentation import Augmentation
 from clips import ClipDataset, MixedClips, RenderedClips
 from data import VideoSet, find_split
 from runtime.errors import InputError
-from synthetic import make_dataset
+from synthetic.suites import make_dataset
 
 AS_IT_IS = Augmentation(short_sides=(64,), flip=False)
 VIDEOS = 4

@@ -10,6 +10,16 @@ import numpy
 import pytest
 import torch
 from PIL import Image
+from sparse_set import (
+    LABELS,
+    VIDEOS,
+    encode,
+    rectangles,
+    sparse_content,
+    write_json,
+    write_sparse_set,
+)
+from test_bad_input import read_files
 
 import data
 from augmentation import Augmentation
@@ -17,10 +27,7 @@ from clips import ClipDataset
 from data import VideoSet, find_split, read_categories, test_frames
 from reading.pictures import read_picture
 from runtime.errors import InputError
-from sparse_set import (LABELS, VIDEOS, encode, rectangles, sparse_content, write_json,
-                        write_sparse_set)
-from synthetic import SUITES, make_dataset
-from test_bad_input import read_files
+from synthetic.suites import SUITES, make_dataset
 
 
 @pytest.fixture(scope="module")

@@ -3,10 +3,15 @@ import math
 
 import pytest
 import torch
-
-from deform_attn import (DeformableAttention, deformable_attention, implementation, pixel_centres,
-                         sample_points)
 from golden_set import meta, read_arrays, relative_error
+
+from deform_attn import (
+    DeformableAttention,
+    deformable_attention,
+    implementation,
+    pixel_centres,
+    sample_points,
+)
 
 
 def bilinear(plane, x, y):

@@ -11,7 +11,13 @@ import pytest
 import torch
 
 import deform_attn_cuda
-from deform_attn import DeformableAttention, attend_in_pytorch, deformable_attention, pixel_centres, sample_points
+from deform_attn import (
+    DeformableAttention,
+    attend_in_pytorch,
+    deformable_attention,
+    pixel_centres,
+    sample_points,
+)
 from deform_attn_cuda import build
 
 FOLDER = Path(deform_attn_cuda.__file__).parent

@@ -20,20 +20,22 @@ import numpy
 import pytest
 import torch
 from PIL import Image
+from processes import ENVIRONMENT, REPOSITORY, fake_ffmpeg
 from pycocotools import mask as rle
+from test_bad_input import read_files, sentence, train_arguments
+from test_overlays import read_animation
 
 import demo
 import train
 from checkpoint import model_from_checkpoint
 from data import InputError, at_test_size
-from draw import overlays
-from processes import ENVIRONMENT, REPOSITORY, fake_ffmpeg
+from evaluation.postprocess import FrameTracks
 from reading.annotations import one_line
-from results import FrameTracks
-from scenes import CATEGORIES
-from synthetic import Suite, make_dataset
-from test_bad_input import read_files, sentence, train_arguments
-from test_draw import read_animation
+from synthetic.scenes import CATEGORIES
+from synthetic.suites import Suite, make_dataset
+from viewing.overlays import overlays
+
+pytestmark = pytest.mark.slow  # whole programs
 
 FRAMES, HEIGHT, WIDTH = 4, 64, 80
 SHORT_SIDE, TOP_K = 48, 40                          # shrunk for the model; twice as many instances as there are tracks
@@ -565,7 +567,6 @@ def box_of(mask):
     return f"{columns.min()},{rows.min()} to {columns.max()},{rows.max()}"
 
 
-@pytest.mark.slow
 def test_standard_input_is_followed_picture_by_picture(tmp_path, weights, pictures, model):
     """The line of a frame comes before the next frame is sent; it has the class, number, score and box of every track of `step`."""
     # as many threads as here, since others round otherwise; and Python itself must not hand on what is printed

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 import demo
-import synthetic
 from data import InputError
+from synthetic import suites as synthetic
 
 needs_ffmpeg = pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="video files are made and read with ffmpeg")
 

@@ -3,14 +3,16 @@ import json
 
 import numpy
 import pytest
+from golden_set import meta, read_json
 from PIL import Image
 from pycocotools import mask as rle
 
 import evaluate
 import train
 from data import test_frames
-from golden_set import meta, read_json
-from synthetic import SUITES, Suite, make_dataset
+from synthetic.suites import SUITES, Suite, make_dataset
+
+pytestmark = pytest.mark.slow  # whole programs
 
 
 def test_golden_results_file_scored_from_the_command_line(golden_dir, tmp_path):
@@ -69,7 +71,6 @@ def test_a_set_without_annotations_gets_results_but_no_metrics(trained, tmp_path
     assert "server" in capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_without_arguments_the_shipped_weights_are_evaluated_on_suites(tmp_path, monkeypatch, capsys):
     """Two suites, which are written; a model that has learned something. Here the suites are small."""
     monkeypatch.chdir(tmp_path)

@@ -14,17 +14,27 @@ import numpy
 import pytest
 import torch
 from PIL import Image
+from sparse_set import (
+    SIDE,
+    VIDEOS,
+    part_of_set,
+    perfect_results,
+    save_tiny_model,
+    sparse_content,
+    write_json,
+    write_sparse_set,
+)
+from test_bad_input import read_files
 from torch import nn
 
 import evaluate
-from draw import overlays, save_pictures
-from metric import evaluate_results
+from evaluation.metric import evaluate_results
 from model import GRAttVIS, build_model
 from runtime.errors import InputError
-from sparse_set import (SIDE, VIDEOS, part_of_set, perfect_results, save_tiny_model, sparse_content,
-                        write_json, write_sparse_set)
-from synthetic import SUITES, Suite, make_dataset
-from test_bad_input import read_files
+from synthetic.suites import SUITES, Suite, make_dataset
+from viewing.overlays import overlays, save_pictures
+
+pytestmark = pytest.mark.slow  # whole programs
 
 # Frames of the videos, in the order of their ids
 LENGTHS = {number: VIDEOS[number][0] for number in sorted(VIDEOS)}

@@ -6,11 +6,19 @@ that nothing in the model quietly needs more.
 import numpy
 import pytest
 import torch
+from conftest import fixed_threads
+from golden_set import (
+    PROPAGATION,
+    golden_model,
+    make_video,
+    meta,
+    read_arrays,
+    relative_error,
+    subsampled_error,
+    unpack_masks,
+)
 
 from checkpoint import SHIPPED_WEIGHTS, model_from_checkpoint
-from conftest import fixed_threads
-from golden_set import (PROPAGATION, golden_model, make_video, meta, read_arrays, relative_error, subsampled_error,
-                        unpack_masks)
 from transformer import mask_logits
 
 VIDEOS = list(meta()["infer"]["videos"])
@@ -28,6 +36,16 @@ def model(request):
     spec = meta()["infer"]
     propagation = PROPAGATION[spec["gated"], spec["use_mem"]]
     return golden_model(spec["names_shapes"], "r50", spec["num_classes"], propagation, request.param).eval()
+
+
+@pytest.fixture
+def detections(monkeypatch):
+    """Starts to record the outputs of a model's detector, so that no test has to run it twice."""
+    def record(model):
+        outputs, detect = [], model.detect
+        monkeypatch.setattr(model, "detect", lambda images: outputs.append(detect(images)) or outputs[-1])
+        return outputs
+    return record
 
 
 def run_stages(model, frames):
@@ -142,7 +160,7 @@ def test_golden_step_equals_segment_video(model, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode, name, dtype", [(*case, torch.float64) for case in MODES] + [(*case, torch.float32) for case in FIRST])
-def test_golden_propagation_modes(mode, name, dtype):
+def test_golden_propagation_modes(mode, name, dtype, detections):
     spec = meta()["modes"]
     run, golden = spec["runs"][mode], read_arrays(spec["file"])
     golden = {key.removeprefix(f"{mode}.{name}."): value for key, value in golden.items()
@@ -152,6 +170,7 @@ def test_golden_propagation_modes(mode, name, dtype):
                          PROPAGATION[run["gated"], run["use_mem"]], dtype).eval()
     video_spec = run["videos"][name]
     size = (video_spec["out_height"], video_spec["out_width"])
+    detected, state = detections(model), None
     video = model.segment_video(make_video(**video_spec), size, meta()["infer"]["topk"])
     assert relative_error(video.logits, golden["logits"]) < 1e-3
     compare_detections(video, golden, "", packed=False)
@@ -159,8 +178,9 @@ def test_golden_propagation_modes(mode, name, dtype):
         assert relative_error(video.logits, golden["f64.logits"]) < 1e-8
         assert abs(video.scores.numpy() - numpy.sort(golden["f64.scores"])[::-1]).max() < 1e-6
     with torch.no_grad():
-        for _, prediction, state in run_stages(model, make_video(**video_spec)):
-            pass
+        for output in detected:
+            prediction, state = model.tracker(output.queries[:, None], state)
+    assert len(detected) == len(video.logits)
     assert subsampled_error(state.query[0], golden, "prop_query_last") < 1e-3
     if "gate_open" in golden:
         assert (torch.stack(prediction.gate_logits)[:, 0, 0].numpy() >= 0).tolist() == golden["gate_open"][-1].tolist()
@@ -169,7 +189,7 @@ def test_golden_propagation_modes(mode, name, dtype):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float64", "float32"])
 @pytest.mark.parametrize("name", list(meta()["vita"]["videos"]))
-def test_golden_vita(name, dtype):
+def test_golden_vita(name, dtype, detections):
     """"clip" propagation: windows of frames, plain and shifted in turn, and a video length that fills no window."""
     spec = meta()["vita"]
     golden, double, video_spec = read_arrays(spec["file"]), dtype == torch.float64, spec["videos"][name]
@@ -178,13 +198,14 @@ def test_golden_vita(name, dtype):
                          window=spec["enc_window_size"]).eval()
     frames = make_video(**video_spec)
     size = video_spec["out_height"] and (video_spec["out_height"], video_spec["out_width"])
+    detected = detections(model)
     video = model.segment_video(frames, size, spec["topk"])
     assert relative_error(video.logits[0], golden["logits"]) < 1e-3
     compare_detections(video, golden, "")
     if double:
         assert relative_error(video.logits[0], golden["f64.logits"]) < 1e-8
     with torch.no_grad():
-        queries = torch.stack([model.detect(model.prepare([frame])).queries for frame in frames], 2)
+        queries = torch.stack([output.queries for output in detected], 2)
         prediction, _ = model.tracker(queries)
     assert subsampled_error(queries[-1, 0], golden, "frame_queries_last_layer") < 1e-3
     assert relative_error(prediction.mask_embed[-1][0, 0], golden["mask_embed"]) < 1e-3

@@ -7,14 +7,14 @@ import re
 import numpy
 import pytest
 import torch
+from conftest import fixed_threads
+from golden_set import PROPAGATION, golden_model, make_video, meta, read_json
 
 import losses as losses_module
 import matcher
 import tracker
 from checkpoint import translate
 from clips import Clip
-from conftest import fixed_threads
-from golden_set import PROPAGATION, golden_model, make_video, meta, read_json
 
 SECTIONS = [section for section in ("train", "train_genvis", "train_vita", "train_vita_coco") if section in meta()]
 TOLD_APART = ("freeze_detector", "gate_weight")  # runs that differ in these alone have one output, losses and matches

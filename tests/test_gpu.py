@@ -4,14 +4,14 @@ import json
 
 import pytest
 import torch
+from golden_set import PROPAGATION, golden_model, make_video, meta, read_arrays, relative_error
+from test_golden_inference import assert_masks_in_16_bit
 
 import train
 from backbone import build_backbone, fold_norms
-from golden_set import PROPAGATION, golden_model, make_video, meta, read_arrays, relative_error
-from graph import Replay
+from fast.cuda_graphs import Replay
 from model import build_model
-from synthetic import make_dataset
-from test_golden_inference import assert_masks_in_16_bit
+from synthetic.suites import make_dataset
 from transformer import cast_products, linear_relu
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that PyTorch sees")

@@ -14,19 +14,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import fixed_threads
+from processes import ENVIRONMENT, REPOSITORY, free_port, wait_until
 from pycocotools import mask as rle
+from test_model import HEIGHT, WIDTH, make_frames, make_model
 
 import evaluate
 import model as model_file
 import train
-from conftest import fixed_threads
 from data import InputError, Video, VideoSet, test_frames
-from inference import FrameBatches, Unfinished, share
-from metric import evaluate_results
-from processes import ENVIRONMENT, REPOSITORY, free_port, wait_until
-from results import EncodedVideo
-from synthetic import make_dataset
-from test_model import HEIGHT, WIDTH, make_frames, make_model
+from evaluation.inference import FrameBatches, Unfinished, share
+from evaluation.metric import evaluate_results
+from evaluation.postprocess import EncodedVideo
+from synthetic.suites import make_dataset
+
+pytestmark = pytest.mark.slow  # whole programs
 
 LENGTHS = (5, 2, 4, 3, 2, 2, 3, 2)                  # frames of the videos
 SIZES = ["--short-side", "48", "--top-k", "4"]      # the frames are shrunk, so that masks are enlarged again
@@ -283,7 +285,6 @@ def test_chunks_and_workers_change_no_byte(trained, whole, tmp_path, more):
     assert_equal_results(tmp_path, whole)
 
 
-@pytest.mark.slow
 def test_two_processes_write_what_one_writes(trained, whole, tmp_path):
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port()]
     process = subprocess.run([sys.executable, *launcher, str(REPOSITORY / "evaluate.py"), *arguments(trained, tmp_path)],
@@ -295,7 +296,6 @@ def test_two_processes_write_what_one_writes(trained, whole, tmp_path):
     assert (tmp_path / "metrics.json").read_text() == (whole / "metrics.json").read_text()
 
 
-@pytest.mark.slow
 def test_a_killed_evaluation_goes_on_where_it_was(trained, whole, tmp_path, capsys):
     """kill -9 as soon as a video is done; then the same command does the others, and nobody can tell."""
     def done():

@@ -494,6 +494,7 @@ def test_gate_losses():
 
 SLOW = {"class": 1.5, "mask": 3.0, "dice": 7.0, "similarity": 0.25, "gate": 0.75, "no object": 0.2}      # weights, all different
 
+
 @torch.no_grad()
 def slow_costs(logits: torch.Tensor, kernel: torch.Tensor, features: torch.Tensor, labels, truth, criterion: Criterion
                ) -> numpy.ndarray:

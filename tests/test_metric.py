@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
-import metric
 from data import InputError
+from evaluation import metric
 
 
 def encode(mask):

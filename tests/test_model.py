@@ -13,16 +13,16 @@ from functools import partial
 from itertools import accumulate
 
 import numpy
+import plain_model
 import pytest
 import torch
 import torch.nn.functional as F
 from pycocotools import mask as rle
+from test_detector import randomised
 from torchvision.models.resnet import BasicBlock, ResNet
 
-import plain_model
 from batching import regrouped
 from model import PIXEL_MEAN, PIXEL_STD, PRESETS, TEST_SIDES, GRAttVIS, build_model
-from test_detector import randomised
 
 CLASSES, HEIGHT, WIDTH = 3, 40, 56
 STEPPING = ("gated", "plain", "memory", "gated+memory")  # the propagations that go frame by frame
@@ -114,6 +114,7 @@ def test_a_video_is_segmented_as_by_plain_loops(propagation, options):
         assert [rle.decode(code).tolist() for code in encoded.segmentations[number]] == masks.int().tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("propagation, length", [("gated", 1), ("gated+memory", 2), ("gated", 3)])
 def test_several_clips_at_once(monkeypatch, propagation, length):
     """As a GPU takes them: six frames that come together are what they are one by one."""
@@ -217,6 +218,7 @@ def test_what_is_no_video(model):
         model.segment_video([make_frames(1)[0], make_frames(1, 40, 50)[0]])
 
 
+@pytest.mark.slow
 def test_activations_that_float16_cannot_hold_are_told():
     """Not for the first frame, so that no frame is overlooked; bfloat16 has the range of float32."""
     model, frames = build_model("toy", CLASSES, norm="group").eval(), make_frames(3)

@@ -5,14 +5,14 @@ import numpy
 import pytest
 import torch
 from PIL import Image
-
-import plots
-from data import InputError
-from draw import colour_of
-from metric import accumulate
-from plots import plot_classes, plot_precision, plot_timeline, require_matplotlib
-from test_draw import video_of
+from test_overlays import video_of
 from test_metric import encode
+
+from data import InputError
+from evaluation.metric import accumulate
+from viewing import plots
+from viewing.overlays import colour_of
+from viewing.plots import plot_classes, plot_precision, plot_timeline, require_matplotlib
 
 pytest.importorskip("matplotlib", reason="plots need matplotlib")
 

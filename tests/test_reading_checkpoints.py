@@ -10,9 +10,9 @@ import shutil
 import struct
 import subprocess
 import tarfile
-from xml.dom import minidom
 import zipfile
 from pathlib import Path
+from xml.dom import minidom
 
 import numpy as np
 import pytest

@@ -18,6 +18,15 @@ def test_references_name_a_symbol_that_exists(name, file):
 def test_every_module_is_in_the_table_of_files():
     table = set(re.findall(r"^\| `(\w+\.py)`", README, re.MULTILINE))
     assert table == {path.name for path in REPOSITORY.glob("*.py")} and REFERENCES
+    assert len(table) <= 18  # the paper and the programs; what supports them has folders
+
+
+def test_every_folder_is_in_the_table_of_folders():
+    table = set(re.findall(r"^\| `(\w+)/`", README, re.MULTILINE))
+    assert table == {path.parent.name for path in REPOSITORY.glob("*/*.py")} | {"docs"}
+    for folder, contents in re.findall(r"^\| `(\w+)/` \|(.*)\|", README, re.MULTILINE):
+        for file in re.findall(r"`(\w+\.py)`", contents):
+            assert (REPOSITORY / folder / file).exists()
 
 
 def test_the_first_two_blocks_hold_one_line_each():

@@ -133,6 +133,7 @@ DIFFERENT = {repr({key: value for key, value in setting.items() if key not in SI
              for name, (_, setting) in RECIPES.items()}            # the same data, augmentation, stage: one of them
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DIFFERENT.values())
 def test_every_recipe_trains_a_step(name, data_sets, tmp_path, monkeypatch, capsys):
     """From the sets on disk through its own augmentation, at a toy's size; one of those that differ in their size alone."""
@@ -230,6 +231,7 @@ def test_sources_are_mixed_by_ratio(data_sets):
         open_clips(data_sets, "--train-ratio", "1")
 
 
+@pytest.mark.slow
 def test_another_seed_mixes_otherwise(data_sets):
     def drawn(seed):
         clips = open_clips(data_sets, "--seed", str(seed), "--train-ratio", "1", "1")
@@ -313,6 +315,7 @@ def test_broken_data_is_told_by_name(broken):
         [clips[index] for index in range(8)]
 
 
+@pytest.mark.slow
 def test_skip_bad_goes_on_and_counts(broken, tmp_path_factory, capsys):
     root, _ = broken
     output = tmp_path_factory.mktemp("run")

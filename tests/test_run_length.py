@@ -5,8 +5,17 @@ import torch
 import torch.nn.functional as F
 from pycocotools import mask as rle
 
-import run_length
-from run_length import PackedCodes, compress, decode_runs, encode, encode_counts, encode_part, find_fault, find_runs
+from evaluation import run_length
+from evaluation.run_length import (
+    PackedCodes,
+    compress,
+    decode_runs,
+    encode,
+    encode_counts,
+    encode_part,
+    find_fault,
+    find_runs,
+)
 
 SIZES = [(1, 1, 1), (3, 1, 9), (3, 9, 1), (4, 6, 7), (3, 7, 10), (2, 5, 12), (2, 13, 8), (3, 4, 16), (2, 24, 54), (5, 2, 25)]
 

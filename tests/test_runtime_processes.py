@@ -4,13 +4,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from processes import ENVIRONMENT, REPOSITORY, free_port
 
 import train
-from processes import ENVIRONMENT, REPOSITORY, free_port
 from runtime.device import choose_device
 from runtime.errors import InputError
 from runtime.processes import start_processes
-from synthetic import make_dataset
+from synthetic.suites import make_dataset
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 

@@ -6,9 +6,9 @@ import sys
 
 import pytest
 import torch
-
 from processes import ENVIRONMENT, REPOSITORY, free_port, wait_until
-from synthetic import make_dataset
+
+from synthetic.suites import make_dataset
 
 pytestmark = pytest.mark.slow
 SMALL = ["--device", "cpu", "--frames", "2", "--points", "64", "--short-sides", "48", "--batch",

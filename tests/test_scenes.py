@@ -8,8 +8,8 @@ import math
 import numpy
 import pytest
 
-import scenes
-import synthetic
+from synthetic import scenes
+from synthetic import suites as synthetic
 
 HEIGHT, WIDTH, VIDEOS = 48, 80, 8
 # suite: mean and deviation of all grey levels; category ids of the instances, one after the other;

@@ -9,17 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
-import metric
-from checkpoint import save_checkpoint
 from conftest import fixed_threads
-from data import InputError, Video
-from model import build_model
-from results import EncodedVideo
-from run_length import encode
-from scenes import Difficulty
-from synthetic import SUITES, make_dataset, make_video
 from test_metric import LEFT, RIGHT, annotation, prediction, truth
+
+from checkpoint import save_checkpoint
+from data import InputError, Video
+from evaluation import metric
+from evaluation.postprocess import EncodedVideo
+from evaluation.run_length import encode
+from model import build_model
+from synthetic.scenes import Difficulty
+from synthetic.suites import SUITES, make_dataset, make_video
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))     # at the end: some of its files have names of ours
 import study  # noqa: E402

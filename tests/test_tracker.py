@@ -6,12 +6,19 @@ Gumbel-sigmoid and its straight-through gradient, GenVIS' memory, VITA's windows
 import itertools
 import math
 
+import plain_model
 import pytest
 import torch
 
-import plain_model
 import tracker as tracker_module
-from tracker import GATE_MASKS, GUMBEL_TEMPERATURE, PROPAGATIONS, Tracker, TrackerState, logistic_noise
+from tracker import (
+    GATE_MASKS,
+    GUMBEL_TEMPERATURE,
+    PROPAGATIONS,
+    Tracker,
+    TrackerState,
+    logistic_noise,
+)
 from transformer import Attention, mask_kernel
 
 QUERIES, FRAME_QUERIES, CHANNELS = 5, 4, 16

@@ -7,15 +7,17 @@ import sys
 
 import pytest
 import torch
+from processes import ENVIRONMENT, free_port
 from torch import nn
 
 import recipes
 import train
 from backbone import SwinBackbone
 from data import InputError
-from processes import ENVIRONMENT, free_port
-from synthetic import make_dataset
+from synthetic.suites import make_dataset
 from train import learning_rate_factor, parameter_groups, parse_arguments
+
+pytestmark = pytest.mark.slow  # whole programs
 
 TINY = ["--device", "cpu", "--frames", "2", "--points", "64", "--short-sides", "64", "--workers", "0", "--lr-steps", "3", "--warmup", "0"]
 
@@ -296,7 +298,6 @@ def instances_per_video(root):
     return sorted(map(videos.count, set(videos)))
 
 
-@pytest.mark.slow
 def test_two_processes_have_the_gradients_of_one(tmp_path):
     """The gradients and losses of 2 x 1 clip are those of 1 x 2 clips to rounding, where both draw the same points; otherwise
     the processes are seeded differently.

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from training import TINY, TINY_MODEL, train_tiny
 
 from augmentation import Augmentation
 from clips import ClipDataset
@@ -15,8 +16,7 @@ from data import VideoSet, find_split
 from losses import Criterion
 from model import build_model
 from recipes import parse_arguments
-from synthetic import make_dataset
-from training import TINY, TINY_MODEL, train_tiny
+from synthetic.suites import make_dataset
 
 CASES = {  # all values differ from the defaults of the command line
     "schedule, clipping, average": dict(
@@ -156,7 +156,9 @@ def test_no_value_of_a_case_is_the_default(case):
     assert not [name for name, value in CASES[case].items() if defaults[name] == value]
 
 
-@pytest.mark.parametrize("case", CASES)
+# The first case alone tells most mistakes.
+@pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.slow if number else ())
+                                  for number, case in enumerate(CASES)])
 def test_a_run_equals_a_plain_loop(case, data_root, tmp_path):
     """Log, last.pt and best.pt. An evaluation in between changes nothing."""
     setting = DEFAULTS | TINY | CASES[case]
@@ -189,6 +191,7 @@ def test_a_run_equals_a_plain_loop(case, data_root, tmp_path):
         torch.testing.assert_close(convolution, evaluated[first - 1]["backbone.conv1.weight"])
 
 
+@pytest.mark.slow
 def test_the_log_tells_the_rate_of_the_next_step(data_root, tmp_path):
     run = train_tiny(tmp_path, data_root=data_root, iterations=6, lr=0.002, warmup=4,
                      warmup_start=0.5, lr_steps=[4, 5], lr_gamma=0.5)
@@ -196,6 +199,7 @@ def test_the_log_tells_the_rate_of_the_next_step(data_root, tmp_path):
     assert [line["lr"] for line in run.lines] == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_seeds_of_the_steps_differ(data_root, tmp_path):
     """The same in another run with the same --seed."""
     runs = [train_tiny(tmp_path / name, data_root=data_root, iterations=3, seed=seed)

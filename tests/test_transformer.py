@@ -8,8 +8,16 @@ import pytest
 import torch
 from torch import nn
 
-from transformer import (MLP, Attention, CrossAttention, FeedForward, SelfAttention, cast_products, mask_kernel,
-                         mask_logits)
+from transformer import (
+    MLP,
+    Attention,
+    CrossAttention,
+    FeedForward,
+    SelfAttention,
+    cast_products,
+    mask_kernel,
+    mask_logits,
+)
 
 CHANNELS, HEADS = 12, 3
 

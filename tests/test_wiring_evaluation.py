@@ -9,17 +9,30 @@ import zipfile
 
 import pytest
 import torch
+from sparse_set import (
+    CATEGORIES,
+    INSTANCES,
+    LABELS,
+    SIDE,
+    VIDEOS,
+    decode,
+    part_of_set,
+    perfect_results,
+    save_tiny_model,
+    sparse_content,
+    write_json,
+    write_sparse_set,
+)
 
 import evaluate
 import train
 from checkpoint import model_from_checkpoint
 from data import VideoSet, test_frames
-from metric import evaluate_results
+from evaluation.metric import evaluate_results
 from model import GRAttVIS, build_model
 from runtime.errors import InputError
-from sparse_set import (CATEGORIES, INSTANCES, LABELS, SIDE, VIDEOS, decode, part_of_set,
-                        perfect_results, save_tiny_model, sparse_content, write_json,
-                        write_sparse_set)
+
+pytestmark = pytest.mark.slow  # whole programs
 
 TOP_K = 7
 

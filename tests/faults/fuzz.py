@@ -40,11 +40,11 @@ sys.path.insert(0, str(Path(__file__).parents[2]))                # as a program
 
 import demo
 import evaluate
-import synthetic
 from checkpoint import model_from_checkpoint
 from data import InputError, VideoSet, read_frame, read_mask
-from metric import evaluate_results
+from evaluation.metric import evaluate_results
 from model import build_model
+from synthetic import suites as synthetic
 
 MEMORY = 2 ** 31     # bytes of a whole process
 SECONDS = 5          # an input

@@ -121,6 +121,6 @@ def evaluate(folder: str, videos: str, frames: str) -> None:
 
 if __name__ == "__main__":
     import model
-    from synthetic import make_dataset
+    from synthetic.suites import make_dataset
     model.PRESETS["toy"] = TINY
     {"train": train, "step": step, "evaluate": evaluate}[sys.argv[1]](*sys.argv[2:])

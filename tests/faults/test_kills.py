@@ -12,12 +12,12 @@ import time
 
 import pytest
 import torch
+from processes import ENVIRONMENT, REPOSITORY, wait_until
 
 import evaluate
 import train
 from checkpoint import save_checkpoint
-from processes import ENVIRONMENT, REPOSITORY, wait_until
-from synthetic import make_dataset
+from synthetic.suites import make_dataset
 
 pytestmark = pytest.mark.slow
 TRIES = 10                                           # for each kill: on a busy machine the murderer may come too late

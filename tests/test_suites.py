@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 from pycocotools import mask as rle
 
-import scenes
-import synthetic
 from data import VideoSet
+from synthetic import scenes
+from synthetic import suites as synthetic
 
 # Its decoder has yet to learn an argument that NumPy 2 passes to __array__; the masks are right all the same.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

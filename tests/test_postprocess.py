@@ -5,8 +5,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from results import (RunningScores, best_pairs, check_finite, class_probabilities, mask_confidence,
-                     resize_masks, with_mask_scores)
+from evaluation.postprocess import (
+    RunningScores,
+    best_pairs,
+    check_finite,
+    class_probabilities,
+    mask_confidence,
+    resize_masks,
+    with_mask_scores,
+)
 
 
 @pytest.mark.parametrize("size, output", [((40, 56), None), ((40, 56), (40, 56)), ((33, 60), (80, 112)), ((40, 64), (25, 31)),

@@ -1,7 +1,7 @@
 """A model over the videos of a data set: frames decoded ahead, any length, shared out to processes, resumed after a kill.
 
     for video, found in segment_videos(model, videos.videos, device, amp, short_side=360, max_long_side=1333, top_k=20):
-        ...                                               # found: EncodedVideo, see results.py
+        ...                                               # found: EncodedVideo, see postprocess.py
 
 The results of a video go to a file of their own as soon as it is done (`Unfinished`), and all of them into one results.json at the
 end, in the order of the videos' ids: so it is the same file for any number of processes, and however often the run was killed.
@@ -23,9 +23,9 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from data import Video, test_frames
+from evaluation.postprocess import EncodedVideo
 from model import GRAttVIS
 from reading.ids import id_order
-from results import EncodedVideo
 from runtime.errors import InputError
 from runtime.files import atomic_write, read_json, save_json
 from runtime.loading import read_ahead

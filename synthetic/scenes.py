@@ -1,4 +1,4 @@
-"""The synthetic scenes, planned: which objects there are, where each is in every frame, what makes it hard. synthetic.py paints them.
+"""The synthetic scenes, planned: which objects there are, where each is in every frame, what makes it hard. suites.py paints them.
 
 An object is a textured shape (disc, square, triangle, star, cross, ring) with a path that crosses the frame or leaves it and comes
 back. A class is a shape and a hue, so that it is learned in minutes; texture, tone, size and motion are drawn independently of it,

@@ -16,7 +16,7 @@ from pycocotools import mask as rle
 from scipy.ndimage import binary_erosion
 from tqdm import tqdm
 
-from results import EncodedVideo
+from evaluation.postprocess import EncodedVideo
 
 GOLDEN_RATIO = 0.618034  # steps of it never come back to a hue, and neighbours are far apart
 SMALLEST_HEIGHT = 240  # pixels; smaller frames are enlarged by a whole factor, so that labels can be read

@@ -1,4 +1,4 @@
-"""Synthetic videos for training and testing where no real data set is at hand: scenes.py's, painted and written.
+"""Synthetic videos for training and testing where no real data set is at hand: those of scenes.py, painted and written.
 
 A few textured shapes move, cross, hide one another, leave the frame and come back, over a textured background that drifts
 slowly. The masks hold the visible pixels only: an object that is hidden or outside the frame has none there. Such gaps are what the
@@ -26,7 +26,15 @@ from pycocotools import mask as rle
 from tqdm import tqdm
 
 from runtime.files import checksum
-from scenes import CATEGORIES, SHAPES, TEXTURES, Difficulty, make_degradation, make_harder, make_object
+from synthetic.scenes import (
+    CATEGORIES,
+    SHAPES,
+    TEXTURES,
+    Difficulty,
+    make_degradation,
+    make_harder,
+    make_object,
+)
 
 MIN_VISIBLE_PIXELS = 12  # fewer are a sliver that nobody could label: the object counts as absent
 JPEG_QUALITY = 90

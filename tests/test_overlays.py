@@ -9,8 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-import draw
-from draw import (
+from evaluation.postprocess import EncodedVideo
+from evaluation.run_length import encode
+from viewing import overlays as draw
+from viewing.overlays import (
     best_labels,
     colour_of,
     gate_strip,
@@ -19,8 +21,6 @@ from draw import (
     overlays,
     save_pictures,
 )
-from results import EncodedVideo
-from run_length import encode
 
 HEIGHT, WIDTH = 240, 320  # high enough not to be enlarged
 

@@ -4,9 +4,9 @@ import pickle
 
 import pytest
 import torch
-
-from graph import Beside, Replay
 from sparse_set import tiny_model
+
+from fast.cuda_graphs import Beside, Replay
 
 
 def double_and_sum(x, y):

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 from pycocotools import mask as rle
 
-from draw import best_labels, colour_of, name_to_draw
-from metric import IOU_THRESHOLDS, RECALL_POINTS
-from results import EncodedVideo
+from evaluation.metric import IOU_THRESHOLDS, RECALL_POINTS
+from evaluation.postprocess import EncodedVideo
 from runtime.errors import InputError
+from viewing.overlays import best_labels, colour_of, name_to_draw
 
 BAR = "#2f7d4f"
 LARGEST_HEIGHT = 500  # inches; matplotlib draws less than 2 ** 16 pixels
