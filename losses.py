@@ -1,16 +1,20 @@
-"""The losses of a training step: what the matched queries have to learn, of all frames and clips together.
+"""The losses of a training step: what the matched queries have to learn, in all frames and clips.
 
-A matched query learns the class and the mask of its instance; every other one, and that of an instance while it is
-invisible, learns "no object". All indices are made on the CPU and sent to the GPU at once (numpy arrays are on the CPU,
-tensors on the GPU), and each loss is a few operations over all videos, layers and clips: none waits for the GPU.
+A matched query learns the class and the mask of its instance. Every other query, and that of an
+instance while it is invisible, learns "no object".
 
-Paper: Mask2Former (2112.01527) section 3.3, GenVIS (2211.08834), VITA (2206.04403) for the similarity loss. Upstream:
-mask2former/modeling/criterion.py, grattvis/modeling/grattvis_criterion.py and vita/modeling/vita_criterion.py. Shape letters
-are declared in model.py and matcher.py; here also
-    U frames in which an instance can be seen: the frames of all clips in which it is visible
-    I most instances of a video
+To add a loss, write a function (predictions, targets, matches) -> (total, count), both of shape
+(G, R), and give it a name and a weight in the table of `Criterion.__init__`. What is minimised is
+total / count, where counts are averaged over processes first, so that a loss is the mean over the
+instances of all processes.
+
+Paper: Mask2Former (2112.01527) section 3.3, GenVIS (2211.08834) section 3.3, VITA (2206.04403)
+section 3.3 for the similarity loss. Upstream: mask2former/modeling/criterion.py,
+grattvis/modeling/grattvis_criterion.py, vita/modeling/vita_criterion.py. Shape letters are declared
+in model.py and matcher.py.
 """
-import numpy as np
+from collections.abc import Callable
+
 import torch
 import torch.distributed
 import torch.nn.functional as F
@@ -20,297 +24,311 @@ from torch.utils.checkpoint import checkpoint
 from clips import Clip
 from matcher import (
     Matches,
-    Matching,
     Predictions,
     Targets,
-    all_matches,
-    bring_costs,
     clip_predictions,
+    costs_to_cpu,
     frame_predictions,
     full_precision,
     match,
     matching_costs,
     pad_targets,
     sample_at,
-    to_device,
     uncertain_points,
 )
 from model import TrainingOutput
-from tracker import ClipPrediction
 from transformer import mask_logits
+
+LossFunction = Callable[[Predictions, Targets, Matches], tuple[Tensor, Tensor]]
 
 GATE_LOSSES = ("logits", "released")
 SIMILARITY_SPANS = ("clip", "video")
-MOST_NUMBERS = 2 ** 26  # in one tensor (a quarter of a GB): more points or masks are worked off in parts
+MAX_ELEMENTS = 2 ** 26  # of one tensor; more points or masks are processed in chunks
 
 
 class Criterion:
-    """All losses of a training step, by the official names, weighted.
+    """All losses of a training step, weighted, under the official names.
 
-    Frame losses loss_{ce,mask,dice} (last layer) and ..._{0..8}; clip losses loss_genvis_{ce,mask,dice,sim}_clip{c} and
-    ..._{ce,mask,dice}_{d}_clip{c}, or loss_vita_... without a clip number where one clip is the whole video.
+    Frame losses: loss_{ce,mask,dice} for the last decoder layer, ..._{0..8} for the others. Clip
+    losses: loss_genvis_{ce,mask,dice,sim}_clip{c} and ..._{ce,mask,dice}_{d}_clip{c}, or
+    loss_vita_... without a clip number where one clip is the whole video.
     """
 
-    def __init__(self, num_classes: int, class_weight: float = 2.0, mask_weight: float = 5.0, dice_weight: float = 5.0,
-                 similarity_weight: float = 0.5, no_object_weight: float = 0.1, points: int = 12544,
-                 oversample: float = 3.0, importance: float = 0.75, gate_weight: float = 0.0, gate_loss: str = "logits",
+    def __init__(self, num_classes: int, class_weight: float = 2.0, mask_weight: float = 5.0,
+                 dice_weight: float = 5.0, similarity_weight: float = 0.5,
+                 no_object_weight: float = 0.1, points: int = 12544, oversample: float = 3.0,
+                 importance: float = 0.75, gate_weight: float = 0.0, gate_loss: str = "logits",
                  freeze_detector: bool = False, similarity_span: str = "clip"):
-        """points: P of every mask in matching and loss; oversample * P candidates, of which `importance` * P are kept as the
-        most uncertain. gate_weight 0 leaves the gate loss out, as all official recipes do; "logits" trains the gate to open
-        where its query is matched and visible, "released" is the official one, which squashes twice (see gate_loss).
-        freeze_detector: frame matches without frame losses; the similarity loss needs the matches. similarity_span: whether it
-        compares the queries of each clip (as upstream), or of all clips of a video."""
+        """points: P, at which masks are compared in matching and losses. The losses draw
+            oversample * P candidates and keep the importance * P most uncertain of them.
+        gate_weight: 0 leaves the gate loss out, as all official recipes do.
+        gate_loss: "logits" or "released", see `gate_bce`.
+        freeze_detector: match frames, which the similarity loss needs, without frame losses.
+        similarity_span: the similarity loss compares the queries of each "clip", as upstream, or
+            those of all clips of a "video".
+        """
         if similarity_span not in SIMILARITY_SPANS:
-            raise ValueError(f"unknown span {similarity_span!r}: choose one of {', '.join(SIMILARITY_SPANS)}")
+            raise ValueError(f"unknown span {similarity_span!r}: choose one of "
+                             f"{', '.join(SIMILARITY_SPANS)}")
         if gate_loss not in GATE_LOSSES:
-            raise ValueError(f"unknown gate loss {gate_loss!r}: choose one of {', '.join(GATE_LOSSES)}")
-        self.num_classes, self.no_object_weight, self.freeze_detector = num_classes, no_object_weight, freeze_detector
-        self.weights = {"class": class_weight, "mask": mask_weight, "dice": dice_weight}
-        self.loss_weights = {"ce": class_weight, "mask": mask_weight, "dice": dice_weight, "sim": similarity_weight,
-                             "gate": gate_weight}
+            raise ValueError(f"unknown gate loss {gate_loss!r}: choose one of "
+                             f"{', '.join(GATE_LOSSES)}")
+        self.num_classes, self.no_object_weight = num_classes, no_object_weight
+        self.freeze_detector, self.similarity_span = freeze_detector, similarity_span
+        self.gates = "gate_soft" if gate_loss == "released" else "gate_logits"
         self.points, self.candidates = points, int(points * oversample)
-        self.uncertain, self.gate_kind, self.similarity_span = int(importance * points), gate_loss, similarity_span
+        self.uncertain = int(importance * points)
+        self.matching_weights = {"class": class_weight, "mask": mask_weight, "dice": dice_weight}
+
+        # name -> (function, weight)
+        self.frame_losses: dict[str, tuple[LossFunction, float]] = {
+            "ce": (self.class_loss, class_weight),
+            "mask": (mask_loss, mask_weight),
+            "dice": (dice_loss, dice_weight),
+        }
+        self.clip_losses = self.frame_losses | {
+            "sim": (self.similarity_loss, similarity_weight),
+        }
+        if gate_weight:
+            self.clip_losses["gate"] = (gate_bce, gate_weight)
 
     @torch.autocast("cuda", enabled=False)
     @torch.autocast("cpu", enabled=False)
     def __call__(self, output: TrainingOutput, clips: list[Clip], whole_video: bool = False
-                 ) -> tuple[dict[str, Tensor], Matches]:
-        """Losses {name: scalar} and the matches behind them. clips: the B ground truths; whole_video: the output is one clip
-        of "clip" propagation. Costs and losses are computed in at least float32."""
-        batch, layers, device = len(clips), len(output.frames.queries), output.frames.features.device
-        targets = pad_targets(clips, output.padded_size, device)
-        frames = frame_predictions(output, batch, layers if self.freeze_detector else len(output.frames.predictions))
-        tracks = clip_predictions(output, batch)
-        costs = bring_costs([cost for predictions in (frames, tracks)                         # here the CPU waits, once
-                             for cost in matching_costs(predictions, targets, self.points, self.weights)])
-        frame_matching = match(costs[:batch], targets, frames.clip_of, identities=False)
-        matching = match(costs[batch:], targets, tracks.clip_of, identities=True)
+                 ) -> tuple[dict[str, Tensor], tuple[Matches, Matches]]:
+        """Losses {name: scalar}, and the matches of frames and clips behind them.
 
-        groups = [loss_index(frames, targets, frame_matching, self.num_classes),
-                  loss_index(tracks, targets, matching, self.num_classes),
-                  similarity_index(output.clips, targets, tracks.clip_of, frame_matching, matching, self.similarity_span)]
-        moved = iter(to_device([array for group in groups for array in group.values()], device))
-        frame_index, clip_index, members = ({name: next(moved) for name in group} for group in groups)
-        spans = len(output.clips) if self.similarity_span == "clip" else 1
-        frame_counts, clip_counts, pairs = average_over_processes([
-            self.counts(groups[0]["classes"], frame_matching.ids).sum(1),
-            by_layer(self.counts(groups[1]["classes"], matching.ids), layers).sum(3),
-            count_pairs(groups[2]["ids"], spans)], full_precision(tracks.features[:0]))
+        clips: the ground truth of the B videos. whole_video: the output is one clip, as with "clip"
+        propagation. Costs and losses are computed in float32 or better.
+        """
+        batch, levels = len(clips), len(output.frames.queries)
+        layers = levels if self.freeze_detector else len(output.frames.predictions)
+        targets = pad_targets(clips, output.padded_size, output.frames.features.device)
+        frames = frame_predictions(output, batch, layers)
+        tracks = clip_predictions(output, batch, self.gates)
 
-        sums = by_layer(self.summed_losses(tracks, targets.masks, clip_index), layers).sum(3)
-        values = quotients(sums, clip_counts)                                                 # (G, D) each
-        # at weight 0 too: a parameter without a gradient would stall the other processes
-        similarity = similarity_losses(output.clips, **members).view(spans, -1).sum(1) / pairs
-        values["sim"] = (similarity * (len(output.clips) / spans))[:, None]                   # (G or 1, 1): the last layer's
-        if output.clips[0].gate_soft and self.loss_weights["gate"]:
-            values["gate"] = self.gate_loss(output.clips, clip_index["classes"])
-        losses = self.named(values, *(("loss_vita", "") if whole_video else ("loss_genvis", "_clip{}")))
-        if not self.freeze_detector:
-            sums = self.summed_losses(frames, targets.masks, frame_index).sum(1)
-            values = quotients(sums, frame_counts)                                            # (layers,) each
-            losses |= self.named({name: value[None] for name, value in values.items()}, "loss", "")
-        return losses, all_matches(frame_matching, matching, targets, layers)
+        costs = [matching_costs(predictions, targets, self.points, self.matching_weights)
+                 for predictions in (frames, tracks)]
+        frame_costs, track_costs = costs_to_cpu(costs)
+        frame_matches = match(frame_costs, frames, targets, keep_identities=False)
+        track_matches = match(track_costs, tracks, targets, keep_identities=True)
+        track_matches.frame_query_of = frame_matches.query_of[:, -levels:]
 
-    def named(self, values: dict[str, Tensor], prefix: str, suffix: str) -> dict[str, Tensor]:
-        """Weighted scalars from losses (clips, layers); the last layer has no number, `suffix` takes that of the clip."""
+        prefix, suffix = ("loss_vita", "") if whole_video else ("loss_genvis", "_clip{}")
+        computed = []                                        # (name, suffix, weight, total, count)
+        if not self.freeze_detector:                         # all frames of a batch share one mean
+            for name, weight, *sums in self.sums(self.frame_losses, frames, targets,
+                                                 frame_matches):
+                sums = [value.sum(0, keepdim=True) for value in sums]          # (1, R)
+                computed.append((f"loss_{name}", "", weight, *sums))
+        clip_losses = dict(self.clip_losses)
+        if tracks.gates is None:                             # a mode without gates
+            clip_losses.pop("gate", None)
+        for name, weight, *sums in self.sums(clip_losses, tracks, targets, track_matches):
+            # the D * L predictions are D-major; the levels of the detector share one mean
+            sums = [value.unflatten(1, (-1, levels)).sum(2) for value in sums]  # (G, D)
+            computed.append((f"{prefix}_{name}", suffix, weight, *sums))
+
+        counts = average_over_processes([count for *_, count in computed])
         losses = {}
-        for name, value in values.items():
-            clips, layers = value.shape
-            names = [f"{prefix}_{name}{layer}{suffix.format(clip)}" for clip in range(clips)
-                     for layer in (*(f"_{number}" for number in range(layers - 1)), "")]
-            losses |= zip(names, (self.loss_weights[name] * value).flatten().unbind())
-        return losses
+        for (name, suffix, weight, total, _), count in zip(computed, counts):
+            # without any instance a loss is 0, not 0 / 0
+            losses |= named(weight * total / count.clamp(min=1), name, suffix)
+        return losses, (frame_matches, track_matches)
 
-    def counts(self, classes: np.ndarray, ids: np.ndarray) -> np.ndarray:
-        """What class, mask and dice losses are divided by: (3, G, R), the weights of all queries and twice the instances.
+    def sums(self, table: dict, predictions: Predictions, targets: Targets, matches: Matches
+             ) -> list[tuple[str, float, Tensor, Tensor]]:
+        """(name, weight, total, count) of all losses of a table, with total and count (G, R).
 
-        classes (G, R, B, Q) of all queries: after an occlusion two instances may hold the same one. ids (A, G), see Matching.
+        Mask and dice loss share their points.
         """
-        positive = (classes != self.num_classes).sum((2, 3))
-        weights = positive + self.no_object_weight * (classes[0, 0].size - positive)
-        instances = np.broadcast_to((ids != -1).sum(0)[:, None], weights.shape)
-        return np.stack((weights, instances, instances))
+        matches.point_logits, matches.point_targets = sample_matched_masks(
+            predictions, targets, matches, self.points, self.candidates, self.uncertain)
+        return [(name, weight, *function(predictions, targets, matches))
+                for name, (function, weight) in table.items()]
 
-    def summed_losses(self, predictions: Predictions, masks: Tensor, index: dict[str, Tensor]) -> Tensor:
-        """Class, mask and dice losses of all videos together, not yet divided: (3, G, R). masks: of the targets."""
-        return torch.stack((self.class_loss(predictions.logits, index["classes"]), *self.mask_losses(predictions, masks, index)))
+    def class_loss(self, predictions: Predictions, targets: Targets, matches: Matches
+                   ) -> tuple[Tensor, Tensor]:
+        """Cross-entropy of all queries; "no object" counts less, in the total and in the count.
 
-    def class_loss(self, logits: Tensor, classes: Tensor) -> Tensor:
-        """Cross-entropy (G, R) of logits (G, R, B, Q, K + 1) against classes (G, R, B, Q); "no object" counts less.
-
-        Its mean is over the queries of all processes: upstream's is over each process's own.
+        Upstream's mean is over the queries of a process, this one over those of all processes.
         """
-        logits = full_precision(logits)
-        weight = logits.new_ones(self.num_classes + 1)
-        weight[-1:].fill_(self.no_object_weight)                                              # an assignment would wait
-        losses = F.cross_entropy(logits.flatten(0, 3), classes.flatten(), weight, reduction="none")
-        return losses.view(*classes.shape[:2], -1).sum(2)
+        weight = predictions.logits.new_ones(self.num_classes + 1)
+        weight[-1:].fill_(self.no_object_weight)             # assigning an item would synchronize
+        loss = F.cross_entropy(predictions.logits.flatten(0, 3), matches.classes.flatten(),
+                               weight, reduction="none")
+        loss = loss.view(matches.classes.shape)              # (G, R, B, Q)
+        return loss.sum((2, 3)), weight[matches.classes].sum((2, 3))
 
-    def mask_losses(self, predictions: Predictions, masks: Tensor, index: dict[str, Tensor]) -> Tensor:
-        """Point BCE and dice (2, G, R), summed over instances. masks (A, T, H, W) bool; index: see loss_index.
+    def similarity_loss(self, predictions: Predictions, targets: Targets, matches: Matches
+                        ) -> tuple[Tensor, Tensor]:
+        """Do two embeddings belong to one instance? BCE over all pairs of matched queries.
 
-        Points are drawn for each frame of each instance, then the frames of a clip are joined. The masks of a frame are one
-        matrix product, for which frames with fewer instances than others are padded.
+        The embeddings are those of the matched frame queries of a clip and of its matched clip
+        queries (last layer). Pairs are within a stream (one level of the detector, one video).
         """
-        batch, length, channels, *size = predictions.features.shape
-        features, frames = predictions.features.unbind(), batch * length
-        kernels, table, matched = full_precision(predictions.mask_kernel).flatten(0, 3), index["table"], index["matched"]
-        truth = masks.flatten(0, 1).index_select(0, index["target"])                          # (U, H, W)
-        sums = []
-        for part in table.split(most_of(len(table) * size[0] * size[1]), 1):                  # (B T I, some of the R)
-            own = kernels.index_select(0, part.flatten()).view(frames, part.numel() // frames, channels + 1)
-            # in full precision, which the features have one video at a time, in backward again: all of them are large
-            logits = torch.cat([checkpoint(full_masks, *pair, use_reentrant=False, preserve_rng_state=False)
-                                for pair in zip(own.unflatten(0, (batch, length)).unbind(), features)]).view(*part.shape, *size)
-            some = logits.index_select(0, index["row"]).split(most_of(6 * self.candidates * len(truth)), 1)  # 3 values, 2 copies
-            sums += [self.point_losses(own, truth, index["length"]) for own in some]
-        sums = torch.cat(sums, 2)                                                             # (3, U, R)
-        clips, layers, instances = len(predictions.logits), table.shape[1], len(masks)
-        joined = sums.new_zeros(3, instances * clips, layers).index_add(1, index["pair"], sums)
-        bce, overlap, area = joined.view(3, *matched.shape)                                   # (A, G, R) each
-        dice = 1 - (2 * overlap + 1) / (area + 1)
-        return (torch.stack((bce, dice)) * matched).sum(1)
+        levels = predictions.clip_embed.shape[1]
+        query_of = matches.query_of[:, -levels:]
+        embed = torch.cat((gather_queries(predictions.frame_embed, matches.frame_query_of),
+                           gather_queries(predictions.clip_embed, query_of)))
+        valid = torch.cat((matches.frame_query_of >= 0, matches.matched[:, -levels:]))
+        # members of a stream: the I queries of each of T frames and G clips
+        times, instances = len(embed), embed.shape[3]
+        embed = embed.permute(1, 2, 0, 3, 4).flatten(2, 3)   # (L, B, (T + G) * I, C)
+        valid = valid.permute(1, 2, 0, 3).flatten(2)         # (L, B, (T + G) * I)
 
-    def point_losses(self, logits: Tensor, truth: Tensor, length: Tensor) -> Tensor:
-        """What a frame adds to a clip: its share of the point BCE, overlap and area of prediction and truth; (3, U, R).
+        device = embed.device
+        instance = torch.arange(instances, device=device).repeat(times)        # of each member
+        clips = torch.arange(len(predictions.logits), device=device)
+        clip = torch.cat((predictions.clip_of, clips))[:, None].expand(-1, instances).flatten()
+        same_instance = instance[:, None] == instance
+        compared = valid[..., None] & valid[:, :, None]
+        if self.similarity_span == "clip":
+            compared = compared & (clip[:, None] == clip)
 
-        logits (U, R, h, w), truth (U, H, W) bool, length (U,) of the clips.
-        """
-        rows, dtype = logits.shape[:2], logits.dtype
-        logits = logits.flatten(0, 1)[:, None]                                                # (U R, 1, h, w)
-        with torch.no_grad():
-            points = uncertain_points(logits, self.points, self.candidates, self.uncertain)   # (U R, P, 2)
-            at = points.view(rows[0], rows[1] * self.points, 2)
-            some = most_of(truth.shape[1:].numel())                                           # bool masks grow to full numbers
-            true = torch.cat([sample_at(mask[:, None].to(dtype), own) for mask, own in zip(truth.split(some), at.split(some))])
-            true = true.view(len(logits), self.points)
-        sampled = sample_at(logits, points)[:, 0]
-        bce = F.binary_cross_entropy_with_logits(sampled, true, reduction="none").mean(1).view(rows) / length[:, None]
-        inside = sampled.sigmoid()
-        return torch.stack((bce, (inside * true).sum(1).view(rows), (inside.sum(1) + true.sum(1)).view(rows)))
-
-    def gate_loss(self, clips: list[ClipPrediction], classes: Tensor) -> Tensor:
-        """BCE (G, D) of the gates: open (1) for queries that have to show an instance by `classes` (G, R, B, Q), else closed.
-
-        "released" puts the already sigmoided soft gate through another sigmoid (grattvis_criterion.py:301), so that it
-        cannot reach 0; "logits" is the same loss on the gate's logits.
-        """
-        name = "gate_soft" if self.gate_kind == "released" else "gate_logits"
-        gates = full_precision(torch.stack([gate for clip in clips for gate in getattr(clip, name)]))  # (G D, L, B, Q)
-        gates = gates.view(len(clips), -1, gates[0].numel())
-        target = (classes != self.num_classes).view(gates.shape).to(gates.dtype)
-        return F.binary_cross_entropy_with_logits(gates, target, reduction="none").mean(2)
+        logits = embed @ embed.transpose(2, 3)
+        target = same_instance.to(logits.dtype).expand_as(logits)
+        loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none") * compared
+        in_clip = (clips[:, None] == clip).to(logits.dtype)  # (G, members)
+        total = torch.einsum("gm,lbm->gl", in_clip, loss.sum(-1))
+        count = torch.einsum("gm,lbm->gl", in_clip, compared.sum(-1).to(logits.dtype))
+        if self.similarity_span == "video":                  # as large as that of all clips
+            return len(clips) * total.sum(0, keepdim=True), count.sum(0, keepdim=True)
+        return total, count
 
 
-def most_of(numbers: int) -> int:
-    """How many things of so many numbers are worked on at once."""
-    return max(1, MOST_NUMBERS // max(1, numbers))
+# Losses of masks and gates
+
+def mask_loss(predictions: Predictions, targets: Targets, matches: Matches
+              ) -> tuple[Tensor, Tensor]:
+    """BCE at points, the mean over the frames of a clip, summed over matched instances."""
+    bce = F.binary_cross_entropy_with_logits(matches.point_logits, matches.point_targets,
+                                             reduction="none").mean(-1)        # (B, T, R, I)
+    frame_in_clip = predictions.frame_in_clip
+    mean_over_frames = frame_in_clip / frame_in_clip.sum(1, keepdim=True)
+    bce = torch.einsum("gt,btri->grbi", mean_over_frames, bce)
+    return (bce * matches.matched).sum((2, 3)), count_visible(predictions, matches)
 
 
-def full_masks(kernel: Tensor, features: Tensor) -> Tensor:
-    """Mask logits (T, n, h, w) of kernels (T, n, C + 1) on features (T, C, h, w), in full precision."""
-    return mask_logits(kernel, full_precision(features))
+def dice_loss(predictions: Predictions, targets: Targets, matches: Matches
+              ) -> tuple[Tensor, Tensor]:
+    """1 - (2 overlap + 1) / (area + 1) at the points of all frames of a clip together."""
+    probability, truth = matches.point_logits.sigmoid(), matches.point_targets
+    overlap = torch.einsum("btrip,btrip->btri", probability, truth)
+    area = probability.sum(-1) + truth.sum(-1)
+    overlap = torch.einsum("gt,btri->grbi", predictions.frame_in_clip, overlap)
+    area = torch.einsum("gt,btri->grbi", predictions.frame_in_clip, area)
+    dice = 1 - (2 * overlap + 1) / (area + 1)
+    return (dice * matches.matched).sum((2, 3)), count_visible(predictions, matches)
 
 
-def similarity_losses(clips: list[ClipPrediction], members: Tensor, ids: Tensor) -> Tensor:
-    """Do two embeddings of one stream belong to one instance? BCE over all pairs of its matched frame and clip queries.
+def count_visible(predictions: Predictions, matches: Matches) -> Tensor:
+    """(G, R): the instances that are visible in each clip, as upstream with or without a query."""
+    clips, layers = predictions.logits.shape[:2]
+    count = matches.visible.sum((1, 2)).to(predictions.logits.dtype)
+    return count[:, None].expand(clips, layers)
 
-    members, ids: see similarity_index. Sums of each stream of a span.
+
+def gate_bce(predictions: Predictions, targets: Targets, matches: Matches
+             ) -> tuple[Tensor, Tensor]:
+    """BCE of the gates: open (1) for queries that show an instance in the clip, else closed (0).
+
+    Not in the paper. The released code has it with weight 0 and applies a second sigmoid to the
+    already sigmoided soft gate (grattvis_criterion.py:301), so that it cannot reach 0: "released"
+    (predictions.gates are soft gates). "logits" is the same loss on the gate's logits.
     """
-    frame_embed = torch.cat([clip.frame_embed for clip in clips], 2).flatten(0, 3)            # (L B T F, C)
-    clip_embed = torch.stack([clip.clip_embed for clip in clips]).flatten(0, 3)               # (G L B Q, C)
-    embeds = full_precision(torch.cat((frame_embed, clip_embed)))
-    embeds = embeds.index_select(0, members.flatten()).view(*members.shape, embeds.shape[1])  # (G S, members, C)
-    same = (ids[:, :, None] == ids[:, None]).to(embeds.dtype)
-    pairs = (ids >= 0)[:, :, None] & (ids >= 0)[:, None]
-    loss = F.binary_cross_entropy_with_logits(embeds @ embeds.transpose(1, 2), same, reduction="none") * pairs
-    return loss.sum((1, 2))
+    no_object = predictions.logits.shape[-1] - 1
+    target = (matches.classes != no_object).to(predictions.gates.dtype)
+    loss = F.binary_cross_entropy_with_logits(predictions.gates, target, reduction="none")
+    total = loss.sum((2, 3))
+    return total, torch.full_like(total, loss[0, 0].numel())
 
 
-def count_pairs(ids: np.ndarray, spans: int) -> np.ndarray:
-    """Pairs that the similarity loss of each span is the mean of, never quite 0: (spans,). ids: see similarity_index."""
-    return ((ids != -1).sum(1) ** 2).reshape(spans, -1).sum(1) + 1e-6
+# Masks at points
+
+def sample_matched_masks(predictions: Predictions, targets: Targets, matches: Matches, points: int,
+                         candidates: int, uncertain: int) -> tuple[Tensor, Tensor]:
+    """Logits of the masks of matched queries and their instances' masks at points, in every frame.
+
+    Both are (B, T, R, I, P): point_logits and point_targets of Matches. Every mask has points of
+    its own, see `uncertain_points`. Only the logits have a gradient.
+    """
+    kernel = gather_queries(predictions.mask_kernel, matches.query_of)[predictions.clip_of]
+    batch, length, instances, *_ = targets.masks.shape
+    height, width = predictions.features.shape[-2:]
+    truth = targets.masks.flatten(0, 2)[:, None]             # (B * T * I, 1, H, W)
+    point_logits, point_targets = [], []
+    elements = len(truth) * max(6 * candidates, height * width)
+    for kernel in kernel.split(chunk_size(elements), 1):     # some of the R predictions
+        masks = torch.stack([
+            checkpoint(masks_of_video, kernel[:, :, video], predictions.features[video],
+                       use_reentrant=False, preserve_rng_state=False)
+            for video in range(batch)])                      # (B, T, R, I, h, w)
+        rows = masks.shape[:4]
+        masks = masks.flatten(0, 3)[:, None]                 # (B * T * R * I, 1, h, w)
+        with torch.no_grad():
+            at = uncertain_points(masks, points, candidates, uncertain)
+            shared = at.view(*rows, points, 2).transpose(2, 3)
+            shared = shared.reshape(len(truth), rows[2] * points, 2)
+            sampled = sample_masks(truth, shared, masks.dtype)
+            sampled = sampled.view(batch, length, instances, rows[2], points).transpose(2, 3)
+        point_targets.append(sampled)
+        point_logits.append(sample_at(masks, at).view(*rows, points))
+    return torch.cat(point_logits, 2), torch.cat(point_targets, 2)
 
 
-def by_layer(values, layers: int):
-    """(3, G, R) -> (3, G, D, L)."""
-    return values.reshape(*values.shape[:2], -1, layers)
+def masks_of_video(kernel: Tensor, features: Tensor) -> Tensor:
+    """Mask logits (T, R, I, h, w) of kernels (T, R, I, C + 1) on features (T, C, h, w).
+
+    Called under activation checkpointing: features in float32 are large, so they are computed
+    again in backward instead of being kept.
+    """
+    masks = mask_logits(kernel.flatten(1, 2), full_precision(features))
+    return masks.unflatten(1, kernel.shape[1:3])
 
 
-def quotients(sums: Tensor, counts: Tensor) -> dict[str, Tensor]:
-    """Class, mask and dice losses of all processes from sums and counts (3, ...): fewer than one instance count as one."""
-    counts = torch.cat((counts[:1], counts[1:].clamp(min=1)))
-    return dict(zip(("ce", "mask", "dice"), sums / counts))
+def sample_masks(masks: Tensor, points: Tensor, dtype: torch.dtype) -> Tensor:
+    """Values (N, P) in 0..1 of bool masks (N, 1, H, W) at points (N, P, 2)."""
+    size = chunk_size(masks[:1].numel())                     # as numbers, masks are large
+    chunks = zip(masks.split(size), points.split(size))
+    return torch.cat([sample_at(mask.to(dtype), at)[:, 0] for mask, at in chunks])
 
 
-def average_over_processes(counts: list[np.ndarray], like: Tensor) -> list[Tensor]:
-    """Means of counts over all processes, beside `like` and in its dtype: what is divided by them and averaged over the
-    processes is one quotient of all sums. One exchange, which all processes have to take part in."""
-    mean, = to_device([np.concatenate([count.ravel() for count in counts])], like.device)
-    mean = mean.to(like.dtype)
+def gather_queries(values: Tensor, query_of: Tensor) -> Tensor:
+    """(G, R, B, Q, C), (G, R, B, I) -> (G, R, B, I, C): of each instance's query.
+
+    Where an instance has none (-1) it is some query, to be masked by `Matches.matched`.
+    """
+    index = query_of.clamp(min=0)[..., None].expand(*query_of.shape, values.shape[-1])
+    return values.gather(3, index)
+
+
+def chunk_size(elements: int) -> int:
+    """How many items of so many elements are processed at once."""
+    return max(1, MAX_ELEMENTS // max(1, elements))
+
+
+# Means and names
+
+def average_over_processes(counts: list[Tensor]) -> list[Tensor]:
+    """Means of counts over all processes, in one exchange, which all of them take part in.
+
+    Gradients are averaged over processes too, so total / mean count is the quotient of the sums.
+    """
+    mean = torch.cat([count.flatten() for count in counts])
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(mean)
         mean = mean / torch.distributed.get_world_size()
-    return [part.view(count.shape) for part, count in zip(mean.split([count.size for count in counts]), counts)]
+    sizes = [count.numel() for count in counts]
+    return [values.view(count.shape) for values, count in zip(mean.split(sizes), counts)]
 
 
-# What the losses read where
+def named(values: Tensor, name: str, suffix: str) -> dict[str, Tensor]:
+    """Scalars {name} of losses (clips, layers).
 
-def loss_index(predictions: Predictions, targets: Targets, matching: Matching, no_object: int) -> dict[str, np.ndarray]:
-    """Where the class and mask losses of `predictions` find what they read.
-
-    classes (G, R, B, Q): what each query has to learn. table (B T I, R): which of all mask embeddings belongs to an instance
-    in a frame. Of each of the U: row of the table, target among the (A T) masks, pair = instance * G + clip, length of that
-    clip, all (U,). matched (A, G, R): 1 where an instance has a query.
+    Layers are numbered, except the last; {} in the suffix takes the number of the clip.
     """
-    clips, layers, batch, queries = predictions.logits.shape[:4]
-    clip_of, video_of, frames = predictions.clip_of, targets.video_of, len(predictions.clip_of)
-    clip, layer, instance = matching.matched.nonzero()
-    at = clip, layer, video_of[instance], matching.query_of[clip, layer, instance]
-    classes = np.full((clips, layers, batch, queries), no_object)
-    classes[at] = targets.labels[instance]
-    embed_of = np.zeros_like(matching.query_of)
-    embed_of[clip, layer, instance] = np.ravel_multi_index(at, classes.shape)
-
-    instance, frame = (matching.ids != -1)[:, clip_of].nonzero()                              # (U,) each
-    clip, video, most = clip_of[frame], video_of[instance], np.diff(targets.first).max()
-    row = (video * frames + frame) * most + instance - targets.first[video]
-    table = np.zeros((batch * frames * most, layers), dtype=np.int64)
-    table[row] = embed_of[clip, :, instance]
-    return {"classes": classes, "table": table, "row": row, "target": instance * frames + frame,
-            "pair": instance * clips + clip, "length": np.bincount(clip_of)[clip], "matched": matching.matched.transpose(2, 0, 1)}
-
-
-def similarity_index(clips: list[ClipPrediction], targets: Targets, clip_of: np.ndarray, frame_matching: Matching,
-                     matching: Matching, span: str) -> dict[str, np.ndarray]:
-    """The matched frame and clip queries of every stream in every clip, or in the video: members of the similarity loss, and their ids.
-
-    members (G S or S, most of a stream): where they are among the frame embeddings (L, B, T, F), flattened, followed by the clip
-    embeddings (G, L, B, Q); ids likewise, -1 where a stream has fewer.
-    """
-    video_of, (layers, batch, queries) = targets.video_of, clips[0].clip_embed.shape[:3]
-    frame_shape = layers, batch, len(clip_of), clips[0].frame_embed.shape[3]
-    clip_shape = len(clips), layers, batch, queries
-
-    query_of = frame_matching.query_of[:, -layers:]                                           # (T, L, A)
-    frame, layer, instance = (query_of >= 0).nonzero()
-    at = np.ravel_multi_index((layer, video_of[instance], frame, query_of[frame, layer, instance]), frame_shape)
-    stream = np.ravel_multi_index((clip_of[frame], layer, video_of[instance]), clip_shape[:3])
-    of_frames = stream, at, targets.ids[instance, frame]
-
-    query_of = matching.query_of[:, -layers:]                                                 # (G, L, A)
-    clip, layer, instance = matching.matched[:, -layers:].nonzero()
-    at = np.ravel_multi_index((clip, layer, video_of[instance], query_of[clip, layer, instance]), clip_shape)
-    of_clips = at // queries, at + np.prod(frame_shape), matching.ids[instance, clip]
-
-    stream, at, identity = np.concatenate((of_frames, of_clips), 1)
-    streams = np.prod(clip_shape[:3])
-    if span == "video":
-        streams //= len(clips)
-        stream %= streams
-    order, count = np.argsort(stream), np.bincount(stream, minlength=streams)
-    place = np.arange(len(stream)) - np.repeat(np.cumsum(count) - count, count)               # among its stream's, in order
-    members = np.zeros((len(count), count.max()), dtype=np.int64)
-    ids = np.full_like(members, -1)
-    members[stream[order], place], ids[stream[order], place] = at[order], identity[order]
-    return {"members": members, "ids": ids}
+    clips, layers = values.shape
+    numbers = [*(f"_{layer}" for layer in range(layers - 1)), ""]
+    names = [f"{name}{number}{suffix.format(clip)}" for clip in range(clips) for number in numbers]
+    return dict(zip(names, values.flatten().unbind()))

@@ -1,18 +1,22 @@
 """Matching: which query answers for which instance.
 
-Frames are matched one by one (Mask2Former). Clips are matched with identities kept (GenVIS): an instance is matched in the
-clip in which it first appears and keeps that query to the end of the video. A video read as one clip (VITA) is the same with
-one clip in which every instance is new. A frame is treated as a clip of one frame, so one code serves both.
+Frames are matched one by one (Mask2Former). Clips are matched with identities kept (GenVIS): an
+instance is matched in the clip in which it first appears, and keeps that query to the end of the
+video. A video read as one clip (VITA) is the special case of a single clip. A frame is treated as
+a clip of one frame, so that one function serves both.
 
-A step of training waits for the GPU once, for the costs of all frames and clips. Numpy arrays are what the CPU decides by;
-tensors are on the GPU, where afterwards only the sizes depend on how many instances there are, not the number of operations.
+    targets = pad_targets(clips, size, device)
+    costs = matching_costs(predictions, targets, points, weights)      # on the GPU
+    costs, = costs_to_cpu([costs])                                     # the one synchronization
+    matches = match(costs, predictions, targets, keep_identities=True)
 
-Paper: Mask2Former (2112.01527) section 3.3 for point sampling, GenVIS (2211.08834) for identities over clips. Upstream:
-mask2former/modeling/matcher.py, grattvis/modeling/grattvis_matcher.py and vita/modeling/vita_matcher.py. Shape letters are
-declared in model.py; here also
-    A instances of all B videos, video by video; I those of one video; P points
-    G clips of a video, R predictions for each: the D * L of the tracker, D-major, or the layers of the frame decoder
-A match is written as `query_of` (I,): the query of each instance, -1 for none.
+Paper: Mask2Former (2112.01527) section 3.3 for point sampling, GenVIS (2211.08834) section 3.2 for
+identities over clips. Upstream: mask2former/modeling/matcher.py, grattvis/modeling/
+grattvis_matcher.py, vita/modeling/vita_matcher.py. Shape letters as in model.py; here also
+    I  instances, padded to the most of any video of the batch
+    G  clips of a video (for frame predictions: its frames)
+    R  predictions of a clip: D * L of the tracker (D-major), or the layers of the frame decoder
+    P  points at which masks are compared
 """
 from dataclasses import dataclass
 
@@ -25,242 +29,291 @@ from torch import Tensor
 from clips import Clip
 from model import TrainingOutput
 
-EXCLUDED = 1e6  # cost of giving a new instance a query that a visible instance holds
+FORBIDDEN_COST = 1e6  # of giving a new instance the query of a visible one
 
 
 @dataclass
 class Targets:
-    """Ground truth of all videos of a step, padded as the images are."""
-    labels: np.ndarray  # (A,) int64
-    ids: np.ndarray     # (A, T) int64, -1 where the instance is not visible
-    first: np.ndarray   # (B + 1,): the instances of video b are first[b] to first[b + 1] - 1
-    masks: Tensor       # (A, T, H, W) bool, on the model's device
-
-    @property
-    def videos(self) -> list[slice]:
-        """The instances of each video."""
-        return [slice(*bounds) for bounds in zip(self.first, self.first[1:])]
-
-    @property
-    def video_of(self) -> np.ndarray:
-        """(A,): the video of each instance."""
-        return np.repeat(np.arange(len(self.first) - 1), np.diff(self.first))
+    """Ground truth of a batch, padded to I instances, which are nowhere visible, and in size."""
+    labels: Tensor              # (B, I) int64, 0..K - 1
+    visible: Tensor             # (B, T, I) bool, True = the instance has pixels in the frame
+    masks: Tensor               # (B, T, I, H, W) bool, True = instance
+    labels_cpu: np.ndarray      # copies for the assignment, which runs on the CPU
+    visible_cpu: np.ndarray
 
 
 @dataclass
 class Predictions:
-    """What is matched with the instances: all clips of a step, or all frames as clips of one frame."""
-    logits: Tensor       # (G, R, B, Q, K + 1)
-    mask_kernel: Tensor  # (G, R, B, Q, C + 1)
-    features: Tensor     # (B, T, C, h, w)
-    clip_of: np.ndarray  # (T,): the clip of each frame
-
-
-@dataclass
-class Matching:
-    """The matches of Predictions."""
-    ids: np.ndarray       # (A, G), -1 where the instance is not visible in the clip
-    query_of: np.ndarray  # (G, R, A), -1: not seen so far, or more instances than queries
+    """What is matched with the instances: the clips of a batch, or its frames as clips."""
+    logits: Tensor              # (G, R, B, Q, K + 1)
+    mask_kernel: Tensor         # (G, R, B, Q, C + 1), see transformer.mask_kernel
+    features: Tensor            # (B, T, C, h, w)
+    clip_length: int            # frames of a clip; the last clip may be shorter
+    clip_embed: Tensor | None = None   # (G, L, B, Q, C), similarity embeddings; tracker only
+    frame_embed: Tensor | None = None  # (T, L, B, F, C)
+    gates: Tensor | None = None        # (G, R, B, Q) logits, or what the released gate loss reads
 
     @property
-    def matched(self) -> np.ndarray:
-        """(G, R, A) bool: visible in the clip and with a query."""
-        return (self.query_of >= 0) & (self.ids.T != -1)[:, None]
+    def clip_of(self) -> Tensor:
+        """(T,) int64, the clip of each frame."""
+        length, device = self.features.shape[1], self.features.device
+        return torch.arange(length, device=device) // self.clip_length
+
+    @property
+    def frame_in_clip(self) -> Tensor:
+        """(G, T), 1 where a frame belongs to a clip: sums over frames become sums over clips."""
+        clips = torch.arange(len(self.logits), device=self.features.device)
+        return (clips[:, None] == self.clip_of).to(self.logits.dtype)
 
 
 @dataclass
 class Matches:
-    """Every match of a step, for tests and for the curious."""
-    frames: list[list[np.ndarray]]       # [frame decoder layer handed on][frame] -> (visible instances of the frame,)
-    clips: list[list[list[np.ndarray]]]  # [clip][tracker layer][stream l * B + b] -> (I,), -1 = not seen so far
+    """The query of every instance in every prediction, and what follows from it."""
+    query_of: Tensor            # (G, R, B, I) int64, -1 = none (not seen so far, too few queries)
+    visible: Tensor             # (G, B, I) bool, True = visible in some frame of the clip
+    classes: Tensor             # (G, R, B, Q) int64, what each query has to predict; K = no object
+    # filled in by losses.py
+    frame_query_of: Tensor | None = None  # (T, L, B, I), the matches of the frame queries
+    point_logits: Tensor | None = None    # (B, T, R, I, P), masks of matched queries at points
+    point_targets: Tensor | None = None   # (B, T, R, I, P) in 0..1, their instances' masks there
 
+    @property
+    def matched(self) -> Tensor:
+        """(G, R, B, I) bool: visible in the clip and with a query."""
+        return (self.query_of >= 0) & self.visible[:, None]
+
+
+# Targets and predictions in one form
 
 def pad_targets(clips: list[Clip], size: tuple[int, int], device: torch.device) -> Targets:
-    """Pad masks right and bottom to `size`; a frame with an empty mask does not show the instance; drop the never seen."""
-    ids = [np.where(clip.masks.numpy().any((2, 3)), clip.ids.numpy(), -1) for clip in clips]
-    seen = [(own != -1).any(1) for own in ids]
-    first = np.cumsum([0, *(own.sum() for own in seen)])
-    masks = torch.zeros(first[-1], ids[0].shape[1], *size, dtype=torch.bool, device=device)
-    for start, stop, clip, own in zip(first, first[1:], clips, seen):
-        height, width = clip.masks.shape[2:]
-        masks[start:stop, :, :height, :width] = upload(clip.masks if own.all() else clip.masks[torch.from_numpy(own)], device)
-    labels = np.concatenate([clip.labels.numpy()[own] for clip, own in zip(clips, seen)])
-    ids = np.concatenate([own_ids[own] for own_ids, own in zip(ids, seen)])
-    return Targets(labels, ids, first, masks)
+    """Pad the ground truth of B clips to the most instances, and masks right and bottom to `size`.
+
+    An instance whose mask is empty in a frame is not visible there.
+    """
+    batch, length = len(clips), clips[0].masks.shape[1]
+    most = max(1, *(len(clip.labels) for clip in clips))         # at least 1, so nothing is empty
+    labels = np.zeros((batch, most), dtype=np.int64)
+    visible = np.zeros((batch, length, most), dtype=bool)
+    masks = torch.zeros(batch, length, most, *size, dtype=torch.bool, device=device)
+    for video, clip in enumerate(clips):
+        count, _, height, width = clip.masks.shape
+        labels[video, :count] = clip.labels.numpy()
+        shown = (clip.ids != -1).numpy() & clip.masks.numpy().any((2, 3))      # (count, T)
+        visible[video, :, :count] = shown.T
+        masks[video, :, :count, :height, :width] = upload(clip.masks, device).transpose(0, 1)
+    return Targets(*to_device([labels, visible], device), masks, labels, visible)
 
 
 def frame_predictions(output: TrainingOutput, batch: int, layers: int) -> Predictions:
-    """The last `layers` predictions of the frame decoder."""
-    def stacked(values) -> Tensor:  # (N, F, ...) of each layer -> (T, layers, B, F, ...)
-        return torch.stack(values).unflatten(1, (batch, -1)).permute(2, 0, 1, 3, 4)
+    """The last `layers` predictions of the frame decoder: every frame is a clip, G = T."""
+    def stack_layers(values) -> Tensor:  # (B * T, F, ...) of each layer -> (T, layers, B, F, ...)
+        stacked = torch.stack(values).unflatten(1, (batch, -1))
+        return full_precision(stacked.permute(2, 0, 1, 3, 4))
 
-    logits, kernel = map(stacked, zip(*output.frames.predictions[-layers:]))
-    return Predictions(logits, kernel, output.frames.features.unflatten(0, (batch, -1)), np.arange(len(logits)))
+    logits, kernel = map(stack_layers, zip(*output.frames.predictions[-layers:]))
+    features = output.frames.features.unflatten(0, (batch, -1))
+    return Predictions(logits, kernel, features, clip_length=1)
 
 
-def clip_predictions(output: TrainingOutput, batch: int) -> Predictions:
-    """All predictions of the tracker."""
-    def stacked(name: str) -> Tensor:  # D tensors (L, B, Q, ...) of each clip -> (G, D L, B, Q, ...)
-        values = torch.stack([value for clip in output.clips for value in getattr(clip, name)])
-        return values.unflatten(0, (len(output.clips), -1)).flatten(1, 2)
+def clip_predictions(output: TrainingOutput, batch: int, gates: str = "gate_logits"
+                     ) -> Predictions:
+    """All predictions of the tracker. gates: which field of ClipPrediction the gate loss reads."""
+    clips = output.clips
 
-    clip_of = np.repeat(np.arange(len(output.clips)), [clip.frame_embed.shape[2] for clip in output.clips])
-    return Predictions(stacked("logits"), stacked("mask_kernel"), output.frames.features.unflatten(0, (batch, -1)), clip_of)
+    def stack_layers(name: str) -> Tensor:  # D of (L, B, Q, ...) a clip -> (G, D * L, B, Q, ...)
+        values = torch.stack([torch.stack(getattr(clip, name)) for clip in clips])
+        return full_precision(values.flatten(1, 2))
+
+    features = output.frames.features.unflatten(0, (batch, -1))
+    clip_length = clips[0].frame_embed.shape[2]
+    frame_embed = torch.cat([clip.frame_embed for clip in clips], 2).permute(2, 0, 1, 3, 4)
+    clip_embed = torch.stack([clip.clip_embed for clip in clips])
+    return Predictions(stack_layers("logits"), stack_layers("mask_kernel"), features, clip_length,
+                       full_precision(clip_embed), full_precision(frame_embed),
+                       stack_layers(gates) if getattr(clips[0], gates) else None)
 
 
 # Points
 
 def random_points(rows: int, count: int, like: Tensor) -> Tensor:
-    """Uniform points (rows, count, 2) in 0..1; the one source of randomness in matching and losses."""
+    """Uniform points (rows, count, 2) in 0..1; the one source of randomness in this file."""
     return torch.rand(rows, count, 2, device=like.device, dtype=like.dtype)
 
 
 def sample_at(maps: Tensor, points: Tensor) -> Tensor:
-    """Bilinear values of maps (N, C, H, W) at points (N, P, 2), (x, y) in 0..1 over the whole map: (N, C, P)."""
+    """Bilinear values of maps (N, C, H, W) at points (N, P, 2), (x, y) in 0..1: (N, C, P)."""
     if maps.is_cuda and torch.are_deterministic_algorithms_enabled():
         return gather_at(maps, points)
-    return F.grid_sample(maps, points.mul(2).sub_(1)[:, :, None], align_corners=False).squeeze(3)
+    grid = points.mul(2).sub_(1)[:, :, None]
+    return F.grid_sample(maps, grid, align_corners=False).squeeze(3)
 
 
 def gather_at(maps: Tensor, points: Tensor) -> Tensor:
-    """sample_at, slower, whose gradient is summed in the same order every time (on a GPU, grid_sample's is not)."""
+    """sample_at with a deterministic gradient, which grid_sample lacks on a GPU; slower."""
     height, width = maps.shape[-2:]
-    place = points * points.new_tensor((width, height)) - 0.5
-    low, values = place.detach().floor(), 0
-    for corner in ((0, 0), (1, 0), (0, 1), (1, 1)):
-        pixel = low + points.new_tensor(corner)
+    position = points * points.new_tensor((width, height)) - 0.5
+    corner = position.detach().floor()
+    values = 0
+    for offset in ((0, 0), (1, 0), (0, 1), (1, 1)):
+        pixel = corner + points.new_tensor(offset)
         x, y = pixel.unbind(-1)
-        share = (1 - (place - pixel).abs()).prod(-1) * ((x >= 0) & (x < width) & (y >= 0) & (y < height))
+        inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
+        weight = (1 - (position - pixel).abs()).prod(-1) * inside
         index = (y.clamp(0, height - 1) * width + x.clamp(0, width - 1)).long()
-        values = values + maps.flatten(2).gather(2, index[:, None].expand(-1, maps.shape[1], -1)) * share[:, None]
+        index = index[:, None].expand(-1, maps.shape[1], -1)
+        values = values + maps.flatten(2).gather(2, index) * weight[:, None]
     return values
 
 
-def with_ones(features: Tensor) -> Tensor:
-    """(T, C, h, w) -> (T, C + 1, h, w): a kernel's constant, too, is less where a point lies in part outside the map."""
-    return F.pad(features, (0, 0, 0, 0, 0, 1), value=1)
-
-
 def uncertain_points(logits: Tensor, count: int, candidates: int, uncertain: int) -> Tensor:
-    """Points (N, count, 2) for mask logits (N, 1, h, w): `uncertain` are where the mask is the least decided among the
-    candidates, the rest anywhere (PointRend)."""
+    """Points (N, count, 2) for mask logits (N, 1, h, w) (PointRend, arXiv 1912.08193).
+
+    `uncertain` of them are the candidates at which the mask is the least decided; the others are
+    uniform.
+    """
     points = random_points(len(logits), candidates, logits)
-    certainty = sample_at(logits, points)[:, 0].abs()                                         # (N, candidates)
+    certainty = sample_at(logits, points)[:, 0].abs()                          # (N, candidates)
     index = certainty.topk(uncertain, 1, largest=False).indices
     chosen = points.gather(1, index[..., None].expand(-1, -1, 2))
     return torch.cat((chosen, random_points(len(logits), count - uncertain, logits)), 1)
 
 
-# Matching
-
-def match_cost(logits: Tensor, masks: Tensor, labels: Tensor, target_masks: Tensor, clip_of: Tensor, weights: dict) -> Tensor:
-    """Cost (G, R, Q, I) of every query of a video for every instance: class probability, point BCE and dice over the clip.
-
-    logits (G, R, Q, K + 1), labels (I,); masks (T, R, Q, P) logits and target_masks (T, I, P) 0..1, at the same points of
-    each frame, whose clip is clip_of (T,).
-    """
-    cost_class = -logits.softmax(-1).index_select(-1, labels)
-    masks, truth = masks.flatten(1, 2), target_masks.transpose(1, 2)                          # (T, R Q, P), (T, P, I)
-    length = (clip_of[:, None] == clip_of).sum(0)[:, None, None]                              # frames of the frame's clip
-    bce = (F.softplus(masks).sum(-1, keepdim=True) - masks @ truth) / (masks.shape[-1] * length)  # BCE = softplus(x) - x t
-    inside = masks.sigmoid()
-    area = inside.sum(-1, keepdim=True) + truth.sum(1, keepdim=True)
-    sums = torch.stack((bce, inside @ truth, area))                                           # (3, T, R Q, I)
-    sums = sums.new_zeros(3, len(logits), *sums.shape[2:]).index_add(1, clip_of, sums)        # frames of a clip are joined
-    cost_mask, overlap, area = sums.view(3, *cost_class.shape)
-    cost_dice = 1 - (2 * overlap + 1) / (area + 1)
-    return weights["class"] * cost_class + weights["mask"] * cost_mask + weights["dice"] * cost_dice
-
+# Costs
 
 @torch.no_grad()
-def matching_costs(predictions: Predictions, targets: Targets, count: int, weights: dict) -> list[Tensor]:
-    """Costs (G, R, Q, I) of each video by masks at `count` points, the same ones in every frame of a clip.
+def matching_costs(predictions: Predictions, targets: Targets, count: int, weights: dict
+                   ) -> Tensor:
+    """Costs (G, R, B, Q, I) of giving a query to an instance, from masks at `count` points.
 
-    Sampling is linear, so the sampled mask of a query is its kernel on the sampled features: one sampling serves all queries of all
-    predictions. It goes video by video to save memory.
+    A clip of a video has one set of points for all its frames. Plain equation: sample the mask
+    logits e . f of every query. Sampling is linear, so here the features f are sampled once, and
+    e . sample(f) serves the queries of all R predictions. One video at a time, to save memory.
     """
-    labels, clip_of = to_device([targets.labels, predictions.clip_of], predictions.features.device)
     costs = []
-    for video, own in enumerate(targets.videos):
-        features = with_ones(full_precision(predictions.features[video]))                     # (T, C + 1, h, w)
-        points = random_points(len(predictions.logits), count, features).index_select(0, clip_of)  # (T, P, 2)
-        truth = sample_at(targets.masks[own].transpose(0, 1).to(features.dtype), points)      # (T, I, P)
-        kernel = full_precision(predictions.mask_kernel[:, :, video]).index_select(0, clip_of)  # (T, R, Q, C + 1)
-        masks = (kernel.flatten(1, 2) @ sample_at(features, points)).unflatten(1, kernel.shape[1:3])
-        logits = full_precision(predictions.logits[:, :, video])
-        costs.append(match_cost(logits, masks, labels[own], truth, clip_of, weights))
-    return costs
+    for video in range(len(targets.labels)):
+        features = append_bias_channel(full_precision(predictions.features[video]))
+        points = random_points(len(predictions.logits), count, features)[predictions.clip_of]
+        truth = sample_at(targets.masks[video].to(features.dtype), points)     # (T, I, P)
+        sampled = sample_at(features, points)                                  # (T, C + 1, P)
+        kernel = predictions.mask_kernel[:, :, video][predictions.clip_of]     # (T, R, Q, C + 1)
+        masks = torch.einsum("trqc,tcp->trqp", kernel, sampled)
+        costs.append(match_cost(predictions.logits[:, :, video], masks, targets.labels[video],
+                                truth, predictions.frame_in_clip, weights))
+    return torch.stack(costs, 2)
 
 
-def bring_costs(costs: list[Tensor]) -> list[np.ndarray]:
-    """All costs on the CPU: the one wait for the GPU. One that is not finite is a high one: a loss will not be finite either, which
-    is where training stops and says why."""
-    flat = np.nan_to_num(torch.cat([cost.flatten() for cost in costs]).cpu().numpy(), nan=EXCLUDED, posinf=EXCLUDED, neginf=EXCLUDED)
-    ends = np.cumsum([cost.numel() for cost in costs])
-    return [part.reshape(cost.shape) for part, cost in zip(np.split(flat, ends[:-1]), costs)]
+def match_cost(logits: Tensor, masks: Tensor, labels: Tensor, target_masks: Tensor,
+               frame_in_clip: Tensor, weights: dict[str, float]) -> Tensor:
+    """Cost (G, R, Q, I) for one video: class probability, point BCE and dice over each clip.
 
+    logits (G, R, Q, K + 1), labels (I,); mask logits (T, R, Q, P) and target_masks (T, I, P) in
+    0..1 at the same points; frame_in_clip (G, T).
+    """
+    cost_class = -logits.softmax(-1)[..., labels]
+
+    # BCE(x, t) = softplus(x) - x t, the mean over points and the frames of the clip
+    bce = F.softplus(masks).sum(-1, keepdim=True)
+    bce = bce - torch.einsum("trqp,tip->trqi", masks, target_masks)
+    mean_over_frames = frame_in_clip / frame_in_clip.sum(1, keepdim=True)
+    cost_mask = torch.einsum("gt,trqi->grqi", mean_over_frames, bce) / masks.shape[-1]
+
+    probability = masks.sigmoid()
+    overlap = torch.einsum("trqp,tip->trqi", probability, target_masks)
+    area = probability.sum(-1, keepdim=True) + target_masks.sum(-1)[:, None, None]
+    overlap = torch.einsum("gt,trqi->grqi", frame_in_clip, overlap)
+    area = torch.einsum("gt,trqi->grqi", frame_in_clip, area)
+    cost_dice = 1 - (2 * overlap + 1) / (area + 1)
+
+    return (weights["class"] * cost_class + weights["mask"] * cost_mask
+            + weights["dice"] * cost_dice)
+
+
+def append_bias_channel(features: Tensor) -> Tensor:
+    """(T, C, h, w) -> (T, C + 1, h, w), a channel of ones for the constant of a mask kernel.
+
+    Sampled like the others, it is below 1 at points that lie partly outside of the map.
+    """
+    return F.pad(features, (0, 0, 0, 0, 0, 1), value=1)
+
+
+def costs_to_cpu(costs: list[Tensor]) -> list[np.ndarray]:
+    """All costs as arrays: the one point of a training step at which the CPU waits for the GPU.
+
+    Costs that are not finite become high ones. The losses will not be finite either, and training
+    then stops with a message.
+    """
+    flat = torch.cat([cost.flatten() for cost in costs]).cpu().numpy()
+    flat = np.nan_to_num(flat, nan=FORBIDDEN_COST, posinf=FORBIDDEN_COST, neginf=FORBIDDEN_COST)
+    ends = np.cumsum([cost.numel() for cost in costs])[:-1]
+    return [array.reshape(cost.shape) for array, cost in zip(np.split(flat, ends), costs)]
+
+
+# Assignment
 
 def assign(cost: np.ndarray) -> np.ndarray:
-    """Hungarian assignment of (Q, I) costs -> query_of (I,)."""
+    """Hungarian assignment of costs (Q, I): the query of each instance (I,), -1 for none."""
     query_of = np.full(cost.shape[1], -1)
     queries, instances = linear_sum_assignment(cost)
     query_of[instances] = queries
     return query_of
 
 
-def match_clip(cost: np.ndarray, new: np.ndarray, valid: np.ndarray, held: np.ndarray) -> np.ndarray:
-    """One stream: instances that appear now get a query, the others keep the one they hold (-1: none); query_of (I,).
+def match_clip(cost: np.ndarray, new: np.ndarray, visible: np.ndarray, previous: np.ndarray
+               ) -> np.ndarray:
+    """The queries (I,) of one clip: new instances are assigned one, the others keep theirs.
 
-    A visible instance's query is not given away (unless there are more instances than queries). That of an occluded one
-    is, as upstream (grattvis_matcher.py:159).
+    cost (Q, I); new, visible (I,) bool; previous (I,), the queries after the clip before. The query
+    of a visible instance is not given away (unless there are more instances than queries). That of
+    an occluded instance is, as upstream (grattvis_matcher.py:159).
     """
-    query_of = held.copy()
+    query_of = previous.copy()
     if new.any():
-        taken = held[valid & ~new]
+        taken = previous[visible & ~new]
         cost = cost[:, new]
-        cost[taken[taken >= 0]] = EXCLUDED
+        cost[taken[taken >= 0]] = FORBIDDEN_COST
         query_of[new] = assign(cost)
     return query_of
 
 
-def match(costs: list[np.ndarray], targets: Targets, clip_of: np.ndarray, identities: bool) -> Matching:
-    """Match all videos by their costs (G, R, Q, I): with identities kept over clips, or every clip (frame) anew."""
-    ids = np.stack([targets.ids[:, clip_of == clip].max(1) for clip in range(clip_of[-1] + 1)], 1)
-    query_of = np.full((*costs[0].shape[:2], len(ids)), -1)
-    for own, cost in zip(targets.videos, costs):
-        valid = ids[own].T != -1                                                              # (G, I): visible in the clip
-        new, held = valid, np.full((cost.shape[1], cost.shape[3]), -1)                        # held (R, I)
-        if identities:
-            new = valid & (np.cumsum(valid, 0) == 1)
-        for clip in range(len(cost)):
-            found = np.stack([match_clip(own_cost, new[clip], valid[clip], kept) for own_cost, kept in zip(cost[clip], held)])
-            query_of[clip, :, own] = found
-            held = found if identities else held
-    return Matching(ids, query_of)
+def match(costs: np.ndarray, predictions: Predictions, targets: Targets, keep_identities: bool
+          ) -> Matches:
+    """Match by costs (G, R, B, Q, I): with identities kept over clips, or every clip anew."""
+    clips, layers, batch, queries, instances = costs.shape
+    length, clip_length = targets.visible_cpu.shape[1], predictions.clip_length
+    visible = np.stack([targets.visible_cpu[:, first:first + clip_length].any(1)
+                        for first in range(0, length, clip_length)])           # (G, B, I)
+    first_seen = visible & (visible.cumsum(0) == 1)
+    new = first_seen if keep_identities else visible
+    query_of = np.full((clips, layers, batch, instances), -1)
+    for video in range(batch):
+        for layer in range(layers):
+            previous = np.full(instances, -1)
+            for clip in range(clips):
+                matched = match_clip(costs[clip, layer, video], new[clip, video],
+                                     visible[clip, video], previous)
+                query_of[clip, layer, video] = matched
+                previous = matched if keep_identities else previous
 
-
-def all_matches(frames: Matching, clips: Matching, targets: Targets, layers: int) -> Matches:
-    """The matches by layer and frame, by clip, layer and stream; layers: L."""
-    visible = targets.ids != -1
-    length, videos = visible.shape[1], targets.videos
-    by_frame = [[frames.query_of[t, layer, own][visible[own, t]] for own in videos for t in range(length)]
-                for layer in range(-layers, 0)]
-    by_clip = [[[query_of[first + level, own] for level in range(layers) for own in videos]
-                for first in range(0, len(query_of), layers)] for query_of in clips.query_of]
-    return Matches(by_frame, by_clip)
+    no_object = predictions.logits.shape[-1] - 1
+    classes = np.full((clips, layers, batch, queries), no_object)
+    for instance in range(instances):                  # two may share a query after an occlusion
+        matched = (query_of[..., instance] >= 0) & visible[:, None, :, instance]
+        clip, layer, video = np.nonzero(matched)
+        query = query_of[clip, layer, video, instance]
+        classes[clip, layer, video, query] = targets.labels_cpu[video, instance]
+    return Matches(*to_device([query_of, visible, classes], targets.masks.device))
 
 
 # Between CPU and GPU
 
 def upload(x: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the CPU, moved without a wait, as it is from pinned memory."""
+    """A CPU tensor on the device, from pinned memory, so that nothing waits for the copy."""
     return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 
 
 def to_device(arrays: list[np.ndarray], device: torch.device) -> list[Tensor]:
-    """Arrays of one type, moved in one transfer that nobody waits for."""
-    flat = upload(torch.from_numpy(np.concatenate([array.ravel() for array in arrays])), device)
-    return [part.view(array.shape) for part, array in zip(flat.split([array.size for array in arrays]), arrays)]
+    """Arrays as tensors on the device."""
+    return [upload(torch.from_numpy(array), device) for array in arrays]
 
 
 def full_precision(x: Tensor) -> Tensor:

@@ -7,14 +7,14 @@ import re
 import numpy
 import pytest
 import torch
-from conftest import fixed_threads
-from golden_set import PROPAGATION, golden_model, make_video, meta, read_json
 
 import losses as losses_module
 import matcher
 import tracker
 from checkpoint import translate
 from clips import Clip
+from conftest import fixed_threads
+from golden_set import PROPAGATION, golden_model, make_video, meta, read_json
 
 SECTIONS = [section for section in ("train", "train_genvis", "train_vita", "train_vita_coco") if section in meta()]
 TOLD_APART = ("freeze_detector", "gate_weight")  # runs that differ in these alone have one output, losses and matches
@@ -92,13 +92,15 @@ def test_golden_losses_and_gradients(section, names):
 
     # every loss, the gate's in its released form; a frozen detector's are compared too, though they train nothing
     criterion = losses_module.Criterion(classes, gate_weight=1.0, gate_loss="released", **options)
-    losses, matches = criterion(output, clips, whole_video)
+    losses, (frame_matches, track_matches) = criterion(output, clips, whole_video)
+    weights = {name: weight for name, (_, weight) in criterion.clip_losses.items()}
     for name in names:
         assert set(losses) == set(golden[name]["raw"])
         for key, value in golden[name]["raw"].items():
-            weight = criterion.loss_weights[re.search("ce|mask|dice|sim|gate", key)[0]]
+            weight = weights[re.search("ce|mask|dice|sim|gate", key)[0]]
             assert losses[key].item() / weight == pytest.approx(value, rel=1e-6), key
-        check_matches(matches, golden[name])
+        check_frame_matches(frame_matches.query_of, golden[name]["frame_indices"])
+        check_clip_matches(track_matches.query_of, golden[name]["clips"])
 
     # what training sums up, and its gradients: first without the loss of the gates, which most runs leave out
     of_gates = sum(loss for key, loss in losses.items() if "gate" in key)
@@ -118,17 +120,36 @@ def test_golden_losses_and_gradients(section, names):
         check_gradients(model, golden[name], "tracker." if runs[name]["freeze_detector"] else "")
 
 
-def check_matches(matches, golden):
-    """The same query for every instance: per frame, and per clip for all instances seen so far."""
-    for layer, frames in enumerate(golden["frame_indices"]):
-        for frame, (queries, instances) in enumerate(frames):
-            ours = matches.frames[layer][frame].tolist()
-            assert ours == [queries[instances.index(i)] for i in range(len(ours))]
-    for ours, clip in zip(matches.clips, golden["clips"], strict=True):
-        for layer, official in zip(ours, [*clip["aux"], clip["main"]], strict=True):
-            for query_of, (queries, instances) in zip(layer, official, strict=True):
-                for instance, query in enumerate(query_of.tolist()):
-                    assert query in (-1, queries[instances.index(instance)])
+def check_frame_matches(query_of, golden):
+    """The same query for every visible instance of a frame, in the last layers of the detector.
+
+    query_of (T, R, B, I), -1 = none; golden [layer][b * T + t] -> queries, and their instances
+    among the visible ones.
+    """
+    length, _, batch, _ = query_of.shape
+    for layer, frames in enumerate(golden, start=-len(golden)):
+        for index, (queries, instances) in enumerate(frames):
+            matched = query_of[index % length, layer, index // length]
+            matched = matched[matched >= 0].tolist()
+            assert matched == [queries[instances.index(i)] for i in range(len(matched))]
+        assert len(frames) == batch * length
+
+
+def check_clip_matches(query_of, golden):
+    """The same query for every instance seen so far, in every decoder layer and stream.
+
+    query_of (G, D * L, B, I); golden [clip] -> the last decoder layer and those before it, each of
+    them [l * B + b] -> queries, and their instances.
+    """
+    for matched, clip in zip(query_of, golden, strict=True):
+        official_layers = [*clip["aux"], clip["main"]]
+        layers = matched.unflatten(0, (len(official_layers), -1)).flatten(1, 2)      # (D, L * B, I)
+        for layer, official in zip(layers, official_layers, strict=True):
+            for stream, (queries, instances) in zip(layer.tolist(), official, strict=True):
+                for instance, query in enumerate(stream):
+                    # -1: not seen so far; upstream lists instances of later clips, too
+                    assert query < 0 or query == queries[instances.index(instance)]
+        assert (matched >= 0).any()
 
 
 def check_gradients(model, golden, prefix):
