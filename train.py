@@ -539,7 +539,8 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float,
                      backbone_factor: float) -> list[dict]:
     """AdamW groups as upstream.
 
-    No decay for norms, nn.Embedding and relative position tables; biases do decay.
+    No decay for norms, nn.Embedding, relative position tables and vectors other than biases, such
+    as layer scales; biases do decay.
     """
     norms = (nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)
     groups: dict[tuple[float, float], list] = {}
@@ -550,6 +551,8 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float,
                 continue
             exempt = isinstance(module, (*norms, nn.Embedding))
             exempt = exempt or name == "relative_position_bias_table"
+            is_vector = parameter.numel() == len(parameter)  # (C,), or a layer scale (C, 1, 1)
+            exempt = exempt or is_vector and not name.endswith("bias")
             groups.setdefault((rate, 0.0 if exempt else weight_decay), []).append(parameter)
     return [{"params": parameters, "lr": rate, "weight_decay": decay}
             for (rate, decay), parameters in groups.items()]

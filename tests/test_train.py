@@ -72,9 +72,12 @@ def test_a_frozen_detector_does_not_move(data_root, tmp_path):
 
 
 def test_parameter_groups():
-    """A tenth of the rate for the backbone; no decay for norms, embeddings and position tables, but for biases."""
-    model = nn.ModuleDict({"backbone": SwinBackbone(24, [1, 1, 1, 1], [1, 2, 4, 8], 7), "query_feat": nn.Embedding(3, 4),
-                           "head": nn.Linear(4, 4), "norm": nn.GroupNorm(2, 4)})
+    """A tenth of the rate for the backbone; no decay for norms, embeddings, position tables and layer
+    scales, but for biases and the weights of a gate."""
+    model = nn.ModuleDict({"backbone": SwinBackbone(24, [1, 1, 1, 1], [1, 2, 4, 8], 7),
+                           "query_feat": nn.Embedding(3, 4), "head": nn.Linear(4, 4),
+                           "norm": nn.GroupNorm(2, 4), "gate": nn.Linear(4, 1)})
+    model.layer_scale = nn.Parameter(torch.ones(4, 1, 1))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     found = {names[id(parameter)]: (group["lr"], group["weight_decay"])
              for group in parameter_groups(model, 1.0, 0.05, 0.1) for parameter in group["params"]}
@@ -83,6 +86,8 @@ def test_parameter_groups():
     assert found["norm.weight"] == found["query_feat.weight"] == (1.0, 0.0)
     assert found["backbone.norms.0.bias"] == found["backbone.features.1.0.attn.relative_position_bias_table"] == (0.1, 0.0)
     assert found["backbone.features.1.0.attn.qkv.bias"] == (0.1, 0.05)
+    assert found["layer_scale"] == (1.0, 0.0)
+    assert found["gate.weight"] == found["gate.bias"] == (1.0, 0.05)
 
 
 def test_schedule():
