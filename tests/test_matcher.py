@@ -1,4 +1,5 @@
 """Matching: costs against a loop, the assignment, points, and identities that last over clips."""
+
 import itertools
 import math
 
@@ -44,6 +45,7 @@ def no_chance(monkeypatch):
 
 # Costs and assignment
 
+
 def test_match_cost_is_a_loop():
     """Two clips, of two frames and of one: the frames of a clip are joined."""
     torch.manual_seed(0)
@@ -71,11 +73,17 @@ def test_assign_is_the_best_of_all_ways(queries, instances):
     query_of = assign(cost)
     matched = query_of >= 0
     assert len(query_of) == instances and int(matched.sum()) == min(queries, instances)
-    assert len(set(query_of[matched])) == int(matched.sum())                            # no query twice
+    assert len(set(query_of[matched])) == int(matched.sum())  # no query twice
     if queries >= instances:
-        ways = [list(zip(way, range(instances))) for way in itertools.permutations(range(queries), instances)]
+        ways = [
+            list(zip(way, range(instances)))
+            for way in itertools.permutations(range(queries), instances)
+        ]
     else:
-        ways = [list(zip(range(queries), way)) for way in itertools.permutations(range(instances), queries)]
+        ways = [
+            list(zip(range(queries), way))
+            for way in itertools.permutations(range(instances), queries)
+        ]
     best = min(ways, key=lambda way: sum(cost[pair] for pair in way))
     assert sorted(best) == sorted((int(query), i) for i, query in enumerate(query_of) if query >= 0)
 
@@ -91,21 +99,37 @@ def test_costs_that_are_not_finite_are_high(value):
 
 # Points
 
+
 def test_sample_at_by_hand():
     """Pixel centres of a 2 x 2 map lie at 1/4 and 3/4; beyond the border everything is 0."""
     maps = torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]])
-    at = {(0.25, 0.25): 1, (0.75, 0.25): 2, (0.25, 0.75): 3, (0.5, 0.5): 2.5, (0.75, 0.5): 3,     # (x, y)
-          (0.0, 0.0): 0.25, (0.5, 0.0): 0.75, (1.0, 0.5): 1.5, (1.5, 0.5): 0}
+    at = {
+        (0.25, 0.25): 1,
+        (0.75, 0.25): 2,
+        (0.25, 0.75): 3,
+        (0.5, 0.5): 2.5,
+        (0.75, 0.5): 3,  # (x, y)
+        (0.0, 0.0): 0.25,
+        (0.5, 0.0): 0.75,
+        (1.0, 0.5): 1.5,
+        (1.5, 0.5): 0,
+    }
     values = sample_at(maps, torch.tensor([list(at)]))
     assert values.shape == (1, 1, 9) and values[0, 0].tolist() == list(at.values())
 
 
 def test_gather_at_is_sample_at():
-    """What --deterministic runs on a GPU: the same values and gradients, at points outside the map too."""
+    """What --deterministic runs on a GPU.
+
+    The same values and gradients, at points outside the map too.
+    """
     maps = torch.randn(3, 5, 7, 9, dtype=torch.float64, requires_grad=True)
     points = torch.rand(3, 40, 2, dtype=torch.float64) * 1.4 - 0.2
     upstream = torch.randn(3, 5, 40, dtype=torch.float64)
-    both = [(values, torch.autograd.grad(values, maps, upstream)[0]) for values in (sample_at(maps, points), gather_at(maps, points))]
+    both = [
+        (values, torch.autograd.grad(values, maps, upstream)[0])
+        for values in (sample_at(maps, points), gather_at(maps, points))
+    ]
     torch.testing.assert_close(*both, rtol=0, atol=1e-13)
 
 
@@ -124,31 +148,44 @@ def test_uncertain_points(monkeypatch):
     candidates, rest = drawn
     assert points.shape == (2, 8, 2) and candidates.shape == (2, 24, 2) and rest.shape == (2, 2, 2)
     for row in range(2):
-        own = logits[row:row + 1]
-        ranked = sorted(candidates[row], key=lambda point: sample_at(own, point[None, None]).abs().item())
+        own = logits[row : row + 1]
+        ranked = sorted(
+            candidates[row], key=lambda point: sample_at(own, point[None, None]).abs().item()
+        )
         assert sorted(points[row, :6].tolist()) == sorted(point.tolist() for point in ranked[:6])
     assert torch.equal(points[:, 6:], rest)
 
 
 # Identities
 
+
 def test_an_instance_keeps_its_query():
-    """Query 2 fits instance 0 best when it appears; that query 0 fits better later changes nothing."""
+    """Query 2 fits instance 0 best when it appears.
+
+    That query 0 fits better later changes nothing.
+    """
     no, yes = False, True
     cost, held = numpy.array([[5.0, 9.0], [6.0, 1.0], [2.0, 9.0]]), numpy.array([-1, -1])
     first = match_clip(cost, numpy.array([yes, no]), numpy.array([yes, no]), held)
-    assert first.tolist() == [2, -1]                                    # instance 1 was not seen yet
+    assert first.tolist() == [2, -1]  # instance 1 was not seen yet
     later = numpy.array([[0.0, 4.0], [6.0, 3.0], [9.0, 0.0]])
     second = match_clip(later, numpy.array([no, yes]), numpy.array([yes, yes]), first)
-    assert second.tolist() == [2, 1]                                    # query 2 is taken, 1 fits better than 0
-    assert first.tolist() == [2, -1] and held.tolist() == [-1, -1]      # what was handed in stays as it was
+    assert second.tolist() == [2, 1]  # query 2 is taken, 1 fits better than 0
+    assert first.tolist() == [2, -1] and held.tolist() == [
+        -1,
+        -1,
+    ]  # what was handed in stays as it was
     assert later.tolist() == [[0.0, 4.0], [6.0, 3.0], [9.0, 0.0]]
     third = match_clip(later, numpy.array([no, no]), numpy.array([no, yes]), second)
-    assert third.tolist() == [2, 1]                                     # also while it is occluded
+    assert third.tolist() == [2, 1]  # also while it is occluded
 
 
 def test_a_new_instance_may_take_the_query_of_an_occluded_one():
-    cost, new, held = numpy.array([[9.0, 0.0], [9.0, 5.0]]), numpy.array([False, True]), numpy.array([0, -1])
+    cost, new, held = (
+        numpy.array([[9.0, 0.0], [9.0, 5.0]]),
+        numpy.array([False, True]),
+        numpy.array([0, -1]),
+    )
     assert match_clip(cost, new, numpy.array([True, True]), held).tolist() == [0, 1]
     assert match_clip(cost, new, numpy.array([False, True]), held).tolist() == [0, 0]
 
@@ -159,13 +196,18 @@ def test_matches_of_painted_queries():
     Frames are matched one by one, clips keep the identity.
     """
     clip = make_clip([[1, 1, 0, 1], [0, 1, 1, 1]])
-    plan = [[2, 0], [2, 3], [2, 3], [3, 2]]                    # in the last clip the fits are swapped
+    plan = [[2, 0], [2, 3], [2, 3], [3, 2]]  # in the last clip the fits are swapped
     torch.manual_seed(0)
     output = painted_output(clip, plan)
     losses, (frames, clips) = Criterion(CLASSES, points=200)(output, [clip])
     assert frames.query_of[:, 0, 0].tolist() == [[2, -1], [2, 3], [-1, 3], [3, 2]]
     assert clips.query_of[:, 0, 0].tolist() == [[2, -1], [2, 3], [2, 3], [2, 3]]
-    assert clips.visible[:, 0].tolist() == [[True, False], [True, True], [False, True], [True, True]]
+    assert clips.visible[:, 0].tolist() == [
+        [True, False],
+        [True, True],
+        [False, True],
+        [True, True],
+    ]
     fits, swapped = losses["loss_genvis_ce_clip1"], losses["loss_genvis_ce_clip3"]
     assert fits < 0.1 < swapped
     assert losses["loss_genvis_mask_clip1"] < losses["loss_genvis_mask_clip3"]
@@ -181,17 +223,26 @@ def test_the_last_clip_may_be_shorter():
     clip = make_clip([[0, 0, 0, 1, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, 0, 0, 1]])
     output, targets = random_output(1, 9, clip_length=4), make_targets(clip)
     predictions = clip_predictions(output, 1)
-    costs, = costs_to_cpu([matching_costs(predictions, targets, 9, WEIGHTS)])
+    (costs,) = costs_to_cpu([matching_costs(predictions, targets, 9, WEIGHTS)])
     matches = match(costs, predictions, targets, keep_identities=True)
     assert matches.visible[:, 0].tolist() == [[True, False], [True, False], [False, True]]
-    assert ((matches.query_of >= 0).all((1, 2))).tolist() == [[True, False], [True, False],
-                                                              [True, True]]
+    assert ((matches.query_of >= 0).all((1, 2))).tolist() == [
+        [True, False],
+        [True, False],
+        [True, True],
+    ]
     assert predictions.frame_in_clip.tolist() == [
-        [1, 1, 1, 1, 0, 0, 0, 0, 0], [0, 0, 0, 0, 1, 1, 1, 1, 0], [0, 0, 0, 0, 0, 0, 0, 0, 1]]
+        [1, 1, 1, 1, 0, 0, 0, 0, 0],
+        [0, 0, 0, 0, 1, 1, 1, 1, 0],
+        [0, 0, 0, 0, 0, 0, 0, 0, 1],
+    ]
 
 
 def test_matching_costs_are_a_loop(monkeypatch):
-    """One set of points a clip of a video, used in all its frames. Frames are clips of one frame."""
+    """One set of points a clip of a video, used in all its frames.
+
+    Frames are clips of one frame.
+    """
     torch.manual_seed(0)
     clips = [make_clip([[1, 1, 0]]), make_clip([[0, 1, 1], [1, 1, 1]])]
     output, drawn = random_output(2, 3, clip_length=2), []
@@ -201,23 +252,30 @@ def test_matching_costs_are_a_loop(monkeypatch):
         return drawn[-1]
 
     monkeypatch.setattr(matcher, "random_points", recorded)
-    for whole, parts in ((clip_predictions(output, 2), [[0, 1], [2]]),
-                         (frame_predictions(output, 2, 3), [[0], [1], [2]])):
+    for whole, parts in (
+        (clip_predictions(output, 2), [[0, 1], [2]]),
+        (frame_predictions(output, 2, 3), [[0], [1], [2]]),
+    ):
         drawn.clear()
         costs = matching_costs(whole, make_targets(*clips), 9, WEIGHTS)
         layers = whole.logits.shape[1]
         assert costs.shape == (len(parts), layers, 2, 6, 2)
         for video, (part, frames) in itertools.product(range(2), enumerate(parts)):
-            at, truth = drawn[video][part:part + 1], clips[video].masks.double()
+            at, truth = drawn[video][part : part + 1], clips[video].masks.double()
             truth = torch.cat([sample_at(truth[None, :, t], at)[0] for t in frames], 1)
             for layer in range(layers):
                 kernel = whole.mask_kernel[part, layer, video]
                 masks = paint(kernel, whole.features[video, frames])
                 sampled = [sample_at(mask[None], at)[0] for mask in masks.unbind(1)]
-                expected = match_cost(whole.logits[part, layer, video][None, None],
-                                      torch.cat(sampled, 1)[None, None], clips[video].labels,
-                                      truth[None], torch.ones(1, 1).double(), WEIGHTS)[0, 0]
-                cost = costs[part, layer, video, :, :len(clips[video].labels)]
+                expected = match_cost(
+                    whole.logits[part, layer, video][None, None],
+                    torch.cat(sampled, 1)[None, None],
+                    clips[video].labels,
+                    truth[None],
+                    torch.ones(1, 1).double(),
+                    WEIGHTS,
+                )[0, 0]
+                cost = costs[part, layer, video, :, : len(clips[video].labels)]
                 torch.testing.assert_close(cost, expected)
 
 
@@ -228,7 +286,7 @@ def test_predictions_in_one_form():
     assert frames.clip_of.tolist() == [0, 1, 2, 3, 4] and clips.clip_of.tolist() == [0, 0, 1, 1, 2]
     assert frames.logits.shape[:4] == (5, 3, 2, 6) and clips.logits.shape[:4] == (3, 6, 2, 6)
     for t, layer, video in itertools.product(range(5), range(3), range(2)):
-        logits, kernel = output.frames.predictions[1 + layer]           # the last three of four
+        logits, kernel = output.frames.predictions[1 + layer]  # the last three of four
         assert torch.equal(frames.logits[t, layer, video], logits[5 * video + t])
         assert torch.equal(frames.mask_kernel[t, layer, video], kernel[5 * video + t])
     for clip, depth, level in itertools.product(range(3), range(2), range(3)):
@@ -246,8 +304,14 @@ def test_predictions_in_one_form():
 def test_a_batch_is_matched_as_its_videos_alone(no_chance):
     """Three videos, one without instances: matches are those of each video; mask losses add up."""
     torch.manual_seed(0)
-    clips = [make_clip(visible) for visible in (
-        [[1, 0, 1, 1], [0, 0, 1, 0]], [[0, 0, 0, 0]], [[1, 1, 1, 1], [0, 1, 0, 1], [0, 0, 0, 1]])]
+    clips = [
+        make_clip(visible)
+        for visible in (
+            [[1, 0, 1, 1], [0, 0, 1, 0]],
+            [[0, 0, 0, 0]],
+            [[1, 1, 1, 1], [0, 1, 0, 1], [0, 0, 0, 1]],
+        )
+    ]
     clips[2].labels = torch.tensor([2, 0, 0])
     output, criterion = random_output(3, 4, clip_length=2), Criterion(CLASSES, points=40)
     losses, matches = criterion(output, clips)
@@ -276,6 +340,7 @@ def instances_of(clips: list[Clip], name: str) -> int:
 
 # Targets
 
+
 def test_pad_targets():
     """Zeros right and bottom, and for instances that other videos have more of.
 
@@ -283,9 +348,13 @@ def test_pad_targets():
     """
     masks = torch.zeros(3, 2, 4, 5, dtype=torch.bool)
     masks[0, :, 1, 2] = masks[2, 1, 3, 4] = True
-    clip = Clip(torch.zeros(2, 3, 4, 5, dtype=torch.uint8), torch.tensor([0, 1, 2]),
-                torch.tensor([[7, 7], [8, 8], [9, 9]]), masks)
-    other = make_clip([[0, 0]])                                         # nothing to see
+    clip = Clip(
+        torch.zeros(2, 3, 4, 5, dtype=torch.uint8),
+        torch.tensor([0, 1, 2]),
+        torch.tensor([[7, 7], [8, 8], [9, 9]]),
+        masks,
+    )
+    other = make_clip([[0, 0]])  # nothing to see
     other = Clip(other.frames, other.labels, other.ids, other.masks[..., :4, :5])
     targets = pad_targets([clip, other, clip], (6, 8), torch.device("cpu"))
     assert targets.labels.tolist() == [[0, 1, 2], [0, 0, 0], [0, 1, 2]]
@@ -294,4 +363,4 @@ def test_pad_targets():
     assert targets.masks.shape == (3, 2, 3, 6, 8)
     assert targets.masks[0].nonzero().tolist() == [[0, 0, 1, 2], [1, 0, 1, 2], [1, 2, 3, 4]]
     assert torch.equal(targets.masks[0], targets.masks[2]) and not targets.masks[1].any()
-    assert clip.ids[2].tolist() == [9, 9]                               # the clip is unchanged
+    assert clip.ids[2].tolist() == [9, 9]  # the clip is unchanged
