@@ -12,7 +12,7 @@ from evaluation.run_length import (
     decode_runs,
     encode,
     encode_counts,
-    encode_part,
+    encode_chunk,
     find_fault,
     find_runs,
 )
@@ -121,10 +121,10 @@ def test_parts_and_threads_change_nothing(monkeypatch):
     expected = official(masks)
     monkeypatch.setattr(run_length, "THREADS", 4)
     for pixels in (1, 9 * 12, 3 * 9 * 12):
-        monkeypatch.setitem(run_length.SEARCHED_AT_ONCE, numpy, pixels)
-        monkeypatch.setitem(run_length.SEARCHED_AT_ONCE, torch, pixels)
+        monkeypatch.setitem(run_length.MAX_SEARCHED_PIXELS, numpy, pixels)
+        monkeypatch.setitem(run_length.MAX_SEARCHED_PIXELS, torch, pixels)
         assert encode(masks) == expected and encode(masks[:1]) == expected[:1]
-        assert [code.decode() for code in encode_part(masks)] == [code["counts"] for code in expected]
+        assert [code.decode() for code in encode_chunk(masks)] == [code["counts"] for code in expected]
 
 
 @pytest.mark.parametrize("masks", [
@@ -144,15 +144,15 @@ def test_tensors_give_the_codes_of_arrays(shape):
         found, expected = compress(*find_runs(masks)), compress(*find_runs(masks.numpy()))
         for ours, array in zip(found, expected, strict=True):
             assert isinstance(ours, torch.Tensor) and numpy.array_equal(ours.numpy(), array)
-        assert encode_part(masks) == encode_counts(masks)
+        assert encode_chunk(masks) == encode_counts(masks)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that PyTorch sees")
 def test_a_gpu_gives_the_codes_of_the_cpu(monkeypatch):
     sets = [noise(*shape) for shape in SIZES]
     sets += [blobs(30, 61, 90), noise(3, 300, 400, density=1e-4), noise(5, 24, 16).transpose(1, 2)]
-    for pixels in (run_length.ENCODED_AT_ONCE, 1000):         # all masks at once, and a few at a time
-        monkeypatch.setattr(run_length, "ENCODED_AT_ONCE", pixels)
+    for pixels in (run_length.MAX_ENCODED_PIXELS, 1000):         # all masks at once, and a few at a time
+        monkeypatch.setattr(run_length, "MAX_ENCODED_PIXELS", pixels)
         for masks in sets:
             assert encode(masks.cuda()) == encode(masks)
     assert encode(torch.zeros(0, 4, 5, dtype=torch.bool, device="cuda")) == []
@@ -219,7 +219,7 @@ def test_a_bad_code_is_found_at_its_place(kind, place):
 @pytest.mark.parametrize("at_once", [1, 3, 8])
 def test_a_bad_code_is_found_in_a_later_part(monkeypatch, kind, at_once):
     """Its index is that in the whole list, and of several the first is told."""
-    monkeypatch.setattr(run_length, "CHECKED_AT_ONCE", at_once)
+    monkeypatch.setattr(run_length, "MAX_CHECKED_CODES", at_once)
     code, sentence = BAD[kind]
     codes, pixels = GOOD * 3, PIXELS * 3
     assert find_fault(codes, pixels) is None
@@ -251,11 +251,11 @@ def test_packed_codes_come_out_as_they_went_in(lengths):
     kept = PackedCodes(3)
     for first in (0, 3, 0):
         kept.add(codes[first:] + codes[:first])
-    assert sum(three.nbytes for three, _ in kept.parts) <= 3 * (0.75 * sum(lengths) + 3)
+    assert sum(three.nbytes for three, _ in kept.packed) <= 3 * (0.75 * sum(lengths) + 3)
     text = [code.decode() for code in codes]
     orders = [[place, place + 3, (place + 3) % 6, place, place, place + 3] for place in range(3)]
     assert kept.take([2, 0, 2]) == [[text[number] for number in orders[thing]] for thing in (2, 0, 2)]
-    assert not kept.parts
+    assert not kept.packed
 
 
 def test_packed_codes_stay_in_the_order_of_the_frames():
