@@ -9,7 +9,7 @@ The rest is COCO's protocol. In each video and category, predictions are matched
 descending score, each to the ground truth track with the highest IoU. Precision and recall are
 computed at ten IoU thresholds.
 
-From the command line, for a submission file and YouTube-VIS annotations (OVIS uses the same format):
+From the command line, for a submission file and YouTube-VIS annotations (also of OVIS):
 
     python evaluate.py --results results.json --annotations gt.json --output DIR
 

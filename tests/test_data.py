@@ -206,7 +206,7 @@ def test_test_frames_are_pillows_bilinear_ones(tmp_path, short_side):
     noise = numpy.random.default_rng(0).integers(0, 256, (2, HEIGHT, WIDTH, 3), dtype=numpy.uint8)
     for file, picture in zip(video.files, noise):
         Image.fromarray(picture).save(file)
-    frames = list(data.test_frames(video, short_side))
+    frames = list(data.frames_at_test_size(video, short_side))
     for frame, picture in zip(frames, noise, strict=True):
         size = (short_side * 4 // 3, short_side)
         expected = numpy.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BILINEAR))

@@ -24,7 +24,7 @@ from test_bad_input import read_files
 import data
 from augmentation import Augmentation
 from clips import ClipDataset
-from data import VideoSet, find_split, read_categories, test_frames
+from data import VideoSet, find_split, read_categories, frames_at_test_size
 from reading.pictures import read_picture
 from runtime.errors import InputError
 from synthetic.suites import SUITES, make_dataset
@@ -244,13 +244,13 @@ def test_images_in_another_form_are_refused(folder, tmp_path, change):
                          [(32, 1333, (32, 45)), (32, 40, (29, 40)), (80, 56, (40, 56))])
 def test_frames_at_test_size_obey_both_sides(folder, short_side, longest, size):
     video = VideoSet(folder / "valid.json", folder / "JPEGImages").videos[0]
-    frames = torch.stack(list(test_frames(video, short_side, longest)))
+    frames = torch.stack(list(frames_at_test_size(video, short_side, longest)))
     assert frames.shape == (3, 3, *size) and frames.dtype == torch.uint8
     for frame, file in zip(frames, video.files):
         with Image.open(file) as picture:
             expected = numpy.asarray(picture.resize(size[::-1], Image.Resampling.BILINEAR))
         assert numpy.array_equal(frame.permute(1, 2, 0), expected)
-    assert torch.equal(torch.stack(list(test_frames(video, short_side, longest, slice(1, 3)))),
+    assert torch.equal(torch.stack(list(frames_at_test_size(video, short_side, longest, slice(1, 3)))),
                        frames[1:])
 
 
@@ -259,7 +259,7 @@ def test_the_longest_side_is_1333_unless_it_is_said(tmp_path):
                                                    "length": 1, "file_names": ["a.png"]}],
                                        "categories": [{"id": 1, "name": "one"}], "annotations": []})
     Image.new("RGB", (100, 10)).save(tmp_path / "a.png")
-    frame, = test_frames(VideoSet(tmp_path / "one.json", tmp_path).videos[0], 360)
+    frame, = frames_at_test_size(VideoSet(tmp_path / "one.json", tmp_path).videos[0], 360)
     assert frame.shape == (3, 133, 1333)
 
 
@@ -306,7 +306,7 @@ def test_a_frame_of_another_size_than_its_json_says_is_refused(tmp_path, size):
     Image.new("RGB", size).save(tmp_path / "JPEGImages" / name)
     videos = VideoSet(tmp_path / "valid.json", tmp_path / "JPEGImages")
     with pytest.raises(InputError, match=f"{name} is {size[0]}x{size[1]}, its JSON says 56x40"):
-        list(test_frames(videos.videos[0], 32))
+        list(frames_at_test_size(videos.videos[0], 32))
 
 
 # The synthetic set from the command line

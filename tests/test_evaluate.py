@@ -9,7 +9,7 @@ from pycocotools import mask as rle
 
 import evaluate
 import train
-from data import test_frames
+from data import frames_at_test_size
 from synthetic.suites import SUITES, Suite, make_dataset
 
 pytestmark = pytest.mark.slow  # whole programs
@@ -56,7 +56,7 @@ def test_from_frames_to_metrics_and_pictures(trained):
     # the results are the model's: the same masks, from segment_video alone
     model, _ = evaluate.model_from_checkpoint(trained / "run/last.pt")
     videos = evaluate.VideoSet(trained / "set/valid.json", trained / "set/valid/JPEGImages")
-    found = model.segment_video(test_frames(videos.videos[0], 64), (64, 80), 4)
+    found = model.segment_video(frames_at_test_size(videos.videos[0], 64), (64, 80), 4)
     assert numpy.array_equal(rle.decode(results[0]["segmentations"][1]).astype(bool), found.masks[0, 1].numpy())
 
 

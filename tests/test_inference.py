@@ -22,7 +22,7 @@ from test_model import HEIGHT, WIDTH, make_frames, make_model
 import evaluate
 import model as model_file
 import train
-from data import InputError, Video, VideoSet, test_frames
+from data import InputError, Video, VideoSet, frames_at_test_size
 from evaluation.inference import FrameBatches, Unfinished, share
 from evaluation.metric import evaluate_results
 from evaluation.postprocess import EncodedVideo
@@ -177,7 +177,7 @@ def test_batches_hold_all_frames_in_order(videos, chunk):
     ends = set(accumulate(len(batch) for batch in found))
     assert ends >= set(accumulate(LENGTHS))                                 # a batch ends where a video ends
     assert len(found) == sum(-(-length // chunk) for length in LENGTHS)     # and no earlier than it must
-    expected = torch.stack([frame for video in videos for frame in test_frames(video, 48, 1333)])
+    expected = torch.stack([frame for video in videos for frame in frames_at_test_size(video, 48, 1333)])
     assert expected.shape[2:] == (48, 60) and torch.equal(torch.cat(found), expected)
 
 
@@ -269,7 +269,7 @@ def test_results_are_those_of_segment_video(trained, whole, videos):
     results, areas = json.loads((whole / "results.json").read_text()), []
     assert [entry["video_id"] for entry in results] == [video.id for video in videos for _ in range(4)]
     for video in videos:
-        expected = model.segment_video(test_frames(video, 48), (video.height, video.width), 4)
+        expected = model.segment_video(frames_at_test_size(video, 48), (video.height, video.width), 4)
         own = [entry for entry in results if entry["video_id"] == video.id]
         assert [entry["score"] for entry in own] == pytest.approx(expected.scores.tolist(), rel=1e-5)
         assert [entry["category_id"] for entry in own] == [label + 1 for label in expected.labels.tolist()]
