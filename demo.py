@@ -44,7 +44,8 @@ from recipes import at_least
 from runtime.device import choose_amp, choose_device
 from runtime.errors import InputError, cli_errors
 from runtime.files import file_name_for, save_json
-from synthetic.suites import HEIGHT, SUITES, WIDTH, make_video
+from synthetic.rendering import make_video
+from synthetic.suites import HEIGHT, SUITES, WIDTH
 from tracker import PROPAGATIONS
 from viewing.overlays import best_labels, name_to_draw, overlays, save_pictures
 from viewing.plots import plot_timeline, require_matplotlib

@@ -14,7 +14,7 @@ from pathlib import Path
 from augmentation import JITTER, Augmentation
 from backbone import SwinBackbone
 from batching import SIZE_DIVISOR
-from clips import ClipDataset, MixedClips, RenderedClips
+from clips import ClipDataset, MixedClips
 from data import VideoSet, find_split
 from detector import SUPERVISED_LAYERS
 from losses import GATE_LOSSES, SIMILARITY_SPANS, Criterion
@@ -22,6 +22,7 @@ from model import PIXEL_MEAN, PIXEL_STD, PRESETS, TEST_SIDES, GRAttVIS
 from reading.ids import id_key
 from runtime.errors import InputError
 from runtime.files import first_existing
+from synthetic.clips import RenderedClips
 from synthetic.suites import SUITES
 from tracker import GATE_MASKS, PROPAGATIONS
 

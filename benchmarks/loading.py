@@ -37,8 +37,9 @@ from augmentation import Augmentation, transforms
 from clips import ClipDataset, StepSampler
 from recipes import open_clips, parse_arguments
 from runtime.loading import read_ahead
+from synthetic.rendering import make_video
 from synthetic.scenes import CATEGORIES
-from synthetic.suites import make_video, write_split
+from synthetic.suites import write_split
 from train import PREFETCH
 
 HEIGHT, WIDTH, FRAMES, OBJECTS = 720, 1280, 14, 6      # of a video; reach 6 sees 13 frames

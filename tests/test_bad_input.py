@@ -22,6 +22,7 @@ import evaluate
 import train
 from data import InputError, read_mask, read_picture
 from synthetic import suites as synthetic
+from synthetic.scenes import CATEGORIES
 
 SMALL = ["--batch", "1", "--frames", "2", "--points", "64", "--workers", "0", "--short-sides", "64", "--device", "cpu"]
 
@@ -291,7 +292,7 @@ def test_a_checkpoint_of_another_class_count(good, dataset, tmp_path):
 def test_a_checkpoint_of_other_class_names(good, dataset, tmp_path):
     edit(dataset, "valid", put("zebra", "categories", 0, "name"))
     message = refuse_evaluating(dataset, tmp_path, good / "run/last.pt")
-    assert "was trained on other classes" in message and message.endswith(": " + ", ".join(synthetic.CATEGORIES))
+    assert "was trained on other classes" in message and message.endswith(": " + ", ".join(CATEGORIES))
 
 
 def test_a_checkpoint_of_another_preset_or_propagation(good, tmp_path):

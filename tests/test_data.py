@@ -16,11 +16,12 @@ from scipy.ndimage import binary_dilation, binary_erosion, center_of_mass
 from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 
-import clips as clips_module
 import data
 from augmentation import Augmentation
-from clips import ClipDataset, RenderedClips, StepSampler, sample_frames
+from clips import ClipDataset, StepSampler, sample_frames
 from data import InputError, VideoSet, find_split, read_mask
+from synthetic import clips as rendered_clips
+from synthetic.clips import RenderedClips
 
 HEIGHT, WIDTH = 48, 64
 RED, GREEN = 7, 3  # category ids, neither contiguous nor in order: green becomes label 0, red label 1
@@ -339,8 +340,9 @@ def test_rendered_clips_show_somebody(rendered):
 
 def test_no_rendered_scene_is_that_of_a_file(monkeypatch):
     """The random state of a scene in a file begins with the seed and 0 or 1."""
-    drawn, make_video = [], clips_module.make_video
-    monkeypatch.setattr(clips_module, "make_video", lambda rng, *setting: drawn.append(rng) or make_video(rng, *setting))
+    drawn, make_video = [], rendered_clips.make_video
+    monkeypatch.setattr(rendered_clips, "make_video",
+                        lambda rng, *setting, **only: drawn.append(rng) or make_video(rng, *setting, **only))
     clips = RenderedClips(["easy"], 1, 1, AS_IT_IS, seed=0)
     assert [clips[index] for index in range(3)] and {rng.bit_generator.seed_seq.entropy[:2] for rng in drawn} == {(0, 3)}
 

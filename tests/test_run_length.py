@@ -11,8 +11,8 @@ from evaluation.run_length import (
     compress,
     decode_runs,
     encode,
-    encode_counts,
     encode_chunk,
+    encode_counts,
     find_fault,
     find_runs,
 )

@@ -18,8 +18,9 @@ from evaluation import metric
 from evaluation.postprocess import EncodedVideo
 from evaluation.run_length import encode
 from model import build_model
+from synthetic.rendering import make_video
 from synthetic.scenes import Difficulty
-from synthetic.suites import SUITES, make_dataset, make_video
+from synthetic.suites import SUITES, make_dataset
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))     # at the end: some of its files have names of ours
 import study  # noqa: E402

@@ -9,7 +9,7 @@ from PIL import Image
 from pycocotools import mask as rle
 
 from data import VideoSet
-from synthetic import scenes
+from synthetic import rendering, scenes
 from synthetic import suites as synthetic
 
 # Its decoder has yet to learn an argument that NumPy 2 passes to __array__; the masks are right all the same.
@@ -80,7 +80,7 @@ def test_more_videos_begin_with_the_fewer(tmp_path):
 def test_files_follow_the_youtube_vis_format(scene_set, split):
     content = read_json(scene_set, split)
     assert [category["id"] for category in content["categories"]] == [1, 2, 3, 4, 5, 6]
-    assert tuple(category["name"] for category in content["categories"]) == synthetic.CATEGORIES
+    assert tuple(category["name"] for category in content["categories"]) == scenes.CATEGORIES
     for video in content["videos"]:
         assert len(video["file_names"]) == video["length"] == 20
         for file_name in video["file_names"]:
@@ -104,7 +104,7 @@ def test_boxes_and_areas_agree_with_the_masks(scene_set):
                 assert box is None and area is None
                 continue
             rows, columns = np.nonzero(mask)
-            assert area == len(rows) >= synthetic.MIN_VISIBLE_PIXELS
+            assert area == len(rows) >= rendering.MIN_VISIBLE_PIXELS
             assert box == [columns.min(), rows.min(), np.ptp(columns) + 1, np.ptp(rows) + 1]
 
 
@@ -131,11 +131,11 @@ def test_some_instance_hides_another(scene_set):
 
 def test_make_video_returns_what_it_promises():
     rng = np.random.default_rng(0)
-    images, instances = synthetic.make_video(rng, frames=4, height=40, width=72, objects=(2, 3))
+    images, instances = rendering.make_video(rng, frames=4, height=40, width=72, objects=(2, 3))
     assert images.shape == (4, 40, 72, 3) and images.dtype == np.uint8
     assert 1 <= len(instances) <= 3
     for category_id, masks in instances:
-        assert 1 <= category_id <= len(synthetic.CATEGORIES)
+        assert 1 <= category_id <= len(scenes.CATEGORIES)
         assert masks.shape == (4, 40, 72) and masks.dtype == bool and masks.any()
 
 
@@ -146,7 +146,7 @@ def test_an_object_is_painted_where_its_mask_is():
         thing = scenes.make_object(rng, 1, 64, 96, background[0, 0])
         thing = replace(thing, centres=np.array([[47.7, 31.2]]))  # chance may put it outside the frame
         image = background.copy()
-        mask = synthetic.draw_object(image, thing, 0)
+        mask = rendering.draw_object(image, thing, 0)
         painted = np.abs(image - background).max(axis=2) > 0
         assert painted[mask].mean() > 0.95
         rim = np.argwhere(painted & ~mask)
@@ -189,8 +189,8 @@ def test_chosen_frames_are_those_of_the_whole_video(name):
     suite, chosen = synthetic.SUITES[name], [17, 2, 9, 9, 13]
     for video in range(2):
         setting = (suite.frames, 48, 80, suite.objects, suite.difficulty)
-        whole, instances = synthetic.make_video(np.random.default_rng(video), *setting)
-        images, found = synthetic.make_video(np.random.default_rng(video), *setting, only=chosen)
+        whole, instances = rendering.make_video(np.random.default_rng(video), *setting)
+        images, found = rendering.make_video(np.random.default_rng(video), *setting, only=chosen)
         assert np.array_equal(images, whole[chosen])
         expected = [(category, masks[chosen]) for category, masks in instances if masks[chosen].any()]
         assert all(one[0] == other[0] and np.array_equal(one[1], other[1]) for one, other in zip(found, expected, strict=True))
@@ -199,24 +199,24 @@ def test_chosen_frames_are_those_of_the_whole_video(name):
 @pytest.mark.parametrize("only", [[], [20], [3, -1]])
 def test_frames_that_a_video_does_not_have_are_refused(only):
     with pytest.raises(ValueError, match="from 0 to 19, not"):
-        synthetic.make_video(np.random.default_rng(0), 20, 48, 80, (1, 4), only=only)
+        rendering.make_video(np.random.default_rng(0), 20, 48, 80, (1, 4), only=only)
 
 
 def test_a_view_is_what_pillow_cuts_out():
-    background = synthetic.make_background(np.random.default_rng(0), 20, 48, 80)
+    background = rendering.make_background(np.random.default_rng(0), 20, 48, 80)
     views = [background.view(time) for time in range(20)]
     for view, (x, y) in zip(views, background.corners):
         cut = Image.fromarray(background.picture).transform((80, 48), Image.Transform.AFFINE, (1, 0, x, 0, 1, y), Image.Resampling.BILINEAR)
         assert np.array_equal(view, cut)
     mean = np.stack(views).astype(np.float32).mean((0, 1, 2))
-    assert np.array_equal(synthetic.mean_colour(views), mean) and abs(background.estimate_colour() - mean).max() < 0.05
+    assert np.array_equal(rendering.mean_colour(views), mean) and abs(background.estimate_colour() - mean).max() < 0.05
 
 
 # Difficulties
 
 def make_pair(difficulty, video=0, frames=20, objects=(1, 4)):
     """The same scene without and with a difficulty."""
-    return [synthetic.make_video(np.random.default_rng((0, 1, video)), frames, 64, 96, objects, setting)
+    return [rendering.make_video(np.random.default_rng((0, 1, video)), frames, 64, 96, objects, setting)
             for setting in (scenes.Difficulty(), difficulty)]
 
 
