@@ -11,7 +11,7 @@ import inspect
 import os
 from pathlib import Path
 
-from augmentation import JITTER, Augmentation
+from augmentation import LSJ_SCALES, Augmentation
 from backbone import SwinBackbone
 from batching import SIZE_DIVISOR
 from clips import ClipDataset, MixedClips
@@ -334,7 +334,7 @@ def official_setting(args: argparse.Namespace) -> dict:
         "weight_decay_norm": 0.0, "weight_decay_embed": 0.0, "backbone_lr_multiplier": args.backbone_lr_factor,
         "clip_grad_norm": args.clip_gradient, "amp": args.amp != "off", "scheduler": "WarmupMultiStepLR", "shuffle": False,
         "augmentations": [], "pseudo_augmentations": ["rotation"] if args.rotation else [],
-        "pseudo_crop_size": args.pseudo_crop_size, "lsj_scale": JITTER[0], "test_max_long_side": args.test_max_long_side,
+        "pseudo_crop_size": args.pseudo_crop_size, "lsj_scale": LSJ_SCALES[0], "test_max_long_side": args.test_max_long_side,
         "clip_queries": sizes["queries"], "no_object_weight": args.no_object_weight, "vita_no_object_weight": args.no_object_weight,
         "class_weight": default(Criterion, "class_weight"), "mask_weight": default(Criterion, "mask_weight"),
         "dice_weight": default(Criterion, "dice_weight"), "sim_weight": args.similarity_weight, "num_points": args.points,

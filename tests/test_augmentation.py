@@ -14,7 +14,7 @@ from torchvision import tv_tensors
 from augmentation import Augmentation, short_side_size
 
 TURNED = Augmentation(short_sides=(2 * HEIGHT,), flip=False, rotation=15)
-JITTERED = Augmentation(short_sides=(), jitter=64, rotation=15)
+JITTERED = Augmentation(short_sides=(), lsj_size=64, rotation=15)
 
 
 def generators(count):
@@ -71,7 +71,7 @@ def test_jitter_fills_a_square():
     scales = []
     for generator in generators(60):
         white = torch.full((2, 3, 40, 80), 255, dtype=torch.uint8)
-        frames, masks = Augmentation(short_sides=(), jitter=64)(
+        frames, masks = Augmentation(short_sides=(), lsj_size=64)(
             tv_tensors.Video(white), tv_tensors.Mask(torch.ones(1, 2, 40, 80, dtype=torch.bool)), generator)
         assert frames.shape == (2, 3, 64, 64) and torch.equal(frames[0], frames[1]) and torch.equal(masks[:, 0], masks[:, 1])
         inside = frames[0, 0] == 255
@@ -88,7 +88,7 @@ def test_where_a_large_picture_is_cut():
     ramp = torch.arange(64, dtype=torch.uint8).mul(4).expand(1, 3, 64, 64)
     first_columns = set()
     for generator in generators(60):
-        frames, masks = Augmentation(short_sides=(), flip=False, jitter=64)(
+        frames, masks = Augmentation(short_sides=(), flip=False, lsj_size=64)(
             tv_tensors.Video(ramp), tv_tensors.Mask((ramp[None, :, 0] >= 128)), generator)
         if masks.shape[-1] == 64 and (frames != 128).all(1).all():
             first_columns.add(int(frames[0, 0, 0, 0]) // 16)
@@ -108,7 +108,7 @@ SETTINGS = {"resized": Augmentation((48,), rotation=15),
             "cut": Augmentation((48,), crop_short_sides=(40,), crop_size=(10, 600)),
             "cut to a share": Augmentation((48,), crop_short_sides=(1,), crop_size=(0.01, 0.1),
                                            crop_relative=True),
-            "jittered": Augmentation((), jitter=64, rotation=15)}
+            "jittered": Augmentation((), lsj_size=64, rotation=15)}
 
 
 @pytest.mark.parametrize("height, width", SHAPES)

@@ -207,7 +207,7 @@ def test_every_source_of_a_recipe_is_augmented_as_officially(name, data_sets):
     clips = recipes.open_clips(parse_arguments(["--recipe", name, "--data-root", str(data_sets)]))
     *images, videos = getattr(clips, "sources", [clips])
     common = dict(max_long_side=official["max_long_side"], crop_short_sides=(400, 500, 600) if official["crop"] else (), flip=True,
-                  jitter=official["lsj_image_size"] if official["lsj"] else 0)
+                  lsj_size=official["lsj_image_size"] if official["lsj"] else 0)
     assert videos.augmentation == Augmentation(
         tuple(official["short_sides"]), crop_size=tuple(official["crop_size"]), rotation=0.0,
         crop_relative=official["crop_type"] == "relative_range", **common)
