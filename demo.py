@@ -40,10 +40,10 @@ from evaluation.postprocess import EncodedVideo, check_finite
 from model import PRESETS, GRAttVIS
 from reading.pictures import PICTURE_FORMATS, read_animation, read_picture
 from reading.videos import informative_line, read_ppm, read_video
-from recipes import at_least
 from runtime.device import choose_amp, choose_device
 from runtime.errors import InputError, cli_errors
 from runtime.files import file_name_for, save_json
+from runtime.flags import at_least
 from synthetic.rendering import make_video
 from synthetic.suites import HEIGHT, SUITES, WIDTH
 from tracker import PROPAGATIONS

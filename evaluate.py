@@ -34,10 +34,10 @@ from evaluation.postprocess import EncodedVideo
 from model import PRESETS, GRAttVIS
 from reading.annotations import AnnotationFile, Skipped, one_line, read_annotations, unique_names
 from reading.ids import Id
-from recipes import at_least
 from runtime.device import choose_amp
 from runtime.errors import InputError, cli_errors, shown
 from runtime.files import atomic_write, checksum, folder_lock, read_json, save_json
+from runtime.flags import at_least
 from runtime.loading import choose_workers
 from runtime.processes import (
     errors_of_any_process,

@@ -27,23 +27,18 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
+from augmentation import Augmentation
 from checkpoint import load_backbone, load_weights, read_run, save_checkpoint
-from clips import StepSampler
-from data import VideoSet
+from clips import ClipDataset, MixedClips, StepSampler
+from data import VideoSet, find_named_set, find_split
 from deform_attn import implementation
 from evaluation.inference import segment_videos, to_entries
 from evaluation.metric import evaluate_results
 from losses import Criterion
 from matcher import upload
 from model import PRESETS, GRAttVIS, build_model
-from recipes import (
-    RECIPES,
-    clip_bytes,
-    official_setting,
-    open_clips,
-    open_held_out,
-    parse_arguments,
-)
+from reading.ids import id_key
+from recipes import RECIPES, official_setting, parse_arguments
 from runtime.device import choose_amp, make_deterministic
 from runtime.errors import InputError, cli_errors
 from runtime.files import atomic_write, checksum, folder_lock, save_json
@@ -58,6 +53,7 @@ from runtime.processes import (
     stop_processes,
 )
 from runtime.stopping import Stopped, deferred_stop, stop_requested
+from synthetic.clips import RenderedClips
 
 # Arguments that may change between a run and its resumption.
 MAY_CHANGE = {"recipe", "dry_run", "iterations", "output", "resume", "init", "backbone_weights",
@@ -401,6 +397,110 @@ def trim_log(path: Path, step: int) -> None:
     if len(kept) < len(lines):
         with atomic_write(path) as temporary:
             temporary.write_text("".join(kept), encoding="utf-8")
+
+
+# Data
+
+def open_clips(args: argparse.Namespace) -> ClipDataset | MixedClips | RenderedClips:
+    """The training clips: of one data set, of several named data sets, or of rendered scenes."""
+    if args.render:
+        clips = RenderedClips(args.render, args.frames, args.reach,
+                              make_augmentation(args, pseudo=False), args.seed)
+        check_num_classes(args, "--render", clips.categories)
+        return clips
+    if args.train_json:
+        target = VideoSet(args.train_json, args.train_images, args.skip_bad)
+    elif args.train_sets:
+        return open_named_sets(args)
+    else:
+        target = VideoSet(*find_split(args.data_root, "train"), args.skip_bad)
+    check_num_classes(args, target.path, target.categories)
+    return make_clips(args, target)
+
+
+def open_named_sets(args: argparse.Namespace) -> ClipDataset | MixedClips:
+    """The clips of --train-sets. The classes are those of the last one, the target."""
+    *others, last = [find_named_set(args.data_root, name) for name in args.train_sets]
+    json_path, frames, category_map = last
+    if category_map:
+        raise InputError(f"--train-sets {' '.join(args.train_sets)}: the last must be the data set "
+                         "whose classes are trained")
+    target = VideoSet(json_path, frames, args.skip_bad)
+    known = {id_key(category_id) for category_id, _ in target.categories}
+    for _, _, category_map in others:
+        unknown = set((category_map or {}).values()) - known
+        if unknown:
+            raise InputError(f"{target.path} lacks categories that COCO's are mapped to: "
+                             f"{sorted(unknown)}")
+    sources = [
+        VideoSet(json_path, frames, args.skip_bad, category_map,
+                 target.categories if category_map else None)
+        for json_path, frames, category_map in others
+    ]
+    check_num_classes(args, target.path, target.categories)
+    if not sources:
+        return make_clips(args, target)
+    if len(args.train_ratio or []) != len(args.train_sets):
+        raise InputError("--train-ratio must give one share for each of the "
+                         f"{len(args.train_sets)} sets")
+    clips = [make_clips(args, videos) for videos in [*sources, target]]
+    return MixedClips(clips, args.train_ratio, args.seed)
+
+
+def make_clips(args: argparse.Namespace, videos: VideoSet) -> ClipDataset:
+    """The clips of one data set; pseudo videos have an augmentation of their own."""
+    augmentation = make_augmentation(args, pseudo=videos.category_map is not None)
+    return ClipDataset(videos, args.frames, args.reach, augmentation, args.seed, args.skip_bad)
+
+
+def make_augmentation(args: argparse.Namespace, pseudo: bool) -> Augmentation:
+    """The augmentation of videos, or of pseudo videos."""
+    return Augmentation(
+        short_sides=tuple(args.pseudo_short_sides if pseudo else args.short_sides),
+        max_long_side=args.max_long_side,
+        crop_short_sides=tuple(args.crop_short_sides),
+        crop_size=tuple(args.pseudo_crop_size if pseudo else args.crop_size),
+        crop_relative=args.crop_relative and not pseudo,
+        flip=args.flip,
+        rotation=args.rotation if pseudo else 0.0,
+        lsj_size=args.lsj_size if args.lsj else 0,
+    )
+
+
+def check_num_classes(args: argparse.Namespace, source, categories: list) -> None:
+    """InputError if --num-classes is given and differs."""
+    if args.num_classes not in (None, len(categories)):
+        raise InputError(f"{source} has {len(categories)} categories, not {args.num_classes}")
+
+
+def open_held_out(args: argparse.Namespace, categories: list[tuple[int, str]]) -> VideoSet | None:
+    """The videos of periodic evaluation; None without --evaluate-every.
+
+    Raises InputError if they have no annotations or other categories than the training clips.
+    """
+    if not args.evaluate_every:
+        return None
+    if args.train_json:
+        raise InputError("--evaluate-every needs --data-root or --test-sets")
+    if args.test_sets:
+        json_path, frames, _ = find_named_set(args.data_root, args.test_sets[0])
+    else:
+        json_path, frames = find_split(args.data_root, "valid")
+    videos = VideoSet(json_path, frames, args.skip_bad)
+    if not videos.ground_truth["annotations"]:
+        raise InputError(f"--evaluate-every: {videos.path} has no annotations")
+    if [name for _, name in videos.categories] != [name for _, name in categories]:
+        raise InputError(f"--evaluate-every: {videos.path} has other categories than the "
+                         "training clips")
+    return videos
+
+
+def clip_bytes(args: argparse.Namespace, world: int) -> int:
+    """Approximate size of one process's clips of a step: frames and masks of 10 instances."""
+    short_side = max(args.short_sides + args.pseudo_short_sides)
+    long_side = min(args.max_long_side, short_side * 16 // 9)
+    pixels = args.lsj_size ** 2 if args.lsj else short_side * long_side
+    return args.batch // world * args.frames * pixels * (3 + 10)
 
 
 # Before a run

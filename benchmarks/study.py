@@ -56,10 +56,10 @@ from evaluation.inference import segment_videos, to_entries  # noqa: E402
 from evaluation.metric import accumulate, evaluate_results, mean_defined, summarize, track_rles  # noqa: E402
 from evaluation.postprocess import EncodedVideo  # noqa: E402
 from model import GRAttVIS  # noqa: E402
-from recipes import at_least  # noqa: E402
 from runtime.device import choose_amp, choose_device  # noqa: E402
 from runtime.errors import InputError, cli_errors  # noqa: E402
 from runtime.files import checksum, read_json, save_json  # noqa: E402
+from runtime.flags import at_least  # noqa: E402
 from synthetic.scenes import Difficulty  # noqa: E402
 from synthetic.suites import SUITES  # noqa: E402
 from viewing.overlays import best_labels  # noqa: E402

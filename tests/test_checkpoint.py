@@ -13,10 +13,10 @@ from golden_set import meta, names_shapes
 from backbone import build_backbone
 from checkpoint import (
     default_short_side,
+    find_propagation,
     load_backbone,
     load_weights,
     model_from_checkpoint,
-    read_propagation,
     read_run,
     save_checkpoint,
     save_weights,
@@ -47,7 +47,7 @@ def test_golden_official_state_dicts_load(key):
              for name, shape, dtype in rows}
     shapes = {name: shape for name, shape, _ in rows}
     whole = "vita_module.class_embed.weight" in shapes
-    propagation = read_propagation(translate(state)[0]) or "plain"
+    propagation = find_propagation(translate(state)[0]) or "plain"
     with torch.device("meta"):
         model = build_model(official_preset(shapes), shapes["vita_module.class_embed.weight"][0] - 1 if whole else 3, propagation)
     report = load_weights(model, state)

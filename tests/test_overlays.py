@@ -155,7 +155,7 @@ def test_any_class_name_can_be_drawn(name):
 def test_names_that_are_drawn_are_short_and_stay_apart():
     assert name_to_draw("giant panda") == "giant panda"
     names = {name_to_draw("class " * 50 + number) for number in ("one", "two", "three")}
-    assert len(names) == 3 and all(len(name) <= draw.LONGEST_NAME for name in names)
+    assert len(names) == 3 and all(len(name) <= draw.MAX_NAME_LENGTH for name in names)
 
 
 def video_of(masks, tracks, scores=None, layers=3):
@@ -223,7 +223,7 @@ def test_no_instances_leave_the_frames_as_they_are(tmp_path):
 
 def test_long_videos_are_shown_from_the_first_to_the_last_frame(tmp_path, monkeypatch):
     """The sheet has frames of all parts; an animation that would be too long has every second, third... frame."""
-    monkeypatch.setattr(draw, "ANIMATED_FRAMES", 10)
+    monkeypatch.setattr(draw, "MAX_ANIMATION_FRAMES", 10)
     pictures = (Image.new("RGB", (8, HEIGHT), (10 * t, 10 * t, 10 * t)) for t in range(21))
     save_pictures(tmp_path, "long", pictures, 21)
     with Image.open(tmp_path / "long.png") as sheet:
@@ -268,7 +268,7 @@ def test_every_picture_is_a_png_where_a_folder_for_them_is_given(tmp_path):
     (2, (200, 100)), (4, (141, 70)), (8, (100, 50)), (20, (63, 31))])
 def test_an_animation_keeps_to_its_memory(tmp_path, monkeypatch, count, expected):
     """Its pictures are smaller, the longer it is; those of the sheet are not."""
-    monkeypatch.setattr(draw, "ANIMATION_BYTES", 2 * 200 * 100 * 4)          # of two pictures
+    monkeypatch.setattr(draw, "MAX_ANIMATION_BYTES", 2 * 200 * 100 * 4)          # of two pictures
     save_pictures(tmp_path, "clip", shades(count, (200, 100)), count)
     pictures = read_animation(tmp_path / "clip.webp")
     assert {picture.shape[1::-1] for picture in pictures} == {expected}
@@ -280,7 +280,7 @@ def test_an_animation_keeps_to_its_memory(tmp_path, monkeypatch, count, expected
 
 
 def test_a_sheet_of_huge_pictures_is_smaller(tmp_path, monkeypatch):
-    monkeypatch.setattr(draw, "SHEET_PIXELS", 6 * 50 * 20)
+    monkeypatch.setattr(draw, "MAX_SHEET_PIXELS", 6 * 50 * 20)
     save_pictures(tmp_path, "huge", shades(9, (500, 200)), 9)
     with Image.open(tmp_path / "huge.png") as sheet:
         assert sheet.size == (3 * 50, 2 * 20)
@@ -328,19 +328,19 @@ def test_a_band_has_the_tracks_colour_where_it_is_seen():
     cells = cells_of(strip(CELLS, seen=seen), bands, 8)
     for row, track in enumerate((3, 7)):
         assert numpy.array_equal((cells[row] == colour_of(track)).all(1), seen[row])
-        assert (cells[row][~seen[row]] == draw.UNDRAWN).all()
+        assert (cells[row][~seen[row]] == draw.LIGHT_GREY).all()
 
 
 def test_nothing_is_drawn_after_the_cursor():
     lines = (strip(numpy.ones_like(CELLS)) != strip(numpy.zeros_like(CELLS))).any(2)
     drawn = strip(CELLS, now=3)
-    assert (cells_of(drawn, lines, 8)[:, 4:] == draw.UNDRAWN).all()
+    assert (cells_of(drawn, lines, 8)[:, 4:] == draw.LIGHT_GREY).all()
     assert numpy.array_equal(cells_of(drawn, lines, 8)[:, :4], cells_of(strip(CELLS), lines, 8)[:, :4])
     for first, same in ((4, True), (3, False)):                             # the frame from which gates and masks are others
         later = numpy.arange(8) >= first
         other = strip(CELLS ^ later[:, None], now=3, seen=numpy.stack([~later, ~later]))
         assert numpy.array_equal(drawn, other) == same
-    ends = [(strip(CELLS, now=now)[2] == draw.INK).all(1).nonzero()[0].tolist() for now in range(8)]
+    ends = [(strip(CELLS, now=now)[2] == draw.DARK_GREY).all(1).nonzero()[0].tolist() for now in range(8)]
     assert all(len(end) == 1 for end in ends) and ends == sorted(ends)      # one cursor, which goes to the right
 
 
@@ -422,7 +422,7 @@ def test_who_scores_as_much_as_is_asked_for_is_shown():
 def test_an_animation_takes_as_long_as_its_video(tmp_path, monkeypatch, milliseconds, count, limit,
                                                  duration, shown):
     """Frames that are left out make the others longer; and it begins anew for ever."""
-    monkeypatch.setattr(draw, "ANIMATED_FRAMES", limit)
+    monkeypatch.setattr(draw, "MAX_ANIMATION_FRAMES", limit)
     pictures = (Image.fromarray(numpy.full((16, 24, 3), 30 * t, numpy.uint8)) for t in range(count))
     save_pictures(tmp_path, "short", pictures, count, milliseconds)
     with Image.open(tmp_path / "short.webp") as animation:

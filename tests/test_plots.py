@@ -5,8 +5,8 @@ import numpy
 import pytest
 import torch
 from PIL import Image
-from test_overlays import video_of
 from test_metric import encode
+from test_overlays import video_of
 
 from data import InputError
 from evaluation.metric import accumulate
@@ -79,7 +79,7 @@ def test_a_bar_for_each_class(tmp_path):
         pictures.append(pixels_of(tmp_path / f"{number}.png"))
     one, undefined, two = pictures
     assert numpy.array_equal(one, undefined)
-    lengths = coloured(two, [int(plots.BAR[place:place + 2], 16) for place in (1, 3, 5)]).sum(1)
+    lengths = coloured(two, [int(plots.BAR_COLOUR[place:place + 2], 16) for place in (1, 3, 5)]).sum(1)
     assert sorted(set(lengths[lengths > 0].tolist())) == pytest.approx([lengths.max() / 2, lengths.max()], abs=2)
 
 
@@ -89,7 +89,7 @@ def test_a_bar_for_each_class(tmp_path):
 def test_any_class_name_is_a_label(tmp_path, name):
     """Beside bars and rows that still have half of the width, and never read as a formula."""
     plot_classes(tmp_path / "classes.png", {name: 0.8, "star": 0.4})
-    bar_colour = [int(plots.BAR[place:place + 2], 16) for place in (1, 3, 5)]
+    bar_colour = [int(plots.BAR_COLOUR[place:place + 2], 16) for place in (1, 3, 5)]
     bars = coloured(pixels_of(tmp_path / "classes.png"), bar_colour)
     assert bars.any(0).sum() > 0.35 * bars.shape[1]
     plot_timeline(tmp_path / "tracks.png", video_of(seen_in(1, 1)[None], [7], [0.9]), [name], 0.3)

@@ -9,17 +9,10 @@ import torch
 from PIL import Image
 from pycocotools import mask as rle
 
-import recipes
 import train
 from augmentation import Augmentation
-from data import InputError, VideoSet
-from recipes import (
-    COCO_MAPS,
-    RECIPES,
-    find_named_set,
-    official_setting,
-    parse_arguments,
-)
+from data import COCO_MAPS, InputError, VideoSet, find_named_set
+from recipes import RECIPES, official_setting, parse_arguments
 
 OFFICIAL = json.loads((Path(__file__).parent / "recipes.json").read_text())   # of the official repository's 17 configurations
 COCO_TABLES = json.loads((Path(__file__).parent / "coco_maps.json").read_text())
@@ -164,7 +157,7 @@ def test_a_set_that_is_not_there_or_not_known(tmp_path):
 
 
 def open_clips(root, *more):
-    return recipes.open_clips(parse_arguments(["--recipe", "grattvis/ovis/r50", "--data-root", str(root), *SMALL, *more]))
+    return train.open_clips(parse_arguments(["--recipe", "grattvis/ovis/r50", "--data-root", str(root), *SMALL, *more]))
 
 
 def test_images_become_pseudo_videos_of_the_targets_classes(data_sets):
@@ -204,7 +197,7 @@ def test_every_category_of_coco_becomes_the_official_one(target, tmp_path):
 @pytest.mark.parametrize("name", DIFFERENT.values())
 def test_every_source_of_a_recipe_is_augmented_as_officially(name, data_sets):
     official = OFFICIAL["common"] | OFFICIAL["recipes"][RECIPES[name][0]]
-    clips = recipes.open_clips(parse_arguments(["--recipe", name, "--data-root", str(data_sets)]))
+    clips = train.open_clips(parse_arguments(["--recipe", name, "--data-root", str(data_sets)]))
     *images, videos = getattr(clips, "sources", [clips])
     common = dict(max_long_side=official["max_long_side"], crop_short_sides=(400, 500, 600) if official["crop"] else (), flip=True,
                   lsj_size=official["lsj_image_size"] if official["lsj"] else 0)
@@ -308,7 +301,7 @@ def test_broken_data_is_told_by_name(broken):
             wrong = 1 if "video1" in sentence else 3
             content[key] = [entry for entry in content[key] if entry["id"] != wrong]
         (root / "train.json").write_text(json.dumps(content))
-    clips = recipes.open_clips(parse_arguments(["--data-root", str(root), *SMALL]))
+    clips = train.open_clips(parse_arguments(["--data-root", str(root), *SMALL]))
     assert clips.skipped.sentences() == ["annotations of categories that do not exist: 1; the first: annotation 4 of "
                                          f"{root / 'train.json'}, of category 77"]
     with pytest.raises(InputError, match="video2/.* cannot be read"):
@@ -336,7 +329,7 @@ def test_a_stage_counts_more_than_that_of_the_recipe():
 
 def test_rendered_clips_have_the_seed_and_the_suites_in_turn():
     arguments = ["--render", "easy", "occlusion", "--frames", "2", "--short-sides", "48"]
-    first, second = (recipes.open_clips(parse_arguments([*arguments, "--seed", seed]))
+    first, second = (train.open_clips(parse_arguments([*arguments, "--seed", seed]))
                      for seed in ("5", "6"))
     assert not torch.equal(first[0].frames, second[0].frames)
     assert [first[number].source.split()[-1] for number in range(4)] == ["easy", "occlusion"] * 2

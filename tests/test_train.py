@@ -10,7 +10,6 @@ import torch
 from processes import ENVIRONMENT, free_port
 from torch import nn
 
-import recipes
 import train
 from backbone import SwinBackbone
 from data import InputError
@@ -101,7 +100,7 @@ def test_parts_of_a_step_add_up(data_root, monkeypatch):
     monkeypatch.setattr("matcher.random_points", fixed_points)
     args = parse_arguments(["--data-root", str(data_root), "--batch", "2", "--norm", "group", "--propagation", "plain", *TINY,
                             "--clip-gradient", "0"])
-    clips = recipes.open_clips(args)
+    clips = train.open_clips(args)
     model, _ = train.make_model(args, clips.categories, None, print)
     model.double()
     scaler = torch.amp.GradScaler("cpu", enabled=False)
