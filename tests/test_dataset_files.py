@@ -24,7 +24,7 @@ from test_bad_input import read_files
 import data
 from augmentation import Augmentation
 from clips import ClipDataset
-from data import VideoSet, find_split, read_categories, frames_at_test_size
+from data import VideoSet, find_split, frames_at_test_size, read_categories
 from reading.pictures import read_picture
 from runtime.errors import InputError
 from synthetic.suites import SUITES, make_dataset

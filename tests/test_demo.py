@@ -612,7 +612,7 @@ def test_a_line_has_what_is_seen_and_scores_enough(capsys):
 
     stub, black = SimpleNamespace(reset=lambda: 0, step=step), Image.new("RGB", (WIDTH, HEIGHT))
     args = demo.parse_arguments(["-", "--live", "--short-side", "48", "--max-long-side", "40", "--top-k", "5", "--score", "0.25"])
-    demo.follow(stub, "-", iter([black, black]), ["cat", "dog"], args)
+    demo.run_live(stub, "-", iter([black, black]), ["cat", "dog"], args)
     assert capsys.readouterr().out == "frame 0: dog #12 0.90 at 30,10 to 30,20; cat #3 0.70 at 7,5 to 7,5\nframe 1: nothing\n"
     assert sizes == [((3, 32, 40), (HEIGHT, WIDTH), 5)] * 2
 

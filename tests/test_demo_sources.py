@@ -123,7 +123,7 @@ def test_a_live_frame_of_another_size_is_refused(monkeypatch):
     monkeypatch.setattr(demo, "best_labels", lambda found, least: [])
     model = SimpleNamespace(reset=lambda: None, step=lambda *given: (SimpleNamespace(scores=torch.zeros(0)), None))
     with pytest.raises(InputError, match="^frame 1 of - is 5x5, the first 8x6$"):
-        demo.follow(model, "-", iter([grey(1), grey(2, (5, 5))]), [], demo.parse_arguments(["-", "--live", "--short-side", "6"]))
+        demo.run_live(model, "-", iter([grey(1), grey(2, (5, 5))]), [], demo.parse_arguments(["-", "--live", "--short-side", "6"]))
 
 
 @pytest.mark.parametrize("source, name", [("clip.mp4", "clip"), ("frames/*.jpg", "frames"), ("a/b/0[1-3]*.png", "b"),

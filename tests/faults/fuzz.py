@@ -227,7 +227,7 @@ def load_results(base: Path, path: Path) -> None:
     """evaluate.py --results."""
     with contextlib.redirect_stdout(io.StringIO()):
         truth = evaluate.read_parts([path.with_name("truth.json")], skip_bad=False)
-        evaluate.finish(path, truth, path.parent / "scores", False)
+        evaluate.score_results(path, truth, path.parent / "scores", False)
 
 
 # Checkpoints
