@@ -225,11 +225,16 @@ def test_crowds_of_images_are_not_trained_on(folder, tmp_path):
         assert all(torch.equal(found, mask) for found in clip.masks[0])
 
 
-@pytest.mark.parametrize("change", [lambda content: content["images"][0].pop("file_name"),
-                                    lambda content: content["annotations"][0].update(image_id=[900]),
-                                    lambda content: content.pop("categories"),
-                                    lambda content: content.update(images=5)],
-                         ids=["file", "image", "categories", "list"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: content["images"][0].pop("file_name"),
+        lambda content: content["annotations"][0].update(image_id=[900]),
+        lambda content: content.pop("categories"),
+        lambda content: content.update(images=5),
+    ],
+    ids=["file", "image", "categories", "list"],
+)
 def test_images_in_another_form_are_refused(folder, tmp_path, change):
     content = coco_content()
     change(content)
@@ -250,8 +255,9 @@ def test_frames_at_test_size_obey_both_sides(folder, short_side, longest, size):
         with Image.open(file) as picture:
             expected = numpy.asarray(picture.resize(size[::-1], Image.Resampling.BILINEAR))
         assert numpy.array_equal(frame.permute(1, 2, 0), expected)
-    assert torch.equal(torch.stack(list(frames_at_test_size(video, short_side, longest, slice(1, 3)))),
-                       frames[1:])
+    assert torch.equal(
+        torch.stack(list(frames_at_test_size(video, short_side, longest, slice(1, 3)))), frames[1:]
+    )
 
 
 def test_the_longest_side_is_1333_unless_it_is_said(tmp_path):

@@ -205,7 +205,9 @@ def test_a_class_that_one_part_has_not_counts_in_the_other_alone(tmp_path):
 @pytest.mark.parametrize("names", [{}, {3: "ant"}, {3: "ant", 7: "dog", 90: "cat"}], ids=len)
 def test_parts_of_other_categories_are_not_averaged(tmp_path, names):
     categories = [{"id": number, "name": name} for number, name in names.items()]
-    with pytest.raises(InputError, match="b/gt.json has (other categories than .*a/gt.json|an empty list of)"):
+    with pytest.raises(
+        InputError, match="b/gt.json has (other categories than .*a/gt.json|an empty list of)"
+    ):
         score(tmp_path, [], part_of_set(17), part_of_set(3, 5) | {"categories": categories})
     assert not (tmp_path / "scores").exists()
 
