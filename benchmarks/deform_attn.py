@@ -1,21 +1,22 @@
-"""Speed and error of deformable attention on a GPU: the fused kernel, the PyTorch path, and what
-the hardware allows.
+"""Speed and error of deformable attention on a GPU: the CUDA kernel, PyTorch, and hardware limits.
 
-    python benchmarks/deform_attn.py                          # the operator, 5 shapes and 3 types
-    python benchmarks/deform_attn.py --no-compile             # without torch.compile, which takes minutes
-    python benchmarks/deform_attn.py --pixel-decoder          # instead: the whole pixel decoder, of r50 and of swin_l
-    python benchmarks/deform_attn.py --json rows.json         # also write all rows
+    python benchmarks/deform_attn.py                  # the operator, 5 shapes and 3 dtypes
+    python benchmarks/deform_attn.py --no-compile     # without torch.compile, which takes minutes
+    python benchmarks/deform_attn.py --pixel-decoder  # the whole pixel decoder of r50 and swin_l
+    python benchmarks/deform_attn.py --json rows.json # also write all rows to a file
 
-Times are medians, in microseconds of one call. The kernel is captured in a CUDA graph and replayed:
-Python's launches do not count. They do for the PyTorch path (which copies the sizes of levels from
-the host, so that no graph can hold it; its backward is autograd.grad of a kept graph): that is
-timed by events around plain calls. Errors are norm(found - wanted) / norm(wanted), wanted being the
-PyTorch path in float64 on the same rounded inputs. The gradient of offsets jumps where a sample
-crosses a line of pixel centres: samples within GRID_MARGIN of one are left out. Floors: "DRAM" is
-every input read and every output written once, at the measured bandwidth (small inputs stay in L2
-between calls, which can beat it); "gathers" is the 4 corners of every sample, read from L1 at 128
-bytes a clock a multiprocessor. In the backward that counts the reads alone, not the sums into the
-value's gradient.
+Times are medians in microseconds per call. The kernel is replayed from a CUDA graph, which excludes
+launch overhead. The PyTorch path copies level sizes from the host and cannot be captured, so it is
+timed with events around ordinary calls; its backward is autograd.grad with a retained graph.
+
+Errors are norm(result - reference) / norm(reference). The reference is the PyTorch path in float64
+on the same rounded inputs. The gradient of the offsets is discontinuous where a sample crosses a
+line of pixel centres; samples within GRID_MARGIN of one are excluded.
+
+Lower bounds: "DRAM" is the time to read every input and write every output once at the measured
+bandwidth (small inputs stay in L2 between calls and can be faster). "gathers" is the time to read
+the four corners of every sample from L1, at 128 bytes per clock and multiprocessor; in the backward
+pass it excludes the accumulation of the gradient.
 """
 import argparse
 import json
@@ -92,9 +93,12 @@ def measure_ceilings() -> dict:
     print(
         f"{gpu.name}, {gpu.multi_processor_count} multiprocessors, torch {torch.__version__}\n"
         f"DRAM {dram / 1e12:6.2f} TB/s, measured: negation of 1 GiB, read + written\n"
-        f"L2   {cache / 1e12:6.2f} TB/s, measured: negation of 16 MiB again and again, read + written, with the gaps between\n"
-        f"L1   {fastest / 1e12:6.2f} TB/s, not measured: {L1_BYTES_PER_CLOCK} bytes a clock a multiprocessor at "
-        f"{clock / 1e6:.0f} MHz, the highest clock (clock_rate of torch.cuda.get_device_properties)\n",
+        f"L2   {cache / 1e12:6.2f} TB/s, measured: negation of 16 MiB again and again, read + "
+        "written, with the gaps between\n"
+        f"L1   {fastest / 1e12:6.2f} TB/s, not measured: {L1_BYTES_PER_CLOCK} bytes a clock a "
+        "multiprocessor at "
+        f"{clock / 1e6:.0f} MHz, the highest clock (clock_rate of "
+        "torch.cuda.get_device_properties)\n",
         flush=True,
     )
     return {
@@ -302,12 +306,14 @@ def main() -> None:
         sys.exit("This benchmark needs a CUDA GPU, and PyTorch finds none here.")
     if not deform_attn_cuda.load():
         sys.exit(
-            "The kernel of deform_attn_cuda/ is not there to be measured: it is switched off or could not be built."
+            "The kernel of deform_attn_cuda/ is not there to be measured: it is switched off or "
+            "could not be built."
         )
     ceilings = measure_ceilings()
     if options.pixel_decoder:
         print(
-            "Errors are against the first row of a group; convolutions and linear maps as PyTorch's defaults have them."
+            "Errors are against the first row of a group; convolutions and linear maps as "
+            "PyTorch's defaults have them."
         )
         columns = (
             "size", "frames", "what", "eager_us", "graph_us", "error_fpn", "error_stride32",
@@ -316,7 +322,8 @@ def main() -> None:
         measured = (row for arguments in DECODERS for row in measure_decoder(*arguments, "cuda"))
     else:
         print(
-            f"Errors are against float64, of the first {CHECKED_IMAGES} images of a batch at most; - is not measured."
+            f"Errors are against float64, of the first {CHECKED_IMAGES} images of a batch at most; "
+            "- is not measured."
         )
         columns = (
             "size", "type", "what", "forward_us", "backward_us", "error_output", "error_value",

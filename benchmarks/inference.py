@@ -1,13 +1,12 @@
-"""What evaluation costs: encoding masks, memory over the length of a video, frames a second and
-where they go, chunks.
+"""The cost of evaluation: mask encoding, memory, frames per second, and chunk sizes.
 
-    python benchmarks/inference.py                      # all parts; --parts encoding memory speed chunks
+    python benchmarks/inference.py             # all parts; --parts encoding memory speed chunks
 
-Encoding: 28,800 masks of 360x640 (60 videos of 40 frames, 12 predictions), against pycocotools mask
-by mask as the official code does it (vita/data/ytvis_eval.py). Memory: peaks of the GPU and of the
-process at several lengths. Speed: JPEG files of 720x1280 to results.json, each stage alone and all
-together. Chunks: what changes with the number of frames that the detector takes at once. The model
-is R-50 with random weights, as good as any other for all of this.
+Encoding: 28,800 masks of 360x640 (60 videos, 40 frames, 12 predictions), compared with pycocotools
+mask by mask as in the official code (vita/data/ytvis_eval.py). Memory: peak memory of the GPU and
+the process for several video lengths. Speed: from JPEG files of 720x1280 to results.json, by stage
+and in total. Chunks: how results depend on the number of frames that the detector processes
+together. The model is R-50 with random weights, which do not affect these numbers.
 """
 import argparse
 import json
@@ -90,8 +89,10 @@ def encoding() -> None:
     )
     characters = np.mean([len(code) for code in encode_counts(masks)])
     print(
-        f"encoding 28,800 masks of {HEIGHT}x{WIDTH}, {characters:.0f} characters each: pycocotools {theirs:.2f} s; "
-        f"ours on the CPU with {torch.get_num_threads()} threads {ours:.2f} s ({theirs / ours:.1f} times as fast)",
+        f"encoding 28,800 masks of {HEIGHT}x{WIDTH}, {characters:.0f} characters each: pycocotools "
+        f"{theirs:.2f} s; "
+        f"ours on the CPU with {torch.get_num_threads()} threads {ours:.2f} s ({theirs / ours:.1f} "
+        "times as fast)",
         end="",
     )
     if CUDA:
@@ -153,8 +154,10 @@ def memory(lengths: list[int], chunk: int) -> None:
             else "first"
         )
         print(
-            f"memory at {frames} frames: {peak}the process {now:.0f} MB ({growth}); codes a frame: {sum(counted) / frames / 1e3:.1f} kB "
-            f"of all queries, {codes / frames / 1e3:.1f} of the result; {frames / (time.perf_counter() - began):.0f} frames a second"
+            f"memory at {frames} frames: {peak}the process {now:.0f} MB ({growth}); codes a frame: "
+            f"{sum(counted) / frames / 1e3:.1f} kB "
+            f"of all queries, {codes / frames / 1e3:.1f} of the result; "
+            f"{frames / (time.perf_counter() - began):.0f} frames a second"
         )
         last = frames, now
         del found
@@ -227,7 +230,8 @@ def speed(videos: int, frames: int, chunk: int, workers: int) -> None:
             "masks and codes of 100 queries": seconds(masks, 9) / len(batch),
         }
         print(
-            f"{videos} videos of {frames} JPEG files of 720x1280, {size:.0f} kB each; {implementation(DEVICE)}"
+            f"{videos} videos of {frames} JPEG files of 720x1280, {size:.0f} kB each; "
+            f"{implementation(DEVICE)}"
         )
         for name, each in stages.items():
             print(f"  {name}: {1e3 * each:.2f} ms a frame, {1 / each:.0f} frames a second")
@@ -242,7 +246,8 @@ def speed(videos: int, frames: int, chunk: int, workers: int) -> None:
             ]
             (Path(folder) / "results.json").write_text(json.dumps(entries), encoding="utf-8")
             print(
-                f"  from files to results.json: {videos * frames / (time.perf_counter() - began):.1f} frames a second"
+                "  from files to results.json: "
+                f"{videos * frames / (time.perf_counter() - began):.1f} frames a second"
             )
 
 
@@ -270,8 +275,10 @@ def chunks(frames: int) -> None:
                 for a, b in zip(first, second)
             )
             print(
-                f"chunks of {chunk} against 1, {AMP if enabled else torch.float32}: same instances {same}, scores differ by up to "
-                f"{(one.scores - other.scores).abs().max():.1e}, {different} of {20 * frames} masks differ"
+                f"chunks of {chunk} against 1, {AMP if enabled else torch.float32}: same instances "
+                f"{same}, scores differ by up to "
+                f"{(one.scores - other.scores).abs().max():.1e}, {different} of {20 * frames} "
+                "masks differ"
             )
 
 

@@ -1,22 +1,20 @@
-"""Speed of loading training clips from 1280x720 JPEGs: where a clip's time goes, and frames a
-second with loader workers.
+"""Speed of loading training clips from 1280x720 JPEGs: time by stage, and frames per second by workers.
 
-    python benchmarks/loading.py                              # makes a set in a temporary folder; workers 0, 1 and 2
-    python benchmarks/loading.py --root /data/loading --workers 1 2 4 8 16     # keeps the set, to be used again
-    python benchmarks/loading.py --json rows.json             # also write all numbers
+    python benchmarks/loading.py                   # temporary data set; 0, 1 and 2 workers
+    python benchmarks/loading.py --root /data/loading --workers 1 2 4 8 16  # keeps the data set
+    python benchmarks/loading.py --json rows.json  # also write all numbers to a file
 
-The set is in the YouTube-VIS format: scenes of synthetic/ drawn at 1280x720, six textured objects a
-video that move, hide one another and leave, with camera noise (a standard deviation of 5 grey
-levels), as JPEGs of quality 90, some 250 kB each; masks as compressed RLE. Clips are those of
---recipe on videos (no pseudo videos), by default the official R-50 on OVIS: 5 frames within 6 of
-the first choice, short sides 288 to 512, before that a crop in half of the clips, half of them
-mirrored.
+The data set is in the YouTube-VIS format: synthetic scenes of 1280x720 with six objects per video
+and camera noise (standard deviation 5 grey levels), as JPEGs of quality 90, about 250 kB each, and
+masks as compressed RLE. Clips are those of --recipe without pseudo videos. The default is the
+official R-50 setting for OVIS: 5 frames within 6 of a reference frame, short sides 288 to 512, half
+of the clips cropped, half flipped.
 
-The parts of a clip are processor time of one process with one thread, as a loader's worker has,
-found by wrapping functions that ClipDataset calls; a frame that is chosen twice is read once, and
-counts twice in "ms a frame". Rates are real time, medians of --repeats: train.py's loader with the
-batches of one of --processes processes, after WARM batches a worker, in a process that does nothing
-with them. Files are in memory by then: no disk is measured. Where other work runs, rates are lower.
+Stages are CPU time of one process with one thread, as in a loader worker, measured by wrapping the
+functions that ClipDataset calls. A frame chosen twice is read once but counted twice. Rates are wall
+time, the median of --repeats, for train.py's loader with the batches of one of --processes
+processes, after WARM batches per worker. Files are in the page cache, so disks are not measured.
+Other load on the machine lowers the rates.
 """
 import argparse
 import json
@@ -157,10 +155,14 @@ def measure(root: Path, options: argparse.Namespace) -> dict:
     clips, batch = open_clips(args), max(args.batch // options.processes, 1)
     machine, content = describe_machine(), describe_set(root)
     print(
-        f"{machine['cores']} cores with a load of {machine['load']:.1f}, torch {machine['torch']}, torchvision "
-        f"{machine['torchvision']}, Pillow {machine['pillow']}\n{content['frames']} frames of {WIDTH}x{HEIGHT}, "
-        f"{content['kilobytes_a_frame']:.0f} kB a frame; {content['instances_a_video']:.1f} instances a video, "
-        f"{content['masks_a_frame']:.1f} masks a frame, {content['mask_share_of_frame']:.1%} of it each\n"
+        f"{machine['cores']} cores with a load of {machine['load']:.1f}, torch {machine['torch']}, "
+        "torchvision "
+        f"{machine['torchvision']}, Pillow {machine['pillow']}\n{content['frames']} frames of "
+        f"{WIDTH}x{HEIGHT}, "
+        f"{content['kilobytes_a_frame']:.0f} kB a frame; {content['instances_a_video']:.1f} "
+        "instances a video, "
+        f"{content['masks_a_frame']:.1f} masks a frame, {content['mask_share_of_frame']:.1%} of it "
+        "each\n"
         f"{options.recipe}: clips of {args.frames} frames, batches of {batch}\n"
     )
 
@@ -175,17 +177,13 @@ def measure(root: Path, options: argparse.Namespace) -> dict:
         print(f"{row['what']:<32}{row['ms_a_frame']:>12.2f}{row['share']:>9.1%}")
     print(f"\n{'workers':<10}{'frames a second':>18}{'a worker':>12}", flush=True)
     for workers in (0, *options.workers):
-        found = [
+        measured = [
             measure_loader(clips, workers, batch, first, options.batches)
             for _ in range(options.repeats)
         ]
-        rates.append(
-            {"workers": workers, "frames_a_second": statistics.median(found), "measured": found}
-        )
-        print(
-            f"{workers:<10}{statistics.median(found):>18.1f}{statistics.median(found) / max(workers, 1):>12.1f}",
-            flush=True,
-        )
+        rate = statistics.median(measured)
+        rates.append({"workers": workers, "frames_a_second": rate, "measured": measured})
+        print(f"{workers:<10}{rate:>18.1f}{rate / max(workers, 1):>12.1f}", flush=True)
     return {
         "machine": machine,
         "set": content,

@@ -1,16 +1,18 @@
-"""Speed of the whole on a GPU: inference of a video, a live stream and training, at the sizes at
-which the official code was measured.
+"""End-to-end speed on a GPU: video inference, live inference and training.
 
-    python benchmarks/speed.py                          # all parts; --parts floor video live swin train others, --profile 10
-    python benchmarks/speed.py --compile --amp bf16     # 16 bit of another kind than auto takes
+    python benchmarks/speed.py                       # all parts
+    python benchmarks/speed.py --parts floor video live swin train others --profile 10
+    python benchmarks/speed.py --compile --amp bf16  # another 16-bit dtype than the default
 
-Random weights; time and memory do not depend on them. Floor: all products of a frame at the rate of
-large ones. Video: uint8 frames on the CPU to masks at output size on the GPU (`segment_video`, top
-10). Live: `step`, frame by frame, each waited for. Train: whole iterations, from clips on the CPU
-to the optimiser's step. Others: VidEoMT of transformers, where that is installed, model alone,
-compiled. Every time is a median. Errors are of the fast path against float32 in the first frame,
-before differences can grow from frame to frame. Without a GPU, floor and live are what is done in
-minutes.
+Sizes are those at which the official code was measured. Weights are random; time and memory do not
+depend on them. Every time is a median.
+
+Floor: all matrix multiplications of a frame, at the speed of large ones. Video: uint8 frames on the
+CPU to masks at output size on the GPU (`segment_video`, top 10). Live: `step`, frame by frame,
+synchronised after each. Train: whole iterations, from clips on the CPU to the optimizer step.
+Others: VidEoMT of transformers, if installed, model only, compiled. Errors compare the fast path
+with float32 in the first frame, before differences accumulate. Without a GPU, only floor and live
+run in minutes.
 """
 import argparse
 import sys
@@ -92,7 +94,8 @@ def floor(preset: str, size: tuple[int, int], args: argparse.Namespace) -> None:
     large = torch.randn(side, side, device=DEVICE, dtype=dtype)
     rate, work = 2 * side ** 3 / seconds(lambda: large @ large, 9)[4], counter.get_total_flops()
     print(
-        f"{preset}, {size[0]}x{size[1]}: {work / 1e9:.1f} GFLOP a frame; products of {side}x{side} run at {rate / 1e9:.0f} GFLOP/s in "
+        f"{preset}, {size[0]}x{size[1]}: {work / 1e9:.1f} GFLOP a frame; products of {side}x{side} "
+        f"run at {rate / 1e9:.0f} GFLOP/s in "
         f"{dtype}, so {1e3 * work / rate:.2f} ms a frame at least",
         flush=True,
     )
@@ -117,8 +120,10 @@ def video(
     times = seconds(segment)
     middle = times[len(times) // 2]
     print(
-        f"{preset}, {frames} frames of {size[0]}x{size[1]} to masks of {output[0]}x{output[1]}: {1e3 * middle / frames:.2f} ms a "
-        f"frame, {frames / middle:.0f} frames a second ({frames / times[-1]:.0f} to {frames / times[0]:.0f}){peak()}",
+        f"{preset}, {frames} frames of {size[0]}x{size[1]} to masks of {output[0]}x{output[1]}: "
+        f"{1e3 * middle / frames:.2f} ms a "
+        f"frame, {frames / middle:.0f} frames a second ({frames / times[-1]:.0f} to "
+        f"{frames / times[0]:.0f}){peak()}",
         flush=True,
     )
     profile(segment, args.profile)
@@ -132,7 +137,8 @@ def video(
 
     middle = seconds(alone)[2]
     print(
-        f"{preset}, the same, model alone (frames on the GPU, masks of all queries at stride 4): {1e3 * middle / frames:.2f} ms a frame, "
+        f"{preset}, the same, model alone (frames on the GPU, masks of all queries at stride 4): "
+        f"{1e3 * middle / frames:.2f} ms a frame, "
         f"{frames / middle:.0f} frames a second",
         flush=True,
     )
@@ -148,7 +154,8 @@ def errors(preset: str, size: tuple[int, int], args: argparse.Namespace) -> None
     exact, found = logits
     error = (found - exact).norm() / exact.norm()
     print(
-        f"{preset}, {size[0]}x{size[1]}: class logits of the fast path are {error:.1e} from float32",
+        f"{preset}, {size[0]}x{size[1]}: class logits of the fast path are {error:.1e} from "
+        "float32",
         flush=True,
     )
 
@@ -169,7 +176,8 @@ def live(
         times.append(time.perf_counter() - began)
     times = sorted(times[warm_up:])
     print(
-        f"{preset} live, {size[0]}x{size[1]} to masks of {output[0]}x{output[1]}: {frames / sum(times):.3g} frames a second, p50 "
+        f"{preset} live, {size[0]}x{size[1]} to masks of {output[0]}x{output[1]}: "
+        f"{frames / sum(times):.3g} frames a second, p50 "
         f"{1e3 * times[frames // 2]:.2f} ms, p99 {1e3 * times[int(0.99 * frames)]:.2f} ms{peak()}",
         flush=True,
     )
@@ -230,8 +238,10 @@ def train(
     reset_peak()
     times = seconds(iterate, 12, 0)
     print(
-        f"train r50, detector {'' if frozen else 'not '}frozen, {clips} clips of 5 frames of {size[0]}x{size[1]}: "
-        f"{times[6]:.3f} s an iteration ({times[0]:.3f} to {times[-1]:.3f}), {5 * clips / times[6]:.0f} frames a second{peak()}",
+        f"train r50, detector {'' if frozen else 'not '}frozen, {clips} clips of 5 frames of "
+        f"{size[0]}x{size[1]}: "
+        f"{times[6]:.3f} s an iteration ({times[0]:.3f} to {times[-1]:.3f}), "
+        f"{5 * clips / times[6]:.0f} frames a second{peak()}",
         flush=True,
     )
     profile(iterate, args.profile)
@@ -245,7 +255,8 @@ def reset_peak() -> None:
 def peak() -> str:
     """The most memory that tensors had, and that was taken from the GPU for them."""
     return (
-        f"; {torch.cuda.max_memory_allocated() / 1e9:.2f} GB, {torch.cuda.max_memory_reserved() / 1e9:.2f} reserved"
+        f"; {torch.cuda.max_memory_allocated() / 1e9:.2f} GB, "
+        f"{torch.cuda.max_memory_reserved() / 1e9:.2f} reserved"
         if CUDA
         else ""
     )
@@ -273,7 +284,8 @@ def profile(function, rows: int) -> None:
     )
     waits = sum(event.count for event in found.key_averages() if "Synchronize" in event.key)
     print(
-        f"  {1e3 * elapsed:.1f} ms under the profiler, kernels {busy:.1f} ms in {launches} launches, {waits} waits"
+        f"  {1e3 * elapsed:.1f} ms under the profiler, kernels {busy:.1f} ms in {launches} "
+        f"launches, {waits} waits"
     )
     for event in sorted(kernels, key=lambda event: -event.self_device_time_total)[:rows]:
         print(
@@ -312,7 +324,8 @@ def others(args: argparse.Namespace, frames: int = 36) -> None:
 
         times = seconds(run, 7, 3)
         print(
-            f"VidEoMT-S, 640x640, chunks of {chunk}: {max(1, frames // chunk) * chunk / times[3]:.0f} frames a second",
+            f"VidEoMT-S, 640x640, chunks of {chunk}: "
+            f"{max(1, frames // chunk) * chunk / times[3]:.0f} frames a second",
             flush=True,
         )
 
@@ -364,7 +377,8 @@ def main() -> None:
         for training in (False, True)
     ]
     print(
-        f"torch {torch.__version__}, {torch.cuda.get_device_name() if CUDA else 'CPU'}, {implementation(DEVICE)}, {kinds[0]}, in training "
+        f"torch {torch.__version__}, {torch.cuda.get_device_name() if CUDA else 'CPU'}, "
+        f"{implementation(DEVICE)}, {kinds[0]}, in training "
         f"{kinds[1]}",
         flush=True,
     )

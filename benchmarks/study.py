@@ -1,40 +1,38 @@
-"""What the gate is good for: AP by how long an object was hidden, identity switches, and when gates
-are open.
+"""Ablation study of the gate: AP by occlusion, identity switches, and when gates are open.
 
-    python train.py --stage vita --preset small --render easy occlusion look-alike degraded --output runs/study/vita ...
+    python train.py --stage vita --preset small --output runs/study/vita \\
+        --render easy occlusion look-alike degraded ...
     python benchmarks/study.py train --init runs/study/vita/last.pt --seeds 3
     python benchmarks/study.py measure runs/study/*-*/last.pt
     python benchmarks/study.py table runs/study.json --plot runs/study/plots
 
-`train` trains the tracker of every configuration with several seeds, from one VITA model whose
-detector stays as it is: the paper's last stage. Nothing but the flags of CONFIGURATIONS and the
-seed differs. Several runs share a GPU: alone, none keeps it busy. `measure` runs every checkpoint
-over the held-out videos of every suite (synthetic/suites.py; sets that are missing are written) and
-writes a record of each into one JSON file. `table` prints means and standard deviations over the
-records of one name and suite.
+`train` trains the tracker of every configuration with several seeds, starting from one VITA model
+with a frozen detector (the last stage of the paper). Only the flags of CONFIGURATIONS and the seed
+differ. Several runs share a GPU, because one does not saturate it. `measure` runs every checkpoint
+on the held-out videos of every suite (synthetic/suites.py; missing suites are written) and writes
+one record each into a JSON file. `table` prints means and standard deviations over the records with
+the same name and suite.
 
-AP by occlusion: ground-truth instances fall into bins by their longest gap, frames in a row without
-a mask between two frames with one: hidden, or outside and back. In a bin's AP instances of other
-bins are ignored as those of other area ranges are: neither found nor missed, and what matches them
-is no error. A detection that matches nothing has an area, which decides in which area range it is
-an error, but no gap: it is an error in every bin. So a bin with few instances has a low AP for the
-same errors; bins are for comparing models. AR10, which errors do not touch, can be compared across
-bins.
+AP by occlusion: ground truth instances are binned by their longest gap, the number of consecutive
+frames without a mask between two frames with one (occluded, or outside the frame). In the AP of a
+bin, instances of other bins are ignored like those of other area ranges. An unmatched detection has
+no gap, so it counts as a false positive in every bin. Bins with few instances therefore have a lower
+AP; compare models, not bins. AR10 is unaffected by false positives and is comparable across bins.
 
-Identity switches: in each frame, tracks with a score of at least 0.3 are given to instances by mask
-IoU (Hungarian, at least 0.5, class ignored); an instance keeps its track of the frame before while
-it can, as in CLEAR-MOT (Bernardin and Stiefelhagen 2008). A switch is an instance with another
-track than the last it had, hidden frames in between or not. One query under several labels is one
-track. An instance that loses its track and gets no other is no switch: AP tells that.
+Identity switches: in each frame, tracks with a score of at least 0.3 are assigned to instances by
+mask IoU (Hungarian matching, at least 0.5, ignoring classes). An instance keeps its track of the
+previous frame if possible, as in CLEAR-MOT (Bernardin and Stiefelhagen 2008). A switch is an
+instance whose track differs from its last one, possibly after an occlusion. A query with several
+labels is one track. Losing a track without getting another is not a switch; AP covers it.
 
 Gates: the share of open gates, over frames and decoder layers, of the track that an instance has
-most often, where it has it in at least half of the frames that show it. A closed gate takes the
-query back to what was carried from the frame before, so the last layer's decides whether anything
-that the layers before it found in this frame survives: it is listed apart too. An object is visible
-where it has a mask, hidden between two frames with one, outside before the first and after the
-last. The visible share, from the first to the last of these frames, is of the largest area that the
-object has in the video. Shape letters: T frames, G instances of the ground truth, K tracks, D
-decoder layers.
+most often, if it has it in at least half of its visible frames. A closed gate resets the query to
+the one propagated from the previous frame, so the gate of the last layer decides whether anything
+from this frame is kept; it is also listed separately. An object is visible where it has a mask,
+hidden between two frames with a mask, and outside before the first and after the last. Its visible
+share is relative to its largest area in the video.
+
+Letters: T frames, G ground truth instances, K tracks, D decoder layers.
 """
 import argparse
 import os
@@ -61,7 +59,13 @@ from checkpoint import default_short_side, model_from_checkpoint  # noqa: E402
 from data import Video, VideoSet, read_frame  # noqa: E402
 from evaluate import check_categories, open_suite  # noqa: E402
 from evaluation.inference import segment_videos, to_entries  # noqa: E402
-from evaluation.metric import accumulate, evaluate_results, mean_defined, summarize, track_rles  # noqa: E402
+from evaluation.metric import (  # noqa: E402
+    accumulate,
+    evaluate_results,
+    mean_defined,
+    summarize,
+    track_rles,
+)
 from evaluation.postprocess import EncodedVideo  # noqa: E402
 from model import GRAttVIS  # noqa: E402
 from runtime.device import choose_amp, choose_device  # noqa: E402
@@ -381,11 +385,13 @@ def read_groups(paths: list[str]) -> dict[tuple[str, str], list[dict]]:
             name, suite = record["name"], record["suite"]
             if checksums.setdefault(suite, record["checksum"]) != record["checksum"]:
                 raise InputError(
-                    f"{path}: {name} was measured on other videos of the suite {suite} than the records before"
+                    f"{path}: {name} was measured on other videos of the suite {suite} than the "
+                    "records before"
                 )
             if record["seed"] in (other["seed"] for other in groups[suite, name]):
                 raise InputError(
-                    f"{path}: {name} has two records of seed {record['seed']} on the suite {suite}; other settings need "
+                    f"{path}: {name} has two records of seed {record['seed']} on the suite "
+                    f"{suite}; other settings need "
                     "other --names"
                 )
             groups[suite, name].append(record)

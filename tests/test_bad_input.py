@@ -450,7 +450,8 @@ def test_only_a_training_checkpoint_is_resumed(good, tmp_path):
     message = refuse_training(good / "set", tmp_path, "--resume", tmp_path / "weights.pt")
     assert (
         message
-        == f"{tmp_path / 'weights.pt'} is no checkpoint of a training run: start from it with --init"
+        == f"{tmp_path / 'weights.pt'} is no checkpoint of a training run: start from it with "
+           "--init"
     )
 
 
@@ -522,7 +523,8 @@ def test_rendered_clips_stand_alone(good, dataset, tmp_path):
     message = refuse_training(dataset, tmp_path, "--render", "easy", "--evaluate-every", "1")
     assert (
         message
-        == f"--evaluate-every: {dataset / 'valid.json'} has other categories than the training clips"
+        == f"--evaluate-every: {dataset / 'valid.json'} has other categories than the training "
+           "clips"
     )
 
 

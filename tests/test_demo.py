@@ -735,7 +735,8 @@ def test_standard_input_is_followed_picture_by_picture(tmp_path, weights, pictur
     for number, (line, picture) in enumerate(zip(lines, pictures, strict=True)):
         tracks, state = model.step(at_test_size(picture, SHORT_SIDE), state, (HEIGHT, WIDTH), TOP_K)
         shown = [
-            f"{CATEGORIES[tracks.labels[index]]} #{tracks.track_ids[index]} {tracks.scores[index]:.2f} at "
+            f"{CATEGORIES[tracks.labels[index]]} #{tracks.track_ids[index]} "
+            f"{tracks.scores[index]:.2f} at "
             f"{box_of(tracks.masks[index])}"
             for index in best_of_each_track(tracks.track_ids)
             if tracks.masks[index].any()

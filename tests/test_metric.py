@@ -318,7 +318,8 @@ def without_score():
         ),
         (
             with_entry(segmentations=[encode(np.ones((4, 16), dtype=bool))] * 4),
-            r"results\[1\], frame 0, .* its size is \[4, 16\], its video's \[height, width\] \[8, 8\]",
+            r"results\[1\], frame 0, .* its size is \[4, 16\], its video's \[height, width\] \[8, "
+            r"8\]",
         ),
         (
             with_entry(segmentations=[{"size": [8, 8], "counts": [1, 62]}] * 4),

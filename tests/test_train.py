@@ -375,7 +375,8 @@ def test_weights_that_are_not_finite_are_not_saved(data_root, tmp_path, monkeypa
     for more in ([], ["--evaluate-every", "1", "--test-short-side", "32"]):
         with pytest.raises(
             FloatingPointError,
-            match="tracker.query_feat.weight is not finite at iteration 2: the checkpoints were left",
+            match="tracker.query_feat.weight is not finite at iteration 2: the checkpoints were "
+                  "left",
         ):
             run(data_root, tmp_path, *arguments, *more)
     assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 1
@@ -395,10 +396,12 @@ from model import GRAttVIS
 
 def tell_seed(module, inputs):
     if isinstance(module, GRAttVIS):
-        pathlib.Path("seed_of_rank_" + os.environ.get("RANK", "0")).write_text(str(torch.initial_seed()))
+        path = pathlib.Path("seed_of_rank_" + os.environ.get("RANK", "0"))
+        path.write_text(str(torch.initial_seed()))
 
 def same_points(rows, count, like):
-    points = torch.rand(count, 2, generator=torch.Generator().manual_seed(count), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(count)
+    points = torch.rand(count, 2, generator=generator, dtype=torch.float64)
     return points.to(like).expand(rows, count, 2)
 
 torch.set_default_dtype(torch.float64)

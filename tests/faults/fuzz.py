@@ -1,8 +1,7 @@
-"""Thousands of damaged and hostile files for every loader: each ends in success or in an InputError
-of one line.
+"""Fuzzing of every loader: each damaged file ends in success or in a one-line InputError.
 
-    python tests/faults/fuzz.py annotations 10000          # or results, pth, pkl, pictures; --first N to go on at input N
-    python tests/faults/fuzz.py pkl 1 --first 4711         # one input again; the file is left in --folder
+    python tests/faults/fuzz.py annotations 10000   # or results, pth, pkl, pictures
+    python tests/faults/fuzz.py pkl 1 --first 4711  # a single input; the file stays in --folder
 
 Input number i of a loader is always the same, but for the addresses that old checkpoints hold.
 Inputs run in child processes that may take 2 GB of memory and five seconds an input; anything but
@@ -747,7 +746,8 @@ PICTURES = [
     ),
     (
         "jpg",
-        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(executed) (w) file\n%%EOF\n",
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(executed) (w) file\n"
+        b"%%EOF\n",
     ),
     ("ppm", b"P6 100000 100000 255\n"),
     ("ppm", b"P6\n30000 30000\n255\n"),

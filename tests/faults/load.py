@@ -1,9 +1,8 @@
-"""Work that goes on for long, by small models, and what it takes meanwhile:
-tests/faults/test_load.py watches it.
+"""Long-running jobs of small models, and their resource usage; see tests/faults/test_load.py.
 
-    python tests/faults/load.py train FOLDER 100000          # a training run of so many steps, with a checkpoint every 1,000
-    python tests/faults/load.py step gated 10000             # a live stream of so many frames
-    python tests/faults/load.py evaluate FOLDER 1 10000      # results.json of so many videos of so many frames
+    python tests/faults/load.py train FOLDER 100000      # steps, with a checkpoint every 1,000
+    python tests/faults/load.py step gated 10000         # frames of a live stream
+    python tests/faults/load.py evaluate FOLDER 1 10000  # videos, frames of each
 """
 import json
 import os

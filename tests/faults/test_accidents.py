@@ -134,13 +134,15 @@ def test_the_disk_is_full_while_a_checkpoint_is_written(folder, tmp_path):
     size = (folder / "whole/last.pt").stat().st_size
     (tmp_path / "disk").mkdir()
     done = shell(
-        f"mount -t tmpfs -o size={3 * size // 2} none {tmp_path}/disk\n{quoted(training(folder, tmp_path / 'disk/run'))}\n"
+        f"mount -t tmpfs -o size={3 * size // 2} none {tmp_path}/disk\n"
+        f"{quoted(training(folder, tmp_path / 'disk/run'))}\n"
         f"status=$?; cp -r {tmp_path}/disk/run {tmp_path}/run; exit $status"
     )
     assert done.returncode == 2
     assert (
         error_line(done.stderr)
-        == f"{tmp_path}/disk/run/last.pt cannot be written: No space left on device; it is as it was before"
+        == f"{tmp_path}/disk/run/last.pt cannot be written: No space left on device; it is as it "
+           "was before"
     )
     assert torch.load(tmp_path / "run/last.pt", weights_only=True)["step"] == 1
     finish(training(folder, tmp_path / "run", "--resume", "auto"))
@@ -151,12 +153,14 @@ def test_the_disk_is_full_while_results_are_written(folder, tmp_path):
     """Six pages: some videos have their results, which count when there is room."""
     (tmp_path / "disk").mkdir()
     done = shell(
-        f"mount -t tmpfs -o size=24k none {tmp_path}/disk\n{quoted(evaluating(folder, tmp_path / 'disk/out'))}\n"
+        f"mount -t tmpfs -o size=24k none {tmp_path}/disk\n"
+        f"{quoted(evaluating(folder, tmp_path / 'disk/out'))}\n"
         f"status=$?; cp -r {tmp_path}/disk/out {tmp_path}/out; exit $status"
     )
     assert done.returncode == 2
     assert re.fullmatch(
-        rf"{tmp_path}/disk/out/.* cannot be written: No space left on device; it is as it was before",
+        rf"{tmp_path}/disk/out/.* cannot be written: No space left on device; it is as it was "
+        r"before",
         error_line(done.stderr),
     )
     videos = [
@@ -174,7 +178,8 @@ def test_a_folder_that_may_not_be_written(folder, tmp_path, command):
     """Said before anything is computed."""
     (tmp_path / "disk").mkdir()
     done = shell(
-        f"mount -t tmpfs -o size=1m,ro none {tmp_path}/disk\n{quoted(command(folder, tmp_path / 'disk/out'))}"
+        f"mount -t tmpfs -o size=1m,ro none {tmp_path}/disk\n"
+        f"{quoted(command(folder, tmp_path / 'disk/out'))}"
     )
     assert done.returncode == 2
     assert re.fullmatch(f"{tmp_path}/disk/out.*: Read-only file system", error_line(done.stderr))
@@ -214,7 +219,8 @@ import torch
 from runtime.errors import cli_errors
 from runtime.loading import read_ahead
 
-multiprocessing.reduction.send_handle = lambda *_: os.kill(os.getpid(), signal.SIGKILL)      # its memory has just been asked for
+# Called after the shared memory has been allocated.
+multiprocessing.reduction.send_handle = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 torch.multiprocessing.set_start_method("fork")
 with cli_errors():
     for _ in read_ahead([torch.zeros(1000)] * 2, 1, torch.device("cpu")):

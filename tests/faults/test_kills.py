@@ -139,7 +139,8 @@ def test_killed_runs_resume_exactly(data_root, tmp_path, kills):
             shutil.rmtree(killed)  # it died before its first checkpoint: start anew
     finish(start(killed, *arguments, "--save-every", "1"), killed)
     print(
-        f"{deaths} kills, {deaths_while_saving} of them while a checkpoint was written, {time.perf_counter() - began:.0f} s"
+        f"{deaths} kills, {deaths_while_saving} of them while a checkpoint was written, "
+        f"{time.perf_counter() - began:.0f} s"
     )
     assert deaths >= kills and deaths_while_saving
     assert_same_training(whole, killed, iterations)

@@ -27,9 +27,11 @@ def hold(tmp_path, *command, every):
     early, late = ({name: numpy.median([sample[name] for sample in part]) for name in samples[0]}
                    for part in (samples[tenth:2 * tenth], samples[-tenth:]))
     print(
-        f"{' '.join(command)}: {len(samples)} looks; {early['memory'] / MEGABYTE:.1f} MB, {early['files']:.0f} files, "
+        f"{' '.join(command)}: {len(samples)} looks; {early['memory'] / MEGABYTE:.1f} MB, "
+        f"{early['files']:.0f} files, "
         f"{early['on the way']:.0f} on the way, "
-        f"then {late['memory'] / MEGABYTE:.1f} MB, {late['files']:.0f} files, {late['on the way']:.0f} on the way"
+        f"then {late['memory'] / MEGABYTE:.1f} MB, {late['files']:.0f} files, "
+        f"{late['on the way']:.0f} on the way"
     )
     return early, late
 
@@ -81,7 +83,8 @@ def test_what_a_process_holds(tmp_path):
     """Memory and files that a child holds are seen, and that they are given back."""
     script = (
         "import subprocess, sys, time\n"
-        "child = 'import time; held = bytearray(50_000_000); held[:] = b\"x\" * len(held); time.sleep(2)'\n"
+        "child = 'import time; held = bytearray(50_000_000); held[:] = b\"x\" * len(held); "
+        "time.sleep(2)'\n"
         "subprocess.run([sys.executable, '-c', child]); time.sleep(1)"
     )
     samples = watch([sys.executable, "-c", script], tmp_path / "said.txt", every=0.1)
