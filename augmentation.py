@@ -1,7 +1,11 @@
-"""Augmentation of training clips: what happens to all frames alike, and what drifts over them as a camera would.
+"""Augmentation of training clips.
 
-Upstream: vita/data/augmentation.py; its defaults are here, its settings a recipe's. train.py's flags make an Augmentation and
-clips.make_clip applies it to every clip. Frames stay uint8 RGB, masks bool (True = instance); letters as in data.py.
+Resizing, flips and large-scale jitter are the same for all frames of a clip. Crops and rotations
+drift over the frames, like a moving camera. train.py's flags make an Augmentation, and
+clips.make_clip applies it. Frames are uint8 RGB, masks are bool (True = instance).
+
+Upstream: vita/data/augmentation.py. The defaults here are upstream's defaults; recipes.py has the
+settings of the configuration files. Letters: T frames, I instances, H, W.
 """
 from dataclasses import dataclass
 
@@ -12,15 +16,18 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
-CROP_LONG_SIDE = 1333                           # pixels, of a picture before a crop
-CENTRE = (0.4, 0.6)                             # of a rotation: anywhere in this part of the picture, both ways
-JITTER = (0.1, 2.0)                             # scales of the large-scale jitter
-PADDING = 128                                   # grey level around a picture that jitter made small
+MAX_CROP_LONG_SIDE = 1333       # pixels, of the image that is cropped
+ROTATION_CENTRE = (0.4, 0.6)    # range of the centre, as a share of height and width
+LSJ_SCALES = (0.1, 2.0)         # range of the large-scale jitter
+LSJ_PADDING = 128               # grey level
 
 
-def short_side_size(height: int, width: int, short_side: int, max_long_side: int) -> tuple[int, int]:
-    """(height, width) with the short side at `short_side`, unless the long one would exceed
-    `max_long_side`; at least one pixel each."""
+def short_side_size(height: int, width: int, short_side: int, max_long_side: int
+                    ) -> tuple[int, int]:
+    """(height, width) with the given short side, or smaller to respect max_long_side.
+
+    Both are at least one pixel.
+    """
     scale = short_side / min(height, width)
     if max(height, width) * scale > max_long_side:
         scale = max_long_side / max(height, width)
@@ -29,87 +36,133 @@ def short_side_size(height: int, width: int, short_side: int, max_long_side: int
 
 @dataclass
 class Augmentation:
-    """What may happen to a clip, to all of its frames alike or drifting over them.
+    """Random augmentation of a clip.
 
-    With probability one half a crop: resize to one of crop_short_sides, then cut a window of a random size in crop_size
-    that drifts over the clip. Then resize to one of short_sides, then flip left to right in half of the clips, then rotate.
+    With probability 0.5, if crop_short_sides are given, crop: resize to one of crop_short_sides,
+    and cut out a window of random size that drifts over the clip. Then resize to one of short_sides,
+    flip horizontally with probability 0.5, and rotate.
 
-    With `jitter`, instead: flip, rotate, and put the picture, 0.1 to 2 times as large as would fit, into a square of `jitter`
-    pixels (large-scale jitter, arXiv 2012.07177).
+    With lsj_size, large-scale jitter (arXiv 2012.07177) replaces crop and resize: flip, rotate,
+    resize by a factor of 0.1 to 2 relative to a square of lsj_size pixels, and crop or pad to the
+    square.
     """
     short_sides: tuple[int, ...]                # pixels
     max_long_side: int = 1333                   # pixels
     crop_short_sides: tuple[int, ...] = ()      # pixels; empty = no crop
-    crop_size: tuple[float, float] = (384, 600) # pixels, smallest and largest side of the window; or see crop_relative
-    crop_relative: bool = False                 # crop_size is the smallest share of height and width instead
+    crop_size: tuple[float, float] = (384, 600) # pixels, minimum and maximum side of the window
+    crop_relative: bool = False                 # crop_size is the minimum share of height and width
     flip: bool = True
-    rotation: float = 0                         # degrees at most, either way; 0 = none
-    jitter: int = 0                             # pixels; 0 = none
+    rotation: float = 0                         # maximum angle in degrees; 0 = none
+    lsj_size: int = 0                           # pixels; 0 = no large-scale jitter
 
-    def __call__(self, frames: tv_tensors.Video, masks: tv_tensors.Mask, generator: np.random.Generator):
-        """frames uint8 (T, 3, H, W), masks (I, T, H, W) -> the same, augmented alike."""
-        if not self.jitter:
-            if self.crop_short_sides and generator.random() < 0.5:
-                frames, masks = self.resize(frames, masks, generator.choice(self.crop_short_sides), CROP_LONG_SIDE)
-                frames, masks = self.crop(frames, masks, generator)
-            frames, masks = self.resize(frames, masks, generator.choice(self.short_sides), self.max_long_side)
+    def __call__(self, frames: tv_tensors.Video, masks: tv_tensors.Mask,
+                 generator: np.random.Generator) -> tuple[tv_tensors.Video, tv_tensors.Mask]:
+        """Augment frames, uint8 (T, 3, H, W), and masks, bool (I, T, H, W)."""
+        if not self.lsj_size:
+            frames, masks = self.crop_and_resize(frames, masks, generator)
         if self.flip and generator.random() < 0.5:
-            frames, masks = transforms.horizontal_flip(frames), transforms.horizontal_flip(masks)
+            frames = transforms.horizontal_flip(frames)
+            masks = transforms.horizontal_flip(masks)
         if self.rotation:
             frames, masks = self.rotate(frames, masks, generator)
-        return self.jitter_scale(frames, masks, generator) if self.jitter else (frames, masks)
+        if self.lsj_size:
+            frames, masks = self.large_scale_jitter(frames, masks, generator)
+        return frames, masks
+
+    def crop_and_resize(self, frames, masks, generator: np.random.Generator):
+        """Crop with probability 0.5, then resize to one of short_sides."""
+        if self.crop_short_sides and generator.random() < 0.5:
+            short_side = generator.choice(self.crop_short_sides)
+            frames, masks = self.resize(frames, masks, short_side, MAX_CROP_LONG_SIDE)
+            frames, masks = self.crop(frames, masks, generator)
+        short_side = generator.choice(self.short_sides)
+        return self.resize(frames, masks, short_side, self.max_long_side)
 
     def resize(self, frames, masks, short_side: int, max_long_side: int):
-        return resize_to(frames, masks, short_side_size(*frames.shape[-2:], short_side, max_long_side))
+        height, width = frames.shape[-2:]
+        size = short_side_size(height, width, short_side, max_long_side)
+        return resize_to(frames, masks, size)
 
     def crop(self, frames, masks, generator: np.random.Generator):
-        """One window size for the clip; its corner moves on a straight line, forwards or backwards."""
+        """Crop a window of one size, which moves along a straight line over the clip."""
         sides = np.array(frames.shape[-2:])
+        height, width = self.window_size(sides, generator)
+        room = sides - (height, width)
+        start = generator.integers(0, room + 1)
+        end = generator.integers(start, room + 1)
+        progress = monotonic(generator.random(len(frames)), generator)
+        corners = np.rint(start + (end - start) * progress[:, None]).astype(int)
+        windows = [
+            (slice(top, top + height), slice(left, left + width))
+            for top, left in corners
+        ]
+        # Channels last in memory, which is faster to resize.
+        pictures = frames.permute(0, 2, 3, 1)
+        frames = torch.stack([picture[window] for picture, window in zip(pictures, windows)])
+        masks = torch.stack([masks[:, t, rows, columns]
+                             for t, (rows, columns) in enumerate(windows)], 1)
+        return tv_tensors.Video(frames.permute(0, 3, 1, 2)), tv_tensors.Mask(masks)
+
+    def window_size(self, sides: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+        """The size of a crop, (height, width) in pixels, of an image of the given size."""
         if self.crop_relative:
             size = (sides * generator.uniform(self.crop_size, 1) + 0.5).astype(int)
         else:
-            size = [generator.integers(min(side, self.crop_size[0]), min(side, self.crop_size[1]) + 1) for side in sides]
-        size = np.maximum(size, 1)                                 # a share can round to 0
-        room = sides - size
-        start = generator.integers(0, room + 1)
-        end = generator.integers(start, room + 1)
-        progress = np.sort(generator.random(len(frames)))[::generator.choice((1, -1))]
-        corners = np.rint(start + (end - start) * progress[:, None]).astype(int)
-        windows = [(slice(top, top + size[0]), slice(left, left + size[1])) for top, left in corners]
-        pictures = frames.permute(0, 2, 3, 1)                      # a pixel's bytes side by side, which resizes faster
-        frames = torch.stack([picture[window] for picture, window in zip(pictures, windows)]).permute(0, 3, 1, 2)
-        masks = torch.stack([masks[:, t, rows, columns] for t, (rows, columns) in enumerate(windows)], 1)
-        return tv_tensors.Video(frames), tv_tensors.Mask(masks)
+            smallest, largest = self.crop_size
+            size = [
+                generator.integers(min(side, smallest), min(side, largest) + 1)
+                for side in sides
+            ]
+        return np.maximum(size, 1)  # a share can round to 0
 
     def rotate(self, frames, masks, generator: np.random.Generator):
-        """About one centre; the angle grows over the clip, or shrinks. Black where there was no picture."""
-        centre = [float(place * side) for place, side in zip(generator.uniform(*CENTRE, 2), frames.shape[:-3:-1])]   # x, y
-        angles = np.sort(generator.uniform(-self.rotation, self.rotation, len(frames)))[::generator.choice((1, -1))]
+        """Rotate about one centre by an angle that drifts over the clip; the corners are black."""
+        height, width = frames.shape[-2:]
+        x, y = generator.uniform(*ROTATION_CENTRE, 2) * (width, height)
+        centre = [float(x), float(y)]
+        angles = generator.uniform(-self.rotation, self.rotation, len(frames))
+        angles = monotonic(angles, generator)
+        frames = torch.stack([
+            transforms.rotate_image(frame, angle, InterpolationMode.BILINEAR, center=centre)
+            for frame, angle in zip(frames.as_subclass(Tensor), angles)
+        ])
         pictures = masks.as_subclass(Tensor).to(torch.uint8)
-        turned = [transforms.rotate_image(frame, angle, InterpolationMode.BILINEAR, center=centre)
-                  for frame, angle in zip(frames.as_subclass(Tensor), angles)]
-        outlines = [transforms.rotate_image(pictures[:, t], angle, InterpolationMode.NEAREST, center=centre)
-                    for t, angle in enumerate(angles)]
-        return tv_tensors.Video(torch.stack(turned)), tv_tensors.Mask(torch.stack(outlines, 1).bool())
+        masks = torch.stack([
+            transforms.rotate_image(pictures[:, t], angle, InterpolationMode.NEAREST, center=centre)
+            for t, angle in enumerate(angles)
+        ], 1)
+        return tv_tensors.Video(frames), tv_tensors.Mask(masks.bool())
 
-    def jitter_scale(self, frames, masks, generator: np.random.Generator):
-        """One scale and one window for the clip; what is missing of the square is grey, to the right and below."""
+    def large_scale_jitter(self, frames, masks, generator: np.random.Generator):
+        """Resize by one random scale and crop one window; pad on the right and at the bottom."""
+        side = self.lsj_size
         sides = np.array(frames.shape[-2:])
-        size = np.maximum(np.rint(sides * (self.jitter * generator.uniform(*JITTER) / sides.max())), 1).astype(int)
+        scale = side * generator.uniform(*LSJ_SCALES) / sides.max()
+        size = np.maximum(np.rint(sides * scale), 1).astype(int)
         frames, masks = resize_to(frames, masks, size.tolist())
-        top, left = np.rint(np.maximum(size - self.jitter, 0) * generator.random()).astype(int)
-        window = (..., slice(top, top + self.jitter), slice(left, left + self.jitter))
-        frames, masks = frames.as_subclass(Tensor)[window], masks.as_subclass(Tensor)[window]
-        margins = [0, 0, self.jitter - frames.shape[-1], self.jitter - frames.shape[-2]]      # left, top, right, bottom
-        return (tv_tensors.Video(transforms.pad_image(frames, margins, fill=PADDING)),
-                tv_tensors.Mask(transforms.pad_image(masks.to(torch.uint8), margins).bool()))
+        top, left = np.rint(np.maximum(size - side, 0) * generator.random()).astype(int)
+        window = (..., slice(top, top + side), slice(left, left + side))
+        frames = frames.as_subclass(Tensor)[window]
+        masks = masks.as_subclass(Tensor)[window]
+        height, width = frames.shape[-2:]
+        padding = [0, 0, side - width, side - height]  # left, top, right, bottom
+        frames = transforms.pad_image(frames, padding, fill=LSJ_PADDING)
+        masks = transforms.pad_image(masks.to(torch.uint8), padding).bool()
+        return tv_tensors.Video(frames), tv_tensors.Mask(masks)
+
+
+def monotonic(values: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """The values in ascending or descending order, with equal probability."""
+    return np.sort(values)[::generator.choice((1, -1))]
 
 
 def resize_to(frames, masks, size: tuple[int, int]):
-    """Bilinear for frames; for masks the nearest pixel centre, which "nearest" alone would miss by half a pixel.
+    """Resize frames bilinearly, and masks to the nearest pixel centre.
 
-    As pictures, since some torchvision versions resize a Mask by "nearest" whatever they are asked.
+    Mode "nearest" alone would be off by half a pixel. Masks are resized as images, because some
+    torchvision versions always resize a Mask with "nearest".
     """
     pictures = masks.as_subclass(Tensor).to(torch.uint8)
-    return (transforms.resize(frames, size, InterpolationMode.BILINEAR, antialias=True),
-            tv_tensors.Mask(transforms.resize_image(pictures, size, InterpolationMode.NEAREST_EXACT).bool()))
+    frames = transforms.resize(frames, size, InterpolationMode.BILINEAR, antialias=True)
+    masks = transforms.resize_image(pictures, size, InterpolationMode.NEAREST_EXACT).bool()
+    return frames, tv_tensors.Mask(masks)

@@ -1,15 +1,17 @@
-"""Weights in and out: our own checkpoints, the official detectron2 files, torchvision and detector backbones.
+"""Load and save weights.
 
-    report = load_weights(model, "grattvis_r50_ovis.pth")    # or a .pkl, our .pt, or a state dict; report.missing, ...
+    report = load_weights(model, "grattvis_r50_ovis.pth")  # or .pkl, our .pt, or a state dict
     model, config = model_from_checkpoint("runs/toy/last.pt")
 
-    python checkpoint.py runs/small/last.pt weights/small.pt  # the weights alone, in 16 bit, to hand on
+    python checkpoint.py runs/small/last.pt weights/small.pt  # only the weights, in 16 bit
 
-Official files (GRAtt-VIS, GenVIS, VITA, Mask2Former; upstream names as in their state dicts) are translated by the table
-RENAMES. Files are read by reading/checkpoints.py, which executes nothing.
+Official files (GRAtt-VIS, GenVIS, VITA, Mask2Former) are translated by the table RENAMES. Backbones
+of detectron2 and torchvision are supported too. reading/checkpoints.py reads the files without
+executing any code in them.
 
-A checkpoint of ours is one .pt: model, optimizer, schedule, scaler, step, and the config (arguments, categories). It needs
-no random states: every training step seeds its generators from (seed, step, rank), see train.py.
+Our checkpoints are one .pt file: model, optimizer, schedule, scaler, step, and the config
+(arguments, categories). No random state is stored, because every training step seeds its generators
+from (seed, step, rank), see train.py.
 """
 import argparse
 import os
@@ -31,15 +33,18 @@ from runtime.errors import InputError, cli_errors, shown
 from runtime.files import atomic_write
 
 RENAMES = [(re.compile(pattern), replacement) for pattern, replacement in [
-    # files of Mask2Former's first weight format
+    # Mask2Former's first weight format
     (r"^sem_seg_head\.(?!predictor|pixel_decoder)", "sem_seg_head.pixel_decoder."),
     (r"^(sem_seg_head\.predictor\.)static_query", r"\1query_feat"),
     # ResNet, detectron2 -> torchvision
     (r"^backbone\.stem\.conv1\.norm\.", "backbone.bn1."),
     (r"^backbone\.stem\.conv1\.", "backbone.conv1."),
-    (r"^backbone\.res(\d)\.(\d+)\.shortcut\.norm\.", lambda m: f"backbone.layer{int(m[1]) - 1}.{m[2]}.downsample.1."),
-    (r"^backbone\.res(\d)\.(\d+)\.shortcut\.", lambda m: f"backbone.layer{int(m[1]) - 1}.{m[2]}.downsample.0."),
-    (r"^backbone\.res(\d)\.(\d+)\.conv(\d)\.norm\.", lambda m: f"backbone.layer{int(m[1]) - 1}.{m[2]}.bn{m[3]}."),
+    (r"^backbone\.res(\d)\.(\d+)\.shortcut\.norm\.",
+     lambda m: f"backbone.layer{int(m[1]) - 1}.{m[2]}.downsample.1."),
+    (r"^backbone\.res(\d)\.(\d+)\.shortcut\.",
+     lambda m: f"backbone.layer{int(m[1]) - 1}.{m[2]}.downsample.0."),
+    (r"^backbone\.res(\d)\.(\d+)\.conv(\d)\.norm\.",
+     lambda m: f"backbone.layer{int(m[1]) - 1}.{m[2]}.bn{m[3]}."),
     (r"^backbone\.res(\d)\.", lambda m: f"backbone.layer{int(m[1]) - 1}."),
     # Swin, detector -> torchvision
     (r"^backbone\.patch_embed\.proj\.", "backbone.features.0.0."),
@@ -52,10 +57,14 @@ RENAMES = [(re.compile(pattern), replacement) for pattern, replacement in [
     # pixel decoder
     (r"^sem_seg_head\.pixel_decoder\.", "pixel_decoder."),
     (r"^pixel_decoder\.transformer\.level_embed", "pixel_decoder.level_embed"),
-    (r"^pixel_decoder\.transformer\.encoder\.layers\.(\d+)\.self_attn\.", r"pixel_decoder.layers.\1.attention."),
-    (r"^pixel_decoder\.transformer\.encoder\.layers\.(\d+)\.norm1\.", r"pixel_decoder.layers.\1.norm."),
-    (r"^pixel_decoder\.transformer\.encoder\.layers\.(\d+)\.norm2\.", r"pixel_decoder.layers.\1.feed_forward.norm."),
-    (r"^pixel_decoder\.transformer\.encoder\.layers\.(\d+)\.linear", r"pixel_decoder.layers.\1.feed_forward.linear"),
+    (r"^pixel_decoder\.transformer\.encoder\.layers\.(\d+)\.self_attn\.",
+     r"pixel_decoder.layers.\1.attention."),
+    (r"^pixel_decoder\.transformer\.encoder\.layers\.(\d+)\.norm1\.",
+     r"pixel_decoder.layers.\1.norm."),
+    (r"^pixel_decoder\.transformer\.encoder\.layers\.(\d+)\.norm2\.",
+     r"pixel_decoder.layers.\1.feed_forward.norm."),
+    (r"^pixel_decoder\.transformer\.encoder\.layers\.(\d+)\.linear",
+     r"pixel_decoder.layers.\1.feed_forward.linear"),
     (r"^pixel_decoder\.adapter_1\.norm\.", "pixel_decoder.lateral.1."),
     (r"^pixel_decoder\.adapter_1\.", "pixel_decoder.lateral.0."),
     (r"^pixel_decoder\.layer_1\.norm\.", "pixel_decoder.output.1."),
@@ -67,13 +76,16 @@ RENAMES = [(re.compile(pattern), replacement) for pattern, replacement in [
     (r"^tracker\.transformer_", "tracker.decoder.transformer_"),
     (r"\.transformer_self_attention_layers\.(\d+)\.self_attn\.", r".\1.self_attention.attention."),
     (r"\.transformer_self_attention_layers\.(\d+)\.", r".\1.self_attention."),
-    (r"\.transformer_cross_attention_layers\.(\d+)\.multihead_attn\.", r".\1.cross_attention.attention."),
+    (r"\.transformer_cross_attention_layers\.(\d+)\.multihead_attn\.",
+     r".\1.cross_attention.attention."),
     (r"\.transformer_cross_attention_layers\.(\d+)\.", r".\1.cross_attention."),
     (r"\.transformer_ffn_layers\.(\d+)\.", r".\1.feed_forward."),
-    (r"^tracker\.enc_self_attn\.(\d+)\.self_attn\.", r"tracker.encoder.\1.self_attention.attention."),
+    (r"^tracker\.enc_self_attn\.(\d+)\.self_attn\.",
+     r"tracker.encoder.\1.self_attention.attention."),
     (r"^tracker\.enc_self_attn\.(\d+)\.", r"tracker.encoder.\1.self_attention."),
     (r"^tracker\.enc_ffn\.(\d+)\.", r"tracker.encoder.\1.feed_forward."),
-    (r"^((?:frame_decoder|tracker)\.mask_embed)\.layers\.(\d)\.", lambda m: f"{m[1]}.{2 * int(m[2])}."),
+    (r"^((?:frame_decoder|tracker)\.mask_embed)\.layers\.(\d)\.",
+     lambda m: f"{m[1]}.{2 * int(m[2])}."),
     (r"^tracker\.vita_mask_features\.", "tracker.mask_features."),
     (r"^tracker\.fq_pos\.", "tracker.frame_query_embed."),
     (r"^tracker\.input_proj_dec\.", "tracker.input_proj."),
@@ -85,33 +97,40 @@ RENAMES = [(re.compile(pattern), replacement) for pattern, replacement in [
     (r"^tracker\.pre_query_embed_k\.", "tracker.query_key."),
     (r"^tracker\.pre_query_embed_v\.", "tracker.query_value."),
 ]]
-# Not weights of this model: constants of the losses and of the input, classifiers of ImageNet
-# backbones, what PyTorch keeps beside an average or a module.
+# Not weights of this model: constants of the losses and the input, classifiers of ImageNet
+# backbones, and bookkeeping of PyTorch.
 IGNORED = re.compile(r"(criterion\.empty_weight|attn_mask|_extra_state)$|^pixel_(mean|std)$"
                      r"|^n_averaged$|^backbone\.(fc|head|norm|stem\.fc)\.")
-# Under these names training tools keep the state dict, between other things.
+# Keys under which training tools store the state dict.
 WRAPPERS = ("model", "state_dict", "model_state_dict", "module", "net")
-# What DataParallel, torch.compile, FSDP and activation checkpointing put into names, anywhere.
+# Name components added by DataParallel, torch.compile, FSDP and activation checkpointing.
 WRAPPING_MODULES = re.compile(
     r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-BACKBONE_ROOTS = ("stem.", "conv1.", "patch_embed.", "features.")  # a backbone alone, without "backbone." in front
-MODEL_ROOTS = ("backbone.", "pixel_decoder.", "frame_decoder.", "tracker.", "sem_seg_head.", "vita_module.")
-SHIPPED_WEIGHTS = Path(__file__).with_name("weights") / "small.pt"  # trained on synthetic suites; found from any folder
-MOST_PIXELS = 10_000  # of a frame's short side
-MOST_OPTION = {"frame_layers": sys.maxsize, "pixel_layers": sys.maxsize, "swin_window": 1000,
-               "tracker_decoder_layers": sys.maxsize, "tracker_encoder_layers": sys.maxsize}
+BACKBONE_ROOTS = ("stem.", "conv1.", "patch_embed.", "features.")  # in files of a backbone alone
+MODEL_ROOTS = (
+    "backbone.", "pixel_decoder.", "frame_decoder.", "tracker.", "sem_seg_head.", "vita_module.",
+)
+SHIPPED_WEIGHTS = Path(__file__).with_name("weights") / "small.pt"  # trained on synthetic suites
+MAX_SHORT_SIDE = 10_000  # pixels
+MAX_OPTION = {
+    "frame_layers": sys.maxsize,
+    "pixel_layers": sys.maxsize,
+    "swin_window": 1000,
+    "tracker_decoder_layers": sys.maxsize,
+    "tracker_encoder_layers": sys.maxsize,
+}
 CLASS_LAYERS = ("frame_decoder.class_embed.", "tracker.class_embed.")
 
 
 @dataclass
 class LoadReport:
-    """What load_weights did, by our parameter names (`ignored`: by the file's)."""
+    """The outcome of load_weights, by our parameter names (`ignored`: by those of the file)."""
     loaded: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)      # in the model, not in the file: left as they were
-    unexpected: list[str] = field(default_factory=list)   # in the file, not in the model: not used
-    ignored: list[str] = field(default_factory=list)      # constants that no model holds
-    reset: list[str] = field(default_factory=list)        # class layers of another class count, left as they were
+    missing: list[str] = field(default_factory=list)     # not in the file; unchanged in the model
+    unexpected: list[str] = field(default_factory=list)  # in the file but not in the model
+    ignored: list[str] = field(default_factory=list)     # constants that are no parameters
+    reset: list[str] = field(default_factory=list)       # class layers of another size; unchanged
 
     def __str__(self) -> str:
         parts = [f"{len(self.loaded)} entries loaded"]
@@ -124,45 +143,47 @@ class LoadReport:
 
 
 def find_state_dict(contents: dict, levels: int = 3) -> dict:
-    """The named tensors in a file's contents, which may be under one of WRAPPERS or several."""
-    inside = [find_state_dict(contents[wrapper], levels - 1) for wrapper in WRAPPERS
-              if levels and isinstance(contents.get(wrapper), dict)]
-    for candidate in (*inside, contents):
+    """The state dict in the contents of a file, which may be nested under WRAPPERS."""
+    nested = [
+        find_state_dict(contents[wrapper], levels - 1)
+        for wrapper in WRAPPERS
+        if levels and isinstance(contents.get(wrapper), dict)
+    ]
+    for candidate in (*nested, contents):
         if any(isinstance(value, (Tensor, np.ndarray)) for value in candidate.values()):
             return candidate
-    return inside[0] if inside else contents
+    return nested[0] if nested else contents
 
 
 def strip_prefixes(name: str) -> str:
-    """A name without what training tools add to it: "module.model._orig_mod.a.b" -> "a.b"."""
+    """Remove what training tools add to names: "module.model._orig_mod.a.b" -> "a.b"."""
     return re.sub(r"^(model\.)+", "", WRAPPING_MODULES.sub("", name))
 
 
 def translate(contents: dict,
               source: str = "the state dict") -> tuple[dict[str, Tensor], list[str]]:
-    """A file's contents -> ({our name: tensor}, ignored names).
+    """Translate the contents of a file to our parameter names.
 
-    Ignored are constants, and what is no tensor, such as the number of an epoch. InputError if no
-    entry belongs to this model family, or if what has the name of a weight is no tensor.
+    Returns {our name: tensor} and the names that are ignored: constants, and entries that are not
+    tensors, such as the epoch. Raises InputError if no entry belongs to this model family, or if
+    an entry with the name of a weight is not a tensor.
     """
-    entries = [(strip_prefixes(name), value)
-               for name, value in find_state_dict(contents).items() if isinstance(name, str)]
+    entries = [
+        (strip_prefixes(name), value)
+        for name, value in find_state_dict(contents).items()
+        if isinstance(name, str)
+    ]
     prefix = "backbone." if any(name.startswith(BACKBONE_ROOTS) for name, _ in entries) else ""
     if not any((prefix + name).startswith(MODEL_ROOTS) for name, _ in entries):
-        whole = [part.name for part in map(contents.get, WRAPPERS) if isinstance(part, Placeholder)]
-        if whole:
-            raise InputError(f"{source} holds a whole {whole[0]}: save its state_dict() instead")
-        example = shown(entries[0][0]) if entries else None
-        raise InputError(f"{source} is no checkpoint of this model family: none of its entries is "
-                         f"known, it has {len(entries)}, such as {example}")
+        raise unknown_file(contents, entries, source)
     translated, ignored = {}, []
     for entry, value in entries:
         if not entry.isprintable():
             raise InputError(f"{source} has an entry called {shown(entry)}, which is no name")
         name = prefix + entry
-        weight = isinstance(value, (Tensor, np.ndarray, np.generic))
-        named_like_one = "." in entry and name.startswith(MODEL_ROOTS)
-        if IGNORED.search(name) or not (weight or named_like_one):
+        is_weight = isinstance(value, (Tensor, np.ndarray, np.generic))
+        has_weight_name = "." in entry and name.startswith(MODEL_ROOTS)
+        if IGNORED.search(name) or not (is_weight or has_weight_name):
             ignored.append(name)
             continue
         for pattern, replacement in RENAMES:
@@ -170,143 +191,186 @@ def translate(contents: dict,
         if name in translated:
             raise InputError(f"{source} has several entries for {name}, one called {entry}")
         value = as_tensor(value, f"{source}: entry {entry}")
-        # torchvision keeps this table flat
-        translated[name] = value.flatten() if name.endswith("relative_position_index") else value
+        if name.endswith("relative_position_index"):
+            value = value.flatten()  # as in torchvision
+        translated[name] = value
     return translated, ignored
 
 
+def unknown_file(contents: dict, entries: list[tuple], source: str) -> InputError:
+    """The error for a file without any known entry."""
+    for wrapper in WRAPPERS:
+        value = contents.get(wrapper)
+        if isinstance(value, Placeholder):
+            return InputError(f"{source} holds a whole {value.name}: save its state_dict() instead")
+    example = shown(entries[0][0]) if entries else None
+    return InputError(f"{source} is no checkpoint of this model family: none of its entries is "
+                      f"known, it has {len(entries)}, such as {example}")
+
+
 def as_tensor(value, label: str) -> Tensor:
-    """An array or a number of NumPy as a tensor; InputError for what is no tensor."""
+    """Convert a NumPy array or scalar to a tensor; InputError for anything else."""
     if isinstance(value, Tensor):
         return value
     if isinstance(value, (np.ndarray, np.generic)):
         try:
-            return torch.from_numpy(np.asarray(value, order="C"))  # which has no negative strides
+            return torch.from_numpy(np.asarray(value, order="C"))  # no negative strides
         except TypeError as error:
             raise InputError(f"{label} is {value.dtype}, which PyTorch does not have") from error
     kind = value.name if isinstance(value, Placeholder) else type(value).__name__
     raise InputError(f"{label} is a {kind}" + ", not a tensor" * (not kind.startswith("tensor")))
 
 
-def load_weights(model: nn.Module, source: str | Path | dict, reset_classes: bool = False) -> LoadReport:
-    """Load a file (ours, official .pth or .pkl, a backbone alone) or a state dict into `model`, in place.
+def load_weights(model: nn.Module, source: str | Path | dict, reset_classes: bool = False
+                 ) -> LoadReport:
+    """Load weights into a model, in place.
 
-    What the file lacks keeps its value and is listed in report.missing (a Mask2Former file has no tracker, a VITA file no
-    gate); what the model lacks is listed in report.unexpected. A shape that does not fit is an InputError and changes
-    nothing, except that reset_classes=True leaves class layers of another class count as they were (report.reset).
+    Parameters that the file lacks keep their values (report.missing): a Mask2Former file has no
+    tracker, a VITA file no gate. Entries that the model lacks are not used (report.unexpected).
+
+    Args:
+        source: a file (ours, official .pth or .pkl, or a backbone alone) or a state dict.
+        reset_classes: skip class layers of another number of classes (report.reset) instead of
+            raising InputError.
+
+    Raises InputError if a shape or dtype does not fit; the model is then unchanged.
     """
     label = "the state dict" if isinstance(source, dict) else str(source)
     weights, ignored = translate(source if isinstance(source, dict) else read_file(source), label)
     report = LoadReport(ignored=ignored)
-    own = model.state_dict()
-    for name in list(weights):
-        if name not in own:  # frozen norms count no batches
-            (report.ignored if name.endswith("num_batches_tracked") else report.unexpected).append(name)
-        elif weights[name].shape != own[name].shape:
-            theirs, ours = tuple(weights[name].shape), tuple(own[name].shape)
-            if name.startswith(CLASS_LAYERS) and theirs[1:] == ours[1:]:
-                if not reset_classes:
-                    raise InputError(f"{label} is for {theirs[0] - 1} classes, the model for {ours[0] - 1}: build the model "
-                                     f"with that number, or start the class layers anew (reset_classes, --reset-classes)")
-                report.reset.append(name)
-            else:
-                raise InputError(f"{label} does not fit the model: {name} is {theirs} there and {ours} here")
+    parameters = model.state_dict()
+    fitting = {}
+    for name, value in weights.items():
+        if name not in parameters:
+            # Frozen batch norms do not count batches.
+            is_counter = name.endswith("num_batches_tracked")
+            (report.ignored if is_counter else report.unexpected).append(name)
+        elif value.shape != parameters[name].shape:
+            check_class_layer(name, value.shape, parameters[name].shape, label, reset_classes)
+            report.reset.append(name)
         else:
-            check_dtype(weights[name], own[name], f"{label}: entry {name}")
+            check_dtype(value, parameters[name], f"{label}: entry {name}")
             report.loaded.append(name)
-            continue
-        del weights[name]
-    report.missing = [name for name in own if name not in weights and name not in report.reset
-                      and not name.endswith("num_batches_tracked")]
+            fitting[name] = value
+    report.missing = [
+        name for name in parameters
+        if name not in fitting
+        and name not in report.reset
+        and not name.endswith("num_batches_tracked")
+    ]
     if not report.loaded:
-        raise InputError(f"{label}: none of its {len(report.unexpected)} entries is part of this model")
-    model.load_state_dict(weights, strict=False)
+        raise InputError(f"{label}: none of its {len(report.unexpected)} entries is part of this "
+                         "model")
+    model.load_state_dict(fitting, strict=False)
     return report
 
 
+def check_class_layer(name: str, theirs: torch.Size, ours: torch.Size, label: str,
+                      reset_classes: bool) -> None:
+    """InputError unless shapes differ only in the number of classes, and reset_classes is set."""
+    theirs, ours = tuple(theirs), tuple(ours)
+    if not name.startswith(CLASS_LAYERS) or theirs[1:] != ours[1:]:
+        raise InputError(f"{label} does not fit the model: {name} is {theirs} there and {ours} "
+                         "here")
+    if not reset_classes:
+        raise InputError(
+            f"{label} is for {theirs[0] - 1} classes, the model for {ours[0] - 1}: build the model "
+            "with that number, or reinitialise the class layers (reset_classes, --reset-classes)"
+        )
+
+
 def check_dtype(theirs: Tensor, ours: Tensor, label: str) -> None:
-    """InputError unless the values can be taken as they are: for weights, real numbers of 16 bit or
-    more, for counters and tables of indices, whole numbers."""
+    """InputError unless the values can be loaded without loss.
+
+    Weights must be floating-point numbers of at least 16 bits, counters and index tables integers.
+    """
     dtype = str(theirs.dtype).removeprefix("torch.")
-    real = theirs.dtype in FLOAT_DTYPES
+    is_float = theirs.dtype in FLOAT_DTYPES
     if ours.is_floating_point():
-        if not real:
+        if not is_float:
             raise InputError(f"{label} is {dtype}: weights must be float16, bfloat16, float32 or "
                              "float64")
-    elif theirs.is_floating_point():  # as .half() of all entries makes them
-        if not real or theirs.dtype == torch.bfloat16 or not torch.equal(theirs, theirs.round()):
+    elif theirs.is_floating_point():  # after .half() of all entries, for example
+        is_exact = is_float and theirs.dtype != torch.bfloat16
+        if not is_exact or not torch.equal(theirs, theirs.round()):
             raise InputError(f"{label} is {dtype}: it must hold whole numbers, exactly")
     elif theirs.is_complex() or theirs.dtype == torch.bool:
         raise InputError(f"{label} is {dtype}: it must hold whole numbers")
 
 
 def load_backbone(model: GRAttVIS, source: str, name: str) -> LoadReport:
-    """`source`: a local file, or "imagenet" for torchvision's own weights of backbone `name` (downloaded on first use), which
-    are those of detectron2://ImageNetPretrained/torchvision/; upstream's R-101 recipe names the file of R-50 there."""
+    """Load the weights of a backbone; report.missing lists only those of the backbone.
+
+    source: a file, or "imagenet" for torchvision's weights of the backbone `name`, downloaded on
+        first use. The latter are those of detectron2://ImageNetPretrained/torchvision/, which is
+        accepted too. (Upstream's R-101 recipe names the file of R-50 there.)
+    """
     if source == "imagenet" or source.startswith("detectron2://ImageNetPretrained/torchvision/"):
-        from torchvision.models import get_model_weights
-        try:
-            weights = get_model_weights(name)["IMAGENET1K_V1"].get_state_dict(progress=True)
-        except (ValueError, KeyError) as error:
-            raise InputError(f"torchvision has no ImageNet weights for {name}") from error
-        except OSError as error:
-            raise InputError(f"torchvision's weights for {name} could not be downloaded ({error}); give a file") from error
+        weights = download_imagenet_weights(name)
     else:
         weights = read_file(source)
     report = load_weights(model, weights)
     report.missing = [entry for entry in report.missing if entry.startswith("backbone.")]
     if any("running_mean" in entry for entry in report.unexpected):
-        raise InputError(f"{source} holds batch norms and the model's backbone does not: use norm 'frozen' or 'batch'")
+        raise InputError(f"{source} holds batch norms and the model's backbone does not: use norm "
+                         "'frozen' or 'batch'")
     return report
 
 
-def read_propagation(names) -> str | None:
-    """The propagation mode that (our) parameter names imply; None where they cannot tell "plain" from "clip"."""
+def download_imagenet_weights(name: str) -> dict:
+    """torchvision's ImageNet weights of a backbone."""
+    from torchvision.models import get_model_weights
+    try:
+        return get_model_weights(name)["IMAGENET1K_V1"].get_state_dict(progress=True)
+    except (ValueError, KeyError) as error:
+        raise InputError(f"torchvision has no ImageNet weights for {name}") from error
+    except OSError as error:
+        raise InputError(f"torchvision's weights for {name} could not be downloaded ({error}); "
+                         "give a file") from error
+
+
+def find_propagation(names) -> str | None:
+    """The propagation mode implied by (our) parameter names; None for "plain" or "clip"."""
     gated = "tracker.gate_proj.weight" in names
     memory = "tracker.memory_key.weight" in names
-    return {(True, True): "gated+memory", (True, False): "gated", (False, True): "memory"}.get((gated, memory))
+    if gated:
+        return "gated+memory" if memory else "gated"
+    return "memory" if memory else None
 
 
-def model_from_checkpoint(path: str | Path, preset: str | None = None, propagation: str | None = None,
-                          **overrides) -> tuple[GRAttVIS, dict]:
-    """Build the model that a file was made by and load it; returns the model (evaluation mode) and the file's config.
+def model_from_checkpoint(path: str | Path, preset: str | None = None,
+                          propagation: str | None = None, **overrides) -> tuple[GRAttVIS, dict]:
+    """Build the model of a checkpoint and load its weights.
 
-    Our files say all of it; official ones need the preset, and the propagation where the names cannot tell ("plain" or
-    "clip"). InputError where an argument contradicts the file, or where anything of the model is missing.
+    Args:
+        preset: required for official files; our files contain it.
+        propagation: required if the parameter names do not imply it ("plain" or "clip").
+        overrides: options of the model, see build_model.
+
+    Returns the model in evaluation mode, and the config of the file. Raises InputError if an
+    argument contradicts the file, or if the file lacks any parameter of the model.
     """
     contents = read_file(path)
     config = read_config(contents, path)
     weights, _ = translate(contents, str(path))
-    classes = weights.get("tracker.class_embed.weight")
-    if classes is None or classes.ndim != 2 or not classes.numel():
+    class_weight = weights.get("tracker.class_embed.weight")
+    if class_weight is None or class_weight.ndim != 2 or not class_weight.numel():
         raise InputError(f"{path} has no tracker: it can start a training (--init), but segments "
                          "no videos")
-    preset = stated("preset", preset, config.get("preset"), path)
+    preset = agreed_value("preset", preset, config.get("preset"), path)
     if preset is None:
         raise InputError(f"{path} does not say its preset: give one of {', '.join(PRESETS)} "
                          "(--preset)")
-    found = config.get("propagation") or read_propagation(weights)
-    propagation = stated("propagation", propagation, found, path)
+    in_file = config.get("propagation") or find_propagation(weights)
+    propagation = agreed_value("propagation", propagation, in_file, path)
     if propagation is None:
         raise InputError(f'{path} may be "plain" or "clip", its names cannot tell: say which '
                          "(--propagation)")
-    options = config.get("model_options", {})
+    options = dict(config.get("model_options", {}))
     for name, value in overrides.items():
-        value = stated(name.replace("_", " "), value, options.get(name), path)
-        options = options | {name: value}
-    refusal = f"{path} asks for a model that cannot be built: "
-    if any(size > len(weights) for name, size in options.items() if name.endswith("_layers")):
-        raise InputError(f"{refusal}it has more layers than the file has entries")
-    build = partial(build_model, preset, len(classes) - 1, propagation, **options)
-    try:
-        with torch.device("meta"):  # takes no memory
-            outline = build()
-    except ValueError as error:     # names that nothing has, sizes that do not go together
-        raise InputError(f"{refusal}{error}") from error
-    needed = sum(value.numel() for value in outline.state_dict().values())
-    held = sum(value.numel() for value in weights.values())
-    if needed > 2 * held:           # a little less gets a report of what is missing
-        raise InputError(f"{refusal}it has {needed} numbers, the file {held}")
+        options[name] = agreed_value(name.replace("_", " "), value, options.get(name), path)
+    build = partial(build_model, preset, len(class_weight) - 1, propagation, **options)
+    check_model_size(build, options, weights, path)
     model = build().eval()
     report = load_weights(model, contents)
     if report.missing or report.unexpected:
@@ -314,23 +378,36 @@ def model_from_checkpoint(path: str | Path, preset: str | None = None, propagati
     return model, config
 
 
-def read_config(contents: dict, path: str | Path) -> dict:
-    """The config of a file of ours; {} of another, whose config names no preset.
+def check_model_size(build, options: dict, weights: dict[str, Tensor], path: str | Path) -> None:
+    """InputError if the model cannot be built, or is much larger than the file."""
+    refusal = f"{path} asks for a model that cannot be built: "
+    if any(size > len(weights) for name, size in options.items() if name.endswith("_layers")):
+        raise InputError(f"{refusal}it has more layers than the file has entries")
+    try:
+        with torch.device("meta"):  # allocates no memory
+            outline = build()
+    except ValueError as error:  # unknown names, or sizes that do not fit together
+        raise InputError(f"{refusal}{error}") from error
+    needed = sum(value.numel() for value in outline.state_dict().values())
+    in_file = sum(value.numel() for value in weights.values())
+    if needed > 2 * in_file:  # smaller differences are reported as missing parameters
+        raise InputError(f"{refusal}it has {needed} numbers, the file {in_file}")
 
-    InputError if it is not as train.py writes it: every value has the type and the range that the
-    programs rely on.
+
+def read_config(contents: dict, path: str | Path) -> dict:
+    """The config of one of our files; {} for other files, whose config has no preset.
+
+    Raises InputError unless every value has the type and range that train.py writes.
     """
     config = contents.get("config")
     if not isinstance(config, dict) or config.get("preset") is None:
         return {}
-    options, categories = config.get("model_options", {}), config.get("categories", [])
+    options = config.get("model_options", {})
     valid = {
         "preset": is_name(config["preset"]),
         "propagation": is_name(config.get("propagation", "")),
-        "test_short_side": is_whole(config.get("test_short_side", 1), 1, MOST_PIXELS),
-        "categories": isinstance(categories, (list, tuple)) and all(
-            isinstance(category, (list, tuple)) and len(category) == 2 and is_name(category[1])
-            for category in categories),
+        "test_short_side": is_integer(config.get("test_short_side", 1), 1, MAX_SHORT_SIDE),
+        "categories": are_categories(config.get("categories", [])),
         "model_options": isinstance(options, dict) and all(map(is_name, options)),
         "args": isinstance(config.get("args", {}), dict),
     }
@@ -343,74 +420,86 @@ def read_config(contents: dict, path: str | Path) -> dict:
 
 
 def read_run(path: str | Path) -> dict:
-    """The contents of a checkpoint that train.py can go on from; InputError if it is none."""
+    """The contents of a checkpoint that train.py can resume; InputError for other files."""
     contents = read_file(path)
     config = read_config(contents, path)
-    if "args" not in config or not isinstance(contents.get("optimizer"), dict) or \
-            not is_whole(contents.get("step"), 0, sys.maxsize):
+    has_optimizer = isinstance(contents.get("optimizer"), dict)
+    has_step = is_integer(contents.get("step"), 0, sys.maxsize)
+    if "args" not in config or not has_optimizer or not has_step:
         raise InputError(f"{path} is no checkpoint of a training run: start from it with --init")
     return contents
 
 
 def is_name(value) -> bool:
-    """Whether it is text of one line; invisible joiners are part of words in some scripts."""
+    """Whether a value is text on one line. (Some scripts use invisible joiners inside words.)"""
     return isinstance(value, str) and not any(
         unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") for letter in value)
 
 
-def is_whole(value, least: int, most: int) -> bool:
-    return type(value) is int and least <= value <= most
+def is_integer(value, minimum: int, maximum: int) -> bool:
+    return type(value) is int and minimum <= value <= maximum
+
+
+def are_categories(value) -> bool:
+    """Whether a value is a list of pairs (id, name)."""
+    return isinstance(value, (list, tuple)) and all(
+        isinstance(pair, (list, tuple)) and len(pair) == 2 and is_name(pair[1]) for pair in value)
 
 
 def check_options(options: dict, path: str | Path) -> None:
-    """InputError unless all are arguments of GRAttVIS, of the type that it states and in range."""
+    """InputError unless all options are arguments of GRAttVIS, of the right type and in range."""
     types = get_type_hints(GRAttVIS.__init__)
     for name, value in options.items():
         if name not in types or name in ("num_classes", "propagation", "return"):
             raise InputError(f"{path} asks for a model that cannot be built: GRAttVIS has no "
                              f"option {name}")
-        least = 0 if name in ("window", "pixel_layers", "tracker_encoder_layers") else 1
-        most = MOST_OPTION.get(name, 10 ** 6)
-        takes_numbers = isinstance(least, types[name])
-        if type(value) is int:
-            valid = takes_numbers and least <= value <= most
-        else:  # neither a float nor a bool is a number here
+        minimum = 0 if name in ("window", "pixel_layers", "tracker_encoder_layers") else 1
+        maximum = MAX_OPTION.get(name, 10 ** 6)
+        accepts_int = isinstance(minimum, types[name])
+        if type(value) is int:  # excludes bool
+            valid = accepts_int and minimum <= value <= maximum
+        else:
             valid = isinstance(value, (str, type(None))) and isinstance(value, types[name])
         if not valid:
-            expected = f"a whole number from {least} to {most}" if takes_numbers else "a name"
+            expected = f"a whole number from {minimum} to {maximum}" if accepts_int else "a name"
             raise InputError(f"{path} asks for a model that cannot be built: {name} is "
                              f"{shown(value)}, not {expected}")
 
 
 def default_short_side(config: dict, preset: str | None) -> int:
-    """Short side of the frames, pixels, that a model reads where nobody asks for another: what its run was to be tested at, or of a file
-    that does not say it the official side of the preset (96 for those on synthetic videos)."""
+    """The test size of a model in pixels (short side), if none is given.
+
+    The test size of its training run or, for files without it, the official size of the preset
+    (96 for presets trained on synthetic videos).
+    """
     return config.get("test_short_side") or TEST_SIDES[config.get("preset") or preset]
 
 
-def stated(what: str, asked: str | None, found: str | None, path: str | Path) -> str | None:
-    """The value that was asked for or found in the file; a contradiction between the two is an InputError."""
-    if asked and found and asked != found:
-        raise InputError(f"{path} was made with {what} {found!r}, not {asked!r}")
-    return asked or found
+def agreed_value(what: str, given: str | None, in_file: str | None, path: str | Path
+                 ) -> str | None:
+    """The given value, or that of the file; InputError if they contradict each other."""
+    if given and in_file and given != in_file:
+        raise InputError(f"{path} was made with {what} {in_file!r}, not {given!r}")
+    return given or in_file
 
 
 def save_checkpoint(path: str | Path, contents: dict) -> None:
-    """Write `contents` (tensors, numbers, strings, containers) under a temporary name, then rename: never half a file."""
+    """Write a checkpoint of tensors, numbers, strings and containers atomically."""
     with atomic_write(path) as temporary, open(temporary, "wb") as file:
         try:
             torch.save(contents, file)
-        except RuntimeError as error:                              # PyTorch's, as it closes what a full disk has not taken
+        except RuntimeError as error:
+            # If the disk is full, PyTorch's error hides the OSError.
             raise error.__context__ if isinstance(error.__context__, OSError) else error
         file.flush()
-        os.fsync(file.fileno())                                    # or a power cut could keep the name and lose the bytes
+        os.fsync(file.fileno())  # otherwise a power failure could leave an empty file
 
 
 def save_weights(source: str | Path, target: str | Path) -> int:
-    """Write what another program needs of a training checkpoint, and no more; returns the bytes.
+    """Write only the weights and the config of a training checkpoint; returns the size in bytes.
 
-    The averaged weights where there are some; tables and matrices in float16, norms and biases as
-    they are. InputError if the target exists, or a weight is too large for float16.
+    Averaged weights are preferred. Matrices are stored in float16, vectors (norms, biases) as they
+    are. Raises InputError if the target exists, or if a weight does not fit into float16.
     """
     contents, target = read_file(source), Path(target)
     config = read_config(contents, source)
@@ -421,23 +510,27 @@ def save_weights(source: str | Path, target: str | Path) -> int:
     averaged = contents.get("ema")
     state = averaged if averaged and isinstance(averaged, dict) else contents["model"]
     weights, _ = translate(state, str(source))
-    weights = {name: value.half() if value.is_floating_point() and value.ndim > 1 else value
-               for name, value in weights.items()}
+    for name, value in weights.items():
+        if value.is_floating_point() and value.ndim > 1:
+            weights[name] = value.half()
     if not all(value.isfinite().all() for value in weights.values()):
         raise InputError(f"{source} has weights that float16 cannot hold, or that are not finite")
+    config = {name: value for name, value in config.items() if name != "args"}
     target.parent.mkdir(parents=True, exist_ok=True)
-    save_checkpoint(target, {"model": weights, "config": {name: value for name, value in config.items() if name != "args"}})
+    save_checkpoint(target, {"model": weights, "config": config})
     return target.stat().st_size
 
 
 def main() -> None:
     """Write the weights of a checkpoint as the command line says."""
-    parser = argparse.ArgumentParser(description="Write the weights of a training checkpoint alone, in 16 bit.")
+    parser = argparse.ArgumentParser(
+        description="Write only the weights of a training checkpoint, in 16 bit.")
     parser.add_argument("source", help="checkpoint of train.py")
     parser.add_argument("target", help="file to write; must not exist yet")
     args = parser.parse_args()
     with cli_errors():
-        print(f"{args.target}: {save_weights(args.source, args.target) / 1e6:.2f} MB")
+        size = save_weights(args.source, args.target)
+        print(f"{args.target}: {size / 1e6:.2f} MB")
 
 
 if __name__ == "__main__":

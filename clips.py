@@ -1,11 +1,16 @@
-"""Training clips: frames of a video, one image repeated, or scenes drawn on the fly, with masks and identities; sources mixed by ratio.
+"""Training clips: frames of a video, or an image repeated, with masks and identities.
 
-    clips = ClipDataset(VideoSet("train.json", "train"), frames=5, reach=6, augmentation=Augmentation((288, 320)))
+    videos = VideoSet("train.json", "train")
+    clips = ClipDataset(videos, frames=5, reach=6, augmentation=Augmentation((288, 320)))
     clips[0].frames, clips[0].masks, clips[0].ids, clips[0].labels
 
-Everything random about a clip is drawn from (seed, index of the clip), so a run is the same for any number of workers and
-processes, and resumes exactly. An image (a COCO set's) is a pseudo video: the same picture in every frame, and an augmentation
-that drifts. Upstream: vita/data/dataset_mapper.py and combined_loader.py. Shape letters: T frames, I instances, H, W.
+The randomness of a clip depends only on (seed, index of the clip). A run is therefore the same for
+any number of workers and processes, and can be resumed exactly. An image (of COCO, for example) is
+a pseudo video: the same picture in every frame, with an augmentation that drifts. Clips of
+synthetic scenes are in synthetic/clips.py.
+
+Upstream: vita/data/dataset_mapper.py and combined_loader.py.
+Shape letters: T frames, I instances, H, W.
 """
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -20,10 +25,8 @@ from augmentation import Augmentation
 from data import Video, VideoSet, read_frame, read_mask
 from reading.annotations import Skipped
 from runtime.errors import InputError
-from synthetic.scenes import CATEGORIES
-from synthetic.suites import HEIGHT, SUITES, WIDTH, make_video
 
-MOST_BAD_IN_A_ROW = 20  # clips; more than that is no accident
+MAX_BAD_CLIPS = 20  # unreadable clips in a row before training stops
 
 
 @dataclass
@@ -33,120 +36,127 @@ class Clip:
     labels: Tensor  # (I,) int64, 0-based
     ids: Tensor     # (I, T) int64, -1 where the instance is not visible
     masks: Tensor   # (I, T, H, W) bool, True = instance
-    source: str = ""               # where it comes from, for people
-    skipped: tuple[str, ...] = ()  # what was wrong with the clips that this one stands in for
+    source: str = ""               # its files, for messages
+    skipped: tuple[str, ...] = ()  # errors of the unreadable clips that this one replaces
 
     def pin_memory(self) -> "Clip":
-        """The clip in memory that a GPU reads without the CPU; a DataLoader calls it."""
+        """A copy in page-locked memory; called by DataLoader."""
         return replace(self, frames=self.frames.pin_memory(), masks=self.masks.pin_memory())
 
 
-def sample_frames(length: int, count: int, reach: int, generator: np.random.Generator) -> list[int]:
-    """`count` sorted frame numbers: one anywhere, the others within `reach` of it, with replacement (as upstream).
+def sample_frames(length: int, count: int, reach: int, generator: np.random.Generator
+                  ) -> list[int]:
+    """Sample `count` frame numbers: one anywhere, the others within `reach` of it.
 
-    A video of one frame gives that frame `count` times.
+    As upstream, the others are drawn with replacement. A video of one frame gives that frame
+    `count` times. The result is sorted.
     """
     centre = int(generator.integers(length))
-    others = [t for t in range(max(0, centre - reach), min(length, centre + reach + 1)) if t != centre] or [centre]
-    return sorted([centre, *(int(t) for t in generator.choice(others, count - 1))])
+    first, last = max(0, centre - reach), min(length - 1, centre + reach)
+    others = [t for t in range(first, last + 1) if t != centre] or [centre]
+    chosen = generator.choice(others, count - 1).tolist()
+    return sorted([centre, *chosen])
 
 
-def make_clip(pictures: np.ndarray, masks: np.ndarray, labels: list[int], augmentation: Augmentation,
-              generator: np.random.Generator) -> Clip:
-    """The clip of pictures uint8 (T, H, W, 3), RGB, and masks bool (I, T, H, W), augmented; who is not seen is left out."""
-    frames = torch.from_numpy(pictures).permute(0, 3, 1, 2)
-    frames, masks = augmentation(tv_tensors.Video(frames), tv_tensors.Mask(torch.from_numpy(masks)), generator)
+def make_clip(pictures: np.ndarray, masks: np.ndarray, labels: list[int],
+              augmentation: Augmentation, generator: np.random.Generator) -> Clip:
+    """An augmented clip; instances that are not visible in any frame are dropped.
+
+    pictures: uint8 (T, H, W, 3), RGB. masks: bool (I, T, H, W). labels: I classes.
+    """
+    frames = tv_tensors.Video(torch.from_numpy(pictures).permute(0, 3, 1, 2))
+    masks = tv_tensors.Mask(torch.from_numpy(masks))
+    frames, masks = augmentation(frames, masks, generator)
     masks = masks.as_subclass(Tensor)
+    is_visible = torch.from_numpy(masks.numpy().any((2, 3)))  # (I, T); faster than in PyTorch
     numbers = torch.arange(len(masks))[:, None].expand(-1, len(frames))
-    ids = torch.where(torch.from_numpy(masks.numpy().any((2, 3))), numbers, -1)
-    seen = (ids != -1).any(1)
-    return Clip(frames.as_subclass(Tensor), torch.tensor(labels)[seen], ids[seen], masks[seen])
+    ids = torch.where(is_visible, numbers, -1)
+    kept = is_visible.any(1)
+    return Clip(frames.as_subclass(Tensor), torch.tensor(labels)[kept], ids[kept], masks[kept])
 
 
 class ClipDataset(Dataset):
-    """Training clips of a VideoSet by number; there are endlessly many, and number i is always the same one.
+    """Training clips of a VideoSet.
 
-    Epochs are permutations of the annotated videos. Crowd annotations are left out. With skip_bad, a clip that cannot be read
-    is replaced by one of another video, which then says so (Clip.skipped).
+    The number of clips is unlimited, and clip i is always the same. An epoch is a permutation of
+    the annotated videos. Crowd annotations are dropped.
+
+    skip_bad: replace an unreadable clip by a clip of another video, and report the error in its
+        `skipped`, instead of raising InputError.
     """
 
-    def __init__(self, videos: VideoSet, frames: int, reach: int, augmentation: Augmentation, seed: int = 0,
-                 skip_bad: bool = False):
-        self.videos = [video for video in videos.videos
-                       if any(not annotation.get("iscrowd") for annotation in video.annotations)]
+    def __init__(self, videos: VideoSet, frames: int, reach: int, augmentation: Augmentation,
+                 seed: int = 0, skip_bad: bool = False):
+        self.videos = [video for video in videos.videos if instances_of(video)]
         if not self.videos:
             left_out = "; ".join(["", *videos.skipped.sentences()])
             raise InputError(f"{videos.path} has no annotated video to train on{left_out}")
         if frames < 1 or reach < 1:
-            raise InputError(f"clips need at least one frame and a reach of one, not {frames} and {reach}")
-        self.categories, self.skipped, self.paths = videos.categories, videos.skipped, [videos.path]
-        self.frames, self.reach, self.augmentation = frames, reach, augmentation
-        self.seed, self.skip_bad = seed, skip_bad
+            raise InputError("clips need at least one frame and a reach of one, "
+                             f"not {frames} and {reach}")
+        self.categories = videos.categories
+        self.skipped = videos.skipped
+        self.paths = [videos.path]
+        self.frames = frames
+        self.reach = reach
+        self.augmentation = augmentation
+        self.seed = seed
+        self.skip_bad = skip_bad
 
     def __getitem__(self, index: int) -> Clip:
         epoch, place = divmod(index, len(self.videos))
         order = np.random.default_rng((self.seed, 0, epoch)).permutation(len(self.videos))
-        video, generator = self.videos[order[place]], np.random.default_rng((self.seed, 1, index))
-        skipped = []
+        generator = np.random.default_rng((self.seed, 1, index))
+        video = self.videos[order[place]]
+        errors = []
         while True:
             try:
-                clip = self.read(video, generator)
+                clip = self.load(video, generator)
             except InputError as error:
-                if not self.skip_bad or len(skipped) == MOST_BAD_IN_A_ROW:
+                if not self.skip_bad or len(errors) == MAX_BAD_CLIPS:
                     raise
-                skipped.append(str(error))
+                errors.append(str(error))
                 video = self.videos[generator.integers(len(self.videos))]
             else:
-                clip.skipped = tuple(skipped)
+                clip.skipped = tuple(errors)
                 return clip
 
-    def read(self, video: Video, generator: np.random.Generator) -> Clip:
-        """A clip of this video; InputError where a frame cannot be read."""
+    def load(self, video: Video, generator: np.random.Generator) -> Clip:
+        """A random clip of a video; InputError if a frame cannot be read."""
         chosen = sample_frames(len(video.files), self.frames, self.reach, generator)
-        annotations = [annotation for annotation in video.annotations if not annotation.get("iscrowd")]
-        pictures, outlines = {}, {}
-        for t in set(chosen):                                      # a frame may be chosen more than once
-            pictures[t] = np.asarray(read_frame(video.files[t], video.height, video.width))
-            # VideoSet has checked all masks.
-            outlines[t] = np.stack([
-                read_mask(annotation["segmentations"][t], video.height, video.width, "", checked=True)
-                for annotation in annotations])
-        clip = make_clip(np.stack([pictures[t] for t in chosen]), np.stack([outlines[t] for t in chosen], 1),
-                         [annotation["label"] for annotation in annotations], self.augmentation, generator)
-        return replace(clip, source=", ".join([str(video.files[chosen[0]]), *(video.files[t].name for t in chosen[1:])]))
+        annotations = instances_of(video)
+        pictures, masks = {}, {}
+        for t in set(chosen):  # a frame may be chosen more than once
+            picture = read_frame(video.files[t], video.height, video.width)
+            pictures[t] = np.asarray(picture)
+            codes = [annotation["segmentations"][t] for annotation in annotations]
+            # The masks were validated by VideoSet.
+            masks[t] = np.stack([
+                read_mask(code, video.height, video.width, "", checked=True)
+                for code in codes
+            ])
+        clip = make_clip(
+            np.stack([pictures[t] for t in chosen]),
+            np.stack([masks[t] for t in chosen], axis=1),
+            [annotation["label"] for annotation in annotations],
+            self.augmentation,
+            generator,
+        )
+        first, *others = [video.files[t] for t in chosen]
+        clip.source = ", ".join([str(first), *(file.name for file in others)])
+        return clip
 
 
-class RenderedClips(Dataset):
-    """Training clips of synthetic scenes that are drawn when asked for; there are endlessly many, and number i is always the same one.
-
-    `suites` are names of synthetic.SUITES, in turn. Every clip has its own scene, which is in no set that data.py writes, and shows
-    at least one instance.
-    """
-
-    def __init__(self, suites: list[str], frames: int, reach: int, augmentation: Augmentation, seed: int = 0):
-        self.names = list(suites)
-        self.categories, self.skipped, self.paths = list(enumerate(CATEGORIES, 1)), Skipped(), []
-        self.frames, self.reach, self.augmentation, self.seed = frames, reach, augmentation, seed
-
-    def __getitem__(self, index: int) -> Clip:
-        name = self.names[index % len(self.names)]
-        suite = SUITES[name]
-        generator = np.random.default_rng((self.seed, 3, index))   # the files' scenes are drawn from (seed, 0 or 1, index)
-        for _ in range(MOST_BAD_IN_A_ROW):
-            chosen = sample_frames(suite.frames, self.frames, self.reach, generator)
-            pictures, instances = make_video(generator.spawn(1)[0], suite.frames, HEIGHT, WIDTH, suite.objects, suite.difficulty, chosen)
-            if instances:                                          # somewhere in the video there are, perhaps not in these frames
-                clip = make_clip(pictures, np.stack([masks for _, masks in instances]), [category_id - 1 for category_id, _ in instances],
-                                 self.augmentation, generator)
-                if len(clip.labels):
-                    return replace(clip, source=f"scene {index} of the suite {name}")
-        raise InputError(f"clip {index}: after augmentation, {MOST_BAD_IN_A_ROW} scenes in a row show no instance")
+def instances_of(video: Video) -> list[dict]:
+    """The annotations of a video that are not crowds."""
+    return [annotation for annotation in video.annotations if not annotation.get("iscrowd")]
 
 
 class MixedClips(Dataset):
-    """Clips of several sources by number: each number's source is drawn by `ratios`, which need not add up to 1.
+    """Clips of several data sets: the data set of each clip is drawn with the given ratios.
 
-    Within a source, clips keep their numbers: none of its videos comes twice in as many numbers as it has videos.
+    ratios: need not sum to 1. Clip i is clip i of its data set, so that no video of a data set of N
+        videos comes twice in N clips.
     """
 
     def __init__(self, sources: list[ClipDataset], ratios: list[float], seed: int = 0):
@@ -155,22 +165,32 @@ class MixedClips(Dataset):
         names = [[name for _, name in source.categories] for source in sources]
         if any(other != names[0] for other in names):
             raise InputError("sources of other categories cannot be mixed")
-        self.sources, self.shares, self.seed = sources, np.array(ratios) / sum(ratios), seed
+        self.sources = sources
+        self.shares = np.array(ratios) / sum(ratios)
+        self.seed = seed
         self.categories = sources[0].categories
         self.videos = [video for source in sources for video in source.videos]
         self.skipped = Skipped(source.skipped for source in sources)
         self.paths = [path for source in sources for path in source.paths]
 
     def __getitem__(self, index: int) -> Clip:
-        source = np.random.default_rng((self.seed, 2, index)).choice(len(self.sources), p=self.shares)
+        generator = np.random.default_rng((self.seed, 2, index))
+        source = generator.choice(len(self.sources), p=self.shares)
         return self.sources[source][index]
 
 
 class StepSampler(Sampler):
-    """Clip numbers of one process, batch by batch: step s of W processes trains clips s * W * B and up, in rank order."""
+    """Yields the clip numbers of each step of one process.
+
+    Step s of W processes trains the clips s * W * B to (s + 1) * W * B, in rank order.
+    batch: clips per process, B.
+    """
 
     def __init__(self, first_step: int, last_step: int, batch: int, rank: int = 0, world: int = 1):
-        self.steps, self.batch, self.rank, self.world = range(first_step, last_step), batch, rank, world
+        self.steps = range(first_step, last_step)
+        self.batch = batch
+        self.rank = rank
+        self.world = world
 
     def __iter__(self) -> Iterator[list[int]]:
         for step in self.steps:

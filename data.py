@@ -1,11 +1,11 @@
-"""Videos in: data sets in the YouTube-VIS and COCO formats, and the built-in synthetic set.
+"""Data sets in the YouTube-VIS and COCO formats; run as a program, writes the synthetic data set.
 
     python data.py                              # writes datasets/synthetic (train and valid)
     python data.py --root /data/mine --videos 1000 --height 192 --width 320 --seed 7
 
-A data set is a JSON, which reading/annotations.py reads, and a folder of frames. Training clips are
-made of it in clips.py. Upstream: vita/data/datasets/ytvis.py and convert_coco2ytvis.py. Shape
-letters: T frames, H, W.
+A data set is a JSON file (see reading/annotations.py) and a folder of frames. clips.py samples
+training clips from it. Upstream: vita/data/datasets/ytvis.py and convert_coco2ytvis.py.
+Shape letters: T frames, H, W.
 """
 import argparse
 import hashlib
@@ -30,26 +30,28 @@ from reading.pictures import read_picture
 from runtime.errors import InputError, cli_errors, shown
 from runtime.files import first_existing
 
-__all__ = ["InputError", "Video", "VideoSet", "at_test_size", "find_split", "read_categories",
-           "read_frame", "read_mask", "read_picture", "test_frames", "to_rle"]
+__all__ = [
+    "InputError", "Video", "VideoSet", "at_test_size", "find_split", "frames_at_test_size",
+    "read_categories", "read_frame", "read_mask", "read_picture", "to_rle",
+]
 
 
 @dataclass
 class Video:
-    """One video of a data set, as its JSON describes it."""
-    id: Id                   # as in the JSON: a whole number or text
+    """One video of a data set, as described by its JSON file."""
+    id: Id                   # int or str, as in the JSON
     height: int              # pixels
     width: int               # pixels
-    files: list[Path]        # of its T frames
-    annotations: list[dict]  # as reading/annotations.py says, with "label": the 0-based class
+    files: list[Path]        # its T frames
+    annotations: list[dict]  # see reading/annotations.py; "label" is the 0-based class
 
     @property
     def name(self) -> str:
-        """A name for files that belong to the video; no other video of its set has it."""
+        """A file name for the video, unique in its data set."""
         key = id_key(self.id)
         if isinstance(key, int) and abs(key) < 10 ** 18:
             return f"{key:05d}"
-        # Unlike file_name_for: names differ also where "A" and "a" are the same file.
+        # Unlike file_name_for, unique on file systems that ignore case as well.
         text = str(key)
         digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:8]
         return re.sub("[^A-Za-z0-9]+", "-", text)[:40].strip("-") + f"-{digest}"
@@ -64,61 +66,124 @@ FRAMES_PATHS = ("{}/JPEGImages", "JPEGImages/{}", "{}")
 
 
 def find_split(root: str | Path, split: str) -> tuple[Path, Path]:
-    """The annotation file and the frames folder of a split, under the names people have on disk.
+    """The annotation file and the folder of frames of a split, in any common directory layout.
 
     Raises InputError naming every path tried.
     """
-    root, names = Path(root), ("valid", "val") if split in ("valid", "val") else (split,)
+    root = Path(root)
+    names = ("valid", "val") if split in ("valid", "val") else (split,)
     jsons = [root / path.format(name) for name in names for path in JSON_PATHS]
     folders = [root / path.format(name) for name in names for path in FRAMES_PATHS]
     folders.append(root / "JPEGImages")
     return first_existing("annotation file", jsons), first_existing("folder of frames", folders)
 
 
-class VideoSet:
-    """A data set in the YouTube-VIS or the COCO format, checked when it is opened.
+# Category ids of COCO -> category ids of a data set of videos. Other COCO categories are dropped.
+COCO_MAPS = {
+    "ovis": {
+        1: 1, 2: 21, 3: 25, 4: 22, 5: 23, 6: 25, 8: 25, 9: 24, 17: 3, 18: 4, 19: 5, 20: 6, 21: 7,
+        22: 8, 23: 9, 24: 10, 25: 11,
+    },
+    "ytvis2019": {
+        1: 1, 2: 21, 3: 6, 4: 21, 5: 28, 7: 17, 8: 29, 9: 34, 17: 14, 18: 8, 19: 18, 21: 15, 22: 32,
+        23: 20, 24: 30, 25: 22, 35: 33, 36: 33, 41: 5, 42: 27, 43: 40,
+    },
+    "ytvis2021": {
+        1: 26, 2: 23, 3: 5, 4: 23, 5: 1, 7: 36, 8: 37, 9: 4, 16: 3, 17: 6, 18: 9, 19: 19, 21: 7,
+        22: 12, 23: 2, 24: 40, 25: 18, 34: 14, 35: 31, 36: 31, 41: 29, 42: 33, 43: 34,
+    },
+}
+VIDEO_SETS = ("ovis", "ytvis_2019", "ytvis_2021", "ytvis_2022")
 
-    path: of the JSON.
-    videos: in the order of their ids.
-    categories: [(id, name), ...] in the order of their ids, which is that of the 0-based labels.
-    file: the JSON as reading/annotations.py gives it, less the videos that are left out.
-    ground_truth: its content, for the metric.
-    skipped: what was left out, by reason.
+
+def find_named_set(root: str | Path, name: str) -> tuple[Path, Path, dict[int, int] | None]:
+    """A data set by its official name, in the layout of detectron2's datasets folder.
+
+    Names are ovis_train, ytvis_2021_val, coco_2017_train, and coco2ovis_train for pseudo videos.
+    Returns the annotation file, the folder of frames, and the category map of pseudo videos.
+    Raises InputError naming every path tried.
+    """
+    data_set, _, split = name.rpartition("_")
+    if data_set in VIDEO_SETS:
+        return *find_split(Path(root) / data_set, split), None
+    target = data_set.removeprefix("coco2") if data_set.startswith("coco2") else ""
+    if data_set != "coco_2017" and target not in COCO_MAPS:
+        pseudo = ", ".join(f"coco2{target}_train" for target in COCO_MAPS)
+        raise InputError(f"no data set is called {name}: {', '.join(VIDEO_SETS)} and coco_2017 "
+                         f"with _train or _val are, and {pseudo}")
+    coco = Path(root) / "coco"
+    jsons = [coco / "annotations" / f"instances_{split}2017.json",
+             coco / f"instances_{split}2017.json"]
+    if target:  # the output of upstream's conversion script, which lacks some annotations
+        jsons.append(coco / "annotations" / f"{name}.json")
+    folders = [coco / f"{split}2017", coco / "images" / f"{split}2017"]
+    return (
+        first_existing("annotation file", jsons),
+        first_existing("folder of images", folders),
+        COCO_MAPS.get(target),
+    )
+
+
+class VideoSet:
+    """A data set in the YouTube-VIS or the COCO format, validated when it is opened.
+
+    Args:
+        json_path: annotation file.
+        frames_root: folder that the file names in the JSON are relative to.
+        skip_bad: leave out invalid entries instead of raising InputError.
+        category_map: maps category ids of the JSON to ids of `categories`, those of another data
+            set. Annotations of other categories are dropped, as in convert_coco2ytvis.py.
+        categories: used with category_map.
+
+    Attributes:
+        path: the JSON file.
+        videos: list of Video, sorted by id.
+        categories: [(id, name), ...], sorted by id: the order of the 0-based labels.
+        file: the return value of reading/annotations.py, without the videos that were left out.
+        ground_truth: its content, the ground truth of evaluation/metric.py.
+        skipped: what was left out, by reason.
     """
 
     def __init__(self, json_path: str | Path, frames_root: str | Path, skip_bad: bool = False,
                  category_map: dict[int, int] | None = None,
                  categories: list[tuple[Id, str]] | None = None):
-        """skip_bad: leave out what is wrong, instead of an InputError.
-
-        category_map: from the JSON's category ids to those of `categories`, which another data set
-            has; annotations of other categories are left out, as convert_coco2ytvis.py does.
-        """
-        self.path, self.category_map = Path(json_path), category_map
-        root, files = first_existing("folder of frames", [Path(frames_root)]), {}
-        folder_names.cache_clear()  # what was there when another set was opened
+        self.path = Path(json_path)
+        self.category_map = category_map
+        root = first_existing("folder of frames", [Path(frames_root)])
+        files = {}
+        folder_names.cache_clear()  # the folders may have changed since the last data set
         folder_inside.cache_clear()
 
         def locate(video: dict, where: EntryName) -> None:
-            files[id_key(video["id"])] = found = find_frames(root, video, where)
+            paths = find_frames(root, video, where)
+            files[id_key(video["id"])] = paths
             if video["height"] is None:
-                video["width"], video["height"] = read_picture(found[0]).size
+                video["width"], video["height"] = read_picture(paths[0]).size
 
         self.file = read_annotations(json_path, skip_bad, locate)
-        self.ground_truth, self.skipped = self.file.content, self.file.skipped
+        self.ground_truth = self.file.content
+        self.skipped = self.file.skipped
         self.categories = categories or self.file.categories
-        videos = {video["id"]: Video(video["id"], video["height"], video["width"],
-                                     files[id_key(video["id"])], [])
-                  for video in self.ground_truth["videos"]}
+        videos = {}
+        for video in self.ground_truth["videos"]:
+            paths = files[id_key(video["id"])]
+            videos[video["id"]] = Video(video["id"], video["height"], video["width"], paths, [])
         self.videos = sorted(videos.values(), key=lambda video: id_order(video.id))
-        labels = {id_key(category_id): label
-                  for label, (category_id, _) in enumerate(self.categories)}
-        if category_map is not None:
-            labels = {source: labels[target] for source, target in category_map.items()}
+        labels = self._labels()
         for annotation in self.ground_truth["annotations"]:
             label = labels.get(id_key(annotation["category_id"]))
             if label is not None:
                 videos[annotation["video_id"]].annotations.append(annotation | {"label": label})
+
+    def _labels(self) -> dict[Id, int]:
+        """{category id of the JSON: 0-based label}."""
+        labels = {
+            id_key(category_id): label
+            for label, (category_id, _) in enumerate(self.categories)
+        }
+        if self.category_map is None:
+            return labels
+        return {source: labels[target] for source, target in self.category_map.items()}
 
     def __len__(self) -> int:
         return len(self.videos)
@@ -127,35 +192,36 @@ class VideoSet:
 # Frames on disk
 
 def find_frames(root: Path, video: dict, where: EntryName) -> list[Path]:
-    """The files of a video's frames; InputError if one is missing, or not in the folder."""
+    """The frame files of a video; InputError if one is missing or outside the folder."""
     if video.get("file_names") is None:
         raise InputError(f"{where} has no file_names, by which its frames are found")
     return [find_frame(root, name, where) for name in video["file_names"]]
 
 
 def find_frame(root: Path, name, where: EntryName) -> Path:
-    """The file of that name in a folder, in any notation: absolute, "./x", "a/../x", "a\\x".
+    """The file of that name in a folder.
 
-    InputError if it is missing, leads out of the folder, or is no file name.
+    The name may be absolute or of a form such as "./x", "a/../x" or "a\\x". Raises InputError if
+    it is missing, outside the folder, or not a file name.
     """
     if not isinstance(name, str) or name.splitlines() != [name] or "\0" in name:
         raise InputError(f"{where} has the file name {shown(name)}, which is none")
-    for notation in (name, name.replace("\\", "/")):  # on Linux, \ is a letter like any other
+    for notation in (name, name.replace("\\", "/")):  # Linux: an ordinary character
         for spelling in spellings(notation):
             inside = path_inside(root, spelling)
             if inside and (root / inside).name in folder_names((root / inside).parent):
                 return root / inside
-    if inside is None or re.match("[A-Za-z]:/", inside):  # a disk of Windows
+    if inside is None or re.match("[A-Za-z]:/", inside):  # a Windows drive
         raise InputError(f"{where} has the file name {name!r}, which leads outside of {root}")
     video = f"{where.what} {shown(where.entry['id'])}"
     raise InputError(f"frame {root / inside} of {video} is missing")
 
 
 def spellings(name: str) -> list[str]:
-    """A file name, and how else it may stand on the disk.
+    """A file name and its other possible encodings on disk.
 
-    macOS takes letters and accents apart. Where the locale is not UTF-8, Python knows a file by
-    what its UTF-8 name means in the locale's encoding, which may not have all letters.
+    macOS stores accented letters in decomposed form (NFD). If the locale is not UTF-8, Python
+    decodes UTF-8 file names with the locale's encoding, which may lack some characters.
     """
     if name.isascii():
         return [name]
@@ -165,7 +231,7 @@ def spellings(name: str) -> list[str]:
 
 
 def can_be_named(text: str) -> bool:
-    """Whether the file system's encoding has all letters."""
+    """Whether the encoding of the file system has all characters of the text."""
     try:
         return bool(os.fsencode(text))
     except UnicodeEncodeError:
@@ -173,16 +239,17 @@ def can_be_named(text: str) -> bool:
 
 
 def path_inside(root: Path, name: str) -> str | None:
-    """A file name relative to its folder, without any ".."; None if it leads out of the folder."""
+    """A file name relative to its folder, without any ".."; None if it is outside the folder."""
     start = os.path.abspath(root)
-    folder, file = os.path.split(os.path.normpath(os.path.join(start, name)))
+    path = os.path.normpath(os.path.join(start, name))
+    folder, file = os.path.split(path)
     inside = folder_inside(start, folder)
     return None if inside is None else os.path.normpath(os.path.join(inside, file))
 
 
 @cache
 def folder_inside(root: str, folder: str) -> str | None:
-    """A folder relative to another one, whatever links lead to them; None if it is not inside."""
+    """A folder relative to another one, resolving links; None if it is not inside."""
     real_root, real = os.path.realpath(root), os.path.realpath(folder)
     for parent in (Path(folder), *Path(folder).parents):
         if os.path.realpath(parent) == real_root:
@@ -192,12 +259,12 @@ def folder_inside(root: str, folder: str) -> str | None:
 
 @cache
 def folder_names(folder: Path) -> frozenset[str]:
-    """The names in a folder, listed once: a set has 100,000 frames, but few thousand folders."""
+    """The names in a folder, cached: data sets have 100,000 frames in a few thousand folders."""
     return frozenset(os.listdir(folder)) if os.path.isdir(folder) else frozenset()
 
 
 def read_frame(path: Path, height: int, width: int) -> Image.Image:
-    """An RGB picture of the size that the JSON states; InputError if it is not of that size."""
+    """An RGB image; InputError if its size is not the given one, that of the JSON."""
     picture = read_picture(path)
     if picture.size != (width, height):
         raise InputError(f"frame {path} is {picture.width}x{picture.height}, "
@@ -207,46 +274,52 @@ def read_frame(path: Path, height: int, width: int) -> Image.Image:
 
 # Frames at test size
 
-def test_frames(video: Video, short_side: int, max_long_side: int = 1333,
-                part: slice = slice(None)) -> Iterator[Tensor]:
-    """The frames of a video at test size, uint8 (3, H, W), one by one, or of a part of it."""
-    for file in video.files[part]:
-        yield at_test_size(read_frame(file, video.height, video.width), short_side, max_long_side)
+def frames_at_test_size(video: Video, short_side: int, max_long_side: int = 1333,
+                        chunk: slice = slice(None)) -> Iterator[Tensor]:
+    """Yield the frames of a video (or of a chunk of it) at test size, uint8 (3, H, W)."""
+    for file in video.files[chunk]:
+        picture = read_frame(file, video.height, video.width)
+        yield at_test_size(picture, short_side, max_long_side)
 
 
 def at_test_size(picture: Image.Image, short_side: int, max_long_side: int = 1333) -> Tensor:
-    """An RGB picture -> uint8 (3, H, W) of that size; bilinear by Pillow, as in detectron2."""
+    """Resize an RGB image to uint8 (3, H, W), bilinear with Pillow as in detectron2."""
     height, width = short_side_size(picture.height, picture.width, short_side, max_long_side)
     resized = picture.resize((width, height), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
 
 
-test_frames.__test__ = False  # its name is not pytest's business
+# Writing the synthetic data set
 
-
-def main() -> None:
-    """Write the synthetic set as the command line says."""
-    from synthetic.suites import SUITES, make_dataset
+def parse_arguments() -> argparse.Namespace:
+    """The command line of `python data.py`."""
+    from synthetic.suites import SUITES
     parser = argparse.ArgumentParser(
-        description="Write the synthetic data set: textured shapes that move, cross, occlude one "
-        "another, leave and come back, in the YouTube-VIS format.",
+        description="Write the synthetic data set, in the YouTube-VIS format: textured shapes that "
+        "move, cross, occlude one another, leave the frame and come back.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--root", default="datasets/synthetic",
                         help="folder to write; must not exist yet")
     parser.add_argument("--videos", type=int, default=240, help="training videos")
     parser.add_argument("--valid-videos", type=int, default=24, help="held-out videos")
     parser.add_argument("--suite", choices=SUITES, default="easy",
-                        help="how hard, and in which respect: a named setting, which also says "
-                        "frames and objects unless they are given")
+                        help="a named difficulty; also sets the defaults of --frames and --objects")
     parser.add_argument("--frames", type=int,
-                        help="frames a video (default: the suite's, 20 for easy)")
+                        help="frames per video (default: the suite's, 20 for easy)")
     parser.add_argument("--height", type=int, default=96, help="pixels")
     parser.add_argument("--width", type=int, default=160, help="pixels")
     parser.add_argument("--objects", type=int, nargs=2, metavar=("MIN", "MAX"),
-                        help="objects a video (default: the suite's, 1 4 for easy)")
+                        help="objects per video (default: the suite's, 1 4 for easy)")
     parser.add_argument("--seed", type=int, default=0,
-                        help="the same seed gives the same set, to the last pixel")
-    args = parser.parse_args()
+                        help="the same seed gives the same data set, pixel by pixel")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Write the synthetic data set as the command line says."""
+    # Imported here, so that loading real data does not depend on the renderer.
+    from synthetic.suites import SUITES, make_dataset
+    args = parse_arguments()
     suite = SUITES[args.suite]
     frames = suite.frames if args.frames is None else args.frames
     objects = tuple(args.objects or suite.objects)

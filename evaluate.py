@@ -1,15 +1,20 @@
-"""Evaluate a model on a data set, or score a results file: AP, AP50, AP75, AR1, AR10 and AP by class.
+"""Evaluate a model on a data set, or score a results file.
 
-    python evaluate.py                                                    # the weights that come with the code, on synthetic suites
+    python evaluate.py                       # the shipped weights, on synthetic suites
     python evaluate.py --weights runs/toy/last.pt --data-root datasets/synthetic
-    python evaluate.py --weights grattvis_r50_ovis.pth --preset r50 --data-root ovis --short-side 360 --top-k 20
-    torchrun --nproc-per-node 8 evaluate.py ...                           # the videos shared out to 8 GPUs
+    python evaluate.py --weights grattvis_r50_ovis.pth --preset r50 --data-root ovis \\
+        --short-side 360 --top-k 20
+    torchrun --nproc-per-node 8 evaluate.py ...  # distributes the videos over 8 GPUs
     python evaluate.py --results results.json --annotations gt.json --output scores
-    python evaluate.py --results results.json --annotations gt_short.json gt_long.json       # YouTube-VIS 2022: both, and the mean
+    python evaluate.py --results results.json --annotations gt_short.json gt_long.json
 
-Writes into --output: results.json, results.json.zip (what the benchmark's server takes), metrics.json where the annotations
-are at hand, overlays/ and plots/ for the first --draw and --plot videos; for suites, a folder each. After a kill, the same command
-continues with the videos that are left. The metric is evaluation/metric.py, inference over a data set evaluation/inference.py.
+The last form scores both parts of YouTube-VIS 2022, and their mean.
+
+Writes to --output: results.json, results.json.zip (for the benchmark's server), metrics.json if
+there are annotations, and overlays/ and plots/ of the first --draw and --plot videos. Each suite
+has a folder. After an interruption, the same command continues with the remaining videos.
+
+The metric is in evaluation/metric.py, inference over a data set in evaluation/inference.py.
 Upstream: vita/data/ytvis_eval.py.
 """
 import argparse
@@ -34,10 +39,10 @@ from evaluation.postprocess import EncodedVideo
 from model import PRESETS, GRAttVIS
 from reading.annotations import AnnotationFile, Skipped, one_line, read_annotations, unique_names
 from reading.ids import Id
-from recipes import at_least
 from runtime.device import choose_amp
 from runtime.errors import InputError, cli_errors, shown
 from runtime.files import atomic_write, checksum, folder_lock, read_json, save_json
+from runtime.flags import at_least
 from runtime.loading import choose_workers
 from runtime.processes import (
     errors_of_any_process,
@@ -53,72 +58,94 @@ from tracker import PROPAGATIONS
 from viewing.overlays import overlays, save_pictures
 from viewing.plots import plot_classes, plot_precision, plot_timeline, require_matplotlib
 
-DRAWN_SCORE = 0.3  # instances below it are left out of the pictures
-HELD_OUT = 24      # videos of a suite that has to be written
-SERVERS = {        # a class that no other set has, in small letters: the benchmark, and where its results are submitted
+MIN_DRAWN_SCORE = 0.3
+HELD_OUT = 24  # videos of a suite, if it has to be written
+SERVERS = {    # a class that only this benchmark has, in lower case: its name and submission page
     "vehical": "OVIS: https://codalab.lisn.upsaclay.fr/competitions/4763",
     "ape": "YouTube-VIS 2019: https://codalab.lisn.upsaclay.fr/competitions/6064",
     "flying_disc": "YouTube-VIS 2021: https://codalab.lisn.upsaclay.fr/competitions/7680, "
                    "2022: https://codalab.lisn.upsaclay.fr/competitions/3410",
 }
+DATA_PATHS = ("data_root", "split", "json", "images", "sets")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line; the defaults evaluate the weights that come with the code."""
-    parser = argparse.ArgumentParser(description="Evaluate a model on videos in the YouTube-VIS format, or score a results file.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    model = parser.add_argument_group("model")
-    model.add_argument("--weights", default=str(SHIPPED_WEIGHTS), help="checkpoint, ours or official")
-    model.add_argument("--preset", choices=PRESETS, help="of an official checkpoint (ours say it themselves)")
-    model.add_argument("--propagation", choices=PROPAGATIONS, help="where the checkpoint does not tell it")
-    model.add_argument("--gate-mask", choices=("additive", "blocked"), help="of an official checkpoint (default: additive)")
-    data = parser.add_argument_group("data")
-    data.add_argument("--data-root", help="data set")
-    data.add_argument("--split", default="valid", help="its split")
-    data.add_argument("--json", help="instead of --data-root: the annotation file")
-    data.add_argument("--images", help="with --json: the folder that its file names are relative to")
-    data.add_argument("--suites", nargs="+", choices=SUITES, default=["easy", "occlusion"], metavar="SUITE", help="where no data set is "
-                      f"given: the held-out videos of synthetic suites, written if they are not there: {', '.join(SUITES)}")
-    data.add_argument("--sets", default="datasets/suites", help="the folder that holds a folder for each suite")
-    data.add_argument("--skip-bad", action=argparse.BooleanOptionalAction, default=False,
-                      help="leave out videos and annotations that cannot be read, of the metric "
-                      "too; say and count it")
-    data.add_argument("--short-side", type=at_least(1), help="of the frames, pixels (default: what the model was made "
-                        "for; official: 360, Swin 448)")
-    data.add_argument("--max-long-side", type=at_least(1), default=1333, help="pixels")
-    result = parser.add_argument_group("result")
-    result.add_argument("--top-k", type=at_least(1), default=10, help="instances a video (official: 10, OVIS 20)")
-    result.add_argument("--output", help="folder to write (default: evaluation/ beside the weights, or in runs/ and their name for "
-                        "those that come with the code)")
-    result.add_argument("--draw", type=at_least(0), default=0, metavar="N", help="draw overlays of the first N videos")
-    result.add_argument("--plot", type=at_least(0), metavar="N", help="plot precision over recall, AP by class, and the tracks and gates "
-                        "of the first N videos over time (needs matplotlib)")
-    result.add_argument("--results", help="score this file instead of running a model")
-    result.add_argument("--annotations", nargs="+", metavar="JSON", help="the ground truth, or several parts of it: each is scored, "
-                        "and the mean of all (default: the data set's own, or gt_short.json and gt_long.json beside it)")
-    run = parser.add_argument_group("run")
-    run.add_argument("--device", default="auto", help="auto, cpu, cuda")
-    run.add_argument("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"), help="auto = fp16 on a GPU, off (float32) on a CPU")
-    run.add_argument("--compile", action="store_true", help="compile the model on a GPU: half a minute for each size of frames, then "
-                     "faster; results differ by rounding")
-    run.add_argument("--chunk", type=at_least(1), default=8, help="frames that are read together; no result depends on it")
-    run.add_argument("--workers", type=at_least(0), help="processes that read frames ahead, for "
-                     "each GPU; 0 = none (default: one for each CPU core, at most 16, fewer where "
-                     "shared memory is small)")
+    """The command line; the defaults evaluate the shipped weights."""
+    parser = argparse.ArgumentParser(
+        description="Evaluate a model on videos in the YouTube-VIS format, or score a results "
+        "file.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add_model_flags(parser.add_argument_group("model").add_argument)
+    add_data_flags(parser.add_argument_group("data").add_argument)
+    add_result_flags(parser.add_argument_group("result").add_argument)
+    add_run_flags(parser.add_argument_group("run").add_argument)
     return parser.parse_args(arguments)
 
 
+def add_model_flags(add) -> None:
+    add("--weights", default=str(SHIPPED_WEIGHTS), help="checkpoint, ours or official")
+    add("--preset", choices=PRESETS, help="of an official checkpoint (ours contain it)")
+    add("--propagation", choices=PROPAGATIONS, help="if the checkpoint does not imply it")
+    add("--gate-mask", choices=("additive", "blocked"),
+        help="of an official checkpoint (default: additive)")
+
+
+def add_data_flags(add) -> None:
+    add("--data-root", help="data set")
+    add("--split", default="valid", help="split of the data set")
+    add("--json", help="annotation file, instead of --data-root")
+    add("--images", help="with --json: the folder that its file names are relative to")
+    add("--suites", nargs="+", choices=SUITES, default=["easy", "occlusion"], metavar="SUITE",
+        help="without a data set: the held-out videos of synthetic suites, which are written if "
+        f"they do not exist: {', '.join(SUITES)}")
+    add("--sets", default="datasets/suites", help="folder with a folder for each suite")
+    add("--skip-bad", action=argparse.BooleanOptionalAction, default=False,
+        help="leave out, report and count unreadable videos and annotations, also in the metric")
+    add("--short-side", type=at_least(1),
+        help="of the frames, in pixels (default: the test size of the model; official: 360, Swin "
+        "448)")
+    add("--max-long-side", type=at_least(1), default=1333, help="pixels")
+
+
+def add_result_flags(add) -> None:
+    add("--top-k", type=at_least(1), default=10, help="instances per video (official: 10, OVIS 20)")
+    add("--output",
+        help="folder to write (default: evaluation/ next to the weights; for the shipped weights, "
+        "a folder in runs/)")
+    add("--draw", type=at_least(0), default=0, metavar="N",
+        help="draw overlays of the first N videos")
+    add("--plot", type=at_least(0), metavar="N",
+        help="plot precision over recall, AP by class, and the tracks and gates of the first N "
+        "videos over time (needs matplotlib)")
+    add("--results", help="score this file instead of running a model")
+    add("--annotations", nargs="+", metavar="JSON",
+        help="ground truth, or several parts of it, which are scored separately and averaged "
+        "(default: that of the data set, or gt_short.json and gt_long.json next to it)")
+
+
+def add_run_flags(add) -> None:
+    add("--device", default="auto", help="auto, cpu, cuda")
+    add("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"),
+        help="mixed precision: auto = fp16 on a GPU, off (float32) on a CPU")
+    add("--compile", action="store_true",
+        help="torch.compile the model on a GPU: takes half a minute per frame size, results differ "
+        "by rounding")
+    add("--chunk", type=at_least(1), default=8,
+        help="frames loaded together; does not change the results")
+    add("--workers", type=at_least(0),
+        help="loader processes per GPU; 0 = none (default: one per CPU core, at most 16, fewer if "
+        "shared memory is small)")
+
+
 def main(args: argparse.Namespace) -> dict | None:
-    """Evaluate or score as asked; returns the metrics, None where there is no ground truth."""
+    """Evaluate a model or score a file.
+
+    Returns the metrics, or those of each suite by name. They are None without ground truth.
+    """
     if args.plot is not None:
         require_matplotlib()
     if args.results:
-        if not args.annotations:
-            raise InputError("scoring a file needs --results and --annotations")
-        truth = read_parts(args.annotations, args.skip_bad)
-        output = Path(args.output or Path(args.results).parent)
-        return finish(Path(args.results), truth, output, args.plot is not None)
-
+        return score_file(args)
     if bool(args.json) != bool(args.images):
         raise InputError("--json and --images go together")
     rank, world, device = start_processes(args.device)
@@ -132,111 +159,104 @@ def main(args: argparse.Namespace) -> dict | None:
     with errors_of_any_process():
         for videos in sets.values():
             check_categories(model, config, videos, args.weights)
-        if args.annotations:
-            read_parts(args.annotations, args.skip_bad)  # refused before hours of inference
-    amp, reason = choose_amp(args.amp, device)
-    settings = {name: describe_setting(args, videos, amp) for name, videos in sets.items()}
-    require_agreement({f"{name} {key}".strip(): value for name, setting in settings.items()
-                       for key, value in setting.items() if key not in PATHS_OF_DATA})
-    model.to(device).accelerate(amp, args.compile)
+        if args.annotations:  # report errors now, not after hours of inference
+            read_parts(args.annotations, args.skip_bad)
+    amp_dtype, reason = choose_amp(args.amp, device)
+    settings = {name: describe_setting(args, videos, amp_dtype) for name, videos in sets.items()}
+    require_agreement({
+        f"{name} {key}".strip(): value
+        for name, setting in settings.items()
+        for key, value in setting.items()
+        if key not in DATA_PATHS
+    })
+    model.to(device).accelerate(amp_dtype, args.compile)
     if rank == 0:
+        dtype = str(amp_dtype).removeprefix("torch.")
         print(f"{args.weights}: {model.propagation} propagation, {model.num_classes} classes, "
-              f"short side {args.short_side}; {device.type} x {world}, "
-              f"{str(amp).removeprefix('torch.')} ({reason}); deformable attention: "
-              f"{implementation(device)}")
-    weights = Path(args.weights)
-    shipped = weights.parent.resolve() == SHIPPED_WEIGHTS.parent
-    beside = Path("runs") / weights.stem if shipped else weights.parent
-    outputs = {name: Path(args.output or beside / "evaluation") / name for name in sets}
-    metrics = {name: evaluate_set(model, videos, outputs[name], args, amp, settings[name], rank,
-                                  world)
-               for name, videos in sets.items()}
+              f"short side {args.short_side}; {device.type} x {world}, {dtype} ({reason}); "
+              f"deformable attention: {implementation(device)}")
+    output = output_folder(args)
+    metrics = {
+        name: evaluate_set(model, videos, output / name, args, amp_dtype, settings[name],
+                           rank, world)
+        for name, videos in sets.items()
+    }
     stop_processes()
     return metrics.get("", metrics)
 
 
+def score_file(args: argparse.Namespace) -> dict | None:
+    """Score --results against --annotations."""
+    if not args.annotations:
+        raise InputError("scoring a file needs --results and --annotations")
+    path = Path(args.results)
+    ground_truth = read_parts(args.annotations, args.skip_bad)
+    return score_results(path, ground_truth, Path(args.output or path.parent),
+                         plot=args.plot is not None)
+
+
+def output_folder(args: argparse.Namespace) -> Path:
+    """--output or its default."""
+    if args.output:
+        return Path(args.output)
+    weights = Path(args.weights)
+    is_shipped = weights.parent.resolve() == SHIPPED_WEIGHTS.parent
+    folder = Path("runs") / weights.stem if is_shipped else weights.parent
+    return folder / "evaluation"
+
+
 def open_sets(args: argparse.Namespace, rank: int, world: int) -> dict[str, VideoSet]:
-    """The one set that the arguments name, under "", or suites by name, written if need be."""
+    """The data set of the arguments, under the name "", or the suites by name."""
     if args.json or args.data_root:
-        found = (args.json, args.images) if args.json else find_split(args.data_root, args.split)
-        videos = VideoSet(*found, skip_bad=args.skip_bad)
+        if args.json:
+            json_path, images = args.json, args.images
+        else:
+            json_path, images = find_split(args.data_root, args.split)
+        videos = VideoSet(json_path, images, skip_bad=args.skip_bad)
         for sentence in videos.skipped.sentences() if rank == 0 else ():
             print(f"skipped: {sentence}")
         return {"": videos}
-    with in_turn(rank, world):  # the first process of each machine finds a suite missing
+    with in_turn(rank, world):  # the first process of each machine writes missing suites
         return {name: open_suite(name, Path(args.sets) / name, HELD_OUT) for name in args.suites}
 
 
 def open_suite(name: str, folder: Path, held_out: int) -> VideoSet:
-    """The held-out videos of a suite, as `python data.py --suite` writes them.
+    """The held-out videos of a suite, as written by `python data.py --suite`.
 
-    That many are written if the folder is not there.
+    If the folder does not exist, a data set with that many held-out videos is written.
     """
     if not folder.exists():
         suite = SUITES[name]
-        with suppress(FileExistsError):  # another evaluation has just written the same
+        with suppress(FileExistsError):  # another process may have written it in the meantime
             make_dataset(folder, 1, held_out, suite.frames, objects=suite.objects,
                          difficulty=suite.difficulty)
     return VideoSet(*find_split(folder, "valid"))
 
 
-PATHS_OF_DATA = ("data_root", "split", "json", "images", "sets")
-
-
-def describe_setting(args: argparse.Namespace, videos: VideoSet, amp: torch.dtype) -> dict:
-    """All that the results depend on; of weights and annotations, the contents."""
+def describe_setting(args: argparse.Namespace, videos: VideoSet, amp_dtype: torch.dtype) -> dict:
+    """Everything the results depend on, with checksums of weights and annotations."""
     names = ("preset", "propagation", "gate_mask", "short_side", "max_long_side", "top_k",
-             "compile", "skip_bad", *PATHS_OF_DATA)
-    return {name: getattr(args, name) for name in names} | {
-        "amp": str(amp), "weights": checksum(args.weights), "annotations": checksum(videos.path),
-        "videos": [video.id for video in videos.videos]}
+             "compile", "skip_bad", *DATA_PATHS)
+    setting = {name: getattr(args, name) for name in names}
+    setting["amp"] = str(amp_dtype)
+    setting["weights"] = checksum(args.weights)
+    setting["annotations"] = checksum(videos.path)
+    setting["videos"] = [video.id for video in videos.videos]
+    return setting
 
 
 def evaluate_set(model: GRAttVIS, videos: VideoSet, output: Path, args: argparse.Namespace,
-                 amp: torch.dtype, setting: dict, rank: int, world: int) -> dict | None:
-    """Results and metrics of one set; the metrics in the first process, where it has masks."""
-    device = model.pixel_mean.device
-    with ExitStack() as folder:
+                 amp_dtype: torch.dtype, setting: dict, rank: int, world: int) -> dict | None:
+    """Segment a data set and score the results; returns the metrics in rank 0, if any."""
+    with ExitStack() as stack:
         with errors_of_any_process():
             if rank == 0:
                 output.mkdir(parents=True, exist_ok=True)
-                folder.enter_context(folder_lock(output))
-        with errors_of_any_process(), in_turn(rank, world):  # they may share the folder
+                stack.enter_context(folder_lock(output))
+        with errors_of_any_process(), in_turn(rank, world):  # processes may share the folder
             unfinished = Unfinished(output / "unfinished", setting)
-        remaining = unfinished.remaining(videos.videos)
-        mine, done = share(remaining, rank, world), len(videos) - len(remaining)
-        workers = args.workers
-        if workers is None:
-            workers = choose_workers(min(16, os.cpu_count() or 1), batch_bytes(args, videos))
-        if rank == 0:
-            frames = sum(len(video.files) for video in videos.videos)
-            before = f", {done} of them done before" if done else ""
-            print(f"{len(videos)} videos of {videos.path}, {frames} frames{before}; {workers} "
-                  f"loader processes; output {output}")
-        began = time.perf_counter()
-        segmented = segment_videos(model, mine, device, amp, args.short_side, args.max_long_side,
-                                   args.top_k, args.chunk, workers, args.skip_bad)
-        left_out = []
-        try:
-            with deferred_stop(), closing(segmented):  # a signal counts between two chunks
-                for video, found in segmented:
-                    if isinstance(found, InputError):
-                        tqdm.write(f"skipped: {found}")
-                        left_out.append(video.id)
-                    else:
-                        unfinished.save(video, found)
-        except Stopped as stop:
-            done = sum(unfinished.path(video).exists() for video in videos.videos)
-            raise Stopped(stop.number, f"{done} of {len(videos)} videos are done and kept in "
-                          f"{unfinished.folder}; the same command continues") from None
-        frames, seconds = sum(len(video.files) for video in mine), time.perf_counter() - began
-        peak = ""
-        if device.type == "cuda":
-            peak = f", {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB of GPU memory"
-        print(f"{frames} frames in {seconds:.1f} s, {frames / seconds:.1f} a second with reading "
-              f"and encoding{peak}")
-        left_out = [video_id for part in gather(left_out) for video_id in part]
-        finished = [video for video in videos.videos if video.id not in left_out]
+        skipped = segment_set(model, videos, unfinished, output, args, amp_dtype, rank, world)
+        finished = [video for video in videos.videos if video.id not in skipped]
         unfinished.collect(finished)
         if rank == 0:
             unfinished.join(finished, videos.categories, output / "results.json")
@@ -245,131 +265,208 @@ def evaluate_set(model: GRAttVIS, videos: VideoSet, output: Path, args: argparse
             unfinished.remove()
         if rank:
             return None
-        truth = annotations_of(videos, args.annotations, left_out, args.skip_bad)
-        return finish(output / "results.json", truth, output, args.plot is not None)
+        ground_truth = annotations_of(videos, args.annotations, skipped, args.skip_bad)
+        return score_results(output / "results.json", ground_truth, output,
+                             plot=args.plot is not None)
+
+
+def segment_set(model: GRAttVIS, videos: VideoSet, unfinished: Unfinished, output: Path,
+                args: argparse.Namespace, amp_dtype: torch.dtype, rank: int, world: int
+                ) -> list[Id]:
+    """Segment this process's share of the remaining videos.
+
+    Returns the ids of the videos that any process skipped because they are unreadable.
+    """
+    device = model.pixel_mean.device
+    remaining = unfinished.remaining(videos.videos)
+    assigned = share(remaining, rank, world)
+    workers = args.workers
+    if workers is None:
+        workers = choose_workers(min(16, os.cpu_count() or 1), batch_bytes(args, videos))
+    if rank == 0:
+        frames = sum(len(video.files) for video in videos.videos)
+        done = len(videos) - len(remaining)
+        before = f", {done} of them done before" if done else ""
+        print(f"{len(videos)} videos of {videos.path}, {frames} frames{before}; {workers} loader "
+              f"processes; output {output}")
+    began = time.perf_counter()
+    segmented = segment_videos(model, assigned, device, amp_dtype, args.short_side,
+                               args.max_long_side, args.top_k, args.chunk, workers, args.skip_bad)
+    skipped = []
+    try:
+        with deferred_stop(), closing(segmented):  # signals take effect between chunks
+            for video, result in segmented:
+                if isinstance(result, InputError):
+                    tqdm.write(f"skipped: {result}")
+                    skipped.append(video.id)
+                else:
+                    unfinished.save(video, result)
+    except Stopped as stop:
+        done = sum(unfinished.path(video).exists() for video in videos.videos)
+        raise Stopped(stop.number, f"{done} of {len(videos)} videos are done and kept in "
+                      f"{unfinished.folder}; the same command continues") from None
+    print_speed(assigned, time.perf_counter() - began, device)
+    return [video_id for ids in gather(skipped) for video_id in ids]
+
+
+def print_speed(videos: list[Video], seconds: float, device: torch.device) -> None:
+    frames = sum(len(video.files) for video in videos)
+    peak = ""
+    if device.type == "cuda":
+        gibibytes = torch.cuda.max_memory_allocated() / 2 ** 30
+        peak = f", {gibibytes:.2f} GiB of GPU memory"
+    print(f"{frames} frames in {seconds:.1f} s, {frames / seconds:.1f} a second with reading and "
+          f"encoding{peak}")
 
 
 def batch_bytes(args: argparse.Namespace, videos: VideoSet) -> int:
-    """The bytes of the largest chunk of frames that a loader process reads."""
+    """Size of the largest chunk of frames that a loader process reads."""
     sizes = {(video.height, video.width) for video in videos.videos}
-    pixels = max(math.prod(short_side_size(*size, args.short_side, args.max_long_side))
-                 for size in sizes)
+    pixels = max(
+        math.prod(short_side_size(height, width, args.short_side, args.max_long_side))
+        for height, width in sizes
+    )
     return 3 * args.chunk * pixels
 
 
 def draw_videos(unfinished: Unfinished, videos: list[Video], categories: list[tuple[Id, str]],
                 output: Path, args: argparse.Namespace) -> None:
-    """Overlays and timelines of the first --draw and --plot videos."""
+    """Draw overlays and timelines of the first --draw and --plot videos."""
     names = [name for _, name in categories]
     for video in videos[:args.draw]:
         draw_video(output / "overlays", video, unfinished.load(video), names)
     for video in videos[:args.plot or 0]:
         path = output / "plots" / f"{video.name}.png"
-        plot_timeline(path, unfinished.load(video), names, DRAWN_SCORE)
+        plot_timeline(path, unfinished.load(video), names, MIN_DRAWN_SCORE)
 
 
-def annotations_of(videos: VideoSet, given: list[str] | None, left_out: list[Id],
+def draw_video(folder: Path, video: Video, result: EncodedVideo, names: list[str]) -> None:
+    """Draw the instances of a video that score at least MIN_DRAWN_SCORE."""
+    frames = (np.array(read_frame(file, video.height, video.width)) for file in video.files)
+    pictures = overlays(frames, result, names, MIN_DRAWN_SCORE)
+    save_pictures(folder, video.name, pictures, len(video.files))
+
+
+def annotations_of(videos: VideoSet, paths: list[str] | None, skipped: list[Id],
                    skip_bad: bool) -> dict[str, AnnotationFile]:
-    """The ground truth of a data set by name, less the videos that were left out.
+    """The ground truth of a data set by name, without the videos that were skipped.
 
-    given: annotation files, instead of its own one, or of the short and the long videos of
-        YouTube-VIS 2022 where they lie beside it.
+    paths: annotation files to use instead of that of the data set. The default also includes those
+        of the short and long videos of YouTube-VIS 2022, if they are in the same folder.
     """
-    beside = [videos.path.with_name(name) for name in ("gt_short.json", "gt_long.json")]
-    if not given and not videos.ground_truth["annotations"] and all(map(Path.exists, beside)):
-        given = beside
-    parts = read_parts(given, skip_bad) if given else {videos.path.stem: videos.file}
-    left_out = left_out + videos.file.left_out
+    parts_2022 = [videos.path.with_name(name) for name in ("gt_short.json", "gt_long.json")]
+    if not paths and not videos.ground_truth["annotations"]:
+        if all(path.exists() for path in parts_2022):
+            paths = parts_2022
+    parts = read_parts(paths, skip_bad) if paths else {videos.path.stem: videos.file}
+    left_out = skipped + videos.file.left_out
     return {name: part.without(left_out) for name, part in parts.items()}
 
 
 def read_parts(paths: list[str | Path], skip_bad: bool) -> dict[str, AnnotationFile]:
-    """Annotation files by name: several are parts of one set, and have the same categories."""
+    """The annotation files of the parts of a data set, by name; all have the same categories."""
     parts = [read_annotations(path, skip_bad) for path in paths]
     for part in parts:
         if part.categories != parts[0].categories:
             raise InputError(f"{part.name} has other categories than {parts[0].name}: "
                              "they are not parts of one set")
     names = [Path(path).stem for path in paths]
-    return dict(zip(names if len(set(names)) == len(names) else map(str, paths), parts))
+    if len(set(names)) < len(names):
+        names = [str(path) for path in paths]
+    return dict(zip(names, parts))
 
 
-def finish(results_path: Path, parts: dict[str, AnnotationFile], output: Path,
-           plot: bool) -> dict | None:
-    """Check a results file, zip it for the server, and score it where there are annotations.
+def score_results(results_path: Path, parts: dict[str, AnnotationFile], output: Path,
+                  plot: bool) -> dict | None:
+    """Validate a results file, zip it for the server, and score it if there are annotations.
 
-    parts: of the ground truth, by name; each is scored, and the mean is what metrics.json starts
-        with. All files are written before anything is printed: no terminal can lose them.
-    Returns what metrics.json holds, None without annotations.
+    parts: the ground truth by name. Each part is scored; metrics.json starts with the mean.
+
+    All files are written before anything is printed, so that no error of the terminal loses them.
+    Returns the contents of metrics.json, None without annotations.
     """
-    whole = {key: [entry for part in parts.values() for entry in part.content[key]]
-             for key in ("videos", "annotations")}
     first, *_ = parts.values()
-    whole["categories"] = first.content["categories"]
+    ground_truth = {"categories": first.content["categories"]}
+    for key in ("videos", "annotations"):
+        ground_truth[key] = [entry for part in parts.values() for entry in part.content[key]]
     left_out = [video for part in parts.values() for video in part.left_out]
-    results = check_predictions(read_json(results_path), whole, left_out)
+    results = check_predictions(read_json(results_path), ground_truth, left_out)
     output.mkdir(parents=True, exist_ok=True)
     zip_results(results_path, output / "results.json.zip")
-    lines = [f"skipped: {sentence}"
-             for sentence in Skipped(part.skipped for part in parts.values()).sentences()]
+    skipped = Skipped(part.skipped for part in parts.values())
+    lines = [f"skipped: {sentence}" for sentence in skipped.sentences()]
     if left_out:
-        lines.append(f"{len(left_out)} of {len(left_out) + len(whole['videos'])} videos are left "
-                     f"out of the metric, the first: {shown(left_out[0])}")
-    if not whole["annotations"]:
-        print(*lines, f"{first.name} has no annotations: submit {output / 'results.json.zip'} to "
-              f"{server_of(whole['categories'])}", sep="\n")
+        total = len(left_out) + len(ground_truth["videos"])
+        lines.append(f"{len(left_out)} of {total} videos are left out of the metric, the first: "
+                     f"{shown(left_out[0])}")
+    if not ground_truth["annotations"]:
+        lines.append(f"{first.name} has no annotations: submit {output / 'results.json.zip'} to "
+                     f"{server_of(ground_truth['categories'])}")
+        print(*lines, sep="\n")
         return None
 
-    scored, curves = {}, {}
+    metrics, precision = {}, {}
     for name, part in parts.items():
-        inside = {video["id"] for video in part.content["videos"]}
-        own = [entry for entry in results if entry["video_id"] in inside]
-        curves[name], recall, _ = accumulate(own, part.content)
-        scored[name] = summarize(curves[name], recall, part.content)
-        title = [f"{name}, {len(inside)} videos"] if len(parts) > 1 else []
-        lines += [*title, format_table(scored[name])]
-    metrics = scored[name]
+        metrics[name], precision[name] = score_part(results, part)
+        if len(parts) > 1:
+            lines.append(f"{name}, {len(part.content['videos'])} videos")
+        lines.append(format_table(metrics[name]))
+    total = metrics[name]
     if len(parts) > 1:
-        metrics = mean_metrics(list(scored.values())) | {"parts": scored}
-        lines += ["mean", format_table(metrics)]
-    save_json(output / "metrics.json", metrics)
-    for name in parts if plot else ():
-        (output / "plots").mkdir(exist_ok=True)
-        file_name = name.replace(os.sep, "-") + ".png"
-        plot_precision(output / "plots" / f"precision_{file_name}", curves[name])
-        plot_classes(output / "plots" / f"classes_{file_name}", scored[name]["per_class"])
+        total = mean_metrics(list(metrics.values())) | {"parts": metrics}
+        lines += ["mean", format_table(total)]
+    save_json(output / "metrics.json", total)
+    if plot:
+        plot_metrics(output / "plots", metrics, precision)
     print(*lines, sep="\n")
-    return metrics
+    return total
+
+
+def score_part(results: list[dict], part: AnnotationFile) -> tuple[dict, np.ndarray]:
+    """The metrics and the precision array of one part of the ground truth."""
+    videos = {video["id"] for video in part.content["videos"]}
+    results = [entry for entry in results if entry["video_id"] in videos]
+    precision, recall, _ = accumulate(results, part.content)
+    return summarize(precision, recall, part.content), precision
+
+
+def plot_metrics(folder: Path, metrics: dict[str, dict], precision: dict[str, np.ndarray]) -> None:
+    """Plot the precision and the classes of each part."""
+    folder.mkdir(exist_ok=True)
+    for name in metrics:
+        file_name = name.replace(os.sep, "-") + ".png"
+        plot_precision(folder / f"precision_{file_name}", precision[name])
+        plot_classes(folder / f"classes_{file_name}", metrics[name]["per_class"])
 
 
 def server_of(categories: list[dict]) -> str:
-    """Where results of these classes are submitted."""
+    """Where results of these categories are submitted."""
     classes = {category["name"].lower() for category in categories}
-    return next((server for name, server in SERVERS.items() if name in classes),
-                "the benchmark's server")
+    for name, server in SERVERS.items():
+        if name in classes:
+            return server
+    return "the benchmark's server"
 
 
 def zip_results(path: Path, target: Path) -> None:
-    """The file as results.json in an archive, which is written whole or not at all."""
-    with atomic_write(target) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.write(path, "results.json")
+    """Write an archive that contains the file as results.json, atomically."""
+    with atomic_write(target) as temporary:
+        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.write(path, "results.json")
 
 
 def check_categories(model: GRAttVIS, config: dict, videos: VideoSet, weights: str) -> None:
-    """InputError unless the checkpoint's classes are those of the data set."""
+    """InputError unless the classes of the checkpoint are those of the data set."""
     if model.num_classes != len(videos.categories):
-        raise InputError(f"{weights} has {model.num_classes} classes, {videos.path} has {len(videos.categories)}")
-    trained = unique_names([(category_id, one_line(name))
-                            for category_id, name in config.get("categories", [])])
+        raise InputError(f"{weights} has {model.num_classes} classes, {videos.path} has "
+                         f"{len(videos.categories)}")
+    trained = unique_names([
+        (category_id, one_line(name))
+        for category_id, name in config.get("categories", [])
+    ])
     if trained and trained != [name for _, name in videos.categories]:
-        raise InputError(f"{weights} was trained on other classes than {videos.path} has: {', '.join(trained)}")
-
-
-def draw_video(folder: Path, video: Video, found: EncodedVideo, names: list[str]) -> None:
-    """Overlays of the instances that score at least DRAWN_SCORE."""
-    frames = (np.array(read_frame(file, video.height, video.width)) for file in video.files)
-    pictures = overlays(frames, found, names, DRAWN_SCORE)
-    save_pictures(folder, video.name, pictures, len(video.files))
+        raise InputError(f"{weights} was trained on other classes than {videos.path} has: "
+                         f"{', '.join(trained)}")
 
 
 if __name__ == "__main__":

@@ -1,17 +1,18 @@
-"""Train GRAtt-VIS, and the stages it starts from: a detector on images, VITA and GenVIS on videos.
+"""Train GRAtt-VIS and its earlier stages: a detector on images, VITA and GenVIS on videos.
 
-    python train.py                                      # toy preset, synthetic set, 2 CPU cores
-    python train.py --render easy occlusion              # endless scenes, drawn on the fly
+    python train.py                            # toy preset on synthetic videos, on 2 CPU cores
+    python train.py --render easy occlusion    # scenes rendered on the fly
     torchrun --nproc-per-node 8 train.py --recipe grattvis/ovis/r50 --init vita_r50_ovis.pth
     torchrun --nproc-per-node 8 train.py --recipe grattvis/ovis/r50 --resume auto
 
-Settings are in recipes.py. Writes last.pt (model, optimizer, schedule, scaler, step, config),
-args.json and log.jsonl into --output, and best.pt with --evaluate-every. Paper: GRAtt-VIS (arXiv
-2305.17096), implementation details; upstream train_net_grattvis.py.
+The settings are in recipes.py. Writes last.pt (model, optimizer, schedule, scaler, step, config),
+args.json and log.jsonl to --output, and best.pt with --evaluate-every. Paper: GRAtt-VIS (arXiv
+2305.17096), implementation details. Upstream: train_net_grattvis.py.
 
-Every step seeds torch from (seed, step, rank) and its clips are a function of (seed, step), so a
-run resumes exactly and no random state has to be stored. SIGINT and SIGTERM finish the current step
-and save last.pt. Machines need not share a file system: rank 0 alone reads and writes --output.
+Every step seeds torch from (seed, step, rank), and its clips depend only on (seed, step). A run can
+therefore be resumed exactly without storing any random state. SIGINT and SIGTERM finish the current
+step and save last.pt. Machines need not share a file system, because only rank 0 reads and writes
+--output.
 """
 import argparse
 import json
@@ -27,23 +28,18 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
+from augmentation import Augmentation
 from checkpoint import load_backbone, load_weights, read_run, save_checkpoint
-from clips import StepSampler
-from data import VideoSet
+from clips import ClipDataset, MixedClips, StepSampler
+from data import VideoSet, find_named_set, find_split
 from deform_attn import implementation
 from evaluation.inference import segment_videos, to_entries
 from evaluation.metric import evaluate_results
 from losses import Criterion
 from matcher import upload
 from model import PRESETS, GRAttVIS, build_model
-from recipes import (
-    RECIPES,
-    clip_bytes,
-    official_setting,
-    open_clips,
-    open_held_out,
-    parse_arguments,
-)
+from reading.ids import id_key
+from recipes import RECIPES, official_setting, parse_arguments
 from runtime.device import choose_amp, make_deterministic
 from runtime.errors import InputError, cli_errors
 from runtime.files import atomic_write, checksum, folder_lock, save_json
@@ -58,6 +54,7 @@ from runtime.processes import (
     stop_processes,
 )
 from runtime.stopping import Stopped, deferred_stop, stop_requested
+from synthetic.clips import RenderedClips
 
 # Arguments that may change between a run and its resumption.
 MAY_CHANGE = {"recipe", "dry_run", "iterations", "output", "resume", "init", "backbone_weights",
@@ -72,7 +69,7 @@ PREFETCH = 4  # batches that each loader process reads ahead
 
 
 def main(args: argparse.Namespace) -> None:
-    """One training run, in this process (torchrun starts one for each GPU)."""
+    """Run training in this process; torchrun starts one process per GPU."""
     if args.dry_run:
         setting = {"recipe": args.recipe, "stage": args.stage} | official_setting(args)
         print(json.dumps(setting, indent=1))
@@ -80,11 +77,11 @@ def main(args: argparse.Namespace) -> None:
     rank, world, device = start_processes(args.device)
     if args.deterministic:
         make_deterministic()
-    amp, reason = choose_amp(args.amp, device, training=True)
+    amp_dtype, reason = choose_amp(args.amp, device, training=True)
     say = print if rank == 0 else lambda *_: None
     output = Path(args.output)
 
-    # What is trained: an error of one process ends all of them, before anything is written.
+    # An error in one process ends all of them before anything is written.
     with errors_of_any_process():
         resumed = read_resumed(args, output) if rank == 0 else None
     args.resume, resumed = broadcast((args.resume, resumed))
@@ -104,8 +101,8 @@ def main(args: argparse.Namespace) -> None:
             "is another run")
     if args.workers is None:
         args.workers = choose_workers(4 if args.recipe else 2, clip_bytes(args, world), PREFETCH)
-    set_up(model, args, device, amp)
-    run = Run(model, config, args, device, amp, resumed, rank, world)
+    set_up(model, args, device, amp_dtype)
+    run = Run(model, config, args, device, amp_dtype, resumed, rank, world)
 
     with ExitStack() as folder:
         with errors_of_any_process():
@@ -113,7 +110,7 @@ def main(args: argparse.Namespace) -> None:
                 output.mkdir(parents=True, exist_ok=True)
                 folder.enter_context(folder_lock(output))
                 check_folder(args, output)
-                dtype = f"{str(amp).removeprefix('torch.')} ({reason})"
+                dtype = f"{str(amp_dtype).removeprefix('torch.')} ({reason})"
                 describe(args, model, clips, world, device, dtype, run.step)
                 save_json(output / "args.json", vars(args))
                 trim_log(output / "log.jsonl", run.step)
@@ -136,9 +133,9 @@ def main(args: argparse.Namespace) -> None:
 
 def train(run: "Run", network: nn.Module, criterion: Criterion, bar: tqdm,
           held_out: VideoSet | None, skipped: int) -> None:
-    """The steps of a run, with its log, evaluations and checkpoints, until it ends or is stopped.
+    """Train until the last step or a signal, with logs, evaluations and checkpoints.
 
-    bar: iterates over lists of Clips, one for each step. skipped: bad entries left out so far.
+    bar: iterates over lists of Clips, one per step. skipped: number of bad entries so far.
     """
     args, on_gpu = run.args, run.device.type == "cuda"
     if held_out and run.unevaluated:
@@ -169,7 +166,7 @@ def train(run: "Run", network: nn.Module, criterion: Criterion, bar: tqdm,
         if held_out and run.step % args.evaluate_every == 0:
             paused = perf_counter()
             run.pause_to_evaluate(held_out, bar)
-            began += perf_counter() - paused  # the log tells the speed of training
+            began += perf_counter() - paused  # evaluation does not count as training time
         if run.step % args.save_every == 0:
             run.save()
         run.stopping = run.stopping or largest(stop_requested())
@@ -184,55 +181,61 @@ def train(run: "Run", network: nn.Module, criterion: Criterion, bar: tqdm,
 
 
 class Run:
-    """What training changes, and so what a checkpoint holds.
+    """The state of a training run, as stored in a checkpoint.
 
-    That is: weights, their average, optimizer, schedule, scaler, and the number of steps done.
+    Weights, their average, optimizer, schedule, scaler, and the number of steps.
     """
 
     def __init__(self, model: GRAttVIS, config: dict, args: argparse.Namespace,
-                 device: torch.device, amp: torch.dtype, resumed: dict | None, rank: int = 0,
+                 device: torch.device, amp_dtype: torch.dtype, resumed: dict | None, rank: int = 0,
                  world: int = 1):
-        """resumed: the contents of a checkpoint to resume, whose weights the model has already."""
+        """resumed: the contents of a checkpoint whose weights are already in the model."""
         self.model, self.config, self.args = model, config, args
-        self.device, self.amp, self.rank, self.world = device, amp, rank, world
+        self.device, self.amp_dtype, self.rank, self.world = device, amp_dtype, rank, world
         self.output, self.last = Path(args.output), Path(args.output) / "last.pt"
         groups = parameter_groups(model, args.lr, args.weight_decay, args.backbone_lr_factor)
         self.optimizer = torch.optim.AdamW(groups, fused=True)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: learning_rate_factor(
                 step, args.warmup, args.lr_steps, args.warmup_start, args.lr_gamma))
-        self.scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
         self.averaged = None
         if args.ema:
             self.averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema))
-        self.parts = {"optimizer": self.optimizer, "schedule": self.schedule,
-                      "scaler": self.scaler} | ({"ema": self.averaged} if args.ema else {})
-        self.step = 0          # steps done
-        self.best = -1.0       # the best AP so far
-        self.unevaluated = False  # whether a signal has interrupted this step's evaluation
-        self.left_out = 0      # steps left out in a row
-        self.saved = -1        # the step of the last checkpoint
-        self.stopping = 0      # the signal that any process has received
+        self.stateful = {
+            "optimizer": self.optimizer,
+            "schedule": self.schedule,
+            "scaler": self.scaler,
+        }
+        if args.ema:
+            self.stateful["ema"] = self.averaged
+        self.step = 0             # number of completed steps
+        self.best = -1.0          # best AP so far
+        self.unevaluated = False  # whether a signal interrupted this step's evaluation
+        self.left_out = 0         # consecutive skipped steps
+        self.saved = -1           # step of the last checkpoint
+        self.stopping = 0         # signal received by any process
         if resumed:
             self.step, self.best = resumed["step"], resumed.get("best", -1.0)
             self.unevaluated = resumed.get("unevaluated", False)
-            for name, part in self.parts.items():
-                part.load_state_dict(resumed[name])
+            for name, stateful in self.stateful.items():
+                stateful.load_state_dict(resumed[name])
 
     def advance(self, network: nn.Module, criterion: Criterion,
                 batch: list) -> tuple[dict[str, float], float, str]:
-        """One step on this process's clips: losses, gradient norm, and why it was left out, if so.
+        """Train one step on this process's clips.
 
-        FloatingPointError if it is not finite, and --skip-nonfinite steps before it were not.
+        Returns losses, gradient norm, and the reason if the step was skipped. Raises
+        FloatingPointError after --skip-nonfinite consecutive skipped steps.
         """
         buffers = list(self.model.buffers()) if self.args.skip_nonfinite else []
         buffers_before = [buffer.clone() for buffer in buffers]
-        losses, grad_norm = train_step(network, criterion, batch, self.args, self.device, self.amp,
-                                       self.optimizer, self.scaler)
+        losses, grad_norm = train_step(network, criterion, batch, self.args, self.device,
+                                       self.amp_dtype, self.optimizer, self.scaler)
         total, reason = sum(losses.values()), ""
-        # In fp16 the scaler leaves such a step out by itself.
-        found_scale = self.scaler.is_enabled() and math.isfinite(total)
-        finite = math.isfinite(grad_norm + total) or found_scale
+        # With fp16, the gradient scaler skips steps with non-finite gradients itself.
+        handled_by_scaler = self.scaler.is_enabled() and math.isfinite(total)
+        finite = math.isfinite(grad_norm + total) or handled_by_scaler
         self.left_out = 0 if finite else self.left_out + 1
         if self.left_out:
             rate = self.schedule.get_last_lr()[0]
@@ -253,7 +256,7 @@ class Run:
     def pause_to_evaluate(self, videos: VideoSet, bar: tqdm) -> None:
         """Evaluate in rank 0 while the other processes wait.
 
-        A signal interrupts it; the evaluation is then repeated when the run is resumed.
+        If a signal interrupts the evaluation, it is repeated when the run is resumed.
         """
         if self.rank == 0:
             try:
@@ -261,30 +264,30 @@ class Run:
                 bar.write(self.evaluate(videos))
                 self.unevaluated = False
             except Stopped:
-                pass  # the next line tells all processes
+                pass  # the next line informs all processes
         self.stopping = largest(stop_requested())
 
     def evaluate(self, videos: VideoSet) -> str:
-        """Measure the model (the averaged one where there is one) on held-out videos.
+        """Evaluate the model (with --ema, the averaged one) on held-out videos.
 
-        Writes a line of the log, and best.pt if it is the best so far; returns a sentence.
+        Writes a line of the log, and best.pt if the AP is the best so far. Returns a message.
         """
         model, args = self.averaged.module if self.averaged else self.model, self.args
         weights = self.finite_weights(model)
         model.eval()
-        segmented = segment_videos(model, videos.videos, self.device, self.amp,
+        segmented = segment_videos(model, videos.videos, self.device, self.amp_dtype,
                                    args.test_short_side, args.test_max_long_side, args.top_k,
                                    workers=args.workers, skip_bad=args.skip_bad)
         results, left_out = [], []
-        for video, found in segmented:
-            if isinstance(found, InputError):
-                tqdm.write(f"skipped: {found}")
+        for video, result in segmented:
+            if isinstance(result, InputError):
+                tqdm.write(f"skipped: {result}")
                 left_out.append(video.id)
             else:
-                results += to_entries(video, found, videos.categories)
+                results += to_entries(video, result, videos.categories)
         model.train()
-        found = evaluate_results(results, videos.file.without(left_out).content)
-        metrics = {name: value for name, value in found.items() if isinstance(value, float)}
+        metrics = evaluate_results(results, videos.file.without(left_out).content)
+        metrics.pop("per_class")
         self.log({"step": self.step} | metrics)
         sentence = f"iteration {self.step}: AP {100 * metrics['AP']:.1f}"
         if metrics["AP"] <= self.best:
@@ -307,7 +310,7 @@ class Run:
                              "continues") from error
 
     def finite_weights(self, model: GRAttVIS) -> dict[str, torch.Tensor]:
-        """The model's state; FloatingPointError if there is anything in it that is not finite."""
+        """The state dict of the model; FloatingPointError if any of it is not finite."""
         weights = model.state_dict()
         broken = [name for name, value in weights.items() if not value.isfinite().all()]
         if broken:
@@ -320,32 +323,38 @@ class Run:
         """Write last.pt, in rank 0, unless this step is saved already."""
         if self.rank or self.saved == self.step:
             return
-        states = {name: part.state_dict() for name, part in self.parts.items()}
-        save_checkpoint(self.last, {"model": self.finite_weights(self.model), "step": self.step,
-                                    "best": self.best, "unevaluated": self.unevaluated,
-                                    "config": self.config} | states)
+        contents = {
+            "model": self.finite_weights(self.model),
+            "step": self.step,
+            "best": self.best,
+            "unevaluated": self.unevaluated,
+            "config": self.config,
+        }
+        for name, stateful in self.stateful.items():
+            contents[name] = stateful.state_dict()
+        save_checkpoint(self.last, contents)
         self.saved = self.step
 
 
 def train_step(network: nn.Module, criterion: Criterion, batch: list, args: argparse.Namespace,
-               device: torch.device, amp: torch.dtype, optimizer: torch.optim.Optimizer,
+               device: torch.device, amp_dtype: torch.dtype, optimizer: torch.optim.Optimizer,
                scaler: torch.amp.GradScaler) -> tuple[dict[str, float], float]:
-    """Clipped gradients of one process's share of a step, computed in --accumulate parts.
+    """Compute the clipped gradients of this process's clips, in --accumulate micro-batches.
 
-    Returns the losses, averaged over parts and processes, and the norm of the gradients before
-    clipping: the same in all processes, also where they are not finite. Each part counts its own
-    instances, as each process would; the optimizer sees the mean of the parts.
+    Each micro-batch is normalised by its own instances, as if it were a process; the gradient is
+    their mean. Returns the losses, averaged over micro-batches and processes, and the gradient norm
+    before clipping. Both are the same in all processes, even if not finite.
     """
     optimizer.zero_grad(set_to_none=True)
     size, totals = len(batch) // args.accumulate, 0
     for first in range(0, len(batch), size):
-        part = batch[first:first + size]
-        # DDP exchanges gradients after the last part only.
+        micro_batch = batch[first:first + size]
+        # DDP exchanges gradients only after the last micro-batch.
         last = first + size == len(batch) or not hasattr(network, "no_sync")
         with nullcontext() if last else network.no_sync():
-            with torch.autocast(device.type, amp, enabled=amp != torch.float32):
-                predictions = network([upload(clip.frames, device) for clip in part])
-            losses, _ = criterion(predictions, part, whole_video=args.propagation == "clip")
+            with torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32):
+                predictions = network([upload(clip.frames, device) for clip in micro_batch])
+            losses, _ = criterion(predictions, micro_batch, whole_video=args.propagation == "clip")
             values = torch.stack(list(losses.values())) / args.accumulate
             scaler.scale(values.sum()).backward()
         totals = totals + values.detach()
@@ -354,14 +363,17 @@ def train_step(network: nn.Module, criterion: Criterion, batch: list, args: argp
     if started():
         distributed.all_reduce(totals)
         totals = totals / distributed.get_world_size()
-    # One wait for the GPU.
+    # A single synchronisation with the GPU.
     *values, grad_norm = torch.cat((totals, grad_norm[None].to(totals))).tolist()
     return dict(zip(losses, values)), grad_norm
 
 
 def describe_nonfinite(losses: dict[str, float], grad_norm: float, step: int, rate: float,
                        batch: list) -> str:
-    """What is not finite, when, and on what clips of this process; losses are those of all."""
+    """Describe what is not finite, when, and for which clips of this process.
+
+    losses: averaged over all processes.
+    """
     broken = [f"{name} {value}" for name, value in losses.items() if not math.isfinite(value)]
     broken = ", ".join(broken or [f"the gradient's norm {grad_norm}"])
     sources = "; ".join(clip.source for clip in batch)
@@ -371,7 +383,7 @@ def describe_nonfinite(losses: dict[str, float], grad_norm: float, step: int, ra
 
 def describe(args: argparse.Namespace, model: GRAttVIS, clips, world: int, device: torch.device,
              dtype: str, start: int) -> None:
-    """Print what the run is, and the usual learning rate of another batch size."""
+    """Print the setting of the run, and the usual learning rate for another batch size."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     source = f"{len(clips.videos)} videos" if not args.render else (
         f"endless scenes ({', '.join(args.render)})")
@@ -392,7 +404,7 @@ def describe(args: argparse.Namespace, model: GRAttVIS, clips, world: int, devic
 
 
 def trim_log(path: Path, step: int) -> None:
-    """Remove what a run that died wrote after its last checkpoint: those steps are done again."""
+    """Remove the lines after the last checkpoint, whose steps are repeated."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     try:
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
@@ -403,10 +415,114 @@ def trim_log(path: Path, step: int) -> None:
             temporary.write_text("".join(kept), encoding="utf-8")
 
 
+# Data
+
+def open_clips(args: argparse.Namespace) -> ClipDataset | MixedClips | RenderedClips:
+    """The training clips: of one data set, of several named data sets, or of rendered scenes."""
+    if args.render:
+        clips = RenderedClips(args.render, args.frames, args.reach,
+                              make_augmentation(args, pseudo=False), args.seed)
+        check_num_classes(args, "--render", clips.categories)
+        return clips
+    if args.train_json:
+        target = VideoSet(args.train_json, args.train_images, args.skip_bad)
+    elif args.train_sets:
+        return open_named_sets(args)
+    else:
+        target = VideoSet(*find_split(args.data_root, "train"), args.skip_bad)
+    check_num_classes(args, target.path, target.categories)
+    return make_clips(args, target)
+
+
+def open_named_sets(args: argparse.Namespace) -> ClipDataset | MixedClips:
+    """The clips of --train-sets. The classes are those of the last one, the target."""
+    *others, last = [find_named_set(args.data_root, name) for name in args.train_sets]
+    json_path, frames, category_map = last
+    if category_map:
+        raise InputError(f"--train-sets {' '.join(args.train_sets)}: the last must be the data set "
+                         "whose classes are trained")
+    target = VideoSet(json_path, frames, args.skip_bad)
+    known = {id_key(category_id) for category_id, _ in target.categories}
+    for _, _, category_map in others:
+        unknown = set((category_map or {}).values()) - known
+        if unknown:
+            raise InputError(f"{target.path} lacks categories that COCO's are mapped to: "
+                             f"{sorted(unknown)}")
+    sources = [
+        VideoSet(json_path, frames, args.skip_bad, category_map,
+                 target.categories if category_map else None)
+        for json_path, frames, category_map in others
+    ]
+    check_num_classes(args, target.path, target.categories)
+    if not sources:
+        return make_clips(args, target)
+    if len(args.train_ratio or []) != len(args.train_sets):
+        raise InputError("--train-ratio must give one share for each of the "
+                         f"{len(args.train_sets)} sets")
+    clips = [make_clips(args, videos) for videos in [*sources, target]]
+    return MixedClips(clips, args.train_ratio, args.seed)
+
+
+def make_clips(args: argparse.Namespace, videos: VideoSet) -> ClipDataset:
+    """The clips of one data set; pseudo videos have an augmentation of their own."""
+    augmentation = make_augmentation(args, pseudo=videos.category_map is not None)
+    return ClipDataset(videos, args.frames, args.reach, augmentation, args.seed, args.skip_bad)
+
+
+def make_augmentation(args: argparse.Namespace, pseudo: bool) -> Augmentation:
+    """The augmentation of videos, or of pseudo videos."""
+    return Augmentation(
+        short_sides=tuple(args.pseudo_short_sides if pseudo else args.short_sides),
+        max_long_side=args.max_long_side,
+        crop_short_sides=tuple(args.crop_short_sides),
+        crop_size=tuple(args.pseudo_crop_size if pseudo else args.crop_size),
+        crop_relative=args.crop_relative and not pseudo,
+        flip=args.flip,
+        rotation=args.rotation if pseudo else 0.0,
+        lsj_size=args.lsj_size if args.lsj else 0,
+    )
+
+
+def check_num_classes(args: argparse.Namespace, source, categories: list) -> None:
+    """InputError if --num-classes is given and differs."""
+    if args.num_classes not in (None, len(categories)):
+        raise InputError(f"{source} has {len(categories)} categories, not {args.num_classes}")
+
+
+def open_held_out(args: argparse.Namespace, categories: list[tuple[int, str]]) -> VideoSet | None:
+    """The videos of periodic evaluation; None without --evaluate-every.
+
+    Raises InputError if they have no annotations or other categories than the training clips.
+    """
+    if not args.evaluate_every:
+        return None
+    if args.train_json:
+        raise InputError("--evaluate-every needs --data-root or --test-sets")
+    if args.test_sets:
+        json_path, frames, _ = find_named_set(args.data_root, args.test_sets[0])
+    else:
+        json_path, frames = find_split(args.data_root, "valid")
+    videos = VideoSet(json_path, frames, args.skip_bad)
+    if not videos.ground_truth["annotations"]:
+        raise InputError(f"--evaluate-every: {videos.path} has no annotations")
+    if [name for _, name in videos.categories] != [name for _, name in categories]:
+        raise InputError(f"--evaluate-every: {videos.path} has other categories than the "
+                         "training clips")
+    return videos
+
+
+def clip_bytes(args: argparse.Namespace, world: int) -> int:
+    """Approximate size of one process's clips of a step: frames and masks of 10 instances."""
+    short_side = max(args.short_sides + args.pseudo_short_sides)
+    long_side = min(args.max_long_side, short_side * 16 // 9)
+    pixels = args.lsj_size ** 2 if args.lsj else short_side * long_side
+    return args.batch // world * args.frames * pixels * (3 + 10)
+
+
 # Before a run
 
 def read_resumed(args: argparse.Namespace, output: Path) -> dict | None:
-    """The contents of the checkpoint to resume, None to start; puts its path in args.resume."""
+    """The contents of the checkpoint to resume, or None; sets args.resume to its path."""
     if args.resume == "auto":
         last = output / "last.pt"
         args.resume = str(last) if last.exists() else None
@@ -415,32 +531,32 @@ def read_resumed(args: argparse.Namespace, output: Path) -> dict | None:
 
 
 def check_folder(args: argparse.Namespace, output: Path) -> None:
-    """InputError if --output holds any part of a run other than the one to resume."""
+    """InputError if --output contains files of another run than the one to resume."""
     if output.exists() and not output.is_dir():
         raise InputError(f"--output {output} is a file, not a folder")
-    found = [name for name in FILES_OF_A_RUN if (output / name).exists()]
-    if not found:
+    existing = [name for name in FILES_OF_A_RUN if (output / name).exists()]
+    if not existing:
         return
     last, resumed = output / "last.pt", Path(args.resume) if args.resume else None
     if last.exists():
         if not (resumed and resumed.exists() and last.samefile(resumed)):
             raise InputError(f"{last} exists: resume it (--resume), or choose another --output")
     elif not (resumed and resumed.resolve().parent == output.resolve()):
-        raise InputError(f"{output} holds {' and '.join(found)} of a run that has no last.pt: "
+        raise InputError(f"{output} holds {' and '.join(existing)} of a run that has no last.pt: "
                          "remove the folder, or choose another --output")
 
 
-def choose_seed(asked: int, resumed: dict | None) -> int:
-    """The seed: in the place of -1, that of the checkpoint in a resumed run, else a random one."""
-    if asked >= 0:
-        return asked
+def choose_seed(given: int, resumed: dict | None) -> int:
+    """--seed; for -1, the seed of the resumed checkpoint, or a random one."""
+    if given >= 0:
+        return given
     if resumed:
         return ((resumed.get("config") or {}).get("args") or {}).get("seed", -1)
     return random.SystemRandom().randrange(2 ** 31)
 
 
 def check_run(args: argparse.Namespace, resumed: dict | None, world: int) -> None:
-    """InputError for arguments that contradict one another, or the checkpoint to resume."""
+    """InputError for arguments that contradict each other, or the checkpoint to resume."""
     if resumed:
         check_resumed(args, resumed)
     if args.batch % (world * args.accumulate):
@@ -460,7 +576,7 @@ def check_run(args: argparse.Namespace, resumed: dict | None, world: int) -> Non
 
 
 def describe_run(args: argparse.Namespace, config: dict) -> dict[str, object]:
-    """What all processes must agree on before the first step."""
+    """Values on which all processes must agree before the first step."""
     flags = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items()
              if name not in MAY_DIFFER}
     files = {f"the contents of --{name.replace('_', '-')}": checksum(getattr(args, name))
@@ -471,7 +587,7 @@ def describe_run(args: argparse.Namespace, config: dict) -> dict[str, object]:
 
 def make_model(args: argparse.Namespace, categories: list[tuple[int, str]],
                resumed: dict | None, say) -> tuple[GRAttVIS, dict]:
-    """The model with the weights it starts from, and the config that a checkpoint will carry.
+    """The model with its initial weights, and the config to store in checkpoints.
 
     say: prints what was loaded.
     """
@@ -511,7 +627,7 @@ def make_network(model: GRAttVIS, args: argparse.Namespace, device: torch.device
 
 
 def make_criterion(args: argparse.Namespace, clips) -> Criterion:
-    """The losses as the arguments say."""
+    """The losses of the arguments."""
     return Criterion(len(clips.categories), points=args.points,
                      no_object_weight=args.no_object_weight,
                      similarity_weight=args.similarity_weight, gate_weight=args.gate_weight,
@@ -520,14 +636,14 @@ def make_criterion(args: argparse.Namespace, clips) -> Criterion:
 
 
 def set_up(model: GRAttVIS, args: argparse.Namespace, device: torch.device,
-           amp: torch.dtype) -> None:
-    """Put the model on its device, ready to be trained as the arguments say."""
-    # Channels last: convolutions are faster there on a GPU.
+           amp_dtype: torch.dtype) -> None:
+    """Move the model to its device and prepare it for training."""
+    # Convolutions on a GPU are faster with channels last.
     on_gpu = device.type == "cuda"
     memory_format = torch.channels_last if on_gpu else torch.contiguous_format
     model.to(device, memory_format=memory_format).train()
-    if amp != torch.float32:
-        model.hold_frozen(amp)
+    if amp_dtype != torch.float32:
+        model.hold_frozen(amp_dtype)
     model.tracker.query_noise = args.query_noise
     model.pixel_decoder.recompute = args.recompute != "off"
     model.backbone.recompute = args.recompute == "all"
@@ -537,9 +653,9 @@ def set_up(model: GRAttVIS, args: argparse.Namespace, device: torch.device,
 
 def parameter_groups(model: nn.Module, lr: float, weight_decay: float,
                      backbone_factor: float) -> list[dict]:
-    """AdamW groups as upstream.
+    """AdamW parameter groups, as upstream.
 
-    No decay for norms, nn.Embedding, relative position tables and vectors other than biases, such
+    No weight decay for norms, nn.Embedding, relative position tables and vectors other than biases, such
     as layer scales; biases do decay.
     """
     norms = (nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)
@@ -560,15 +676,15 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float,
 
 def learning_rate_factor(step: int, warmup: int, milestones: list[int], start: float = 0.0,
                          gamma: float = 0.1) -> float:
-    """Linear warm-up from a share of the rate, then times gamma at every milestone."""
+    """Linear warm-up from `start` to 1, multiplied by gamma at every milestone."""
     warm = min(1.0, (step + 1) / max(warmup, 1))
     passed = sum(step >= milestone for milestone in milestones)
     return (start + (1 - start) * warm) * gamma ** passed
 
 
 def check_resumed(args: argparse.Namespace, resumed: dict) -> None:
-    """A resumed run must be the run that was interrupted: InputError naming what differs."""
-    # What an older version did not know was at its default.
+    """InputError naming the arguments that differ from those of the interrupted run."""
+    # Arguments added since then had their default values.
     before = vars(parse_arguments([])) | resumed["config"]["args"]
     changed = [f"--{name.replace('_', '-')} {before[name]} (now {value})"
                for name, value in vars(args).items()

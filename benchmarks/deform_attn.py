@@ -1,18 +1,22 @@
-"""Speed and error of deformable attention on a GPU: the fused kernel, the PyTorch path, and what the hardware allows.
+"""Speed and error of deformable attention on a GPU: the CUDA kernel, PyTorch, and hardware limits.
 
-    python benchmarks/deform_attn.py                          # the operator, 5 shapes and 3 types
-    python benchmarks/deform_attn.py --no-compile             # without torch.compile, which takes minutes
-    python benchmarks/deform_attn.py --pixel-decoder          # instead: the whole pixel decoder, of r50 and of swin_l
-    python benchmarks/deform_attn.py --json rows.json         # also write all rows
+    python benchmarks/deform_attn.py                  # the operator, 5 shapes and 3 dtypes
+    python benchmarks/deform_attn.py --no-compile     # without torch.compile, which takes minutes
+    python benchmarks/deform_attn.py --pixel-decoder  # the whole pixel decoder of r50 and swin_l
+    python benchmarks/deform_attn.py --json rows.json # also write all rows to a file
 
-Times are medians, in microseconds of one call. The kernel is captured in a CUDA graph and replayed: Python's launches do not
-count. They do for the PyTorch path (which copies the sizes of levels from the host, so that no graph can hold it; its backward
-is autograd.grad of a kept graph): that is timed by events around plain calls.
-Errors are norm(found - wanted) / norm(wanted), wanted being the PyTorch path in float64 on the same rounded inputs. The
-gradient of offsets jumps where a sample crosses a line of pixel centres: samples within GRID_MARGIN of one are left out.
-Floors: "DRAM" is every input read and every output written once, at the measured bandwidth (small inputs stay in L2
-between calls, which can beat it); "gathers" is the 4 corners of every sample, read from L1 at 128 bytes a clock a
-multiprocessor. In the backward that counts the reads alone, not the sums into the value's gradient.
+Times are medians in microseconds per call. The kernel is replayed from a CUDA graph, which excludes
+launch overhead. The PyTorch path copies level sizes from the host and cannot be captured, so it is
+timed with events around ordinary calls; its backward is autograd.grad with a retained graph.
+
+Errors are norm(result - reference) / norm(reference). The reference is the PyTorch path in float64
+on the same rounded inputs. The gradient of the offsets is discontinuous where a sample crosses a
+line of pixel centres; samples within GRID_MARGIN of one are excluded.
+
+Lower bounds: "DRAM" is the time to read every input and write every output once at the measured
+bandwidth (small inputs stay in L2 between calls and can be faster). "gathers" is the time to read
+the four corners of every sample from L1, at 128 bytes per clock and multiprocessor; in the backward
+pass it excludes the accumulation of the gradient.
 """
 import argparse
 import json
@@ -30,11 +34,13 @@ import deform_attn_cuda
 from deform_attn import LevelShapes, attend_in_pytorch, pixel_centres
 from model import build_model
 
-SIZES = ((384, 640, 1), (448, 800, 1), (736, 1280, 1), (512, 768, 10), (512, 768, 40))  # height, width, images
+# Height, width, images.
+SIZES = ((384, 640, 1), (448, 800, 1), (736, 1280, 1), (512, 768, 10), (512, 768, 40))
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEADS, CHANNELS, POINTS = 8, 32, 4
 LARGEST_BATCH = 10                               # of the PyTorch path, for its memory
-CHECKED_IMAGES = 2                               # of a batch, for the memory of the float64 reference
+# Of a batch, for the memory of the float64 reference.
+CHECKED_IMAGES = 2
 GRID_MARGIN = 1e-3                               # pixels
 DECODERS = (("r50", 384, 640), ("swin_l", 448, 800))
 REPEATS = 15                                     # a time is the median of so many
@@ -43,7 +49,9 @@ L1_BYTES_PER_CLOCK = 128                         # of a multiprocessor
 
 @torch.no_grad()
 def time_events(call: Callable, count: int) -> float:
-    """Microseconds of a call: the median of REPEATS times `count` calls, by events on the current stream."""
+    """Microseconds of a call: the median of REPEATS times `count` calls, by events on the current
+    stream.
+    """
     for _ in range(3):
         call()
     times = []
@@ -64,7 +72,8 @@ def time_graph(call: Callable, count: int) -> float:
     torch.cuda.synchronize()
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     with torch.cuda.stream(stream):
-        call()                                                                   # what libraries set up once
+        # What libraries set up once.
+        call()
         with torch.cuda.graph(graph, stream=stream):
             for _ in range(count):
                 call()
@@ -75,35 +84,62 @@ def measure_ceilings() -> dict:
     """What the GPU is and can do, rates in bytes a second; prints it."""
     def copy_rate(size: int, count: int) -> float:
         source, target = torch.zeros(2, size // 4, device="cuda")
-        return 2 * size / time_graph(lambda: torch.neg(source, out=target), count) * 1e6     # faster than copy engines
+        # Faster than copy engines.
+        return 2 * size / time_graph(lambda: torch.neg(source, out=target), count) * 1e6
 
     gpu = torch.cuda.get_device_properties()
     clock, dram, cache = gpu.clock_rate * 1000, copy_rate(2 ** 30, 3), copy_rate(2 ** 24, 20)
     fastest = L1_BYTES_PER_CLOCK * gpu.multi_processor_count * clock
-    print(f"{gpu.name}, {gpu.multi_processor_count} multiprocessors, torch {torch.__version__}\n"
-          f"DRAM {dram / 1e12:6.2f} TB/s, measured: negation of 1 GiB, read + written\n"
-          f"L2   {cache / 1e12:6.2f} TB/s, measured: negation of 16 MiB again and again, read + written, with the gaps between\n"
-          f"L1   {fastest / 1e12:6.2f} TB/s, not measured: {L1_BYTES_PER_CLOCK} bytes a clock a multiprocessor at "
-          f"{clock / 1e6:.0f} MHz, the highest clock (clock_rate of torch.cuda.get_device_properties)\n", flush=True)
-    return {"gpu": gpu.name, "torch": torch.__version__, "multiprocessors": gpu.multi_processor_count, "clock_hertz": clock,
-            "dram_rate": dram, "l2_rate": cache, "l1_rate": fastest}
+    print(
+        f"{gpu.name}, {gpu.multi_processor_count} multiprocessors, torch {torch.__version__}\n"
+        f"DRAM {dram / 1e12:6.2f} TB/s, measured: negation of 1 GiB, read + written\n"
+        f"L2   {cache / 1e12:6.2f} TB/s, measured: negation of 16 MiB again and again, read + "
+        "written, with the gaps between\n"
+        f"L1   {fastest / 1e12:6.2f} TB/s, not measured: {L1_BYTES_PER_CLOCK} bytes a clock a "
+        "multiprocessor at "
+        f"{clock / 1e6:.0f} MHz, the highest clock (clock_rate of "
+        "torch.cuda.get_device_properties)\n",
+        flush=True,
+    )
+    return {
+        "gpu": gpu.name,
+        "torch": torch.__version__,
+        "multiprocessors": gpu.multi_processor_count,
+        "clock_hertz": clock,
+        "dram_rate": dram,
+        "l2_rate": cache,
+        "l1_rate": fastest,
+    }
 
 
 def make_inputs(images: int, shapes: LevelShapes, dtype: torch.dtype, device: str) -> list[Tensor]:
-    """Value, offsets (standard deviation 3 pixels), logits and the output's gradient, as deform_attn.py shapes them."""
+    """Value, offsets (standard deviation 3 pixels), logits and the output's gradient, as
+    deform_attn.py shapes them.
+    """
     generator = torch.Generator(device).manual_seed(0)
     pixels, levels = sum(height * width for height, width in shapes), len(shapes)
-    sizes = ((HEADS, CHANNELS), (HEADS, levels, POINTS, 2), (HEADS, levels * POINTS), (HEADS * CHANNELS,))
-    return [(scale * torch.randn(images, pixels, *size, generator=generator, device=device)).to(dtype)
-            for size, scale in zip(sizes, (1, 3, 1, 1))]
+    sizes = (
+        (HEADS, CHANNELS),
+        (HEADS, levels, POINTS, 2),
+        (HEADS, levels * POINTS),
+        (HEADS * CHANNELS,),
+    )
+    return [
+        (scale * torch.randn(images, pixels, *size, generator=generator, device=device)).to(dtype)
+        for size, scale in zip(sizes, (1, 3, 1, 1))
+    ]
 
 
 def least_bytes(images: int, shapes: LevelShapes, dtype: torch.dtype) -> tuple[int, int, int]:
-    """Bytes that a forward and a backward must move through DRAM, and that the corners of all samples hold."""
+    """Bytes that a forward and a backward must move through DRAM, and that the corners of all
+    samples hold.
+    """
     queries = images * HEADS * sum(height * width for height, width in shapes)
     samples = queries * len(shapes) * POINTS
-    value, points = queries * CHANNELS, samples * 3                              # a sample has x, y and a logit
-    counts = (2 * value + points, 3 * value + 2 * points, samples * 4 * CHANNELS)   # the output is as large as the value
+    # A sample has x, y and a logit.
+    value, points = queries * CHANNELS, samples * 3
+    # The output is as large as the value.
+    counts = (2 * value + points, 3 * value + 2 * points, samples * 4 * CHANNELS)
     return tuple(count * dtype.itemsize for count in counts)
 
 
@@ -115,7 +151,9 @@ def output_and_gradients(function: Callable, inputs: list[Tensor], grad: Tensor)
 
 
 def off_grid(offsets: Tensor, shapes: LevelShapes) -> Tensor:
-    """1.0 for samples farther than GRID_MARGIN from the lines through pixel centres, else 0.0: (B, S, M, V, P, 1)."""
+    """1.0 for samples farther than GRID_MARGIN from the lines through pixel centres, else 0.0: (B,
+    S, M, V, P, 1).
+    """
     sizes = offsets.new_tensor([(width, height) for height, width in shapes])
     places = pixel_centres(shapes, offsets)[:, None, None, None] * sizes[:, None] + offsets - 0.5
     return ((places - places.round()).abs() > GRID_MARGIN).all(-1, keepdim=True).to(offsets.dtype)
@@ -125,16 +163,22 @@ def relative_error(found: Tensor, wanted: Tensor) -> float:
     return ((found.double() - wanted).norm() / wanted.norm()).item()
 
 
-def measure_operator(size: tuple[int, int, int], dtype: torch.dtype, ceilings: dict, compiled: bool) -> Iterator[dict]:
+def measure_operator(
+    size: tuple[int, int, int], dtype: torch.dtype, ceilings: dict, compiled: bool
+) -> Iterator[dict]:
     """A row for each implementation and for each floor."""
     height, width, images = size
-    shapes, count = [(-(-height // stride), -(-width // stride)) for stride in (32, 16, 8)], 20 if images == 1 else 3
+    shapes, count = (
+        [(-(-height // stride), -(-width // stride)) for stride in (32, 16, 8)],
+        20 if images == 1 else 3,
+    )
     flat = [length for shape in shapes for length in shape]
     *inputs, grad = make_inputs(images, shapes, dtype, "cuda")
     ways = {"kernel": lambda *inputs: torch.ops.deform_attn.forward(*inputs, flat),
             "PyTorch": lambda value, *others: attend_in_pytorch(value, shapes, *others)}
     if compiled:
-        torch.compiler.reset()                                                   # else the limit of recompilations is met
+        # Else the limit of recompilations is met.
+        torch.compiler.reset()
         ways["PyTorch compiled"] = torch.compile(ways["PyTorch"], dynamic=False)
     checked = [x[:CHECKED_IMAGES].double() for x in inputs]
     masks = {"output": 1, "value": 1, "offsets": off_grid(checked[1], shapes), "logits": 1}
@@ -144,47 +188,80 @@ def measure_operator(size: tuple[int, int, int], dtype: torch.dtype, ceilings: d
         if name != "kernel" and images > LARGEST_BATCH:
             yield common | {"what": name}
             continue
-        forward = (time_graph if name == "kernel" else time_events)(lambda: function(*inputs), count)
+        forward = (time_graph if name == "kernel" else time_events)(
+            lambda: function(*inputs), count
+        )
         if name == "kernel":
-            backward = time_graph(lambda: torch.ops.deform_attn.backward(grad, *inputs, flat), count)
+            backward = time_graph(
+                lambda: torch.ops.deform_attn.backward(grad, *inputs, flat), count
+            )
         else:
             leaves = [x.detach().requires_grad_() for x in inputs]
-            with torch._functorch.config.patch(donated_buffer=False):            # a compiled graph cannot be kept otherwise
+            # A compiled graph cannot be kept otherwise.
+            with torch._functorch.config.patch(donated_buffer=False):
                 output = function(*leaves)
-            backward = time_events(lambda: torch.autograd.grad(output, leaves, grad, retain_graph=True), count)
+            backward = time_events(
+                lambda: torch.autograd.grad(output, leaves, grad, retain_graph=True), count
+            )
             del output                                                           # gigabytes
         found = [x[:CHECKED_IMAGES] for x in output_and_gradients(function, inputs, grad)]
-        yield common | {"what": name, "forward_us": forward, "backward_us": backward} | {
-            f"error_{key}": relative_error(x * mask, y * mask) for (key, mask), x, y in zip(masks.items(), found, wanted)}
+        yield (
+            common
+            | {"what": name, "forward_us": forward, "backward_us": backward}
+            | {
+                f"error_{key}": relative_error(x * mask, y * mask)
+                for (key, mask), x, y in zip(masks.items(), found, wanted)
+            }
+        )
     forward, backward, corners = least_bytes(images, shapes, dtype)
-    dram, gathers = ceilings["dram_rate"] / 1e6, ceilings["l1_rate"] / 1e6         # bytes a microsecond
-    yield common | {"what": "floor: DRAM", "forward_us": forward / dram, "backward_us": backward / dram}
-    yield common | {"what": "floor: gathers", "forward_us": corners / gathers, "backward_us": corners / gathers}
+    # Bytes a microsecond.
+    dram, gathers = ceilings["dram_rate"] / 1e6, ceilings["l1_rate"] / 1e6
+    yield common | {
+        "what": "floor: DRAM",
+        "forward_us": forward / dram,
+        "backward_us": backward / dram,
+    }
+    yield common | {
+        "what": "floor: gathers",
+        "forward_us": corners / gathers,
+        "backward_us": corners / gathers,
+    }
 
 
 @torch.no_grad()
 def measure_decoder(preset: str, height: int, width: int, device: str) -> Iterator[dict]:
-    """A row for each way of running the pixel decoder on 1 and on 8 frames; errors against the PyTorch path in float32."""
+    """A row for each way of running the pixel decoder on 1 and on 8 frames.
+
+    Errors against the PyTorch path in float32.
+    """
     torch.manual_seed(0)
     with torch.device(device):
         model = build_model(preset, num_classes=25)
     decoder = model.pixel_decoder.eval()
-    for layer in decoder.layers:                                                 # zero at first: all pixels would look alike
+    # Zero at first: all pixels would look alike.
+    for layer in decoder.layers:
         nn.init.normal_(layer.attention.sampling_offsets.weight, std=0.01)
     for frames in (1, 8):
         maps = [torch.randn(frames, channels, height // stride, width // stride, device=device)
                 for channels, stride in zip(model.backbone.channels, (4, 8, 16, 32))]
         wanted = None
-        for name, in_bfloat16, with_kernel in (("float32, PyTorch", False, False), ("float32, kernel", False, True),
-                                               ("bfloat16, kernel", True, True)):
+        for name, in_bfloat16, with_kernel in (
+            ("float32, PyTorch", False, False),
+            ("float32, kernel", False, True),
+            ("bfloat16, kernel", True, True),
+        ):
             def run() -> tuple[list[Tensor], Tensor]:
                 with torch.autocast(device, torch.bfloat16, enabled=in_bfloat16):
                     return decoder(maps)
 
             with patch("deform_attn_cuda.load", return_value=with_kernel):
                 levels, output = run()
-                times = {"eager_us": time_events(run, 3)} | ({"graph_us": time_graph(run, 3)} if with_kernel else {})
-            found = {"fpn": output.double()} | {f"stride{s}": level.double() for s, level in zip((32, 16, 8), levels)}
+                times = {"eager_us": time_events(run, 3)} | (
+                    {"graph_us": time_graph(run, 3)} if with_kernel else {}
+                )
+            found = {"fpn": output.double()} | {
+                f"stride{s}": level.double() for s, level in zip((32, 16, 8), levels)
+            }
             wanted = wanted or found
             yield {"size": f"{preset} {height}x{width}", "frames": frames, "what": name} | times | {
                 f"error_{key}": relative_error(x, wanted[key]) for key, x in found.items()}
@@ -192,31 +269,66 @@ def measure_decoder(preset: str, height: int, width: int, device: str) -> Iterat
 
 def print_row(row: dict, columns: tuple[str, ...]) -> None:
     """One line: microseconds and errors in columns, "-" for what this row has not."""
-    print(" ".join(f"{row[key]:<18}" if "_" not in key else f"{'-':>14}" if key not in row else
-                   f"{row[key]:>14.1f}" if key.endswith("_us") else f"{row[key]:>14.1e}" for key in columns), flush=True)
+    print(
+        " ".join(
+            f"{row[key]:<18}"
+            if "_" not in key
+            else f"{'-':>14}"
+            if key not in row
+            else f"{row[key]:>14.1f}"
+            if key.endswith("_us")
+            else f"{row[key]:>14.1e}"
+            for key in columns
+        ),
+        flush=True,
+    )
 
 
 def main() -> None:
-    """Read the command line, then measure and print row by row; exit with a sentence where there is nothing to measure."""
-    parser = argparse.ArgumentParser(description="Time deformable attention on a CUDA GPU and compare it with float64.")
-    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile of the PyTorch path")
-    parser.add_argument("--pixel-decoder", action="store_true", help="time the whole pixel decoder instead of the operator")
+    """Read the command line, then measure and print row by row.
+
+    Exit with a sentence where there is nothing to measure.
+    """
+    parser = argparse.ArgumentParser(
+        description="Time deformable attention on a CUDA GPU and compare it with float64."
+    )
+    parser.add_argument(
+        "--no-compile", action="store_true", help="leave out torch.compile of the PyTorch path"
+    )
+    parser.add_argument(
+        "--pixel-decoder",
+        action="store_true",
+        help="time the whole pixel decoder instead of the operator",
+    )
     parser.add_argument("--json", type=Path, metavar="PATH", help="write all rows to this file")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("This benchmark needs a CUDA GPU, and PyTorch finds none here.")
     if not deform_attn_cuda.load():
-        sys.exit("The kernel of deform_attn_cuda/ is not there to be measured: it is switched off or could not be built.")
+        sys.exit(
+            "The kernel of deform_attn_cuda/ is not there to be measured: it is switched off or "
+            "could not be built."
+        )
     ceilings = measure_ceilings()
     if options.pixel_decoder:
-        print("Errors are against the first row of a group; convolutions and linear maps as PyTorch's defaults have them.")
-        columns = ("size", "frames", "what", "eager_us", "graph_us", "error_fpn", "error_stride32", "error_stride16",
-                   "error_stride8")
+        print(
+            "Errors are against the first row of a group; convolutions and linear maps as "
+            "PyTorch's defaults have them."
+        )
+        columns = (
+            "size", "frames", "what", "eager_us", "graph_us", "error_fpn", "error_stride32",
+            "error_stride16", "error_stride8",
+        )
         measured = (row for arguments in DECODERS for row in measure_decoder(*arguments, "cuda"))
     else:
-        print(f"Errors are against float64, of the first {CHECKED_IMAGES} images of a batch at most; - is not measured.")
-        columns = ("size", "type", "what", "forward_us", "backward_us", "error_output", "error_value", "error_offsets",
-                   "error_logits")
+        print(
+            f"Errors are against float64, of the first {CHECKED_IMAGES} images of a batch at most; "
+            "- is not measured."
+        )
+        columns = (
+            "size", "type", "what", "forward_us", "backward_us", "error_output", "error_value",
+            "error_offsets", "error_logits",
+        )
         measured = (row for size in SIZES for dtype in DTYPES
                     for row in measure_operator(size, dtype, ceilings, not options.no_compile))
     print(" ".join(f"{name:>14}" if "_" in name else f"{name:<18}" for name in columns))
@@ -225,7 +337,9 @@ def main() -> None:
         rows.append(row)
         print_row(row, columns)
     if options.json:
-        options.json.write_text(json.dumps(ceilings | {"rows": rows}, indent=1) + "\n", encoding="utf-8")
+        options.json.write_text(
+            json.dumps(ceilings | {"rows": rows}, indent=1) + "\n", encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""What evaluation costs: encoding masks, memory over the length of a video, frames a second and where they go, chunks.
+"""The cost of evaluation: mask encoding, memory, frames per second, and chunk sizes.
 
-    python benchmarks/inference.py                      # all parts; --parts encoding memory speed chunks
+    python benchmarks/inference.py             # all parts; --parts encoding memory speed chunks
 
-Encoding: 28,800 masks of 360x640 (60 videos of 40 frames, 12 predictions), against pycocotools mask by mask as the official code
-does it (vita/data/ytvis_eval.py). Memory: peaks of the GPU and of the process at several lengths. Speed: JPEG files of 720x1280 to
-results.json, each stage alone and all together. Chunks: what changes with the number of frames that the detector takes at once.
-The model is R-50 with random weights, as good as any other for all of this.
+Encoding: 28,800 masks of 360x640 (60 videos, 40 frames, 12 predictions), compared with pycocotools
+mask by mask as in the official code (vita/data/ytvis_eval.py). Memory: peak memory of the GPU and
+the process for several video lengths. Speed: from JPEG files of 720x1280 to results.json, by stage
+and in total. Chunks: how results depend on the number of frames that the detector processes
+together. The model is R-50 with random weights, which do not affect these numbers.
 """
 import argparse
 import json
@@ -57,24 +58,43 @@ def make_masks(count: int, device: torch.device) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     y, x = torch.arange(HEIGHT, device=device)[:, None], torch.arange(WIDTH, device=device)
     draws = torch.rand(count, 6, generator=generator).to(device)[:, :, None, None]
-    down, right = (y - 60 - 240 * draws[:, 0]) / (20 + 60 * draws[:, 2]), (x - 100 - 440 * draws[:, 1]) / (20 + 80 * draws[:, 3])
+    down, right = (
+        (y - 60 - 240 * draws[:, 0]) / (20 + 60 * draws[:, 2]),
+        (x - 100 - 440 * draws[:, 1]) / (20 + 80 * draws[:, 3]),
+    )
     angle = torch.atan2(down, right)
-    return down ** 2 + right ** 2 < 1 + 0.2 * torch.sin(5 * angle + 6 * draws[:, 4]) + 0.05 * torch.sin(17 * angle + 6 * draws[:, 5])
+    return down**2 + right**2 < 1 + 0.2 * torch.sin(5 * angle + 6 * draws[:, 4]) + 0.05 * torch.sin(
+        17 * angle + 6 * draws[:, 5]
+    )
 
 
 def encoding() -> None:
-    """28,800 masks: pycocotools one by one, ours on the CPU and on the GPU; 2,880 of them measured on the CPU."""
+    """28,800 masks: pycocotools one by one, ours on the CPU and on the GPU.
+
+    2,880 of them measured on the CPU.
+    """
     masks = make_masks(2880, torch.device("cpu"))
     arrays = masks.numpy()
 
     def official() -> list[bytes]:
-        return [rle.encode(np.array(mask[:, :, None], order="F", dtype="uint8"))[0]["counts"] for mask in arrays]
+        return [
+            rle.encode(np.array(mask[:, :, None], order="F", dtype="uint8"))[0]["counts"]
+            for mask in arrays
+        ]
 
     assert official() == encode_counts(masks)
-    theirs, ours = 10 * seconds(official), 10 * seconds(lambda: [encode(part) for part in masks.split(480)])
+    theirs, ours = (
+        10 * seconds(official),
+        10 * seconds(lambda: [encode(part) for part in masks.split(480)]),
+    )
     characters = np.mean([len(code) for code in encode_counts(masks)])
-    print(f"encoding 28,800 masks of {HEIGHT}x{WIDTH}, {characters:.0f} characters each: pycocotools {theirs:.2f} s; "
-          f"ours on the CPU with {torch.get_num_threads()} threads {ours:.2f} s ({theirs / ours:.1f} times as fast)", end="")
+    print(
+        f"encoding 28,800 masks of {HEIGHT}x{WIDTH}, {characters:.0f} characters each: pycocotools "
+        f"{theirs:.2f} s; "
+        f"ours on the CPU with {torch.get_num_threads()} threads {ours:.2f} s ({theirs / ours:.1f} "
+        "times as fast)",
+        end="",
+    )
     if CUDA:
         on_gpu = make_masks(480, DEVICE)
         assert encode_counts(on_gpu) == encode_counts(on_gpu.cpu())
@@ -97,12 +117,17 @@ def make_batches(frames: int, chunk: int):
     """Batches of a video of noise, made as they are asked for."""
     generator = torch.Generator().manual_seed(0)
     for first in range(0, frames, chunk):
-        small = torch.randint(0, 256, (min(chunk, frames - first), 3, HEIGHT // 20, WIDTH // 20), generator=generator)
+        small = torch.randint(
+            0, 256, (min(chunk, frames - first), 3, HEIGHT // 20, WIDTH // 20), generator=generator
+        )
         yield small.repeat_interleave(20, 2).repeat_interleave(20, 3).to(torch.uint8)
 
 
 def memory(lengths: list[int], chunk: int) -> None:
-    """Peaks while a video of each length is encoded; the process must not grow by more than the codes of all queries a frame."""
+    """Peaks while a video of each length is encoded.
+
+    The process must not grow by more than the codes of all queries a frame.
+    """
     model, counted, last = make_model(), [], None
 
     def encode_and_count(masks: torch.Tensor) -> list[bytes]:
@@ -118,11 +143,22 @@ def memory(lengths: list[int], chunk: int) -> None:
         counted.clear()
         with autocast():
             found = model.encode_video(make_batches(frames, chunk), OUTPUT, 20)
-        now, codes = resident(), sum(len(code["counts"]) for track in found.segmentations for code in track)
+        now, codes = (
+            resident(),
+            sum(len(code["counts"]) for track in found.segmentations for code in track),
+        )
         peak = f"{torch.cuda.max_memory_allocated() / 1e9:.3f} GB of GPU memory, " if CUDA else ""
-        growth = f"{1e3 * (now - last[1]) / (frames - last[0]):.1f} kB a frame since {last[0]}" if last else "first"
-        print(f"memory at {frames} frames: {peak}the process {now:.0f} MB ({growth}); codes a frame: {sum(counted) / frames / 1e3:.1f} kB "
-              f"of all queries, {codes / frames / 1e3:.1f} of the result; {frames / (time.perf_counter() - began):.0f} frames a second")
+        growth = (
+            f"{1e3 * (now - last[1]) / (frames - last[0]):.1f} kB a frame since {last[0]}"
+            if last
+            else "first"
+        )
+        print(
+            f"memory at {frames} frames: {peak}the process {now:.0f} MB ({growth}); codes a frame: "
+            f"{sum(counted) / frames / 1e3:.1f} kB "
+            f"of all queries, {codes / frames / 1e3:.1f} of the result; "
+            f"{frames / (time.perf_counter() - began):.0f} frames a second"
+        )
         last = frames, now
         del found
     model_module.encode_counts = encode_counts
@@ -130,20 +166,33 @@ def memory(lengths: list[int], chunk: int) -> None:
 
 def resident() -> float:
     """The memory of this process, MB."""
-    return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * resource.getpagesize() / 1e6
+    return (
+        int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
+        * resource.getpagesize()
+        / 1e6
+    )
 
 
 def make_set(root: Path, videos: int, frames: int) -> VideoSet:
     """Videos of JPEG files of 720x1280, about 250 kB each."""
     random = np.random.default_rng(0)
-    texture = Image.fromarray(random.integers(0, 256, (180, 320, 3), dtype=np.uint8)).resize((1480, 920), Image.Resampling.BICUBIC)
-    content = {"categories": [{"id": 1 + number, "name": f"class {number}"} for number in range(25)], "videos": []}
+    texture = Image.fromarray(random.integers(0, 256, (180, 320, 3), dtype=np.uint8)).resize(
+        (1480, 920), Image.Resampling.BICUBIC
+    )
+    content = {
+        "categories": [{"id": 1 + number, "name": f"class {number}"} for number in range(25)],
+        "videos": [],
+    }
     for video in range(videos):
         names = [f"{video}/{frame:05d}.jpg" for frame in range(frames)]
         (root / str(video)).mkdir(parents=True)
         for frame, name in enumerate(names):
-            texture.crop((frame % 200, frame % 199, 1280 + frame % 200, 720 + frame % 199)).save(root / name, quality=90)
-        content["videos"].append({"id": video + 1, "height": 720, "width": 1280, "length": frames, "file_names": names})
+            texture.crop((frame % 200, frame % 199, 1280 + frame % 200, 720 + frame % 199)).save(
+                root / name, quality=90
+            )
+        content["videos"].append(
+            {"id": video + 1, "height": 720, "width": 1280, "length": frames, "file_names": names}
+        )
     (root / "valid.json").write_text(json.dumps(content), encoding="utf-8")
     return VideoSet(root / "valid.json", root)
 
@@ -173,25 +222,42 @@ def speed(videos: int, frames: int, chunk: int, workers: int) -> None:
                 mask_confidence(resize_masks(found, (HEIGHT, WIDTH)))
                 encode_counts(resize_masks(found, (HEIGHT, WIDTH), OUTPUT) > 0)
 
-        stages = {f"decoding ({workers} workers; {alone:.0f} a core)": 1 / decode,
-                  "detector": seconds(lambda: model.replay(model.detect_queries, batch), 9) / len(batch),
-                  "tracker, beside it": seconds(lambda: model.track_frames(queries, len(batch), None), 9) / len(batch),
-                  "masks and codes of 100 queries": seconds(masks, 9) / len(batch)}
-        print(f"{videos} videos of {frames} JPEG files of 720x1280, {size:.0f} kB each; {implementation(DEVICE)}")
+        stages = {
+            f"decoding ({workers} workers; {alone:.0f} a core)": 1 / decode,
+            "detector": seconds(lambda: model.replay(model.detect_queries, batch), 9) / len(batch),
+            "tracker, beside it": seconds(lambda: model.track_frames(queries, len(batch), None), 9)
+            / len(batch),
+            "masks and codes of 100 queries": seconds(masks, 9) / len(batch),
+        }
+        print(
+            f"{videos} videos of {frames} JPEG files of 720x1280, {size:.0f} kB each; "
+            f"{implementation(DEVICE)}"
+        )
         for name, each in stages.items():
             print(f"  {name}: {1e3 * each:.2f} ms a frame, {1 / each:.0f} frames a second")
         for _ in range(2):
             began = time.perf_counter()
-            entries = [entry for video, result in segment_videos(model, found.videos, DEVICE, AMP, HEIGHT, 1333, 20, chunk, workers)
-                       for entry in to_entries(video, result, found.categories)]
+            entries = [
+                entry
+                for video, result in segment_videos(
+                    model, found.videos, DEVICE, AMP, HEIGHT, 1333, 20, chunk, workers
+                )
+                for entry in to_entries(video, result, found.categories)
+            ]
             (Path(folder) / "results.json").write_text(json.dumps(entries), encoding="utf-8")
-            print(f"  from files to results.json: {videos * frames / (time.perf_counter() - began):.1f} frames a second")
+            print(
+                "  from files to results.json: "
+                f"{videos * frames / (time.perf_counter() - began):.1f} frames a second"
+            )
 
 
 def chunks(frames: int) -> None:
     """The same video in chunks of 1, 4 and 32, in float32 and in 16 bit."""
     torch.manual_seed(0)
-    model, video = build_model("r50", 25).eval().to(DEVICE), torch.cat(list(make_batches(frames, 8)))
+    model, video = (
+        build_model("r50", 25).eval().to(DEVICE),
+        torch.cat(list(make_batches(frames, 8))),
+    )
     for enabled in (False, True) if CUDA else (False,):
         results = {}
         for chunk in (1, 4, 32):
@@ -199,18 +265,33 @@ def chunks(frames: int) -> None:
                 results[chunk] = model.encode_video(video.split(chunk), OUTPUT, 20)
         for chunk in (4, 32):
             one, other = results[1], results[chunk]
-            same = one.track_ids.tolist() == other.track_ids.tolist() and one.labels.tolist() == other.labels.tolist()
-            different = sum(a != b for first, second in zip(one.segmentations, other.segmentations) for a, b in zip(first, second))
-            print(f"chunks of {chunk} against 1, {AMP if enabled else torch.float32}: same instances {same}, scores differ by up to "
-                  f"{(one.scores - other.scores).abs().max():.1e}, {different} of {20 * frames} masks differ")
+            same = (
+                one.track_ids.tolist() == other.track_ids.tolist()
+                and one.labels.tolist() == other.labels.tolist()
+            )
+            different = sum(
+                a != b
+                for first, second in zip(one.segmentations, other.segmentations)
+                for a, b in zip(first, second)
+            )
+            print(
+                f"chunks of {chunk} against 1, {AMP if enabled else torch.float32}: same instances "
+                f"{same}, scores differ by up to "
+                f"{(one.scores - other.scores).abs().max():.1e}, {different} of {20 * frames} "
+                "masks differ"
+            )
 
 
 def main() -> None:
     """The parts that the command line asks for."""
-    parser = argparse.ArgumentParser(description="Measure inference.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description="Measure inference.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--parts", nargs="+", default=["encoding", "memory", "speed", "chunks"],
                         choices=("encoding", "memory", "speed", "chunks"))
-    parser.add_argument("--lengths", type=int, nargs="+", default=[36, 200, 2000], help="frames, of the memory part")
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", default=[36, 200, 2000], help="frames, of the memory part"
+    )
     parser.add_argument("--videos", type=int, default=6)
     parser.add_argument("--frames", type=int, default=100)
     parser.add_argument("--chunk", type=int, default=8)

@@ -1,18 +1,20 @@
-"""Speed of loading training clips from 1280x720 JPEGs: where a clip's time goes, and frames a second with loader workers.
+"""Speed of loading training clips from 1280x720 JPEGs: time by stage, and frames per second by workers.
 
-    python benchmarks/loading.py                              # makes a set in a temporary folder; workers 0, 1 and 2
-    python benchmarks/loading.py --root /data/loading --workers 1 2 4 8 16     # keeps the set, to be used again
-    python benchmarks/loading.py --json rows.json             # also write all numbers
+    python benchmarks/loading.py                   # temporary data set; 0, 1 and 2 workers
+    python benchmarks/loading.py --root /data/loading --workers 1 2 4 8 16  # keeps the data set
+    python benchmarks/loading.py --json rows.json  # also write all numbers to a file
 
-The set is in the YouTube-VIS format: scenes of synthetic/ drawn at 1280x720, six textured objects a video that move, hide
-one another and leave, with camera noise (a standard deviation of 5 grey levels), as JPEGs of quality 90, some 250 kB each;
-masks as compressed RLE. Clips are those of --recipe on videos (no pseudo videos), by default the official R-50 on OVIS: 5
-frames within 6 of the first choice, short sides 288 to 512, before that a crop in half of the clips, half of them mirrored.
+The data set is in the YouTube-VIS format: synthetic scenes of 1280x720 with six objects per video
+and camera noise (standard deviation 5 grey levels), as JPEGs of quality 90, about 250 kB each, and
+masks as compressed RLE. Clips are those of --recipe without pseudo videos. The default is the
+official R-50 setting for OVIS: 5 frames within 6 of a reference frame, short sides 288 to 512, half
+of the clips cropped, half flipped.
 
-The parts of a clip are processor time of one process with one thread, as a loader's worker has, found by wrapping functions
-that ClipDataset calls; a frame that is chosen twice is read once, and counts twice in "ms a frame". Rates are real time,
-medians of --repeats: train.py's loader with the batches of one of --processes processes, after WARM batches a worker, in a
-process that does nothing with them. Files are in memory by then: no disk is measured. Where other work runs, rates are lower.
+Stages are CPU time of one process with one thread, as in a loader worker, measured by wrapping the
+functions that ClipDataset calls. A frame chosen twice is read once but counted twice. Rates are wall
+time, the median of --repeats, for train.py's loader with the batches of one of --processes
+processes, after WARM batches per worker. Files are in the page cache, so disks are not measured.
+Other load on the machine lowers the rates.
 """
 import argparse
 import json
@@ -35,16 +37,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import clips as clips_module
 from augmentation import Augmentation, transforms
 from clips import ClipDataset, StepSampler
-from recipes import open_clips, parse_arguments
+from recipes import parse_arguments
 from runtime.loading import read_ahead
+from synthetic.rendering import make_video
 from synthetic.scenes import CATEGORIES
-from synthetic.suites import make_video, write_split
-from train import PREFETCH
+from synthetic.suites import write_split
+from train import PREFETCH, open_clips
 
 HEIGHT, WIDTH, FRAMES, OBJECTS = 720, 1280, 14, 6      # of a video; reach 6 sees 13 frames
 NOISE = 5.0                                            # grey levels, standard deviation
 WARM = 2                                               # batches a worker that are not counted
-# What is timed: a name, who holds the function, and its name there; indented, a part of the row above.
+# What is timed: a name, who holds the function, and its name there; indented, a part of the row
+# above.
 STAGES = (
     ("reading JPEGs", clips_module, "read_frame"),
     ("decoding masks", clips_module, "read_mask"),
@@ -72,9 +76,14 @@ def describe_set(root: Path) -> dict:
     sizes = [path.stat().st_size for path in root.glob("train/JPEGImages/*/*.jpg")]
     content = json.loads((root / "train.json").read_text(encoding="utf-8"))
     areas = [area for annotation in content["annotations"] for area in annotation["areas"] if area]
-    return {"videos": len(content["videos"]), "frames": len(sizes), "kilobytes_a_frame": sum(sizes) / len(sizes) / 1000,
-            "instances_a_video": len(content["annotations"]) / len(content["videos"]),
-            "masks_a_frame": len(areas) / len(sizes), "mask_share_of_frame": sum(areas) / len(areas) / (HEIGHT * WIDTH)}
+    return {
+        "videos": len(content["videos"]),
+        "frames": len(sizes),
+        "kilobytes_a_frame": sum(sizes) / len(sizes) / 1000,
+        "instances_a_video": len(content["annotations"]) / len(content["videos"]),
+        "masks_a_frame": len(areas) / len(sizes),
+        "mask_share_of_frame": sum(areas) / len(areas) / (HEIGHT * WIDTH),
+    }
 
 
 class Stopwatch:
@@ -98,13 +107,18 @@ def measure_stages(clips: ClipDataset, numbers: range) -> list[dict]:
     watch = Stopwatch()
     with ExitStack() as patches:
         for name, holder, function in STAGES:
-            patches.enter_context(patch.object(holder, function, watch.wrap(name, getattr(holder, function))))
+            patches.enter_context(
+                patch.object(holder, function, watch.wrap(name, getattr(holder, function)))
+            )
         read = watch.wrap("whole clip", clips.__getitem__)
         for number in numbers:
             read(number)
     whole = watch.seconds.pop("whole clip")
-    seconds = {name: watch.seconds.get(name, 0.0) for name, *_ in STAGES}      # a crop may not have come
-    seconds["rest: stacking, what is seen"] = whole - sum(value for name, value in seconds.items() if name[0] != " ")
+    # A crop may not have come.
+    seconds = {name: watch.seconds.get(name, 0.0) for name, *_ in STAGES}
+    seconds["rest: stacking, what is seen"] = whole - sum(
+        value for name, value in seconds.items() if name[0] != " "
+    )
     frames = len(numbers) * clips.frames
     return [{"what": name, "ms_a_frame": 1000 * value / frames, "share": value / whole}
             for name, value in (seconds | {"whole clip": whole}).items()]
@@ -113,7 +127,8 @@ def measure_stages(clips: ClipDataset, numbers: range) -> list[dict]:
 def measure_loader(clips: ClipDataset, workers: int, batch: int, first: int, batches: int) -> float:
     """Frames a second of train.py's loader, over batches `first` to `first + batches`."""
     warm = WARM * max(workers, 1)
-    sampler = StepSampler(first - warm, sys.maxsize, batch)                    # endless, so that no worker runs out of work
+    # Endless, so that no worker runs out of work.
+    sampler = StepSampler(first - warm, sys.maxsize, batch)
     with closing(read_ahead(clips, workers, torch.device("cpu"), batch_sampler=sampler,
                             prefetch=PREFETCH)) as loader:
         for _ in range(warm):
@@ -131,45 +146,90 @@ def describe_machine() -> dict:
 
 def measure(root: Path, options: argparse.Namespace) -> dict:
     """All numbers of the set in `root`; prints them."""
-    args = parse_arguments(["--recipe", options.recipe, "--train-json", str(root / "train.json"), "--seed", "0",
-                            "--train-images", str(root / "train/JPEGImages"), "--num-classes", str(len(CATEGORIES))])
+    args = parse_arguments(
+        [
+            "--recipe", options.recipe, "--train-json", str(root / "train.json"), "--seed", "0",
+            "--train-images", str(root / "train/JPEGImages"), "--num-classes", str(len(CATEGORIES)),
+        ]
+    )
     clips, batch = open_clips(args), max(args.batch // options.processes, 1)
     machine, content = describe_machine(), describe_set(root)
-    print(f"{machine['cores']} cores with a load of {machine['load']:.1f}, torch {machine['torch']}, torchvision "
-          f"{machine['torchvision']}, Pillow {machine['pillow']}\n{content['frames']} frames of {WIDTH}x{HEIGHT}, "
-          f"{content['kilobytes_a_frame']:.0f} kB a frame; {content['instances_a_video']:.1f} instances a video, "
-          f"{content['masks_a_frame']:.1f} masks a frame, {content['mask_share_of_frame']:.1%} of it each\n"
-          f"{options.recipe}: clips of {args.frames} frames, batches of {batch}\n")
+    print(
+        f"{machine['cores']} cores with a load of {machine['load']:.1f}, torch {machine['torch']}, "
+        "torchvision "
+        f"{machine['torchvision']}, Pillow {machine['pillow']}\n{content['frames']} frames of "
+        f"{WIDTH}x{HEIGHT}, "
+        f"{content['kilobytes_a_frame']:.0f} kB a frame; {content['instances_a_video']:.1f} "
+        "instances a video, "
+        f"{content['masks_a_frame']:.1f} masks a frame, {content['mask_share_of_frame']:.1%} of it "
+        "each\n"
+        f"{options.recipe}: clips of {args.frames} frames, batches of {batch}\n"
+    )
 
-    first = WARM * max(options.workers)                                        # every row times the same batches
+    # Every row times the same batches.
+    first = WARM * max(options.workers)
     numbers = range(first * batch, (first + options.batches) * batch)
-    measure_stages(clips, numbers[:len(clips.videos)])                         # files into memory, libraries set up
+    # Files into memory, libraries set up.
+    measure_stages(clips, numbers[:len(clips.videos)])
     stages, rates = measure_stages(clips, numbers), []
     print(f"{'one process, one thread':<32}{'ms a frame':>12}{'share':>9}")
     for row in stages:
         print(f"{row['what']:<32}{row['ms_a_frame']:>12.2f}{row['share']:>9.1%}")
     print(f"\n{'workers':<10}{'frames a second':>18}{'a worker':>12}", flush=True)
     for workers in (0, *options.workers):
-        found = [measure_loader(clips, workers, batch, first, options.batches) for _ in range(options.repeats)]
-        rates.append({"workers": workers, "frames_a_second": statistics.median(found), "measured": found})
-        print(f"{workers:<10}{statistics.median(found):>18.1f}{statistics.median(found) / max(workers, 1):>12.1f}", flush=True)
-    return {"machine": machine, "set": content, "recipe": options.recipe, "batch": batch, "stages": stages, "loader": rates}
+        measured = [
+            measure_loader(clips, workers, batch, first, options.batches)
+            for _ in range(options.repeats)
+        ]
+        rate = statistics.median(measured)
+        rates.append({"workers": workers, "frames_a_second": rate, "measured": measured})
+        print(f"{workers:<10}{rate:>18.1f}{rate / max(workers, 1):>12.1f}", flush=True)
+    return {
+        "machine": machine,
+        "set": content,
+        "recipe": options.recipe,
+        "batch": batch,
+        "stages": stages,
+        "loader": rates,
+    }
 
 
 def main() -> None:
     """Read the command line, make the set, measure."""
-    parser = argparse.ArgumentParser(description="Time the loading of training clips from JPEGs of 1280x720 pixels.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--root", type=Path, help="where the set is, or is made and kept (default: a temporary folder)")
+    parser = argparse.ArgumentParser(
+        description="Time the loading of training clips from JPEGs of 1280x720 pixels.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "--root",
+        type=Path,
+        help="where the set is, or is made and kept (default: a temporary folder)",
+    )
     parser.add_argument("--recipe", default="grattvis/ovis/r50", help="whose clips; see train.py")
-    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="loader processes; none is measured too")
-    parser.add_argument("--processes", type=int, default=4, help="of the training run, which share the recipe's batch")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        nargs="+",
+        default=[1, 2],
+        help="loader processes; none is measured too",
+    )
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=4,
+        help="of the training run, which share the recipe's batch",
+    )
     parser.add_argument("--videos", type=int, default=6, help="of the set, when it is made")
     parser.add_argument("--batches", type=int, default=20, help="of one measurement")
-    parser.add_argument("--repeats", type=int, default=3, help="a rate is the median of so many measurements")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="a rate is the median of so many measurements"
+    )
     parser.add_argument("--json", type=Path, metavar="PATH", help="write all numbers to this file")
     options = parser.parse_args()
-    if min(options.videos, options.batches, options.repeats, options.processes, *options.workers) < 1:
+    if (
+        min(options.videos, options.batches, options.repeats, options.processes, *options.workers)
+        < 1
+    ):
         parser.error("numbers must be at least 1")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:

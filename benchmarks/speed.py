@@ -1,13 +1,18 @@
-"""Speed of the whole on a GPU: inference of a video, a live stream and training, at the sizes at which the official code was measured.
+"""End-to-end speed on a GPU: video inference, live inference and training.
 
-    python benchmarks/speed.py                          # all parts; --parts floor video live swin train others, --profile 10
-    python benchmarks/speed.py --compile --amp bf16     # 16 bit of another kind than auto takes
+    python benchmarks/speed.py                       # all parts
+    python benchmarks/speed.py --parts floor video live swin train others --profile 10
+    python benchmarks/speed.py --compile --amp bf16  # another 16-bit dtype than the default
 
-Random weights; time and memory do not depend on them. Floor: all products of a frame at the rate of large ones. Video: uint8 frames on
-the CPU to masks at output size on the GPU (`segment_video`, top 10). Live: `step`, frame by frame, each waited for. Train: whole
-iterations, from clips on the CPU to the optimiser's step. Others: VidEoMT of transformers, where that is installed, model alone,
-compiled. Every time is a median. Errors are of the fast path against float32 in the first frame, before differences can grow from
-frame to frame. Without a GPU, floor and live are what is done in minutes.
+Sizes are those at which the official code was measured. Weights are random; time and memory do not
+depend on them. Every time is a median.
+
+Floor: all matrix multiplications of a frame, at the speed of large ones. Video: uint8 frames on the
+CPU to masks at output size on the GPU (`segment_video`, top 10). Live: `step`, frame by frame,
+synchronised after each. Train: whole iterations, from clips on the CPU to the optimizer step.
+Others: VidEoMT of transformers, if installed, model only, compiled. Errors compare the fast path
+with float32 in the first frame, before differences accumulate. Without a GPU, only floor and live
+run in minutes.
 """
 import argparse
 import sys
@@ -55,12 +60,21 @@ def make_video(frames: int, height: int, width: int) -> torch.Tensor:
     """uint8 (T, 3, H, W): a smooth picture that moves."""
     generator = torch.Generator().manual_seed(0)
     picture = torch.rand(1, 3, height // 16 + 8, width // 16 + 8, generator=generator)
-    picture = nn.functional.interpolate(picture, scale_factor=16, mode="bicubic", align_corners=False)[0].clamp(0, 1)
-    frames = torch.stack([(255 * picture[:, t % 100:t % 100 + height, t % 97:t % 97 + width]).to(torch.uint8) for t in range(frames)])
+    picture = nn.functional.interpolate(
+        picture, scale_factor=16, mode="bicubic", align_corners=False
+    )[0].clamp(0, 1)
+    frames = torch.stack(
+        [
+            (255 * picture[:, t % 100 : t % 100 + height, t % 97 : t % 97 + width]).to(torch.uint8)
+            for t in range(frames)
+        ]
+    )
     return frames.pin_memory() if CUDA else frames                       # as a loader gives them
 
 
-def make_model(preset: str, args: argparse.Namespace, fast: bool = True) -> tuple[nn.Module, torch.autocast]:
+def make_model(
+    preset: str, args: argparse.Namespace, fast: bool = True
+) -> tuple[nn.Module, torch.autocast]:
     """A model of random weights for inference, and the autocast to run it under."""
     torch.manual_seed(0)
     dtype = choose_amp(args.amp, DEVICE)[0] if fast else torch.float32
@@ -70,17 +84,30 @@ def make_model(preset: str, args: argparse.Namespace, fast: bool = True) -> tupl
 
 def floor(preset: str, size: tuple[int, int], args: argparse.Namespace) -> None:
     """What a frame takes at least: its products and convolutions at the rate of large products."""
-    model, dtype = build_model(preset, 25).eval().requires_grad_(False).to(DEVICE), choose_amp(args.amp, DEVICE)[0]
+    model, dtype = (
+        build_model(preset, 25).eval().requires_grad_(False).to(DEVICE),
+        choose_amp(args.amp, DEVICE)[0],
+    )
     with FlopCounterMode(display=False) as counter:
         model.tracker(model.detect(model.prepare(make_video(1, *size))).queries[:, None])
     side = 8192 if CUDA else 2048
     large = torch.randn(side, side, device=DEVICE, dtype=dtype)
     rate, work = 2 * side ** 3 / seconds(lambda: large @ large, 9)[4], counter.get_total_flops()
-    print(f"{preset}, {size[0]}x{size[1]}: {work / 1e9:.1f} GFLOP a frame; products of {side}x{side} run at {rate / 1e9:.0f} GFLOP/s in "
-          f"{dtype}, so {1e3 * work / rate:.2f} ms a frame at least", flush=True)
+    print(
+        f"{preset}, {size[0]}x{size[1]}: {work / 1e9:.1f} GFLOP a frame; products of {side}x{side} "
+        f"run at {rate / 1e9:.0f} GFLOP/s in "
+        f"{dtype}, so {1e3 * work / rate:.2f} ms a frame at least",
+        flush=True,
+    )
 
 
-def video(preset: str, frames: int, size: tuple[int, int], output: tuple[int, int], args: argparse.Namespace) -> None:
+def video(
+    preset: str,
+    frames: int,
+    size: tuple[int, int],
+    output: tuple[int, int],
+    args: argparse.Namespace,
+) -> None:
     """A whole video to masks on the GPU."""
     (model, autocast), clip = make_model(preset, args), make_video(frames, *size)
 
@@ -92,8 +119,13 @@ def video(preset: str, frames: int, size: tuple[int, int], output: tuple[int, in
     reset_peak()
     times = seconds(segment)
     middle = times[len(times) // 2]
-    print(f"{preset}, {frames} frames of {size[0]}x{size[1]} to masks of {output[0]}x{output[1]}: {1e3 * middle / frames:.2f} ms a "
-          f"frame, {frames / middle:.0f} frames a second ({frames / times[-1]:.0f} to {frames / times[0]:.0f}){peak()}", flush=True)
+    print(
+        f"{preset}, {frames} frames of {size[0]}x{size[1]} to masks of {output[0]}x{output[1]}: "
+        f"{1e3 * middle / frames:.2f} ms a "
+        f"frame, {frames / middle:.0f} frames a second ({frames / times[-1]:.0f} to "
+        f"{frames / times[0]:.0f}){peak()}",
+        flush=True,
+    )
     profile(segment, args.profile)
 
     on_device = clip.to(DEVICE)
@@ -104,8 +136,12 @@ def video(preset: str, frames: int, size: tuple[int, int], output: tuple[int, in
                 mask_logits(stretch.mask_kernel, stretch.features)
 
     middle = seconds(alone)[2]
-    print(f"{preset}, the same, model alone (frames on the GPU, masks of all queries at stride 4): {1e3 * middle / frames:.2f} ms a frame, "
-          f"{frames / middle:.0f} frames a second", flush=True)
+    print(
+        f"{preset}, the same, model alone (frames on the GPU, masks of all queries at stride 4): "
+        f"{1e3 * middle / frames:.2f} ms a frame, "
+        f"{frames / middle:.0f} frames a second",
+        flush=True,
+    )
 
 
 def errors(preset: str, size: tuple[int, int], args: argparse.Namespace) -> None:
@@ -117,10 +153,16 @@ def errors(preset: str, size: tuple[int, int], args: argparse.Namespace) -> None
             logits.append(model.segment_video(make_video(1, *size), None, TOP_K).logits.double())
     exact, found = logits
     error = (found - exact).norm() / exact.norm()
-    print(f"{preset}, {size[0]}x{size[1]}: class logits of the fast path are {error:.1e} from float32", flush=True)
+    print(
+        f"{preset}, {size[0]}x{size[1]}: class logits of the fast path are {error:.1e} from "
+        "float32",
+        flush=True,
+    )
 
 
-def live(preset: str, size: tuple[int, int], output: tuple[int, int], args: argparse.Namespace) -> None:
+def live(
+    preset: str, size: tuple[int, int], output: tuple[int, int], args: argparse.Namespace
+) -> None:
     """Frame by frame, each waited for; few on a CPU."""
     frames, warm_up = (300, 20) if CUDA else (15, 3)
     (model, autocast), clip, state = make_model(preset, args), make_video(50, *size), None
@@ -133,8 +175,12 @@ def live(preset: str, size: tuple[int, int], output: tuple[int, int], args: argp
         synchronize()
         times.append(time.perf_counter() - began)
     times = sorted(times[warm_up:])
-    print(f"{preset} live, {size[0]}x{size[1]} to masks of {output[0]}x{output[1]}: {frames / sum(times):.3g} frames a second, p50 "
-          f"{1e3 * times[frames // 2]:.2f} ms, p99 {1e3 * times[int(0.99 * frames)]:.2f} ms{peak()}", flush=True)
+    print(
+        f"{preset} live, {size[0]}x{size[1]} to masks of {output[0]}x{output[1]}: "
+        f"{frames / sum(times):.3g} frames a second, p50 "
+        f"{1e3 * times[frames // 2]:.2f} ms, p99 {1e3 * times[int(0.99 * frames)]:.2f} ms{peak()}",
+        flush=True,
+    )
 
 
 def make_clip(frames: int, height: int, width: int, instances: int) -> Clip:
@@ -143,12 +189,22 @@ def make_clip(frames: int, height: int, width: int, instances: int) -> Clip:
     ids = torch.full((instances, frames), -1)
     for number in range(instances):
         for t in range(number % 3 // 2, frames):
-            top, left = (37 * number + 9 * t) % (height - 160), (91 * number + 11 * t) % (width - 200)
+            top, left = (
+                (37 * number + 9 * t) % (height - 160),
+                (91 * number + 11 * t) % (width - 200),
+            )
             masks[number, t, top:top + 160, left:left + 200], ids[number, t] = True, number
-    return Clip(torch.randint(0, 256, (frames, 3, height, width), dtype=torch.uint8), torch.arange(instances) % 25, ids, masks)
+    return Clip(
+        torch.randint(0, 256, (frames, 3, height, width), dtype=torch.uint8),
+        torch.arange(instances) % 25,
+        ids,
+        masks,
+    )
 
 
-def train(clips: int, frozen: bool, args: argparse.Namespace, size: tuple[int, int] = (480, 768)) -> None:
+def train(
+    clips: int, frozen: bool, args: argparse.Namespace, size: tuple[int, int] = (480, 768)
+) -> None:
     """Iterations of 5 frames and 6 instances a clip, R-50, the OVIS setting."""
     torch.manual_seed(0)
     setting = parse_arguments(["--recipe", "grattvis/ovis/r50"])
@@ -157,11 +213,16 @@ def train(clips: int, frozen: bool, args: argparse.Namespace, size: tuple[int, i
         parameter.requires_grad_(not frozen or name.startswith("tracker."))
     amp, _ = choose_amp(args.amp, DEVICE, training=True)
     model.hold_frozen(amp)
-    model.pixel_decoder.recompute, model.backbone.recompute = args.recompute != "off", args.recompute == "all"
+    model.pixel_decoder.recompute, model.backbone.recompute = (
+        args.recompute != "off",
+        args.recompute == "all",
+    )
     if args.compile:
         model.compile_parts()
     criterion = Criterion(25, points=setting.points, freeze_detector=frozen)
-    optimizer = torch.optim.AdamW(parameter_groups(model, 1e-6, setting.weight_decay, setting.backbone_lr_factor), fused=CUDA)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, 1e-6, setting.weight_decay, setting.backbone_lr_factor), fused=CUDA
+    )
     scaler = torch.amp.GradScaler(DEVICE.type, enabled=amp == torch.float16)
     batch = [make_clip(5, *size, 6) for _ in range(clips)]
     if CUDA:
@@ -176,9 +237,13 @@ def train(clips: int, frozen: bool, args: argparse.Namespace, size: tuple[int, i
         iterate()
     reset_peak()
     times = seconds(iterate, 12, 0)
-    print(f"train r50, detector {'' if frozen else 'not '}frozen, {clips} clips of 5 frames of {size[0]}x{size[1]}: "
-          f"{times[6]:.3f} s an iteration ({times[0]:.3f} to {times[-1]:.3f}), {5 * clips / times[6]:.0f} frames a second{peak()}",
-          flush=True)
+    print(
+        f"train r50, detector {'' if frozen else 'not '}frozen, {clips} clips of 5 frames of "
+        f"{size[0]}x{size[1]}: "
+        f"{times[6]:.3f} s an iteration ({times[0]:.3f} to {times[-1]:.3f}), "
+        f"{5 * clips / times[6]:.0f} frames a second{peak()}",
+        flush=True,
+    )
     profile(iterate, args.profile)
 
 
@@ -189,29 +254,49 @@ def reset_peak() -> None:
 
 def peak() -> str:
     """The most memory that tensors had, and that was taken from the GPU for them."""
-    return f"; {torch.cuda.max_memory_allocated() / 1e9:.2f} GB, {torch.cuda.max_memory_reserved() / 1e9:.2f} reserved" if CUDA else ""
+    return (
+        f"; {torch.cuda.max_memory_allocated() / 1e9:.2f} GB, "
+        f"{torch.cuda.max_memory_reserved() / 1e9:.2f} reserved"
+        if CUDA
+        else ""
+    )
 
 
 def profile(function, rows: int) -> None:
     """The kernels that take longest, and how long the GPU is busy at all."""
     if not rows:
         return
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]) as found:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    ) as found:
         began = time.perf_counter()
         function()
         synchronize()
         elapsed = time.perf_counter() - began
-    kernels = [event for event in found.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA
-               and not event.is_user_annotation]
-    busy, launches = sum(event.self_device_time_total for event in kernels) / 1e3, sum(event.count for event in kernels)
+    kernels = [
+        event
+        for event in found.key_averages()
+        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
+    ]
+    busy, launches = (
+        sum(event.self_device_time_total for event in kernels) / 1e3,
+        sum(event.count for event in kernels),
+    )
     waits = sum(event.count for event in found.key_averages() if "Synchronize" in event.key)
-    print(f"  {1e3 * elapsed:.1f} ms under the profiler, kernels {busy:.1f} ms in {launches} launches, {waits} waits")
+    print(
+        f"  {1e3 * elapsed:.1f} ms under the profiler, kernels {busy:.1f} ms in {launches} "
+        f"launches, {waits} waits"
+    )
     for event in sorted(kernels, key=lambda event: -event.self_device_time_total)[:rows]:
-        print(f"  {event.self_device_time_total / 1e3:8.2f} ms {event.count:6d} x  {event.key[:100]}")
+        print(
+            f"  {event.self_device_time_total / 1e3:8.2f} ms {event.count:6d} x  {event.key[:100]}"
+        )
 
 
 def others(args: argparse.Namespace, frames: int = 36) -> None:
-    """VidEoMT-S of transformers, random weights, 640x640: the model alone, frame by frame and in chunks."""
+    """VidEoMT-S of transformers, random weights, 640x640: the model alone, frame by frame and in
+    chunks.
+    """
     try:
         from transformers import VideomtConfig, VideomtForUniversalSegmentation
     except ImportError as error:
@@ -219,8 +304,14 @@ def others(args: argparse.Namespace, frames: int = 36) -> None:
         return
     torch.manual_seed(0)
     dtype, _ = choose_amp(args.amp, DEVICE)
-    config = VideomtConfig(hidden_size=384, num_attention_heads=6, num_hidden_layers=12, num_blocks=3,
-                           image_size=640, num_labels=40)
+    config = VideomtConfig(
+        hidden_size=384,
+        num_attention_heads=6,
+        num_hidden_layers=12,
+        num_blocks=3,
+        image_size=640,
+        num_labels=40,
+    )
     model = VideomtForUniversalSegmentation(config).eval().to(DEVICE, dtype)
     compiled = torch.compile(model, dynamic=False)
     for chunk in args.chunks:
@@ -232,25 +323,65 @@ def others(args: argparse.Namespace, frames: int = 36) -> None:
                 compiled(pixel_values_videos=clip)
 
         times = seconds(run, 7, 3)
-        print(f"VidEoMT-S, 640x640, chunks of {chunk}: {max(1, frames // chunk) * chunk / times[3]:.0f} frames a second", flush=True)
+        print(
+            f"VidEoMT-S, 640x640, chunks of {chunk}: "
+            f"{max(1, frames // chunk) * chunk / times[3]:.0f} frames a second",
+            flush=True,
+        )
 
 
 def main() -> None:
     """The parts that the command line asks for."""
-    parser = argparse.ArgumentParser(description="Measure speed.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description="Measure speed.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     names = ("floor", "video", "live", "swin", "train", "others")
     parser.add_argument("--parts", nargs="+", default=names, choices=names)
-    parser.add_argument("--frames", type=int, nargs="+", default=[36, 200], help="lengths of the videos")
-    parser.add_argument("--training", nargs="+", default=list(TRAINING), choices=TRAINING, help="clips, and whether the detector is frozen")
-    parser.add_argument("--chunks", type=int, nargs="+", default=[1, 8, 36], help="frames that the other model takes at once")
-    parser.add_argument("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"), help="as evaluate.py's and train.py's")
+    parser.add_argument(
+        "--frames", type=int, nargs="+", default=[36, 200], help="lengths of the videos"
+    )
+    parser.add_argument(
+        "--training",
+        nargs="+",
+        default=list(TRAINING),
+        choices=TRAINING,
+        help="clips, and whether the detector is frozen",
+    )
+    parser.add_argument(
+        "--chunks",
+        type=int,
+        nargs="+",
+        default=[1, 8, 36],
+        help="frames that the other model takes at once",
+    )
+    parser.add_argument(
+        "--amp",
+        default="auto",
+        choices=("auto", "bf16", "fp16", "off"),
+        help="as evaluate.py's and train.py's",
+    )
     parser.add_argument("--compile", action="store_true", help="torch.compile the model")
-    parser.add_argument("--recompute", default="off", choices=("off", "decoder", "all"), help="as train.py's")
-    parser.add_argument("--profile", type=int, default=0, metavar="N", help="print the N longest kernels of every part")
+    parser.add_argument(
+        "--recompute", default="off", choices=("off", "decoder", "all"), help="as train.py's"
+    )
+    parser.add_argument(
+        "--profile",
+        type=int,
+        default=0,
+        metavar="N",
+        help="print the N longest kernels of every part",
+    )
     args = parser.parse_args()
-    kinds = [str(choose_amp(args.amp, DEVICE, training)[0]).removeprefix("torch.") for training in (False, True)]
-    print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if CUDA else 'CPU'}, {implementation(DEVICE)}, {kinds[0]}, in training "
-          f"{kinds[1]}", flush=True)
+    kinds = [
+        str(choose_amp(args.amp, DEVICE, training)[0]).removeprefix("torch.")
+        for training in (False, True)
+    ]
+    print(
+        f"torch {torch.__version__}, {torch.cuda.get_device_name() if CUDA else 'CPU'}, "
+        f"{implementation(DEVICE)}, {kinds[0]}, in training "
+        f"{kinds[1]}",
+        flush=True,
+    )
     if "floor" in args.parts:
         floor("r50", (360, 640), args)
         floor("swin_l", (448, 800), args)

@@ -1,32 +1,38 @@
-"""What the gate is good for: AP by how long an object was hidden, identity switches, and when gates are open.
+"""Ablation study of the gate: AP by occlusion, identity switches, and when gates are open.
 
-    python train.py --stage vita --preset small --render easy occlusion look-alike degraded --output runs/study/vita ...
+    python train.py --stage vita --preset small --output runs/study/vita \\
+        --render easy occlusion look-alike degraded ...
     python benchmarks/study.py train --init runs/study/vita/last.pt --seeds 3
     python benchmarks/study.py measure runs/study/*-*/last.pt
     python benchmarks/study.py table runs/study.json --plot runs/study/plots
 
-`train` trains the tracker of every configuration with several seeds, from one VITA model whose detector stays as it is: the paper's
-last stage. Nothing but the flags of CONFIGURATIONS and the seed differs. Several runs share a GPU: alone, none keeps it busy.
-`measure` runs every checkpoint over the held-out videos of every suite (synthetic/suites.py; sets that are missing are written) and
-writes a record of each into one JSON file. `table` prints means and standard deviations over the records of one name and suite.
+`train` trains the tracker of every configuration with several seeds, starting from one VITA model
+with a frozen detector (the last stage of the paper). Only the flags of CONFIGURATIONS and the seed
+differ. Several runs share a GPU, because one does not saturate it. `measure` runs every checkpoint
+on the held-out videos of every suite (synthetic/suites.py; missing suites are written) and writes
+one record each into a JSON file. `table` prints means and standard deviations over the records with
+the same name and suite.
 
-AP by occlusion: ground-truth instances fall into bins by their longest gap, frames in a row without a mask between two frames
-with one: hidden, or outside and back. In a bin's AP instances of other bins are ignored as those of other area ranges are:
-neither found nor missed, and what matches them is no error. A detection that matches nothing has an area, which decides in
-which area range it is an error, but no gap: it is an error in every bin. So a bin with few instances has a low AP for the same
-errors; bins are for comparing models. AR10, which errors do not touch, can be compared across bins.
+AP by occlusion: ground truth instances are binned by their longest gap, the number of consecutive
+frames without a mask between two frames with one (occluded, or outside the frame). In the AP of a
+bin, instances of other bins are ignored like those of other area ranges. An unmatched detection has
+no gap, so it counts as a false positive in every bin. Bins with few instances therefore have a lower
+AP; compare models, not bins. AR10 is unaffected by false positives and is comparable across bins.
 
-Identity switches: in each frame, tracks with a score of at least 0.3 are given to instances by mask IoU (Hungarian, at least
-0.5, class ignored); an instance keeps its track of the frame before while it can, as in CLEAR-MOT (Bernardin and Stiefelhagen
-2008). A switch is an instance with another track than the last it had, hidden frames in between or not. One query under several
-labels is one track. An instance that loses its track and gets no other is no switch: AP tells that.
+Identity switches: in each frame, tracks with a score of at least 0.3 are assigned to instances by
+mask IoU (Hungarian matching, at least 0.5, ignoring classes). An instance keeps its track of the
+previous frame if possible, as in CLEAR-MOT (Bernardin and Stiefelhagen 2008). A switch is an
+instance whose track differs from its last one, possibly after an occlusion. A query with several
+labels is one track. Losing a track without getting another is not a switch; AP covers it.
 
-Gates: the share of open gates, over frames and decoder layers, of the track that an instance has most often, where it has it
-in at least half of the frames that show it. A closed gate takes the query back to what was carried from the frame before, so the
-last layer's decides whether anything that the layers before it found in this frame survives: it is listed apart too. An object
-is visible where it has a mask, hidden between two frames with one, outside before the first and after the last. The visible
-share, from the first to the last of these frames, is of the largest area that the object has in the video.
-Shape letters: T frames, G instances of the ground truth, K tracks, D decoder layers.
+Gates: the share of open gates, over frames and decoder layers, of the track that an instance has
+most often, if it has it in at least half of its visible frames. A closed gate resets the query to
+the one propagated from the previous frame, so the gate of the last layer decides whether anything
+from this frame is kept; it is also listed separately. An object is visible where it has a mask,
+hidden between two frames with a mask, and outside before the first and after the last. Its visible
+share is relative to its largest area in the video.
+
+Letters: T frames, G ground truth instances, K tracks, D decoder layers.
 """
 import argparse
 import os
@@ -53,13 +59,19 @@ from checkpoint import default_short_side, model_from_checkpoint  # noqa: E402
 from data import Video, VideoSet, read_frame  # noqa: E402
 from evaluate import check_categories, open_suite  # noqa: E402
 from evaluation.inference import segment_videos, to_entries  # noqa: E402
-from evaluation.metric import accumulate, evaluate_results, mean_defined, summarize, track_rles  # noqa: E402
+from evaluation.metric import (  # noqa: E402
+    accumulate,
+    evaluate_results,
+    mean_defined,
+    summarize,
+    track_rles,
+)
 from evaluation.postprocess import EncodedVideo  # noqa: E402
 from model import GRAttVIS  # noqa: E402
-from recipes import at_least  # noqa: E402
 from runtime.device import choose_amp, choose_device  # noqa: E402
 from runtime.errors import InputError, cli_errors  # noqa: E402
 from runtime.files import checksum, read_json, save_json  # noqa: E402
+from runtime.flags import at_least  # noqa: E402
 from synthetic.scenes import Difficulty  # noqa: E402
 from synthetic.suites import SUITES  # noqa: E402
 from viewing.overlays import best_labels  # noqa: E402
@@ -67,23 +79,31 @@ from viewing.plots import new_figure, require_matplotlib  # noqa: E402
 
 CONFIGURATIONS = {  # name: flags of train.py
     "plain": ("--propagation", "plain"),
-    "gated": ("--propagation", "gated"),                                       # as released: closed queries attend a little more
+    # As released: closed queries attend a little more.
+    "gated": ("--propagation", "gated"),
     "gated-blocked": ("--propagation", "gated", "--gate-mask", "blocked"),     # as in the paper
     "memory": ("--propagation", "memory"),
     "gated+memory": ("--propagation", "gated+memory"),
     "gate-loss": ("--propagation", "gated", "--gate-weight", "1"),
-    "long-clips": ("--propagation", "gated", "--frames", "10", "--reach", "12", "--batch", "10"),     # about as many frames a step
-    "contrast": ("--propagation", "gated", "--similarity-span", "video"),      # over all clips of a video, as in CTVIS
+    # About as many frames a step.
+    "long-clips": ("--propagation", "gated", "--frames", "10", "--reach", "12", "--batch", "10"),
+    # Over all clips of a video, as in CTVIS.
+    "contrast": ("--propagation", "gated", "--similarity-span", "video"),
     "query-noise": ("--propagation", "gated", "--query-noise", "0.5"),         # as in DVIS
 }
-COMMON = ("--stage", "grattvis", "--preset", "small", "--render", "easy", "occlusion", "look-alike", "degraded", "--frames", "6", "--reach",
-          "10", "--batch", "16", "--short-sides", "128", "--test-short-side", "128", "--lr", "5e-4", "--warmup", "100", "--workers", "2",
-          "--log-every", "100")
+COMMON = (
+    "--stage", "grattvis", "--preset", "small", "--render", "easy", "occlusion", "look-alike",
+    "degraded", "--frames", "6", "--reach", "10", "--batch", "16", "--short-sides", "128",
+    "--test-short-side", "128", "--lr", "5e-4", "--warmup", "100", "--workers", "2", "--log-every",
+    "100",
+)
 MAX_LONG_SIDE, TOP_K = 1333, 10
 LEAST_SCORE = 0.3                                # of a track that can be given to an instance
 LEAST_IOU = 0.5
-GAPS = {"0": (0, 0), "1-3": (1, 3), "4-6": (4, 6), "7-10": (7, 10), "11+": (11, float("inf"))}     # frames, both ends included
-SHARES = ("0", "0-25 %", "25-50 %", "50-75 %", "75-100 %")                                         # lower end excluded
+# Frames, both ends included.
+GAPS = {"0": (0, 0), "1-3": (1, 3), "4-6": (4, 6), "7-10": (7, 10), "11+": (11, float("inf"))}
+# Lower end excluded.
+SHARES = ("0", "0-25 %", "25-50 %", "50-75 %", "75-100 %")
 STATES = ("visible", "hidden", "outside", "visible, clean frame", "visible, noisy frame")
 TITLES = {  # what a record holds, each a number for every column; -1 where it is not defined
     "scores": "Scores, percent; identity switches a video",
@@ -111,9 +131,16 @@ def ending(running: dict[Path, tuple[subprocess.Popen, IO]]) -> Iterator[None]:
 
 
 def train(args: argparse.Namespace) -> None:
-    """Run train.py for every configuration and seed, so many at a time, on the GPUs in turn; InputError if one fails."""
+    """Run train.py for every configuration and seed, so many at a time, on the GPUs in turn.
+
+    InputError if one fails.
+    """
     output, gpus = Path(args.output), torch.cuda.device_count()
-    runs = [(name, seed, output / f"{name}-{seed}") for seed in range(args.seeds) for name in args.configurations]
+    runs = [
+        (name, seed, output / f"{name}-{seed}")
+        for seed in range(args.seeds)
+        for name in args.configurations
+    ]
     for *_, folder in runs:
         if folder.exists():
             raise InputError(f"{folder} exists: remove it, or give another --output")
@@ -124,13 +151,19 @@ def train(args: argparse.Namespace) -> None:
         while waiting or running:
             while waiting and len(running) < args.parallel:
                 number, (name, seed, folder) = waiting.pop(0)
-                command = [sys.executable, str(REPOSITORY / "train.py"), *COMMON, *CONFIGURATIONS[name], "--seed", str(seed), "--init",
-                           args.init, "--output", str(folder), "--iterations", str(args.iterations), "--lr-steps", steps, "--save-every",
-                           str(args.iterations)]
+                command = [
+                    sys.executable, str(REPOSITORY / "train.py"), *COMMON, *CONFIGURATIONS[name],
+                    "--seed", str(seed), "--init", args.init, "--output", str(folder),
+                    "--iterations", str(args.iterations), "--lr-steps", steps, "--save-every",
+                    str(args.iterations),
+                ]
                 device = {"CUDA_VISIBLE_DEVICES": str(number % gpus)} if gpus else {}
                 said = open(folder.with_suffix(".txt"), "w+")
                 environment = os.environ | device | {"OMP_NUM_THREADS": "1"}
-                running[folder] = subprocess.Popen(command, env=environment, stdout=said, stderr=said), said
+                running[folder] = (
+                    subprocess.Popen(command, env=environment, stdout=said, stderr=said),
+                    said,
+                )
             time.sleep(1)
             for folder, (process, said) in list(running.items()):
                 if process.poll() is not None:
@@ -138,7 +171,9 @@ def train(args: argparse.Namespace) -> None:
                     del running[folder]
                     bar.update()
                     if process.returncode:
-                        raise InputError(f"the run {folder} ended with {process.returncode}: see {said.name}")
+                        raise InputError(
+                            f"the run {folder} ended with {process.returncode}: see {said.name}"
+                        )
 
 
 # The ground truth
@@ -154,10 +189,15 @@ def longest_gap(annotation: dict) -> int:
 
 
 def noisy_frames(video: Video, noise: float) -> np.ndarray:
-    """bool (T,): the frames that are lost in noise of so many grey levels. No annotation tells them, but the pictures do.
+    """bool (T,): the frames that are lost in noise of so many grey levels. No annotation tells
+    them, but the pictures do.
 
-    In noise of 70 the difference of neighbouring pixels has a standard deviation of 27 to 62, else of 1 to 12 (40 videos)."""
-    greys = (np.asarray(read_frame(file, video.height, video.width).convert("L"), np.float32) for file in video.files)
+    In noise of 70 the difference of neighbouring pixels has a standard deviation of 27 to 62, else
+    of 1 to 12 (40 videos)."""
+    greys = (
+        np.asarray(read_frame(file, video.height, video.width).convert("L"), np.float32)
+        for file in video.files
+    )
     return np.array([np.diff(grey, axis=1).std() > noise / 4 for grey in greys])
 
 
@@ -170,8 +210,11 @@ def frame_overlaps(found: EncodedVideo, tracks: list[int], video: Video) -> np.n
     overlaps = np.zeros((len(video.files), len(actual), len(tracks)))
     for t, overlap in enumerate(overlaps):
         if overlap.size:
-            overlap[:] = rle.iou([masks[t] for masks in actual], [found.segmentations[track][t] for track in tracks],
-                                 [False] * len(tracks))
+            overlap[:] = rle.iou(
+                [masks[t] for masks in actual],
+                [found.segmentations[track][t] for track in tracks],
+                [False] * len(tracks),
+            )
     return overlaps
 
 
@@ -182,7 +225,8 @@ def assign_tracks(overlaps: np.ndarray) -> np.ndarray:
         worth = np.where(overlap >= LEAST_IOU, overlap, 0.0)
         if t:
             kept = (assigned[t - 1, :, None] == np.arange(overlap.shape[1])) & (worth > 0)
-            worth += len(worth) * kept                                     # more than the sum of all overlaps
+            # More than the sum of all overlaps.
+            worth += len(worth) * kept
         instances, tracks = linear_sum_assignment(worth, maximize=True)
         matched = worth[instances, tracks] > 0
         assigned[t, instances[matched]] = tracks[matched]
@@ -190,14 +234,20 @@ def assign_tracks(overlaps: np.ndarray) -> np.ndarray:
 
 
 def count_switches(assigned: np.ndarray) -> int:
-    """How often an instance has another track than the last it had; assigned as assign_tracks gives it."""
+    """How often an instance has another track than the last it had.
+
+    Assigned as assign_tracks gives it.
+    """
     return sum(int(np.count_nonzero(np.diff(tracks[tracks >= 0]))) for tracks in assigned.T)
 
 
 # Measuring
 
 def scores_by_gap(results: list[dict], ground_truth: dict) -> dict[str, dict[str, float]]:
-    """AP and AR10 of the instances in each bin of GAPS, and their number; arguments as for metric.evaluate_results."""
+    """AP and AR10 of the instances in each bin of GAPS, and their number.
+
+    Arguments as for metric.evaluate_results.
+    """
     gaps = np.array([longest_gap(annotation) for annotation in ground_truth["annotations"]])
     found = {"AP by gap": {}, "AR10 by gap": {}, "instances by gap": {}}
     for name, (fewest, most) in GAPS.items():
@@ -210,21 +260,32 @@ def scores_by_gap(results: list[dict], ground_truth: dict) -> dict[str, dict[str
 
 
 def frame_groups(areas: np.ndarray, noisy: np.ndarray | None) -> dict[str, np.ndarray]:
-    """An instance's visible pixels (T,), and which frames are noisy (T,) (None where none ever is) -> bool (T,) for every name of
-    STATES and SHARES."""
+    """An instance's visible pixels (T,), and which frames are noisy (T,) (None where none ever is)
+    -> bool (T,) for every name of STATES and SHARES."""
     visible, clock = areas > 0, np.arange(len(areas))
-    present = (clock >= visible.argmax()) & (clock < len(areas) - visible[::-1].argmax())     # from the first to the last frame
-    clean, lost = (np.zeros_like(visible),) * 2 if noisy is None else (visible & ~noisy, visible & noisy)
+    # From the first to the last frame.
+    present = (clock >= visible.argmax()) & (clock < len(areas) - visible[::-1].argmax())
+    clean, lost = (
+        (np.zeros_like(visible),) * 2 if noisy is None else (visible & ~noisy, visible & noisy)
+    )
     quarters = np.ceil(4 * areas / areas.max())
     shares = [present & (quarters == number) for number in range(len(SHARES))]
     return dict(zip(STATES + SHARES, (visible, present & ~visible, ~present, clean, lost, *shares)))
 
 
-def measure_suite(model: GRAttVIS, videos: VideoSet, device: torch.device, amp: torch.dtype, short_side: int,
-                  difficulty: Difficulty) -> dict[str, dict]:
+def measure_suite(
+    model: GRAttVIS,
+    videos: VideoSet,
+    device: torch.device,
+    amp: torch.dtype,
+    short_side: int,
+    difficulty: Difficulty,
+) -> dict[str, dict]:
     """All that TITLES names, and "instances by gap", of a model on a set of that difficulty."""
     results, switches, opened = [], 0, defaultdict(list)
-    for video, found in segment_videos(model, videos.videos, device, amp, short_side, MAX_LONG_SIDE, TOP_K):
+    for video, found in segment_videos(
+        model, videos.videos, device, amp, short_side, MAX_LONG_SIDE, TOP_K
+    ):
         results += to_entries(video, found, videos.categories)
         tracks = best_labels(found, LEAST_SCORE)
         assigned = assign_tracks(frame_overlaps(found, tracks, video))
@@ -237,23 +298,31 @@ def measure_suite(model: GRAttVIS, videos: VideoSet, device: torch.device, amp: 
                 for name, chosen in frame_groups(areas, noisy).items():
                     opened[name] += gates[chosen].tolist()
     metrics = evaluate_results(results, videos.ground_truth)
-    scores = {name: metrics[name] for name in ("AP", "AP50", "AR10")} | {"switches": switches / len(videos)}
+    scores = {name: metrics[name] for name in ("AP", "AP50", "AR10")} | {
+        "switches": switches / len(videos)
+    }
     return {"scores": scores} | scores_by_gap(results, videos.ground_truth) | open_shares(opened)
 
 
 def open_shares(opened: dict[str, list[list[bool]]]) -> dict[str, dict[str, float]]:
-    """D gates for each frame in every one of STATES and SHARES -> the share that is open, of all layers and of the last; -1 for none."""
+    """D gates for each frame in every one of STATES and SHARES -> the share that is open, of all
+    layers and of the last; -1 for none.
+    """
     found = {}
     for what, names in (("state", STATES), ("share", SHARES)):
         found[f"open by {what}"] = {name: mean_defined(np.array(opened[name])) for name in names}
-        found[f"last open by {what}"] = {name: mean_defined(np.array([gates[-1:] for gates in opened[name]])) for name in names}
+        found[f"last open by {what}"] = {
+            name: mean_defined(np.array([gates[-1:] for gates in opened[name]])) for name in names
+        }
     return found
 
 
 def measure(args: argparse.Namespace) -> None:
     """Write the records; after each, so that what was measured before a kill is kept."""
     if args.names and len(args.names) != len(args.weights):
-        raise InputError(f"{len(args.names)} names for {len(args.weights)} checkpoints: give one for each")
+        raise InputError(
+            f"{len(args.names)} names for {len(args.weights)} checkpoints: give one for each"
+        )
     output = Path(args.output)
     if output.exists():
         raise InputError(f"{output} exists: give another --output (`table` takes several files)")
@@ -265,16 +334,34 @@ def measure(args: argparse.Namespace) -> None:
     for number, weights in enumerate(args.weights):
         model, config = model_from_checkpoint(weights)
         model.to(device).accelerate(amp)
-        setting = {"weights": weights, "propagation": model.propagation, "gate_mask": model.tracker.gate_mask,
-                   "short_side": default_short_side(config, None), "seed": config.get("args", {}).get("seed"),
-                   "amp": str(amp).removeprefix("torch.")}
-        kind = f"{model.propagation}, {model.tracker.gate_mask}" if model.tracker.gated else model.propagation
-        trained = Path(weights).parent.name.rpartition("-")[0]                 # of gated-blocked-2/last.pt, gated-blocked
-        setting["name"] = args.names[number] if args.names else trained if trained in CONFIGURATIONS else kind
+        setting = {
+            "weights": weights,
+            "propagation": model.propagation,
+            "gate_mask": model.tracker.gate_mask,
+            "short_side": default_short_side(config, None),
+            "seed": config.get("args", {}).get("seed"),
+            "amp": str(amp).removeprefix("torch."),
+        }
+        kind = (
+            f"{model.propagation}, {model.tracker.gate_mask}"
+            if model.tracker.gated
+            else model.propagation
+        )
+        # Of gated-blocked-2/last.pt, gated-blocked.
+        trained = Path(weights).parent.name.rpartition("-")[0]
+        setting["name"] = (
+            args.names[number] if args.names else trained if trained in CONFIGURATIONS else kind
+        )
         for suite, videos in sets.items():
             check_categories(model, config, videos, weights)
-            found = measure_suite(model, videos, device, amp, setting["short_side"], SUITES[suite].difficulty)
-            records.append(setting | {"suite": suite, "videos": len(videos), "checksum": checksum(videos.path)} | found)
+            found = measure_suite(
+                model, videos, device, amp, setting["short_side"], SUITES[suite].difficulty
+            )
+            records.append(
+                setting
+                | {"suite": suite, "videos": len(videos), "checksum": checksum(videos.path)}
+                | found
+            )
             save_json(output, records)
             print(f"{weights}, {setting['name']}, {suite}: AP {100 * found['scores']['AP']:.1f}, "
                   f"{found['scores']['switches']:.2f} identity switches a video", flush=True)
@@ -283,26 +370,47 @@ def measure(args: argparse.Namespace) -> None:
 # Tables
 
 def read_groups(paths: list[str]) -> dict[tuple[str, str], list[dict]]:
-    """The records of several files by suite and name, both in their order; InputError where records cannot be put together."""
+    """The records of several files by suite and name, both in their order.
+
+    InputError where records cannot be put together.
+    """
     groups, checksums = defaultdict(list), {}
     for path in paths:
         records = read_json(path)
-        if not isinstance(records, list) or not all(isinstance(record, dict) and TITLES.keys() <= record.keys() for record in records):
+        if not isinstance(records, list) or not all(
+            isinstance(record, dict) and TITLES.keys() <= record.keys() for record in records
+        ):
             raise InputError(f"{path} is no file that `measure` has written")
         for record in records:
             name, suite = record["name"], record["suite"]
             if checksums.setdefault(suite, record["checksum"]) != record["checksum"]:
-                raise InputError(f"{path}: {name} was measured on other videos of the suite {suite} than the records before")
+                raise InputError(
+                    f"{path}: {name} was measured on other videos of the suite {suite} than the "
+                    "records before"
+                )
             if record["seed"] in (other["seed"] for other in groups[suite, name]):
-                raise InputError(f"{path}: {name} has two records of seed {record['seed']} on the suite {suite}; other settings need "
-                                 "other --names")
+                raise InputError(
+                    f"{path}: {name} has two records of seed {record['seed']} on the suite "
+                    f"{suite}; other settings need "
+                    "other --names"
+                )
             groups[suite, name].append(record)
     order = [*SUITES, *CONFIGURATIONS]
-    return dict(sorted(groups.items(), key=lambda item: [order.index(name) if name in order else len(order) for name in item[0]]))
+    return dict(
+        sorted(
+            groups.items(),
+            key=lambda item: [
+                order.index(name) if name in order else len(order) for name in item[0]
+            ],
+        )
+    )
 
 
 def mean_and_spread(records: list[dict], key: str, column: str) -> tuple[float, float]:
-    """The mean of a number over records, and its (sample) standard deviation, 0 of a single record; (-1, 0) if none defines it."""
+    """The mean of a number over records, and its (sample) standard deviation, 0 of a single record.
+
+    (-1, 0) if none defines it.
+    """
     values = [record[key][column] for record in records if record[key][column] >= 0]
     return mean_defined(np.array(values)), statistics.stdev(values) if len(values) > 1 else 0.0
 
@@ -311,7 +419,12 @@ def format_cell(records: list[dict], key: str, column: str) -> str:
     """Mean and spread for people; "-" where it is not defined."""
     mean, spread = mean_and_spread(records, key, column)
     scale, digits = (1, 2) if column == "switches" else (100, 1)
-    return "-" if mean < 0 else f"{scale * mean:.{digits}f}" + (f" ± {scale * spread:.{digits}f}" if len(records) > 1 else "")
+    return (
+        "-"
+        if mean < 0
+        else f"{scale * mean:.{digits}f}"
+        + (f" ± {scale * spread:.{digits}f}" if len(records) > 1 else "")
+    )
 
 
 def format_table(groups: dict[tuple[str, str], list[dict]], key: str) -> str:
@@ -320,22 +433,50 @@ def format_table(groups: dict[tuple[str, str], list[dict]], key: str) -> str:
     rows = [["suite", "name", "n", *columns], ["---"] * (3 + len(columns))]
     for number, ((suite, name), records) in enumerate(groups.items()):
         if key.endswith("by gap") and suite not in (row[0] for row in rows):
-            rows.append([suite, "*instances*", "", *(str(records[0]["instances by gap"][column]) for column in columns)])
-        rows.append([suite, name, str(len(records)), *(format_cell(records, key, column) for column in columns)])
+            rows.append(
+                [
+                    suite,
+                    "*instances*",
+                    "",
+                    *(str(records[0]["instances by gap"][column]) for column in columns),
+                ]
+            )
+        rows.append(
+            [
+                suite,
+                name,
+                str(len(records)),
+                *(format_cell(records, key, column) for column in columns),
+            ]
+        )
     return "\n".join([f"{TITLES[key]}\n", *(f"| {' | '.join(row)} |" for row in rows)])
 
 
 def plot_lines(path: Path, groups: dict[tuple[str, str], list[dict]], suite: str, key: str) -> None:
-    """A line for each name over the columns of one of TITLES, the spread shaded; a picture of one suite."""
+    """A line for each name over the columns of one of TITLES, the spread shaded.
+
+    A picture of one suite.
+    """
     figure, axes = new_figure(6, 4.5)
-    for (_, name), records in ((group, records) for group, records in groups.items() if group[0] == suite):
+    for (_, name), records in (
+        (group, records) for group, records in groups.items() if group[0] == suite
+    ):
         columns = list(records[0][key])
-        means, spreads = 100 * np.array([mean_and_spread(records, key, column) for column in columns]).T
+        means, spreads = (
+            100 * np.array([mean_and_spread(records, key, column) for column in columns]).T
+        )
         places = (means >= 0).nonzero()[0]
         if not len(places):                                        # gates of a model that has none
             continue
         line, = axes.plot(places, means[places], marker="o", label=f"{name} (n = {len(records)})")
-        axes.fill_between(places, (means - spreads)[places], (means + spreads)[places], color=line.get_color(), alpha=0.2, linewidth=0)
+        axes.fill_between(
+            places,
+            (means - spreads)[places],
+            (means + spreads)[places],
+            color=line.get_color(),
+            alpha=0.2,
+            linewidth=0,
+        )
     axes.set_xticks(range(len(columns)), columns)
     axes.set(title=f"{TITLES[key]}: {suite}", ylim=(0, 100))
     axes.title.set_fontsize("small")
@@ -352,7 +493,11 @@ def table(args: argparse.Namespace) -> None:
         groups = {group: records for group, records in groups.items() if group[1] in args.names}
         if missing := set(args.names) - {name for _, name in groups}:
             raise InputError(f"no record has the name {', '.join(sorted(missing))}")
-    print("Mean ± standard deviation over n seeds.", *(format_table(groups, key) for key in TITLES), sep="\n\n")
+    print(
+        "Mean ± standard deviation over n seeds.",
+        *(format_table(groups, key) for key in TITLES),
+        sep="\n\n",
+    )
     if args.plot:
         folder = Path(args.plot)
         folder.mkdir(parents=True, exist_ok=True)
@@ -366,26 +511,55 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Study what the gate is good for.")
     commands = parser.add_subparsers(dest="command", required=True)
     training = commands.add_parser("train", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    training.add_argument("--init", required=True, help="checkpoint of the stage vita, preset small, to start from")
-    training.add_argument("--configurations", nargs="+", choices=CONFIGURATIONS, default=list(CONFIGURATIONS))
+    training.add_argument(
+        "--init", required=True, help="checkpoint of the stage vita, preset small, to start from"
+    )
+    training.add_argument(
+        "--configurations", nargs="+", choices=CONFIGURATIONS, default=list(CONFIGURATIONS)
+    )
     training.add_argument("--seeds", type=at_least(1), default=3)
     training.add_argument("--iterations", type=at_least(1), default=2000)
-    training.add_argument("--parallel", type=at_least(1), default=6, help="runs at a time, over all GPUs")
-    training.add_argument("--output", default="runs/study", help="folder for the runs: NAME-SEED, and what they print in NAME-SEED.txt")
-    measuring = commands.add_parser("measure", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    training.add_argument(
+        "--parallel", type=at_least(1), default=6, help="runs at a time, over all GPUs"
+    )
+    training.add_argument(
+        "--output",
+        default="runs/study",
+        help="folder for the runs: NAME-SEED, and what they print in NAME-SEED.txt",
+    )
+    measuring = commands.add_parser(
+        "measure", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     measuring.add_argument("weights", nargs="+", help="checkpoints of train.py")
-    measuring.add_argument("--names", nargs="+", help="one for each checkpoint, the same for those that differ in the seed alone "
-                           "(default: the configuration of `train`, else propagation and gate mask)")
+    measuring.add_argument(
+        "--names",
+        nargs="+",
+        help="one for each checkpoint, the same for those that differ in the seed alone "
+        "(default: the configuration of `train`, else propagation and gate mask)",
+    )
     measuring.add_argument("--suites", nargs="+", choices=SUITES, default=list(SUITES))
-    measuring.add_argument("--sets", default="datasets/suites", help="folder that holds a folder for each suite")
-    measuring.add_argument("--videos", type=at_least(1), default=24, help="held-out videos of a suite that has to be written")
+    measuring.add_argument(
+        "--sets", default="datasets/suites", help="folder that holds a folder for each suite"
+    )
+    measuring.add_argument(
+        "--videos",
+        type=at_least(1),
+        default=24,
+        help="held-out videos of a suite that has to be written",
+    )
     measuring.add_argument("--output", default="runs/study.json", help="file to write")
     measuring.add_argument("--device", default="auto", help="auto, cpu, cuda")
-    measuring.add_argument("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"), help="see evaluate.py")
+    measuring.add_argument(
+        "--amp", default="auto", choices=("auto", "bf16", "fp16", "off"), help="see evaluate.py"
+    )
     tables = commands.add_parser("table")
     tables.add_argument("files", nargs="+", help="what `measure` has written")
     tables.add_argument("--names", nargs="+", help="leave out the others")
-    tables.add_argument("--plot", metavar="FOLDER", help="also draw AP over occlusion and open gates over visible share (needs matplotlib)")
+    tables.add_argument(
+        "--plot",
+        metavar="FOLDER",
+        help="also draw AP over occlusion and open gates over visible share (needs matplotlib)",
+    )
     return parser.parse_args(arguments)
 
 

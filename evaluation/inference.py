@@ -1,12 +1,19 @@
-"""A model over the videos of a data set: frames decoded ahead, any length, shared out to processes, resumed after a kill.
+"""Run a model over the videos of a data set.
 
-    for video, found in segment_videos(model, videos.videos, device, amp, short_side=360, max_long_side=1333, top_k=20):
-        ...                                               # found: EncodedVideo, see postprocess.py
+    for video, result in segment_videos(model, videos, device, amp_dtype, short_side=360,
+                                        max_long_side=1333, top_k=20):
+        ...  # result: EncodedVideo, see postprocess.py
 
-The results of a video go to a file of their own as soon as it is done (`Unfinished`), and all of them into one results.json at the
-end, in the order of the videos' ids: so it is the same file for any number of processes, and however often the run was killed.
-(To the last bit where sums are made in the same order: on GPUs of one kind, on a CPU with as many threads a process.)
-Upstream: vita/data/ytvis_eval.py. Shape letters as in model.py.
+Worker processes decode frames ahead, and memory does not depend on the length of the videos.
+Several processes can share the videos (`share`), and an interrupted run can be resumed
+(`Unfinished`).
+
+The results of a video are written to a file as soon as the video is done, and joined into one
+results.json at the end, in the order of the video ids. The file is therefore the same for any
+number of processes and interruptions. (It is bitwise the same if sums are computed in the same
+order: on GPUs of one kind, or on a CPU with the same number of threads per process.)
+
+Upstream: vita/data/ytvis_eval.py. Shape letters are declared in model.py.
 """
 import json
 import math
@@ -22,7 +29,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from data import Video, test_frames
+from data import Video, frames_at_test_size
 from evaluation.postprocess import EncodedVideo
 from model import GRAttVIS
 from reading.ids import id_order
@@ -33,73 +40,94 @@ from runtime.processes import broadcast, gather, gather_to_first
 
 
 class FrameBatches(Dataset):
-    """The frames of some videos at test size, `chunk` at a time; no batch holds frames of two videos."""
+    """Frames of videos at test size, in batches that never span two videos.
 
-    def __init__(self, videos: list[Video], short_side: int, max_long_side: int, chunk: int,
+    chunk_size: frames per batch; the last batch of a video may hold fewer.
+    skip_bad: return the InputError of a batch that cannot be read instead of raising it, so that
+        a data loader continues after it.
+    """
+
+    def __init__(self, videos: list[Video], short_side: int, max_long_side: int, chunk_size: int,
                  skip_bad: bool = False):
-        """skip_bad: a batch that cannot be read is an InputError that is returned, not raised:
-        a loader goes on after it."""
-        self.short_side, self.max_long_side, self.chunk = short_side, max_long_side, chunk
+        self.short_side = short_side
+        self.max_long_side = max_long_side
+        self.chunk_size = chunk_size
         self.skip_bad = skip_bad
-        self.parts = [(video, first) for video in videos for first in range(0, len(video.files), chunk)]
+        self.batches = [
+            (video, first)
+            for video in videos
+            for first in range(0, len(video.files), chunk_size)
+        ]
 
     def __len__(self) -> int:
-        return len(self.parts)
+        return len(self.batches)
 
     def __getitem__(self, index: int) -> Tensor | InputError:
-        """uint8 (N, 3, H, W)."""
-        video, first = self.parts[index]
-        files = slice(first, first + self.chunk)
+        """The frames of a batch, uint8 (N, 3, H, W)."""
+        video, first = self.batches[index]
+        chunk = slice(first, first + self.chunk_size)
+        frames = frames_at_test_size(video, self.short_side, self.max_long_side, chunk)
         try:
-            return torch.stack(list(test_frames(video, self.short_side, self.max_long_side, files)))
+            return torch.stack(list(frames))
         except InputError as error:
             if not self.skip_bad:
                 raise
             return error
 
 
-def segment_videos(model: GRAttVIS, videos: list[Video], device: torch.device, amp: torch.dtype, short_side: int,
-                   max_long_side: int, top_k: int, chunk: int = 8, workers: int = 0,
-                   skip_bad: bool = False) -> Iterator[tuple[Video, EncodedVideo | InputError]]:
-    """Every video with its instances, one after the other, with a progress bar.
+def segment_videos(model: GRAttVIS, videos: list[Video], device: torch.device,
+                   amp_dtype: torch.dtype, short_side: int, max_long_side: int, top_k: int,
+                   chunk_size: int = 8, workers: int = 0, skip_bad: bool = False
+                   ) -> Iterator[tuple[Video, EncodedVideo | InputError]]:
+    """Yield each video with its instances, and show a progress bar.
 
-    skip_bad: a video with a frame that cannot be read comes with the InputError that says so,
-        instead of its instances.
-    chunk: frames that are read and handed over together; no result depends on it. workers: processes that decode ahead, 0 = none.
-    Memory does not grow with the length of a video but for its masks' codes.
+    Memory grows with the length of a video only by the run-length codes of its masks.
+
+    Args:
+        short_side, max_long_side: test size in pixels.
+        top_k: instances per video.
+        chunk_size: frames that are loaded together; the results do not depend on it.
+        workers: processes that decode frames ahead; 0 decodes in this process.
+        skip_bad: yield the InputError of a video with an unreadable frame instead of raising it.
+
+    Raises FloatingPointError, naming the video, if outputs are not finite.
     """
-    batches = FrameBatches(videos, short_side, max_long_side, chunk, skip_bad)
+    batches = FrameBatches(videos, short_side, max_long_side, chunk_size, skip_bad)
     total = sum(len(video.files) for video in videos)
-    with (tqdm(total=total, desc="segment", unit="frame", mininterval=1) as bar,
-          closing(read_ahead(batches, workers, device, stoppable=True)) as loaded):
-        loaded = timed(loaded, bar)
+    with (
+        tqdm(total=total, desc="segment", unit="frame", mininterval=1) as bar,
+        closing(read_ahead(batches, workers, device, stoppable=True)) as loaded,
+    ):
+        loaded = with_progress(loaded, bar)
         for video in videos:
-            parts = islice(loaded, math.ceil(len(video.files) / chunk))
+            of_video = islice(loaded, math.ceil(len(video.files) / chunk_size))
             size = video.height, video.width
             try:
-                with torch.autocast(device.type, amp, enabled=amp != torch.float32):
-                    found = model.encode_video(readable(parts), size, top_k)
+                with torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32):
+                    result = model.encode_video(raise_errors(of_video), size, top_k)
             except InputError as error:
                 if not skip_bad:
                     raise
-                found = error.with_traceback(None)  # it would keep all that belongs to the video
-                for _ in parts:  # the rest of the video
+                # The traceback would keep the tensors of the video alive.
+                result = error.with_traceback(None)
+                for _ in of_video:  # skip the rest of the video
                     pass
             except FloatingPointError as error:
                 raise FloatingPointError(f"{video.files[0].parent}: {error}") from error
-            yield video, found
+            yield video, result
 
 
-def readable(batches: Iterator[Tensor | InputError]) -> Iterator[Tensor]:
-    """The batches of a video up to one that could not be read, which is raised."""
+def raise_errors(batches: Iterator[Tensor | InputError]) -> Iterator[Tensor]:
+    """Yield the batches, and raise the first one that is an error."""
     for batch in batches:
         if isinstance(batch, InputError):
             raise batch
         yield batch
 
 
-def timed(batches: Iterator[Tensor | InputError], bar: tqdm) -> Iterator[Tensor | InputError]:
-    """The batches; the bar counts their frames and tells the share of time spent waiting."""
+def with_progress(batches: Iterator[Tensor | InputError], bar: tqdm
+                  ) -> Iterator[Tensor | InputError]:
+    """Yield the batches; the bar counts frames and shows the share of time spent waiting."""
     began = mark = time.perf_counter()
     waited = 0.0
     for batch in batches:
@@ -107,14 +135,18 @@ def timed(batches: Iterator[Tensor | InputError], bar: tqdm) -> Iterator[Tensor 
         waited += now - mark
         bar.set_postfix(waiting=f"{waited / (now - began):.0%}", refresh=False)
         if isinstance(batch, Tensor):
-            bar.update(len(batch))              # now: nobody comes back here after the last
+            bar.update(len(batch))  # before yielding: the generator is not resumed after the last
         yield batch
         mark = time.perf_counter()
 
 
 def share(videos: list[Video], rank: int, world: int) -> list[Video]:
-    """The videos of one process: the longest first, each to the process that has the fewest frames so far."""
-    frames, shares = [0] * world, [[] for _ in range(world)]
+    """The videos of one of `world` processes.
+
+    The longest videos come first, each assigned to the process with the fewest frames so far.
+    """
+    frames = [0] * world
+    shares = [[] for _ in range(world)]
     for video in sorted(videos, key=lambda video: (-len(video.files), id_order(video.id))):
         least = frames.index(min(frames))
         frames[least] += len(video.files)
@@ -122,59 +154,85 @@ def share(videos: list[Video], rank: int, world: int) -> list[Video]:
     return shares[rank]
 
 
-def to_entries(video: Video, found: EncodedVideo, categories: list[tuple[int, str]]) -> list[dict]:
-    """The entries of results.json for one video: one an instance, with a mask for every frame.
+def to_entries(video: Video, result: EncodedVideo, categories: list[tuple[int, str]]
+               ) -> list[dict]:
+    """The entries of results.json for one video, with the ids of the annotation file.
 
-    Ids are those of the annotation file.
+    Each instance is one entry, with one RLE per frame.
     """
-    return [{"video_id": video.id, "score": score, "category_id": categories[label][0], "segmentations": codes}
-            for score, label, codes in zip(found.scores.tolist(), found.labels.tolist(), found.segmentations)]
+    scores = result.scores.tolist()
+    labels = result.labels.tolist()
+    return [
+        {
+            "video_id": video.id,
+            "score": score,
+            "category_id": categories[label][0],
+            "segmentations": codes,
+        }
+        for score, label, codes in zip(scores, labels, result.segmentations)
+    ]
 
 
 class Unfinished:
-    """The results so far, one file per video, in a folder that is removed once they are joined."""
+    """The results so far, in a folder with one file per video.
+
+    The folder is removed once the results are joined into one file.
+
+    setting: everything the results depend on, as JSON. Raises InputError if the folder holds
+        results of another setting.
+    """
 
     def __init__(self, folder: Path, setting: dict):
-        """setting: all that the results depend on. InputError if the folder has those of another.
-        """
         self.folder = folder
         path = folder / "setting.json"
         if not path.exists():
             folder.mkdir(parents=True, exist_ok=True)
             save_json(path, setting)
             return
-        found = read_json(path)
-        differing = [name for name in setting | found if setting.get(name) != found.get(name)]
+        before = read_json(path)
+        differing = [name for name in setting | before if setting.get(name) != before.get(name)]
         if differing:
-            raise InputError(f"{folder} holds unfinished results of another setting "
-                             f"({', '.join(differing)} differ): finish that run, remove the "
-                             "folder, or give another --output")
+            raise InputError(
+                f"{folder} holds unfinished results of another setting "
+                f"({', '.join(differing)} differ): finish that run, remove the folder, or give "
+                "another --output"
+            )
 
     def path(self, video: Video) -> Path:
         return self.folder / f"{video.name}.json"
 
     def remaining(self, videos: list[Video]) -> list[Video]:
-        """The videos that no process has results of."""
-        done = set().union(*gather({video.id for video in videos if self.path(video).exists()}))
+        """The videos without results in any process."""
+        here = {video.id for video in videos if self.path(video).exists()}
+        done = set().union(*gather(here))
         return [video for video in videos if video.id not in done]
 
-    def save(self, video: Video, found: EncodedVideo) -> None:
-        """Write a video's results, whole or not at all."""
-        contents = {"scores": found.scores.tolist(), "labels": found.labels.tolist(),
-                    "track_ids": found.track_ids.tolist(), "segmentations": found.segmentations,
-                    "gates": found.gates.tolist(), "gates_shape": list(found.gates.shape)}
+    def save(self, video: Video, result: EncodedVideo) -> None:
+        """Write the results of a video atomically."""
+        contents = {
+            "scores": result.scores.tolist(),
+            "labels": result.labels.tolist(),
+            "track_ids": result.track_ids.tolist(),
+            "segmentations": result.segmentations,
+            "gates": result.gates.tolist(),
+            "gates_shape": list(result.gates.shape),
+        }
         save_json(self.path(video), contents, indent=None)
 
     def load(self, video: Video) -> EncodedVideo:
-        """A video's results; numbers are exactly those that were saved."""
+        """The results of a video, with exactly the numbers that were saved."""
         contents = read_json(self.path(video))
-        gates = torch.tensor(contents["gates"], dtype=torch.bool).view(contents["gates_shape"])
-        return EncodedVideo(torch.tensor(contents["scores"], dtype=torch.float64),
-                            torch.tensor(contents["labels"]), torch.tensor(contents["track_ids"]),
-                            contents["segmentations"], gates)
+        gates = torch.tensor(contents["gates"], dtype=torch.bool)
+        return EncodedVideo(
+            scores=torch.tensor(contents["scores"], dtype=torch.float64),
+            labels=torch.tensor(contents["labels"]),
+            track_ids=torch.tensor(contents["track_ids"]),
+            segmentations=contents["segmentations"],
+            gates=gates.view(contents["gates_shape"]),
+        )
 
     def collect(self, videos: list[Video]) -> None:
-        """Copy to rank 0 what other machines have in folders of their own."""
+        """Copy the results that other machines wrote to folders of their own to rank 0."""
         missing = broadcast({video.id for video in videos if not self.path(video).exists()})
         here = [video for video in videos if video.id in missing and self.path(video).exists()]
         received = gather_to_first({video.id: read_json(self.path(video)) for video in here})
@@ -184,7 +242,7 @@ class Unfinished:
                     save_json(self.path(video), results[video.id], indent=None)
 
     def join(self, videos: list[Video], categories: list[tuple], path: Path) -> None:
-        """Write the results of all videos into one file, a video at a time."""
+        """Write the results of all videos into one file, one video at a time."""
         with atomic_write(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
             start = "["
             for video in videos:
@@ -194,7 +252,11 @@ class Unfinished:
             file.write("[]\n" if start == "[" else "]\n")
 
     def remove(self) -> None:
-        """Remove the folder; half removed, it would be taken for unfinished, so rename it first."""
+        """Remove the folder.
+
+        It is renamed first: if removal is interrupted, the rest must not look like unfinished
+        results.
+        """
         done = self.folder.with_name(self.folder.name + ".done")
         if done.exists():
             shutil.rmtree(done)

@@ -1,12 +1,18 @@
-"""Masks as run-length codes, the form of results.json: whole batches at once, on the device that the masks are on.
+"""Run-length encoding of masks (COCO RLE), batched, on the device of the masks.
 
-    codes = encode(masks)                       # bool (N, H, W) -> N times {"size": [H, W], "counts": "..."}
-    fault = find_fault([code["counts"] for code in codes], [H * W] * N)     # None, or the first bad one and what is wrong
-    kept = PackedCodes(each); kept.add(encode_counts(masks)); kept.take(some)   # many codes of which few will be asked for
+    rles = encode(masks)             # bool (N, H, W) -> N times {"size": [H, W], "counts": "..."}
+    fault = find_fault([rle["counts"] for rle in rles], [H * W] * N)  # None, or the first error
+    packed = PackedCodes(each)       # compact storage for many codes of which few are needed
+    packed.add(encode_counts(masks))
+    codes = packed.take(chosen)
 
-A code lists the lengths of the runs of a mask read column by column, background first (0 if it starts with the object); a
-run from the fourth on is written as its difference to the one before the last, five bits a character. Source of the format:
-cocoapi, common/maskApi.c, whose codes these are to the last character (tests/test_run_length.py). Only codes leave a GPU, no pixels.
+A code ("counts") lists the lengths of the runs of a mask in column-major order, background first
+(0 if the first pixel is foreground). From the fourth run on, a run is stored as the difference to
+the run before the last. Each number takes five bits per character. Source: cocoapi,
+common/maskApi.c; codes are identical to the last character (tests/test_run_length.py). On a GPU,
+only the codes are copied to the CPU, never the pixels.
+
+Letters: N masks of H x W pixels, R runs of all masks together.
 """
 import math
 from concurrent.futures import ThreadPoolExecutor
@@ -15,53 +21,74 @@ import numpy as np
 import torch
 from torch import Tensor
 
-ENCODED_AT_ONCE = 2 ** 28                           # pixels
-SEARCHED_AT_ONCE = {np: 2 ** 21, torch: 2 ** 28}    # pixels; fewer stay in a CPU's cache
-THREADS = 2                                         # more wait for one another, at the lock of the interpreter
-CHECKED_AT_ONCE = 256                               # codes
-LONGEST_RUN = 7                                     # characters: 2 ** 34 pixels
-FOREIGN, UNFILLED = "it holds a character that no code has", "its runs do not fill the frame"
+MAX_ENCODED_PIXELS = 2 ** 28                           # per call of encode_chunk on a GPU
+MAX_SEARCHED_PIXELS = {np: 2 ** 21, torch: 2 ** 28}    # per step; 2 ** 21 fit into a CPU's cache
+MAX_CHECKED_CODES = 256                                # per step of find_fault
+MAX_RUN_CHARACTERS = 7                                 # enough for 2 ** 34 pixels
+THREADS = 2                                            # more threads wait for the interpreter lock
+FOREIGN = "it holds a character that no code has"
+UNFILLED = "its runs do not fill the frame"
 Array = Tensor | np.ndarray
 
 
 def encode(masks: Tensor) -> list[dict]:
-    """bool (N, H, W) on any device -> N run-length codes as results.json holds them."""
+    """bool (N, H, W) on any device -> N RLE dicts in the format of results.json."""
     size = list(masks.shape[1:])
     return [{"size": size, "counts": code.decode()} for code in encode_counts(masks)]
 
 
 def encode_counts(masks: Tensor) -> list[bytes]:
-    """bool (N, H, W) on any device -> the counts of N run-length codes."""
+    """bool (N, H, W) on any device -> the "counts" of N RLEs.
+
+    Raises ValueError for any other shape or dtype.
+    """
     if masks.ndim != 3 or masks.dtype != torch.bool:
-        raise ValueError(f"masks must be bool of shape (N, H, W), not {masks.dtype} {tuple(masks.shape)}")
+        shape = tuple(masks.shape)
+        raise ValueError(f"masks must be bool of shape (N, H, W), not {masks.dtype} {shape}")
     if not masks.numel():
         return [b"0"] * len(masks)
     if masks.is_cuda:
-        masks = masks.contiguous() if masks.storage_offset() % 8 == 0 else masks.clone(memory_format=torch.contiguous_format)
-        with masks.device:                                    # aligned, to be read as words
-            return [code for part in masks.split(-(-ENCODED_AT_ONCE // masks[0].numel())) for code in encode_part(part)]
-    parts = masks.chunk(THREADS)                              # NumPy is twice as fast as PyTorch on a CPU, but with one thread
-    with ThreadPoolExecutor(len(parts)) as pool:
-        return [code for codes in pool.map(encode_part, map(np.ascontiguousarray, parts)) for code in codes]
+        return encode_cuda(masks)
+    # On a CPU, NumPy is twice as fast as PyTorch, but uses one thread only.
+    chunks = [np.ascontiguousarray(chunk) for chunk in masks.chunk(THREADS)]
+    with ThreadPoolExecutor(len(chunks)) as pool:
+        return [code for codes in pool.map(encode_chunk, chunks) for code in codes]
 
 
-def encode_part(masks: Array) -> list[bytes]:
-    """The counts of so many masks as fit into memory several times."""
+def encode_cuda(masks: Tensor) -> list[bytes]:
+    """encode_counts for masks on a GPU, in chunks that fit into memory."""
+    # Contiguous and aligned, because rows are viewed as 64-bit words.
+    if masks.storage_offset() % 8 == 0:
+        masks = masks.contiguous()
+    else:
+        masks = masks.clone(memory_format=torch.contiguous_format)
+    chunk_size = math.ceil(MAX_ENCODED_PIXELS / masks[0].numel())
+    with masks.device:
+        return [code for chunk in masks.split(chunk_size) for code in encode_chunk(chunk)]
+
+
+def encode_chunk(masks: Array) -> list[bytes]:
+    """bool (N, H, W) -> N codes; temporary memory is several times that of the masks."""
     characters, ends = compress(*find_runs(masks))
-    blob, ends = np.asarray(characters.cpu() if isinstance(characters, Tensor) else characters).tobytes(), ends.tolist()
-    return [blob[start:end] for start, end in zip([0, *ends], ends)]
+    if isinstance(characters, Tensor):
+        characters = characters.cpu().numpy()
+    text = characters.tobytes()
+    ends = ends.tolist()
+    return [text[start:end] for start, end in zip([0, *ends], ends)]
 
 
-# Where NumPy and PyTorch have one name for a thing, one text serves both; these are the others.
+# The code below runs on NumPy arrays and on tensors. These functions cover what differs.
 
-def library(array: Array):
-    """torch or numpy."""
+def array_namespace(array: Array):
+    """The module torch or numpy, called `xp` below."""
     return torch if isinstance(array, Tensor) else np
 
 
-def nonzero(found: Array) -> Array:
-    """The places of True in the flattened array."""
-    return found.reshape(-1).nonzero().squeeze(1) if isinstance(found, Tensor) else np.flatnonzero(found)
+def nonzero(array: Array) -> Array:
+    """Indices of the nonzero elements of the flattened array."""
+    if isinstance(array, Tensor):
+        return array.reshape(-1).nonzero().squeeze(1)
+    return np.flatnonzero(array)
 
 
 def sort(array: Array) -> Array:
@@ -70,122 +97,181 @@ def sort(array: Array) -> Array:
 
 
 def repeat(array: Array, times: Array, total: int) -> Array:
-    """Every value so many times; `total` is the sum of the times."""
-    return torch.repeat_interleave(array, times, output_size=total) if isinstance(array, Tensor) else np.repeat(array, times)
+    """Repeat each value `times` times; total = times.sum()."""
+    if isinstance(array, Tensor):
+        return torch.repeat_interleave(array, times, output_size=total)
+    return np.repeat(array, times)
 
 
 def differences(array: Array) -> Array:
-    """Every value less the one before it, the first as it is."""
-    result = array - library(array).roll(array, 1)
+    """Each value minus the one before it; the first value is unchanged."""
+    result = array - array_namespace(array).roll(array, 1)
     result[:1] = array[:1]
     return result
 
 
 def find_runs(masks: Array) -> tuple[Array, Array]:
-    """bool (N, H, W) -> the runs of all masks (R,) int64, and how many each mask has (N,) int64."""
-    xp = library(masks)
+    """bool (N, H, W) -> the runs of all masks (R,) int64, and the runs per mask (N,) int64."""
+    xp = array_namespace(masks)
     count, height, width = masks.shape
-    bounds = sort(find_changes(masks))
-    ends = xp.arange(1, count + 1) * (height * width)
-    before = xp.searchsorted(bounds, ends)                    # changes of this mask and the ones before it
-    last = before + xp.arange(count)                          # every mask ends with a bound, which is where the next one begins
-    every = xp.empty(len(bounds) + count, dtype=xp.int64)
-    inner = xp.ones(len(every), dtype=xp.bool)
-    inner[last] = False
-    every[inner], every[last] = bounds, ends
-    return differences(every), differences(last + 1)
+    changes = sort(find_changes(masks))
+    mask_ends = xp.arange(1, count + 1) * (height * width)
+    # A run ends at every change inside a mask and at the end of every mask.
+    changes_before = xp.searchsorted(changes, mask_ends)  # up to the end of each mask
+    last = changes_before + xp.arange(count)              # index of the last run of each mask
+    run_ends = xp.empty(len(changes) + count, dtype=xp.int64)
+    is_inner = xp.ones(len(run_ends), dtype=xp.bool)
+    is_inner[last] = False
+    run_ends[is_inner] = changes
+    run_ends[last] = mask_ends
+    return differences(run_ends), differences(last + 1)
 
 
 def find_changes(masks: Array) -> Array:
-    """bool (N, H, W) -> the pixels that differ from the one before, counted down the columns, through all masks; in any order.
+    """Pixels that differ from the pixel before them, in column-major order through all masks.
 
-    Rows are compared in words of up to eight pixels, few of which differ.
+    masks: bool (N, H, W). The pixel before the first one of a mask counts as background.
+    Returns indices mask * H * W + column * H + row, int64, unsorted.
     """
-    xp = library(masks)
+    xp = array_namespace(masks)
+    height, width = masks.shape[1:]
+    lower = vertical_changes(masks)
+    row = lower // width  # counted through all masks
+    column = lower % width
+    inside = (row // height * width + column) * height + row % height
+
+    # The first pixel of a column follows the last pixel of the column to the left.
+    bottom = masks[:, -1]
+    background = xp.zeros_like(bottom[:, :1])
+    before_top = xp.concatenate((background, bottom[:, :-1]), 1)
+    top = nonzero(masks[:, 0] ^ before_top)  # mask * W + column
+    return xp.concatenate((inside, top * height))
+
+
+def vertical_changes(masks: Array) -> Array:
+    """Pixels that differ from the pixel above: indices of the flattened masks, int64.
+
+    Rows are compared in words of up to eight pixels, because few words differ.
+    """
+    xp = array_namespace(masks)
     count, height, width = masks.shape
-    wide = math.gcd(width, 8)
-    words, line = masks.view({1: xp.uint8, 2: xp.int16, 4: xp.int32, 8: xp.int64}[wide]), width // wide  # (N, H, line)
-    flat, part, found = words.reshape(-1), max(1, SEARCHED_AT_ONCE[xp] // (height * width)), []
-    differs = xp.empty_like(words[:part, 1:], dtype=xp.bool)
-    for begin in range(0, count, part):
-        some = words[begin:begin + part]
-        place = nonzero(xp.not_equal(some[:, 1:], some[:, :-1], out=differs[:len(some)]))
-        if len(place):
-            word = begin * height * line + place + (place // ((height - 1) * line) + 1) * line   # the lower of the two
-            byte = nonzero((flat[word] ^ flat[word - line]).view(xp.bool))
-            found.append(word[byte // wide] * wide + byte % wide)
-    inner = xp.concatenate(found) if found else xp.empty(0, dtype=xp.int64)
-    row, column = inner // width, inner % width               # row: of all masks
-    before = xp.concatenate((xp.zeros_like(masks[:, -1, :1]), masks[:, -1, :-1]), 1)     # before the first pixel lies background
-    top = nonzero(masks[:, 0] ^ before)                       # mask * width + column
-    return xp.concatenate(((row // height * width + column) * height + row % height, top * height))
+    word_size = math.gcd(width, 8)
+    word_type = {1: xp.uint8, 2: xp.int16, 4: xp.int32, 8: xp.int64}[word_size]
+    words = masks.view(word_type)  # (N, H, words_per_row)
+    words_per_row = width // word_size
+    flat = words.reshape(-1)
+    chunk_size = max(1, MAX_SEARCHED_PIXELS[xp] // (height * width))
+    differs = xp.empty_like(words[:chunk_size, 1:], dtype=xp.bool)
+    changes = []
+    for begin in range(0, count, chunk_size):
+        chunk = words[begin:begin + chunk_size]
+        place = nonzero(xp.not_equal(chunk[:, 1:], chunk[:, :-1], out=differs[:len(chunk)]))
+        if not len(place):
+            continue
+        # `place` counts without the first row of each mask; `word` is the lower of the two.
+        skipped_rows = place // ((height - 1) * words_per_row) + 1
+        word = begin * height * words_per_row + place + skipped_rows * words_per_row
+        pixel = nonzero((flat[word] ^ flat[word - words_per_row]).view(xp.bool))
+        changes.append(word[pixel // word_size] * word_size + pixel % word_size)
+    return xp.concatenate(changes) if changes else xp.empty(0, dtype=xp.int64)
 
 
 def compress(runs: Array, runs_each: Array) -> tuple[Array, Array]:
-    """Runs (R,) of N masks that have runs_each (N,) -> characters (uint8) of all codes, and where each code ends (N,)."""
-    xp = library(runs)
-    ends = xp.cumsum(runs_each, 0)
+    """Encode the runs of N masks.
+
+    runs: (R,) int64. runs_each: (N,) int64, the number of runs of each mask.
+    Returns the characters of all codes (uint8), and the end of each code (N,).
+    """
+    xp = array_namespace(runs)
+    code_ends = xp.cumsum(runs_each, 0)
     number = xp.arange(len(runs))
-    first = repeat(ends - runs_each, runs_each, len(runs))
-    values = xp.where(number - first > 2, runs - xp.roll(runs, 2), runs)      # the first three are written as they are
+    first = repeat(code_ends - runs_each, runs_each, len(runs))
+    # The first three runs of a mask are stored as they are.
+    values = xp.where(number - first > 2, runs - xp.roll(runs, 2), runs)
+
+    # The last character holds four bits and the sign, each of the others five bits.
     magnitude = xp.where(values < 0, ~values, values)
-    length, bits, most = xp.ones_like(values), 4, int(magnitude.max())        # characters: four bits and the sign, then five each
-    while most >> bits:
+    largest = int(magnitude.max())
+    length = xp.ones_like(values)
+    bits = 4
+    while largest >> bits:
         length += magnitude >> bits > 0
         bits += 5
-    stop = xp.cumsum(length, 0)
-    total = int(stop[-1])
-    owner = repeat(number, length, total)
-    left = stop[owner] - xp.arange(1, total + 1)              # characters of the run that follow
+
+    ends = xp.cumsum(length, 0)
+    total = int(ends[-1])
+    run = repeat(number, length, total)                 # the run of each character
+    remaining = ends[run] - xp.arange(1, total + 1)     # characters of the run that follow
+    shift = 5 * (length[run] - 1 - remaining)
+    five_bits = values[run] >> shift & 31
+    more = remaining > 0
     characters = xp.empty(total, dtype=xp.uint8)
-    characters[:] = (values[owner] >> 5 * (length[owner] - 1 - left) & 31) + 48 + 32 * (left > 0)
-    return characters, stop[ends - 1]
+    characters[:] = five_bits + 32 * more + 48
+    return characters, ends[code_ends - 1]
 
 
 class PackedCodes:
-    """Many codes in three quarters of their memory: a character has six bits, so the bits of every fourth lie on top of three others.
+    """Stores many codes in three quarters of their size.
 
-    each: codes come in turn, one for each of so many things; those of some of them are what is asked for in the end."""
+    A character has six significant bits, so the bits of every fourth character fit into the two
+    unused bits of three others.
+
+    each: codes are added in turn, one for each of `each` instances. `take` returns the codes of
+        some of the instances.
+    """
 
     def __init__(self, each: int):
-        self.each, self.parts = each, []
+        self.each = each
+        self.packed = []  # (three of four characters with the bits of the fourth, code ends)
 
     def add(self, codes: list[bytes]) -> None:
-        """The next codes of all things, once or several times in turn."""
+        """Add the next codes of all instances, for one or several frames."""
         ends = np.cumsum([len(code) for code in codes]).astype(np.uint32)
-        characters = np.frombuffer(b"".join(codes).ljust(-(-int(ends[-1]) // 4) * 4, b"0"), np.uint8) - np.uint8(48)
+        padded = math.ceil(int(ends[-1]) / 4) * 4
+        text = b"".join(codes).ljust(padded, b"0")
+        characters = np.frombuffer(text, np.uint8) - np.uint8(48)
         *three, fourth = characters.reshape(4, -1)
-        self.parts.append((np.stack([low | fourth << 2 * place & 192 for place, low in enumerate(three, 1)]), ends))
+        three = [low | fourth << 2 * place & 192 for place, low in enumerate(three, 1)]
+        self.packed.append((np.stack(three), ends))
 
     def take(self, chosen: list[int]) -> list[list[str]]:
-        """All codes of each chosen thing; the store is empty afterwards, and gives its memory back on the way."""
-        found = {thing: [] for thing in chosen}
-        self.parts.reverse()
-        while self.parts:
-            three, ends = self.parts.pop()
+        """All codes of each chosen instance.
+
+        The storage is emptied, and its memory is freed on the way.
+        """
+        codes = {instance: [] for instance in chosen}
+        self.packed.reverse()
+        while self.packed:
+            three, ends = self.packed.pop()
             fourth = sum((high & 192) >> 2 * place for place, high in enumerate(three, 1))
-            text, ends = str((np.vstack((three & 63, fourth)) + 48).tobytes(), "ascii"), [0, *ends.tolist()]
-            for thing, codes in found.items():
-                codes += [text[ends[place]:ends[place + 1]] for place in range(thing, len(ends) - 1, self.each)]
-        return [found[thing] for thing in chosen]
+            characters = np.vstack((three & 63, fourth)) + 48
+            text = str(characters.tobytes(), "ascii")
+            ends = [0, *ends.tolist()]
+            for instance in codes:
+                for index in range(instance, len(ends) - 1, self.each):
+                    codes[instance].append(text[ends[index]:ends[index + 1]])
+        return [codes[instance] for instance in chosen]
 
 
 def decode_runs(codes: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
-    """The counts of N codes, each with an end -> the runs of all (R,) int64, and how many each has (N,) int64."""
+    """N complete codes -> the runs of all (R,) int64, and the runs per code (N,) int64."""
     characters = np.frombuffer(b"".join(codes), np.uint8).astype(np.int64) - 48
-    final = characters & 32 == 0                              # the last character of a run
-    start = np.flatnonzero(np.concatenate(([True], final[:-1])))
+    is_last = characters & 32 == 0  # the last character of a run
+    start = np.flatnonzero(np.concatenate(([True], is_last[:-1])))
     length = np.diff(np.append(start, len(characters)))
     shift = 5 * (np.arange(len(characters)) - np.repeat(start, length))
     values = np.add.reduceat((characters & 31) << shift, start)
-    values -= np.where(characters[final] & 16, 1 << 5 * length, 0)
+    is_negative = characters[is_last] & 16
+    values -= np.where(is_negative, 1 << 5 * length, 0)
 
     code_ends = np.cumsum([len(code) for code in codes])
     runs_each = np.diff(np.searchsorted(start, code_ends), prepend=0)
     first = np.cumsum(runs_each) - runs_each
     place = np.arange(len(values)) - np.repeat(first, runs_each)
     runs = values.copy()
-    for parity in (0, 1):                                     # every other run adds up, from the second and the third on
+    # Undo the differences to the run before the last: a sum over every other run of a code,
+    # starting with the second and with the third one.
+    for parity in (0, 1):
         chain = (place % 2 == parity) & (place > 0)
         total = np.cumsum(np.where(chain, values, 0))
         before = np.concatenate(([0], total))[first]
@@ -194,32 +280,62 @@ def decode_runs(codes: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def find_fault(codes: list[str | bytes], pixels: list[int]) -> tuple[int, str] | None:
-    """One of N codes that is not that of a mask of so many pixels, and what is wrong; None if all are right.
+    """Find the first of N codes that does not encode a mask of the given number of pixels.
 
-    pycocotools reads on past the end of a wrong code, into memory that is not its own or for ever.
+    pycocotools must not see such a code: it would read beyond the end of the buffer.
+
+    Returns its index and what is wrong, or None if all codes are valid.
     """
-    for begin in range(0, len(codes), CHECKED_AT_ONCE):
-        some = codes[begin:begin + CHECKED_AT_ONCE]
-        some = [code.encode() if isinstance(code, str) and code.isascii() else code for code in some]
-        for index, code in enumerate(some):
-            if not isinstance(code, (bytes, str)):
-                return begin + index, f"its counts are a {type(code).__name__}"
-            if isinstance(code, str):
-                return begin + index, FOREIGN
-            if not code or code[-1] - 48 & 32:
-                return begin + index, "its last run has no end"
-        characters, code_ends = np.frombuffer(b"".join(some), np.uint8), np.cumsum([len(code) for code in some])
-        last = np.flatnonzero(characters - np.uint8(48) & 32 == 0)                  # of each run
-        for wrong, fault in ((np.flatnonzero((characters < 48) | (characters > 111)), FOREIGN),
-                             (last[np.diff(last, prepend=-1) > LONGEST_RUN], UNFILLED)):
-            if len(wrong):
-                return begin + int(np.searchsorted(code_ends, wrong[0], side="right")), fault
-        runs, runs_each = decode_runs(some)
-        first = np.cumsum(runs_each) - runs_each
-        expected = np.array(pixels[begin:begin + CHECKED_AT_ONCE])
-        # None longer than the frame, or the sum of many could wrap round to any number.
-        wrong = (np.minimum.reduceat(runs, first) < 0) | (np.maximum.reduceat(runs, first) > expected)
-        wrong |= np.add.reduceat(runs, first) != expected
-        if wrong.any():
-            return begin + int(wrong.argmax()), UNFILLED
+    for begin in range(0, len(codes), MAX_CHECKED_CODES):
+        chunk = [to_bytes(code) for code in codes[begin:begin + MAX_CHECKED_CODES]]
+        expected = np.array(pixels[begin:begin + MAX_CHECKED_CODES])
+        fault = (
+            find_incomplete(chunk)
+            or find_wrong_characters(chunk)
+            or find_wrong_sum(chunk, expected)
+        )
+        if fault:
+            index, reason = fault
+            return begin + index, reason
     return None
+
+
+def to_bytes(code):
+    """ASCII text as bytes; anything else is returned unchanged."""
+    return code.encode() if isinstance(code, str) and code.isascii() else code
+
+
+def find_incomplete(codes: list) -> tuple[int, str] | None:
+    """The first code that is not bytes or ends inside a run."""
+    for index, code in enumerate(codes):
+        if isinstance(code, str):
+            return index, FOREIGN
+        if not isinstance(code, bytes):
+            return index, f"its counts are a {type(code).__name__}"
+        if not code or code[-1] - 48 & 32:
+            return index, "its last run has no end"
+    return None
+
+
+def find_wrong_characters(codes: list[bytes]) -> tuple[int, str] | None:
+    """The first code with an invalid character or with a run of too many characters."""
+    characters = np.frombuffer(b"".join(codes), np.uint8)
+    code_ends = np.cumsum([len(code) for code in codes])
+    run_ends = np.flatnonzero(characters - np.uint8(48) & 32 == 0)
+    foreign = np.flatnonzero((characters < 48) | (characters > 111))
+    too_long = run_ends[np.diff(run_ends, prepend=-1) > MAX_RUN_CHARACTERS]
+    for wrong, reason in ((foreign, FOREIGN), (too_long, UNFILLED)):
+        if len(wrong):
+            return int(np.searchsorted(code_ends, wrong[0], side="right")), reason
+    return None
+
+
+def find_wrong_sum(codes: list[bytes], pixels: np.ndarray) -> tuple[int, str] | None:
+    """The first code whose runs do not add up to its number of pixels (N,)."""
+    runs, runs_each = decode_runs(codes)
+    first = np.cumsum(runs_each) - runs_each
+    # Runs longer than the frame are excluded, because their sum could overflow to any number.
+    too_short = np.minimum.reduceat(runs, first) < 0
+    too_long = np.maximum.reduceat(runs, first) > pixels
+    wrong = too_short | too_long | (np.add.reduceat(runs, first) != pixels)
+    return (int(wrong.argmax()), UNFILLED) if wrong.any() else None

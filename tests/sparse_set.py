@@ -74,7 +74,10 @@ def part_of_set(*video_ids: int) -> dict:
     content = sparse_content()
     return content | {
         "videos": [video for video in content["videos"] if video["id"] in video_ids],
-        "annotations": [entry for entry in content["annotations"] if entry["video_id"] in video_ids]}
+        "annotations": [
+            entry for entry in content["annotations"] if entry["video_id"] in video_ids
+        ],
+    }
 
 
 def write_sparse_set(folder: Path) -> dict:

@@ -1,6 +1,8 @@
-"""Rotation and large-scale jitter: masks stay on the pixels they belong to, and a clip shares what it should share.
+"""Rotation and large-scale jitter: masks stay on the pixels they belong to, and a clip shares what
+it should share.
 
-Flips, resizing and crops are in test_data.py, on the same painted clip: a red and a green rectangle on black.
+Flips, resizing and crops are in test_data.py, on the same painted clip: a red and a green rectangle
+on black.
 """
 import math
 
@@ -14,7 +16,7 @@ from torchvision import tv_tensors
 from augmentation import Augmentation, short_side_size
 
 TURNED = Augmentation(short_sides=(2 * HEIGHT,), flip=False, rotation=15)
-JITTERED = Augmentation(short_sides=(), jitter=64, rotation=15)
+JITTERED = Augmentation(short_sides=(), lsj_size=64, rotation=15)
 
 
 def generators(count):
@@ -27,7 +29,9 @@ def test_masks_stay_on_their_pixels(augmentation, outline):
     checked = 0
     for generator in generators(40):
         frames, masks = augmentation(*painted_clip(), generator)
-        assert frames.dtype == torch.uint8 and masks.dtype == torch.bool and masks.shape[2:] == frames.shape[2:]
+        assert frames.dtype == torch.uint8
+        assert masks.dtype == torch.bool
+        assert masks.shape[2:] == frames.shape[2:]
         for category, instance in zip((RED, GREEN), masks):
             for frame, mask in zip(frames, instance.numpy(), strict=True):
                 coloured = is_colour(frame, category)
@@ -39,7 +43,9 @@ def test_masks_stay_on_their_pixels(augmentation, outline):
 
 
 def angle_of(mask, upright):
-    """Degrees, counter-clockwise, of a turned elongated shape against the upright one, by its principal axis."""
+    """Degrees, counter-clockwise, of a turned elongated shape against the upright one, by its
+    principal axis.
+    """
     def axis(shape):
         rows, columns = numpy.nonzero(shape)
         spread = numpy.cov(columns, -rows)
@@ -59,7 +65,8 @@ def test_the_angle_drifts_one_way_about_one_centre():
         assert (steps >= -0.3).all() or (steps <= 0.3).all()     # but for the pixels of the outline
         largest = max(largest, numpy.abs(angles).max())
         trends.append(numpy.sign(steps.sum()))
-        # the bar's middle moves on a circle about a centre within a tenth of the side: at most 15 degrees' worth
+        # the bar's middle moves on a circle about a centre within a tenth of the side: at most 15
+        # degrees' worth
         middles = numpy.array([center_of_mass(mask.numpy()) for mask in masks[0]])
         assert numpy.abs(middles - 99.5).max() <= 20 * math.sqrt(2) * math.radians(15) + 1
         assert (turned[:, 0] > 100)[masks[0]].float().mean() > 0.97
@@ -67,20 +74,29 @@ def test_the_angle_drifts_one_way_about_one_centre():
 
 
 def test_jitter_fills_a_square():
-    """Small pictures lie at the top left of a grey square, large ones are cut; all frames of a clip share the window."""
+    """Small pictures lie at the top left of a grey square, large ones are cut.
+
+    All frames of a clip share the window.
+    """
     scales = []
     for generator in generators(60):
         white = torch.full((2, 3, 40, 80), 255, dtype=torch.uint8)
-        frames, masks = Augmentation(short_sides=(), jitter=64)(
-            tv_tensors.Video(white), tv_tensors.Mask(torch.ones(1, 2, 40, 80, dtype=torch.bool)), generator)
-        assert frames.shape == (2, 3, 64, 64) and torch.equal(frames[0], frames[1]) and torch.equal(masks[:, 0], masks[:, 1])
+        frames, masks = Augmentation(short_sides=(), lsj_size=64)(
+            tv_tensors.Video(white),
+            tv_tensors.Mask(torch.ones(1, 2, 40, 80, dtype=torch.bool)),
+            generator,
+        )
+        assert frames.shape == (2, 3, 64, 64)
+        assert torch.equal(frames[0], frames[1])
+        assert torch.equal(masks[:, 0], masks[:, 1])
         inside = frames[0, 0] == 255
         assert torch.equal(inside, masks[0, 0]) and (frames[0][:, ~inside] == 128).all()
         height, width = int(inside[:, 0].sum()), int(inside[0].sum())
         assert inside[:height, :width].all() and inside.sum() == height * width
         scales.append(width / 64)
         assert height == pytest.approx(min(width / 2, 64), abs=1) or width == 64
-    assert min(scales) < 0.3 and 0.3 < numpy.mean(numpy.array(scales) == 1) < 0.75     # scale above 1: half of 0.1 .. 2
+    # Scale above 1: half of 0.1 .. 2.
+    assert min(scales) < 0.3 and 0.3 < numpy.mean(numpy.array(scales) == 1) < 0.75
 
 
 def test_where_a_large_picture_is_cut():
@@ -88,7 +104,7 @@ def test_where_a_large_picture_is_cut():
     ramp = torch.arange(64, dtype=torch.uint8).mul(4).expand(1, 3, 64, 64)
     first_columns = set()
     for generator in generators(60):
-        frames, masks = Augmentation(short_sides=(), flip=False, jitter=64)(
+        frames, masks = Augmentation(short_sides=(), flip=False, lsj_size=64)(
             tv_tensors.Video(ramp), tv_tensors.Mask((ramp[None, :, 0] >= 128)), generator)
         if masks.shape[-1] == 64 and (frames != 128).all(1).all():
             first_columns.add(int(frames[0, 0, 0, 0]) // 16)
@@ -108,7 +124,7 @@ SETTINGS = {"resized": Augmentation((48,), rotation=15),
             "cut": Augmentation((48,), crop_short_sides=(40,), crop_size=(10, 600)),
             "cut to a share": Augmentation((48,), crop_short_sides=(1,), crop_size=(0.01, 0.1),
                                            crop_relative=True),
-            "jittered": Augmentation((), jitter=64, rotation=15)}
+            "jittered": Augmentation((), lsj_size=64, rotation=15)}
 
 
 @pytest.mark.parametrize("height, width", SHAPES)
@@ -133,13 +149,24 @@ def test_no_side_is_resized_to_nothing(height, width, expected):
 
 def ramps(height, width, frames=1):
     """Red is the column and green the row, in shares of 255 that may lie between two pixels."""
-    columns, rows = torch.meshgrid(torch.linspace(0, 255, width), torch.linspace(0, 255, height), indexing="xy")
+    columns, rows = torch.meshgrid(
+        torch.linspace(0, 255, width), torch.linspace(0, 255, height), indexing="xy"
+    )
     picture = torch.stack((columns, rows, 0 * rows)).round().to(torch.uint8)
-    return tv_tensors.Video(picture.expand(frames, -1, -1, -1)), tv_tensors.Mask(torch.ones(1, frames, height, width, dtype=torch.bool))
+    return tv_tensors.Video(picture.expand(frames, -1, -1, -1)), tv_tensors.Mask(
+        torch.ones(1, frames, height, width, dtype=torch.bool)
+    )
 
 
-@pytest.mark.parametrize("size, short, longest, expected", [
-    ((48, 192), 40, 80, (20, 80)), ((192, 48), 40, 80, (80, 20)), ((48, 64), 24, 80, (24, 32)), ((50, 50), 90, 60, (60, 60))])
+@pytest.mark.parametrize(
+    "size, short, longest, expected",
+    [
+        ((48, 192), 40, 80, (20, 80)),
+        ((192, 48), 40, 80, (80, 20)),
+        ((48, 64), 24, 80, (24, 32)),
+        ((50, 50), 90, 60, (60, 60)),
+    ],
+)
 def test_the_long_side_has_a_limit(size, short, longest, expected):
     resizing = Augmentation(short_sides=(short,), max_long_side=longest, flip=False)
     frames, masks = resizing(*ramps(*size), numpy.random.default_rng(0))
@@ -147,8 +174,16 @@ def test_the_long_side_has_a_limit(size, short, longest, expected):
 
 
 def test_the_long_side_before_a_crop_has_a_limit_of_its_own():
-    """Three times as wide as high: 1333 pixels instead of 1500 wide before the crop, whatever max_long_side is."""
-    cropping = Augmentation(short_sides=(300,), max_long_side=9999, crop_short_sides=(500,), crop_size=(300, 300), flip=False)
+    """Three times as wide as high: 1333 pixels instead of 1500 wide before the crop, whatever
+    max_long_side is.
+    """
+    cropping = Augmentation(
+        short_sides=(300,),
+        max_long_side=9999,
+        crop_short_sides=(500,),
+        crop_size=(300, 300),
+        flip=False,
+    )
     seen = []
     for generator in generators(12):
         frames, _ = cropping(*ramps(40, 120), generator)
@@ -172,7 +207,15 @@ def test_a_relative_crop_has_a_smallest_share_of_each_side():
 
 def test_pictures_are_smoothed_before_they_shrink():
     """A fine pattern becomes grey; without that, some of its black and white would stay."""
-    pattern = ((torch.arange(64)[:, None] + torch.arange(64)) % 2 * 255).to(torch.uint8).expand(1, 3, 64, 64)
+    pattern = (
+        ((torch.arange(64)[:, None] + torch.arange(64)) % 2 * 255)
+        .to(torch.uint8)
+        .expand(1, 3, 64, 64)
+    )
     shrinking = Augmentation(short_sides=(13,), flip=False)
-    frames, _ = shrinking(tv_tensors.Video(pattern), tv_tensors.Mask(torch.ones(1, 1, 64, 64, dtype=torch.bool)), numpy.random.default_rng(0))
+    frames, _ = shrinking(
+        tv_tensors.Video(pattern),
+        tv_tensors.Mask(torch.ones(1, 1, 64, 64, dtype=torch.bool)),
+        numpy.random.default_rng(0),
+    )
     assert (frames.float() - 127.5).abs().max() < 20

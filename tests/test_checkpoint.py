@@ -1,4 +1,6 @@
-"""Weights in and out: every official state dict fits, what does not fit is refused, and no file can run code."""
+"""Weights in and out: every official state dict fits, what does not fit is refused, and no file can
+run code.
+"""
 import argparse
 import pickle
 import zipfile
@@ -13,10 +15,10 @@ from golden_set import meta, names_shapes
 from backbone import build_backbone
 from checkpoint import (
     default_short_side,
+    find_propagation,
     load_backbone,
     load_weights,
     model_from_checkpoint,
-    read_propagation,
     read_run,
     save_checkpoint,
     save_weights,
@@ -41,15 +43,24 @@ def official_preset(shapes: dict) -> str:
 
 @pytest.mark.parametrize("key", [key for key in meta()["names_shapes"] if "swin_tiny" not in key])
 def test_golden_official_state_dicts_load(key):
-    """Nothing is missing and nothing unexpected, in the mode that the names imply; only constants are ignored."""
+    """Nothing is missing and nothing unexpected, in the mode that the names imply.
+
+    Only constants are ignored.
+    """
     rows = names_shapes(key)
-    state = {name: torch.empty(shape, dtype=getattr(torch, dtype.removeprefix("torch.")), device="meta")
-             for name, shape, dtype in rows}
+    state = {
+        name: torch.empty(shape, dtype=getattr(torch, dtype.removeprefix("torch.")), device="meta")
+        for name, shape, dtype in rows
+    }
     shapes = {name: shape for name, shape, _ in rows}
     whole = "vita_module.class_embed.weight" in shapes
-    propagation = read_propagation(translate(state)[0]) or "plain"
+    propagation = find_propagation(translate(state)[0]) or "plain"
     with torch.device("meta"):
-        model = build_model(official_preset(shapes), shapes["vita_module.class_embed.weight"][0] - 1 if whole else 3, propagation)
+        model = build_model(
+            official_preset(shapes),
+            shapes["vita_module.class_embed.weight"][0] - 1 if whole else 3,
+            propagation,
+        )
     report = load_weights(model, state)
     assert not report.unexpected
     assert all(not whole and not name.startswith("backbone.") for name in report.missing)
@@ -59,21 +70,37 @@ def test_golden_official_state_dicts_load(key):
 
 def test_a_contradicting_mode_is_reported_by_name():
     gated, plain = tiny_model(), tiny_model(propagation="plain")
-    assert load_weights(plain, gated.state_dict()).unexpected == ["tracker.gate_proj.weight", "tracker.gate_proj.bias"]
-    assert load_weights(gated, plain.state_dict()).missing == ["tracker.gate_proj.weight", "tracker.gate_proj.bias"]
+    assert load_weights(plain, gated.state_dict()).unexpected == [
+        "tracker.gate_proj.weight",
+        "tracker.gate_proj.bias",
+    ]
+    assert load_weights(gated, plain.state_dict()).missing == [
+        "tracker.gate_proj.weight",
+        "tracker.gate_proj.bias",
+    ]
 
 
 @pytest.mark.slow
 def test_detectron2_pickles_load_without_running_anything(tmp_path):
-    """numpy arrays under "model", as the model zoo's .pkl files; protocol 2 is how they were written."""
+    """numpy arrays under "model", as the model zoo's .pkl files.
+
+    Protocol 2 is how they were written.
+    """
     model = tiny_model()
     arrays = OrderedDict((name, value.numpy()) for name, value in model.state_dict().items())
     for protocol in (2, 4, 5):
         path = tmp_path / f"zoo{protocol}.pkl"
-        path.write_bytes(pickle.dumps({"model": arrays, "__author__": "someone", "scale": numpy.float64(1)}, protocol))
+        path.write_bytes(
+            pickle.dumps(
+                {"model": arrays, "__author__": "someone", "scale": numpy.float64(1)}, protocol
+            )
+        )
         other = build_model("toy", 3, **TINY)
         assert not load_weights(other, path).missing
-        assert all(torch.equal(value, model.state_dict()[name]) for name, value in other.state_dict().items())
+        assert all(
+            torch.equal(value, model.state_dict()[name])
+            for name, value in other.state_dict().items()
+        )
 
 
 class Malice:
@@ -96,8 +123,10 @@ def test_files_that_run_code_are_refused(tmp_path, monkeypatch, suffix):
 CLAIMS = {
     "nested": b"\x80\x02}(K\x01" + b"\x85" * 300_000 + b"K\x01u.",
     "memory": b"\x80\x02}r\xff\xff\xff\x7f.",
-    "bytes": b"\x80\x05\x96" + (2 ** 34).to_bytes(8, "little") + b"x.",
-    "shape": pickle.dumps({"a": numpy.zeros((2, 3), "f4")}, 2).replace(b"K\x02K\x03\x86", b"J\0\0\0\x7fK\x03\x86"),
+    "bytes": b"\x80\x05\x96" + (2**34).to_bytes(8, "little") + b"x.",
+    "shape": pickle.dumps({"a": numpy.zeros((2, 3), "f4")}, 2).replace(
+        b"K\x02K\x03\x86", b"J\0\0\0\x7fK\x03\x86"
+    ),
     "objects": pickle.dumps({"a": numpy.array([[], {}], dtype=object)}, 2),
     "pointers": pickle.dumps({"a": numpy.zeros((2, 3))}, 2).replace(b"f8", b"O8"),
 }
@@ -124,31 +153,55 @@ def test_an_endless_row_of_zeros_is_refused(tmp_path):
 
 def test_an_archive_that_unpacks_to_more_is_refused(tmp_path):
     torch.save({"a": torch.zeros(10_000)}, tmp_path / "whole.pth")
-    with zipfile.ZipFile(tmp_path / "whole.pth") as whole, zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as bomb:
+    with (
+        zipfile.ZipFile(tmp_path / "whole.pth") as whole,
+        zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as bomb,
+    ):
         for name in whole.namelist():
             bomb.writestr(name, whole.read(name))
     with pytest.raises(InputError, match="bomb.pth is no checkpoint that can be read safely"):
         load_weights(tiny_model(), tmp_path / "bomb.pth")
 
 
-@pytest.mark.parametrize("tensor, expected", [
-    (torch.zeros(1).expand(10 ** 12), r"holds a tensor of shape \(1000000000000,\), but not so many numbers"),
-    (torch.empty(10 ** 12, device="meta"), "a tensor that is not plain numbers"),
-    (torch.eye(3).to_sparse(), "a tensor that is not plain numbers")], ids=["expanded", "meta", "sparse"])
+@pytest.mark.parametrize(
+    "tensor, expected",
+    [
+        (
+            torch.zeros(1).expand(10**12),
+            r"holds a tensor of shape \(1000000000000,\), but not so many numbers",
+        ),
+        (torch.empty(10**12, device="meta"), "a tensor that is not plain numbers"),
+        (torch.eye(3).to_sparse(), "a tensor that is not plain numbers"),
+    ],
+    ids=["expanded", "meta", "sparse"],
+)
 def test_tensors_that_claim_what_they_do_not_hold_are_refused(tmp_path, tensor, expected):
     torch.save({"model": {"tracker.class_embed.weight": tensor}}, tmp_path / "claim.pth")
     with pytest.raises(InputError, match=expected):
         model_from_checkpoint(tmp_path / "claim.pth", "toy")
 
 
-@pytest.mark.parametrize("config, expected", [
-    ({"preset": ["toy"]}, "holds a config that training did not write"),
-    ({"preset": "toy", "categories": [[1, "a\nb"]]}, "holds a config that training did not write"),
-    ({"preset": "toy", "test_short_side": 10.5}, "holds a config that training did not write"),
-    ({"preset": "toy", "model_options": {"channels": 10 ** 6}}, "cannot be built: it has [0-9]+ numbers, the file [0-9]+"),
-    ({"preset": "toy", "model_options": {"frame_layers": 10 ** 9}}, "cannot be built: it has more layers than the file has entries"),
-    ({"preset": "toy", "model_options": {"heads": 0}}, "cannot be built: ")],
-    ids=["preset", "name", "side", "channels", "layers", "heads"])
+@pytest.mark.parametrize(
+    "config, expected",
+    [
+        ({"preset": ["toy"]}, "holds a config that training did not write"),
+        (
+            {"preset": "toy", "categories": [[1, "a\nb"]]},
+            "holds a config that training did not write",
+        ),
+        ({"preset": "toy", "test_short_side": 10.5}, "holds a config that training did not write"),
+        (
+            {"preset": "toy", "model_options": {"channels": 10**6}},
+            "cannot be built: it has [0-9]+ numbers, the file [0-9]+",
+        ),
+        (
+            {"preset": "toy", "model_options": {"frame_layers": 10**9}},
+            "cannot be built: it has more layers than the file has entries",
+        ),
+        ({"preset": "toy", "model_options": {"heads": 0}}, "cannot be built: "),
+    ],
+    ids=["preset", "name", "side", "channels", "layers", "heads"],
+)
 def test_a_config_that_asks_for_the_impossible(tmp_path, config, expected):
     torch.save({"model": tiny_model().state_dict(), "config": config}, tmp_path / "odd.pt")
     with pytest.raises(InputError, match=expected):
@@ -337,7 +390,10 @@ def test_counters_must_be_whole_numbers(values):
 
 
 def test_class_counts():
-    """Another class count is an error that changes nothing; reset_classes keeps the model's own class layers."""
+    """Another class count is an error that changes nothing.
+
+    Reset_classes keeps the model's own class layers.
+    """
     source, target = tiny_model(num_classes=5), tiny_model(num_classes=3)
     before = {name: value.clone() for name, value in target.state_dict().items()}
     with pytest.raises(InputError, match="is for 5 classes, the model for 3"):
@@ -345,14 +401,25 @@ def test_class_counts():
     assert all(torch.equal(value, before[name]) for name, value in target.state_dict().items())
     source.tracker.query_feat.weight.data.fill_(7)
     report = load_weights(target, source.state_dict(), reset_classes=True)
-    assert sorted(report.reset) == ["frame_decoder.class_embed.bias", "frame_decoder.class_embed.weight",
-                                    "tracker.class_embed.bias", "tracker.class_embed.weight"] and not report.missing
+    assert sorted(report.reset) == [
+        "frame_decoder.class_embed.bias",
+        "frame_decoder.class_embed.weight",
+        "tracker.class_embed.bias",
+        "tracker.class_embed.weight",
+    ]
+    assert not report.missing
     assert (target.tracker.query_feat.weight == 7).all()
     assert torch.equal(target.tracker.class_embed.weight, before["tracker.class_embed.weight"])
 
 
-@pytest.mark.parametrize("propagation, new", [
-    ("gated", {"gate_proj"}), ("memory", {"memory_key", "memory_value", "query_key", "query_value"}), ("plain", set())])
+@pytest.mark.parametrize(
+    "propagation, new",
+    [
+        ("gated", {"gate_proj"}),
+        ("memory", {"memory_key", "memory_value", "query_key", "query_value"}),
+        ("plain", set()),
+    ],
+)
 def test_a_stage_starts_from_vita(propagation, new):
     """Only what VITA has not is missing: the gate, or the memory."""
     vita = build_model("toy", 3, "clip")
@@ -363,12 +430,17 @@ def test_a_stage_starts_from_vita(propagation, new):
 def test_other_shapes_are_refused_by_name():
     state = tiny_model().state_dict()
     state["tracker.query_feat.weight"] = torch.zeros(4, 32)
-    with pytest.raises(InputError, match=r"tracker\.query_feat\.weight is \(4, 32\) there and \(20, 32\) here"):
+    with pytest.raises(
+        InputError, match=r"tracker\.query_feat\.weight is \(4, 32\) there and \(20, 32\) here"
+    ):
         load_weights(tiny_model(), state)
 
 
 def test_first_mask2former_format():
-    """Files from before the heads were nested, with queries called static_query; a tracker they do not have."""
+    """Files from before the heads were nested, with queries called static_query.
+
+    A tracker they do not have.
+    """
     names = names_shapes("r50")
     state = {}
     for name, shape, _ in names:
@@ -377,7 +449,15 @@ def test_first_mask2former_format():
         elif name.startswith(("sem_seg_head.predictor.", "backbone.")):
             state[name.replace("query_feat", "static_query")] = torch.empty(shape, device="meta")
     with torch.device("meta"):
-        model = build_model("r50", len(dict((n, range(s[0])) for n, s, _ in names)["sem_seg_head.predictor.class_embed.weight"]) - 1)
+        model = build_model(
+            "r50",
+            len(
+                dict((n, range(s[0])) for n, s, _ in names)[
+                    "sem_seg_head.predictor.class_embed.weight"
+                ]
+            )
+            - 1,
+        )
     report = load_weights(model, state)
     assert not report.unexpected and all(name.startswith("tracker.") for name in report.missing)
 
@@ -389,10 +469,14 @@ def test_torchvision_backbones(tmp_path):
     torch.save(theirs.state_dict(), tmp_path / "resnet.pth")
     model = build_model("toy", 3, norm="frozen", **TINY)
     report = load_backbone(model, str(tmp_path / "resnet.pth"), "resnet10")
-    assert not report.missing and not report.unexpected and {"backbone.fc.weight", "backbone.fc.bias"} <= set(report.ignored)
+    assert not report.missing
+    assert not report.unexpected
+    assert {"backbone.fc.weight", "backbone.fc.bias"} <= set(report.ignored)
     assert torch.equal(model.backbone.layer4[0].conv1.weight, theirs.layer4[0].conv1.weight)
     with pytest.raises(InputError, match="norm 'frozen' or 'batch'"):
-        load_backbone(build_model("toy", 3, norm="group", **TINY), str(tmp_path / "resnet.pth"), "resnet10")
+        load_backbone(
+            build_model("toy", 3, norm="group", **TINY), str(tmp_path / "resnet.pth"), "resnet10"
+        )
     with pytest.raises(InputError, match="no ImageNet weights for resnet10"):
         load_backbone(model, "imagenet", "resnet10")
 
@@ -404,18 +488,27 @@ def test_detectron2_backbone_alone():
     with torch.device("meta"):
         model = build_model("r50", 3)
     report = load_weights(model, state | {"stem.fc.weight": torch.empty(1)})
-    assert not report.unexpected and not any(name.startswith("backbone.") for name in report.missing)
+    assert not report.unexpected
+    assert not any(name.startswith("backbone.") for name in report.missing)
 
 
 @pytest.mark.slow
 def test_our_checkpoint_builds_its_model(tmp_path):
     model = build_model("toy", 3, "gated+memory", gate_mask="blocked", **TINY)
-    config = {"preset": "toy", "propagation": "gated+memory", "model_options": {"gate_mask": "blocked"} | TINY}
-    save_checkpoint(tmp_path / "last.pt", {"model": model.state_dict(), "step": 3, "config": config})
+    config = {
+        "preset": "toy",
+        "propagation": "gated+memory",
+        "model_options": {"gate_mask": "blocked"} | TINY,
+    }
+    save_checkpoint(
+        tmp_path / "last.pt", {"model": model.state_dict(), "step": 3, "config": config}
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]          # no temporary left
     built, found = model_from_checkpoint(tmp_path / "last.pt")
     assert found == config and built.tracker.gate_mask == "blocked" and not built.training
-    assert all(torch.equal(value, model.state_dict()[name]) for name, value in built.state_dict().items())
+    assert all(
+        torch.equal(value, model.state_dict()[name]) for name, value in built.state_dict().items()
+    )
     with pytest.raises(InputError, match="was made with propagation 'gated\\+memory', not 'plain'"):
         model_from_checkpoint(tmp_path / "last.pt", propagation="plain")
 
@@ -425,7 +518,9 @@ def test_a_model_is_read_at_the_size_it_was_made_for(tmp_path):
     sides = {(): 96, (("test_short_side", 128),): 128}
     for more, side in sides.items():
         config = {"preset": "toy", "propagation": "gated", "model_options": TINY} | dict(more)
-        save_checkpoint(tmp_path / "last.pt", {"model": tiny_model().state_dict(), "config": config})
+        save_checkpoint(
+            tmp_path / "last.pt", {"model": tiny_model().state_dict(), "config": config}
+        )
         assert default_short_side(model_from_checkpoint(tmp_path / "last.pt")[1], None) == side
     assert (default_short_side({}, "r50"), default_short_side({}, "swin_l")) == (360, 448)
     assert PRESETS.keys() == TEST_SIDES.keys()
@@ -447,21 +542,36 @@ def test_official_checkpoint_needs_what_its_names_do_not_tell(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("averaged", [False, True])
 def test_weights_alone(tmp_path, averaged):
-    """Half the bytes, the same model but for rounding; the averaged weights where there are some; nothing is overwritten."""
+    """Half the bytes, the same model but for rounding.
+
+    The averaged weights where there are some; nothing is overwritten.
+    """
     model, other = tiny_model(), tiny_model().requires_grad_(False)
     for parameter in other.parameters():
         parameter.mul_(1.5)
-    contents = {"model": model.state_dict(), "step": 3, "optimizer": {"state": {}},
-                "config": {"preset": "toy", "propagation": "gated", "model_options": TINY, "args": {"seed": 0}}}
+    contents = {
+        "model": model.state_dict(),
+        "step": 3,
+        "optimizer": {"state": {}},
+        "config": {
+            "preset": "toy",
+            "propagation": "gated",
+            "model_options": TINY,
+            "args": {"seed": 0},
+        },
+    }
     if averaged:
-        contents["ema"] = {"n_averaged": torch.tensor(3)} | {f"module.{name}": value for name, value in other.state_dict().items()}
+        contents["ema"] = {"n_averaged": torch.tensor(3)} | {
+            f"module.{name}": value for name, value in other.state_dict().items()
+        }
     save_checkpoint(tmp_path / "last.pt", contents)
     bytes_written = save_weights(tmp_path / "last.pt", tmp_path / "weights/handed_on.pt")
     assert bytes_written < 0.6 * (tmp_path / "last.pt").stat().st_size / (2 if averaged else 1)
     loaded, config = model_from_checkpoint(tmp_path / "weights/handed_on.pt")
     for name, value in (other if averaged else model).state_dict().items():
         torch.testing.assert_close(loaded.state_dict()[name], value, rtol=1e-3, atol=1e-6)
-    assert "args" not in config and all(parameter.dtype == torch.float32 for parameter in loaded.parameters())
+    assert "args" not in config
+    assert all(parameter.dtype == torch.float32 for parameter in loaded.parameters())
     with pytest.raises(InputError, match="exists"):
         save_weights(tmp_path / "last.pt", tmp_path / "weights/handed_on.pt")
     contents["model"]["tracker.query_feat.weight"][0] = 1e5

@@ -154,8 +154,10 @@ def test_a_report_tells_the_first_entries(checkpoint):
     assert len(missing) > 4
     assert report.missing == missing
     assert sorted(report.loaded) == sorted(weights)
-    assert str(
-        report) == f"{len(weights)} entries loaded; {len(missing)} missing ({', '.join(missing[:4])}, ...)"
+    assert (
+        str(report)
+        == f"{len(weights)} entries loaded; {len(missing)} missing ({', '.join(missing[:4])}, ...)"
+    )
 
 
 def test_reset_classes_leaves_the_classes_of_the_model(checkpoint):
@@ -215,7 +217,10 @@ def test_the_names_of_an_official_file_tell_its_propagation(tmp_path, propagatio
 # Weights to hand on
 
 def test_norms_and_biases_handed_on_are_what_they_were(checkpoint, tmp_path):
-    """To the last bit, since small errors in them show; matrices and tables are rounded to 16 bit."""
+    """To the last bit, since small errors in them show.
+
+    Matrices and tables are rounded to 16 bit.
+    """
     generator = torch.Generator().manual_seed(0)
     weights = {name: torch.rand(value.shape, generator=generator) if value.is_floating_point()
                else value for name, value in checkpoint["model"].items()}
@@ -386,7 +391,9 @@ def test_a_name_that_cannot_be_printed_is_refused(name):
         load_weights(small_module(), {"tracker.weight": torch.zeros(32, 20), name: torch.zeros(3)})
 
 
-@pytest.mark.parametrize("names", [["tracker.other"], ["backbone.fc.weight", "pixel_mean"]], ids=str)
+@pytest.mark.parametrize(
+    "names", [["tracker.other"], ["backbone.fc.weight", "pixel_mean"]], ids=str
+)
 def test_weights_of_which_nothing_is_used_are_refused(names):
     """Neither those of another model, nor constants alone."""
     with pytest.raises(InputError, match="none of its . entries is part of this model"):

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from augmentation import Augmentation
-from clips import ClipDataset, MixedClips, RenderedClips
+from clips import ClipDataset, MixedClips
 from data import VideoSet, find_split
 from runtime.errors import InputError
+from synthetic.clips import RenderedClips
 from synthetic.suites import make_dataset
 
 AS_IT_IS = Augmentation(short_sides=(64,), flip=False)

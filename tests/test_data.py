@@ -1,8 +1,9 @@
-"""Reading and clips: what a JSON says is what comes out, and masks stay on their pixels whatever is done to a clip.
+"""Reading and clips: what a JSON says is what comes out, and masks stay on their pixels whatever is
+done to a clip.
 
-Masks of all notations are compared with arrays written by hand, sizes with detectron2's rule, frames with Pillow. The
-videos are painted so that a colour tells the instance: red and green rectangles move over a background whose blue tells
-the video.
+Masks of all notations are compared with arrays written by hand, sizes with detectron2's rule,
+frames with Pillow. The videos are painted so that a colour tells the instance: red and green
+rectangles move over a background whose blue tells the video.
 """
 import json
 from itertools import groupby
@@ -16,14 +17,16 @@ from scipy.ndimage import binary_dilation, binary_erosion, center_of_mass
 from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 
-import clips as clips_module
 import data
 from augmentation import Augmentation
-from clips import ClipDataset, RenderedClips, StepSampler, sample_frames
+from clips import ClipDataset, StepSampler, sample_frames
 from data import InputError, VideoSet, find_split, read_mask
+from synthetic import clips as rendered_clips
+from synthetic.clips import RenderedClips
 
 HEIGHT, WIDTH = 48, 64
-RED, GREEN = 7, 3  # category ids, neither contiguous nor in order: green becomes label 0, red label 1
+# Category ids, neither contiguous nor in order: green becomes label 0, red label 1.
+RED, GREEN = 7, 3
 COLOURS = {RED: (255, 0, 0), GREEN: (0, 255, 0)}
 CATEGORIES = [{"id": RED, "name": "red"}, {"id": GREEN, "name": "green"}]
 AS_IT_IS = Augmentation(short_sides=(HEIGHT,), flip=False)
@@ -33,7 +36,9 @@ SHAKEN = Augmentation(short_sides=(40, 48, 56), crop_short_sides=(44, 56), crop_
 # A data set in a few lines
 
 def run_lengths(mask):
-    """Uncompressed RLE of an (H, W) mask, by hand: lengths of runs down the columns, the first one of zeros."""
+    """Uncompressed RLE of an (H, W) mask, by hand: lengths of runs down the columns, the first one
+    of zeros.
+    """
     values = mask.T.flatten().tolist()
     runs = [len(list(run)) for _, run in groupby(values)]
     return {"size": list(mask.shape), "counts": [0, *runs] if values[0] else runs}
@@ -52,7 +57,10 @@ def red_and_green(length):
 
 
 def write_set(folder, videos, crowds=()):
-    """Write lists of instances as videos 1, 2, ..., and open them; `crowds` are the ids of annotations of crowds."""
+    """Write lists of instances as videos 1, 2, ..., and open them.
+
+    `crowds` are the ids of annotations of crowds.
+    """
     content = {"categories": CATEGORIES, "videos": [], "annotations": []}
     for number, instances in enumerate(videos, 1):
         names = [f"{number}/{t}.png" for t in range(len(instances[0][1]))]
@@ -67,7 +75,9 @@ def write_set(folder, videos, crowds=()):
         (folder / str(number)).mkdir(parents=True)
         for name, frame in zip(names, frames):
             Image.fromarray(frame).save(folder / name)
-        content["videos"].append({"id": number, "height": HEIGHT, "width": WIDTH, "file_names": names})
+        content["videos"].append(
+            {"id": number, "height": HEIGHT, "width": WIDTH, "file_names": names}
+        )
     (folder / "set.json").write_text(json.dumps(content))
     return VideoSet(folder / "set.json", folder)
 
@@ -92,14 +102,21 @@ POLYGON = [4, 3, 11, 3, 11, 9, 4, 9]  # x, y of the corners of SHAPE
 COMPRESSED = rle.encode(numpy.asfortranarray(SHAPE.astype(numpy.uint8)))
 
 
-@pytest.mark.parametrize("segmentation", [
-    [POLYGON],
-    [[4, 3, 8, 3, 8, 9, 4, 9], [8, 3, 11, 3, 11, 9, 8, 9]],  # in two halves
-    [POLYGON, [20, 20, 30, 30], [50, 40]],                   # lines and points have no inside
-    run_lengths(SHAPE),
-    {"size": [HEIGHT, WIDTH], "counts": COMPRESSED["counts"]},
-    {"size": [HEIGHT, WIDTH], "counts": COMPRESSED["counts"].decode()},
-], ids=["polygon", "polygons", "degenerate polygons", "uncompressed RLE", "compressed RLE", "compressed RLE as text"])
+@pytest.mark.parametrize(
+    "segmentation",
+    [
+        [POLYGON],
+        [[4, 3, 8, 3, 8, 9, 4, 9], [8, 3, 11, 3, 11, 9, 8, 9]],  # in two halves
+        [POLYGON, [20, 20, 30, 30], [50, 40]],  # lines and points have no inside
+        run_lengths(SHAPE),
+        {"size": [HEIGHT, WIDTH], "counts": COMPRESSED["counts"]},
+        {"size": [HEIGHT, WIDTH], "counts": COMPRESSED["counts"].decode()},
+    ],
+    ids=[
+        "polygon", "polygons", "degenerate polygons", "uncompressed RLE", "compressed RLE",
+        "compressed RLE as text",
+    ],
+)
 def test_every_notation_gives_the_same_mask(segmentation):
     mask = read_mask(segmentation, HEIGHT, WIDTH, "annotation 5")
     assert mask.dtype == bool and numpy.array_equal(mask, SHAPE)
@@ -111,18 +128,30 @@ def test_nothing_gives_an_empty_mask(segmentation):
     assert mask.shape == (HEIGHT, WIDTH) and mask.dtype == bool and not mask.any()
 
 
-@pytest.mark.parametrize("segmentation", [
-    "text", b"bytes", 5, [["one", "two", "three", "four", "five", "six"]], [[POLYGON] * 6],
-    {"size": [HEIGHT, WIDTH]}, {"counts": COMPRESSED["counts"]}, {"size": [HEIGHT, WIDTH], "counts": "no RLE"},
-    {"size": [HEIGHT, WIDTH], "counts": None}, {"size": [HEIGHT, WIDTH], "counts": ["many"]},
-    {"size": [HEIGHT, WIDTH], "counts": [HEIGHT * WIDTH + 1]},
-    {"size": [WIDTH, HEIGHT], "counts": [HEIGHT * WIDTH]},
-    pytest.param(POLYGON),
-    pytest.param({"counts": [HEIGHT * WIDTH]}),
-    pytest.param({"size": [HEIGHT], "counts": [9]}),
-    pytest.param({"size": [HEIGHT, WIDTH], "counts": [-1]}),
-    pytest.param({"size": [HEIGHT, WIDTH], "counts": COMPRESSED["counts"] + b"P"}),      # whole, then a number without an end
-], ids=str)
+@pytest.mark.parametrize(
+    "segmentation",
+    [
+        "text",
+        b"bytes",
+        5,
+        [["one", "two", "three", "four", "five", "six"]],
+        [[POLYGON] * 6],
+        {"size": [HEIGHT, WIDTH]},
+        {"counts": COMPRESSED["counts"]},
+        {"size": [HEIGHT, WIDTH], "counts": "no RLE"},
+        {"size": [HEIGHT, WIDTH], "counts": None},
+        {"size": [HEIGHT, WIDTH], "counts": ["many"]},
+        {"size": [HEIGHT, WIDTH], "counts": [HEIGHT * WIDTH + 1]},
+        {"size": [WIDTH, HEIGHT], "counts": [HEIGHT * WIDTH]},
+        pytest.param(POLYGON),
+        pytest.param({"counts": [HEIGHT * WIDTH]}),
+        pytest.param({"size": [HEIGHT], "counts": [9]}),
+        pytest.param({"size": [HEIGHT, WIDTH], "counts": [-1]}),
+        # Whole, then a number without an end.
+        pytest.param({"size": [HEIGHT, WIDTH], "counts": COMPRESSED["counts"] + b"P"}),
+    ],
+    ids=str,
+)
 def test_an_unreadable_mask_names_its_annotation(segmentation):
     with pytest.raises(InputError, match="^annotation 5, frame 2, "):
         read_mask(segmentation, HEIGHT, WIDTH, "annotation 5, frame 2,")
@@ -134,7 +163,9 @@ def test_a_mask_never_shows_what_was_in_memory(counts):
     for _ in range(5):
         rle.decode(ones)
         try:
-            mask = read_mask({"size": [HEIGHT, WIDTH], "counts": counts}, HEIGHT, WIDTH, "annotation 5")
+            mask = read_mask(
+                {"size": [HEIGHT, WIDTH], "counts": counts}, HEIGHT, WIDTH, "annotation 5"
+            )
         except InputError:
             continue
         assert mask.sum() == 4
@@ -145,19 +176,26 @@ def test_a_mask_never_shows_what_was_in_memory(counts):
 def test_labels_follow_the_order_of_category_ids(tmp_path):
     videos = write_set(tmp_path, [red_and_green(2), red_and_green(3)])
     assert videos.categories == [(GREEN, "green"), (RED, "red")]
-    assert [[annotation["label"] for annotation in video.annotations] for video in videos.videos] == [[1, 0]] * 2
-    assert [[file.relative_to(tmp_path).as_posix() for file in video.files] for video in videos.videos] == [
-        ["1/0.png", "1/1.png"], ["2/0.png", "2/1.png", "2/2.png"]]
+    assert [
+        [annotation["label"] for annotation in video.annotations] for video in videos.videos
+    ] == [[1, 0]] * 2
+    assert [
+        [file.relative_to(tmp_path).as_posix() for file in video.files] for video in videos.videos
+    ] == [["1/0.png", "1/1.png"], ["2/0.png", "2/1.png", "2/2.png"]]
 
 
-NAMES = ["train.json", "train/instances.json", "instances_train.json", "annotations_train.json", "annotations/train.json",
-         "annotations/annotations_train.json", "annotations/instances_train.json"]
+NAMES = [
+    "train.json", "train/instances.json", "instances_train.json", "annotations_train.json",
+    "annotations/train.json", "annotations/annotations_train.json",
+    "annotations/instances_train.json",
+]
 FOLDERS = ["train/JPEGImages", "JPEGImages/train", "train", "JPEGImages"]
 
 
 @pytest.mark.parametrize("name, folder", [
     (name, folder) for name in NAMES for folder in FOLDERS
-    if (name, folder) != ("train/instances.json", "JPEGImages")])  # the folder of this JSON comes first
+    # The folder of this JSON comes first.
+    if (name, folder) != ("train/instances.json", "JPEGImages")])
 def test_a_split_is_found_under_every_known_name(tmp_path, name, folder):
     (tmp_path / folder).mkdir(parents=True)
     (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -181,7 +219,9 @@ def test_a_split_that_is_not_there_names_every_path_tried(tmp_path):
 def detectron2_size(height, width, short_side, max_long_side):
     """ResizeShortestEdge.get_output_shape of detectron2."""
     scale = short_side / min(height, width)
-    new_height, new_width = (short_side, scale * width) if height < width else (scale * height, short_side)
+    new_height, new_width = (
+        (short_side, scale * width) if height < width else (scale * height, short_side)
+    )
     if max(new_height, new_width) > max_long_side:
         scale = max_long_side / max(new_height, new_width)
         new_height, new_width = new_height * scale, new_width * scale
@@ -193,11 +233,16 @@ def detectron2_size(height, width, short_side, max_long_side):
     ((50, 50), 360, (360, 360)),
     ((1080, 1920), 1000, (750, 1333)),  # the long side would be 1778
     ((1000, 100), 360, (1333, 133)),
-    ((4, 5), 2, (2, 3)), ((5, 4), 2, (3, 2)),  # 2.5 is rounded up, where round() would go to the even 2
+    # 2.5 is rounded up, where round() would go to the even 2.
+    ((4, 5), 2, (2, 3)), ((5, 4), 2, (3, 2)),
     ((411, 733), 448, (448, 799)),
 ])
 def test_sizes_follow_detectron2(size, short_side, expected):
-    assert data.short_side_size(*size, short_side, 1333) == expected == detectron2_size(*size, short_side, 1333)
+    assert (
+        data.short_side_size(*size, short_side, 1333)
+        == expected
+        == detectron2_size(*size, short_side, 1333)
+    )
 
 
 @pytest.mark.parametrize("short_side", [30, 48, 75])
@@ -206,20 +251,28 @@ def test_test_frames_are_pillows_bilinear_ones(tmp_path, short_side):
     noise = numpy.random.default_rng(0).integers(0, 256, (2, HEIGHT, WIDTH, 3), dtype=numpy.uint8)
     for file, picture in zip(video.files, noise):
         Image.fromarray(picture).save(file)
-    frames = list(data.test_frames(video, short_side))
+    frames = list(data.frames_at_test_size(video, short_side))
     for frame, picture in zip(frames, noise, strict=True):
         size = (short_side * 4 // 3, short_side)
         expected = numpy.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BILINEAR))
-        assert frame.dtype == torch.uint8 and numpy.array_equal(frame.permute(1, 2, 0).numpy(), expected)
+        assert frame.dtype == torch.uint8
+        assert numpy.array_equal(frame.permute(1, 2, 0).numpy(), expected)
 
 
 # Which frames and which clips
 
-@pytest.mark.parametrize("length, count, reach", [(20, 3, 6), (20, 5, 1), (4, 8, 2), (2, 2, 9), (9, 1, 3), (1, 4, 3)])
+@pytest.mark.parametrize(
+    "length, count, reach", [(20, 3, 6), (20, 5, 1), (4, 8, 2), (2, 2, 9), (9, 1, 3), (1, 4, 3)]
+)
 def test_frames_are_sorted_and_within_reach_of_one_of_them(length, count, reach):
-    choices = [sample_frames(length, count, reach, numpy.random.default_rng(seed)) for seed in range(300)]
+    choices = [
+        sample_frames(length, count, reach, numpy.random.default_rng(seed)) for seed in range(300)
+    ]
     for chosen in choices:
-        assert len(chosen) == count and chosen == sorted(chosen) and 0 <= chosen[0] and chosen[-1] < length
+        assert len(chosen) == count
+        assert chosen == sorted(chosen)
+        assert 0 <= chosen[0]
+        assert chosen[-1] < length
         centres = [t for t in chosen if all(abs(t - other) <= reach for other in chosen)]
         # The first choice is not chosen again, unless there is no other.
         assert centres and (length == 1 or any(chosen.count(t) == 1 for t in centres))
@@ -228,8 +281,12 @@ def test_frames_are_sorted_and_within_reach_of_one_of_them(length, count, reach)
 
 @pytest.mark.parametrize("length, reach", [(20, 6), (5, 9)])
 def test_every_distance_within_reach_occurs(length, reach):
-    choices = [sample_frames(length, 2, reach, numpy.random.default_rng(seed)) for seed in range(300)]
-    assert {later - earlier for earlier, later in choices} == set(range(1, min(reach, length - 1) + 1))
+    choices = [
+        sample_frames(length, 2, reach, numpy.random.default_rng(seed)) for seed in range(300)
+    ]
+    assert {later - earlier for earlier, later in choices} == set(
+        range(1, min(reach, length - 1) + 1)
+    )
 
 
 def test_a_video_of_one_frame_repeats_it():
@@ -244,7 +301,8 @@ def five_videos(tmp_path_factory):
 def test_a_clip_is_a_function_of_seed_and_number(five_videos):
     first, again, other = (ClipDataset(five_videos, 3, 2, SHAKEN, seed) for seed in (1, 1, 2))
     clips = [first[index] for index in range(10)]
-    backwards = [again[index] for index in reversed(range(10))][::-1]  # what was read before makes no difference
+    # What was read before makes no difference.
+    backwards = [again[index] for index in reversed(range(10))][::-1]
     assert all(same(clip, repeated) for clip, repeated in zip(clips, backwards, strict=True))
     assert not any(same(clips[i], clips[j]) for i in range(10) for j in range(i))
     assert not any(same(clip, other[index]) for index, clip in enumerate(clips))
@@ -253,7 +311,9 @@ def test_a_clip_is_a_function_of_seed_and_number(five_videos):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_workers_make_no_difference(five_videos, workers):
     clips = ClipDataset(five_videos, 3, 2, SHAKEN, seed=1)
-    loader = DataLoader(clips, batch_sampler=StepSampler(0, 3, 2), num_workers=workers, collate_fn=list)
+    loader = DataLoader(
+        clips, batch_sampler=StepSampler(0, 3, 2), num_workers=workers, collate_fn=list
+    )
     loaded = [clip for batch in loader for clip in batch]
     assert len(loaded) == 6 and all(same(clip, clips[index]) for index, clip in enumerate(loaded))
 
@@ -273,10 +333,12 @@ def test_a_resumed_run_goes_on_with_the_same_clips():
 
 def test_an_epoch_shows_every_annotated_video_once(tmp_path):
     one = red_and_green(2)
-    # Videos 2 and 5 have a crowd alone: annotation 2 and the last one. Video 3 keeps its second annotation.
+    # Videos 2 and 5 have a crowd alone: annotation 2 and the last one. Video 3 keeps its second
+    # annotation.
     videos = write_set(tmp_path, [one[:1], one[1:], one, one[:1], one[:1]], crowds=(2, 3, 6))
     clips = ClipDataset(videos, 2, 2, AS_IT_IS, seed=0)
-    numbers = [int(clips[index].frames[0, 2, 0, 0]) // 10 for index in range(8 * 3)]  # the blue of the background
+    # The blue of the background.
+    numbers = [int(clips[index].frames[0, 2, 0, 0]) // 10 for index in range(8 * 3)]
     epochs = [tuple(numbers[start:start + 3]) for start in range(0, 24, 3)]
     assert all(sorted(epoch) == [1, 3, 4] for epoch in epochs)
     assert len(set(epochs)) > 1
@@ -303,7 +365,8 @@ def test_ids_are_there_exactly_where_masks_are(tmp_path):
         assert torch.equal(clip.ids != -1, clip.masks.flatten(2).any(2))
         assert (clip.ids != -1).any(1).all()  # who is never seen is left out
         for label, ids in zip(clip.labels.tolist(), clip.ids):
-            # Red was annotated first and green second, and keep these numbers whoever else is in the clip.
+            # Red was annotated first and green second, and keep these numbers whoever else is in
+            # the clip.
             assert set(ids.tolist()) <= {-1, {1: 0, 0: 1}[label]}
         seen.add((tuple(clip.labels.tolist()), tuple(map(tuple, (clip.ids == -1).tolist()))))
     assert {labels for labels, _ in seen} == {(), (0,), (1,), (1, 0)}
@@ -322,27 +385,39 @@ def rendered():
 def test_a_rendered_clip_is_a_function_of_seed_and_number(rendered):
     clips, first = rendered
     loader = DataLoader(clips, batch_sampler=StepSampler(1, 3, 2), num_workers=2, collate_fn=list)
-    loaded = [clip for batch in loader for clip in batch]                     # numbers 2 to 5, from two processes
+    # Numbers 2 to 5, from two processes.
+    loaded = [clip for batch in loader for clip in batch]
     assert all(same(clip, again) for clip, again in zip(loaded, first[2:6], strict=True))
-    assert same(clips[0], first[0]) and not same(RenderedClips(["easy"], 2, 6, SHAKEN, seed=2)[0], first[0])
-    assert same(RenderedClips(["look-alike", "occlusion"], 2, 6, SHAKEN, seed=1)[7], first[7])      # in turn: an odd number's suite
+    assert same(clips[0], first[0])
+    assert not same(RenderedClips(["easy"], 2, 6, SHAKEN, seed=2)[0], first[0])
+    # In turn: an odd number's suite.
+    assert same(RenderedClips(["look-alike", "occlusion"], 2, 6, SHAKEN, seed=1)[7], first[7])
 
 
 def test_rendered_clips_show_somebody(rendered):
     for clip in rendered[1]:
-        assert clip.frames.shape[:2] == (2, 3) and clip.frames.dtype == torch.uint8 and clip.masks.dtype == torch.bool
-        assert len(clip.labels) == len(clip.ids) == len(clip.masks) > 0 and set(clip.labels.tolist()) <= set(range(6))
-        assert torch.equal(clip.ids != -1, clip.masks.flatten(2).any(2)) and (clip.ids != -1).any(1).all()
+        assert clip.frames.shape[:2] == (2, 3)
+        assert clip.frames.dtype == torch.uint8
+        assert clip.masks.dtype == torch.bool
+        assert len(clip.labels) == len(clip.ids) == len(clip.masks) > 0
+        assert set(clip.labels.tolist()) <= set(range(6))
+        assert torch.equal(clip.ids != -1, clip.masks.flatten(2).any(2))
+        assert (clip.ids != -1).any(1).all()
     with pytest.raises(InputError, match="show no instance"):
         RenderedClips(["easy"], 1, 1, lambda frames, masks, generator: (frames, masks & False))[0]
 
 
 def test_no_rendered_scene_is_that_of_a_file(monkeypatch):
     """The random state of a scene in a file begins with the seed and 0 or 1."""
-    drawn, make_video = [], clips_module.make_video
-    monkeypatch.setattr(clips_module, "make_video", lambda rng, *setting: drawn.append(rng) or make_video(rng, *setting))
+    drawn, make_video = [], rendered_clips.make_video
+    monkeypatch.setattr(
+        rendered_clips,
+        "make_video",
+        lambda rng, *setting, **only: drawn.append(rng) or make_video(rng, *setting, **only),
+    )
     clips = RenderedClips(["easy"], 1, 1, AS_IT_IS, seed=0)
-    assert [clips[index] for index in range(3)] and {rng.bit_generator.seed_seq.entropy[:2] for rng in drawn} == {(0, 3)}
+    assert [clips[index] for index in range(3)]
+    assert {rng.bit_generator.seed_seq.entropy[:2] for rng in drawn} == {(0, 3)}
 
 
 # Augmentation
@@ -369,7 +444,8 @@ def test_masks_stay_on_their_pixels(augmented):
         for category, instance in zip((RED, GREEN), masks):
             for frame, mask in zip(frames, instance.numpy(), strict=True):
                 coloured = is_colour(frame, category)
-                inner = binary_erosion(mask, iterations=2, border_value=1)  # the border of a crop is no outline
+                # The border of a crop is no outline.
+                inner = binary_erosion(mask, iterations=2, border_value=1)
                 assert coloured[inner].all()
                 assert binary_dilation(mask, iterations=2)[coloured].all()
                 checked += inner.sum()
@@ -384,13 +460,17 @@ def test_masks_are_not_shifted_by_a_fraction_of_a_pixel():
         for colour, instance in ((frames[:, 0], masks[0]), (frames[:, 1], masks[1])):  # red, green
             shifts += [numpy.subtract(center_of_mass(mask.numpy()), center_of_mass(painted.numpy()))
                        for mask, painted in zip(instance, colour)]
-    # Pixels, between the centres of a mask and of its colour; "nearest" alone would shift by 0.45 on average.
+    # Pixels, between the centres of a mask and of its colour; "nearest" alone would shift by 0.45
+    # on average.
     assert numpy.abs(shifts).max() < 0.6
     assert numpy.abs(numpy.mean(shifts, 0)).max() < 0.15
 
 
 def test_all_frames_of_a_clip_share_one_size_among_those_asked_for(augmented):
-    assert all(frames.shape == (3, 3, *masks.shape[2:]) and masks.shape[:2] == (2, 3) for frames, masks in augmented)
+    assert all(
+        frames.shape == (3, 3, *masks.shape[2:]) and masks.shape[:2] == (2, 3)
+        for frames, masks in augmented
+    )
     assert {min(frames.shape[-2:]) for frames, _ in augmented} == {40, 48, 56}
     ratios = [frames.shape[-1] / frames.shape[-2] for frames, _ in augmented]
     whole = numpy.isclose(ratios, WIDTH / HEIGHT, atol=0.02).mean()
@@ -403,8 +483,11 @@ def test_a_crop_drifts_along_a_line():
     cropping = Augmentation(short_sides=(), crop_size=(30, 60))
     drifts = []
     for seed in range(20):
-        frames, masks = cropping.crop(tv_tensors.Video(ramp), tv_tensors.Mask(ramp[None, :, 0] % 2 == 0),
-                                      numpy.random.default_rng(seed))
+        frames, masks = cropping.crop(
+            tv_tensors.Video(ramp),
+            tv_tensors.Mask(ramp[None, :, 0] % 2 == 0),
+            numpy.random.default_rng(seed),
+        )
         assert 30 <= min(frames.shape[-2:]) and max(frames.shape[-2:]) <= 60
         assert torch.equal(masks[0], frames[:, 0] % 2 == 0)
         corners = frames[:, :2, 0, 0].int().numpy()  # column and row of the top left pixel
@@ -412,7 +495,8 @@ def test_a_crop_drifts_along_a_line():
         end = travelled[numpy.abs(travelled).sum(1).argmax()]
         assert (numpy.diff(corners, axis=0) * numpy.sign(end) >= 0).all()  # never back
         off_the_line = travelled[:, 0] * end[1] - travelled[:, 1] * end[0]
-        assert (numpy.abs(off_the_line) <= 2 * numpy.hypot(*end) + 1e-9).all()  # but for rounding to whole pixels
+        # But for rounding to whole pixels.
+        assert (numpy.abs(off_the_line) <= 2 * numpy.hypot(*end) + 1e-9).all()
         drifts.append(end.tolist())
     assert min(drift[0] for drift in drifts) < 0 < max(drift[0] for drift in drifts)
 
@@ -420,14 +504,22 @@ def test_a_crop_drifts_along_a_line():
 def test_a_flip_is_shared_by_all_frames():
     flips = []
     for seed in range(60):
-        frames, _ = Augmentation(short_sides=(HEIGHT,))(*painted_clip(), numpy.random.default_rng(seed))
-        red_is_left = [bool(frame[0].nonzero()[:, 1].max() < frame[1].nonzero()[:, 1].min()) for frame in frames]
+        frames, _ = Augmentation(short_sides=(HEIGHT,))(
+            *painted_clip(), numpy.random.default_rng(seed)
+        )
+        red_is_left = [
+            bool(frame[0].nonzero()[:, 1].max() < frame[1].nonzero()[:, 1].min())
+            for frame in frames
+        ]
         assert len(set(red_is_left)) == 1
         flips.append(not red_is_left[0])
     assert 15 < sum(flips) < 45
     never = Augmentation(short_sides=(HEIGHT,), flip=False)
     original, _ = painted_clip()
-    assert all(torch.equal(never(*painted_clip(), numpy.random.default_rng(seed))[0], original) for seed in range(8))
+    assert all(
+        torch.equal(never(*painted_clip(), numpy.random.default_rng(seed))[0], original)
+        for seed in range(8)
+    )
 
 
 def test_a_mask_of_a_turned_frame_is_refused():

@@ -24,7 +24,7 @@ from test_bad_input import read_files
 import data
 from augmentation import Augmentation
 from clips import ClipDataset
-from data import VideoSet, find_split, read_categories, test_frames
+from data import VideoSet, find_split, frames_at_test_size, read_categories
 from reading.pictures import read_picture
 from runtime.errors import InputError
 from synthetic.suites import SUITES, make_dataset
@@ -225,11 +225,16 @@ def test_crowds_of_images_are_not_trained_on(folder, tmp_path):
         assert all(torch.equal(found, mask) for found in clip.masks[0])
 
 
-@pytest.mark.parametrize("change", [lambda content: content["images"][0].pop("file_name"),
-                                    lambda content: content["annotations"][0].update(image_id=[900]),
-                                    lambda content: content.pop("categories"),
-                                    lambda content: content.update(images=5)],
-                         ids=["file", "image", "categories", "list"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: content["images"][0].pop("file_name"),
+        lambda content: content["annotations"][0].update(image_id=[900]),
+        lambda content: content.pop("categories"),
+        lambda content: content.update(images=5),
+    ],
+    ids=["file", "image", "categories", "list"],
+)
 def test_images_in_another_form_are_refused(folder, tmp_path, change):
     content = coco_content()
     change(content)
@@ -244,14 +249,15 @@ def test_images_in_another_form_are_refused(folder, tmp_path, change):
                          [(32, 1333, (32, 45)), (32, 40, (29, 40)), (80, 56, (40, 56))])
 def test_frames_at_test_size_obey_both_sides(folder, short_side, longest, size):
     video = VideoSet(folder / "valid.json", folder / "JPEGImages").videos[0]
-    frames = torch.stack(list(test_frames(video, short_side, longest)))
+    frames = torch.stack(list(frames_at_test_size(video, short_side, longest)))
     assert frames.shape == (3, 3, *size) and frames.dtype == torch.uint8
     for frame, file in zip(frames, video.files):
         with Image.open(file) as picture:
             expected = numpy.asarray(picture.resize(size[::-1], Image.Resampling.BILINEAR))
         assert numpy.array_equal(frame.permute(1, 2, 0), expected)
-    assert torch.equal(torch.stack(list(test_frames(video, short_side, longest, slice(1, 3)))),
-                       frames[1:])
+    assert torch.equal(
+        torch.stack(list(frames_at_test_size(video, short_side, longest, slice(1, 3)))), frames[1:]
+    )
 
 
 def test_the_longest_side_is_1333_unless_it_is_said(tmp_path):
@@ -259,7 +265,7 @@ def test_the_longest_side_is_1333_unless_it_is_said(tmp_path):
                                                    "length": 1, "file_names": ["a.png"]}],
                                        "categories": [{"id": 1, "name": "one"}], "annotations": []})
     Image.new("RGB", (100, 10)).save(tmp_path / "a.png")
-    frame, = test_frames(VideoSet(tmp_path / "one.json", tmp_path).videos[0], 360)
+    frame, = frames_at_test_size(VideoSet(tmp_path / "one.json", tmp_path).videos[0], 360)
     assert frame.shape == (3, 133, 1333)
 
 
@@ -306,7 +312,7 @@ def test_a_frame_of_another_size_than_its_json_says_is_refused(tmp_path, size):
     Image.new("RGB", size).save(tmp_path / "JPEGImages" / name)
     videos = VideoSet(tmp_path / "valid.json", tmp_path / "JPEGImages")
     with pytest.raises(InputError, match=f"{name} is {size[0]}x{size[1]}, its JSON says 56x40"):
-        list(test_frames(videos.videos[0], 32))
+        list(frames_at_test_size(videos.videos[0], 32))
 
 
 # The synthetic set from the command line

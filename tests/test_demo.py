@@ -1,7 +1,8 @@
-"""The demo: however the frames come, they are read alike, and what it writes and prints is what the model found in them.
+"""The demo: however the frames come, they are read alike, and what it writes and prints is what the
+model found in them.
 
-The model has had one training step: its tracks are bad, but they are tracks. Most tests call the program in this process; the
-live one starts it and feeds it picture by picture.
+The model has had one training step: its tracks are bad, but they are tracks. Most tests call the
+program in this process; the live one starts it and feeds it picture by picture.
 """
 import functools
 import io
@@ -38,8 +39,11 @@ from viewing.overlays import overlays
 pytestmark = pytest.mark.slow  # whole programs
 
 FRAMES, HEIGHT, WIDTH = 4, 64, 80
-SHORT_SIDE, TOP_K = 48, 40                          # shrunk for the model; twice as many instances as there are tracks
-needs_ffmpeg = pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="video files are read and written with ffmpeg")
+# Shrunk for the model; twice as many instances as there are tracks.
+SHORT_SIDE, TOP_K = 48, 40
+needs_ffmpeg = pytest.mark.skipif(
+    shutil.which("ffmpeg") is None, reason="video files are read and written with ffmpeg"
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -52,9 +56,19 @@ def loaded_once():
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A folder with set/, a video of FRAMES frames to train on and another one, and run/last.pt, a model of one training step."""
+    """A folder with set/, a video of FRAMES frames to train on and another one, and run/last.pt, a
+    model of one training step.
+    """
     folder = tmp_path_factory.mktemp("demo")
-    make_dataset(folder / "set", train_videos=1, valid_videos=1, frames=FRAMES, height=HEIGHT, width=WIDTH, objects=(1, 3))
+    make_dataset(
+        folder / "set",
+        train_videos=1,
+        valid_videos=1,
+        frames=FRAMES,
+        height=HEIGHT,
+        width=WIDTH,
+        objects=(1, 3),
+    )
     train.main(train.parse_arguments(train_arguments(folder / "set", folder / "run")))
     return folder
 
@@ -81,8 +95,13 @@ def model(weights):
 
 
 def command(source, weights, *more):
-    return [str(argument) for argument in (source, "--weights", weights, "--short-side", SHORT_SIDE, "--top-k", TOP_K,
-                                           "--device", "cpu", *more)]
+    return [
+        str(argument)
+        for argument in (
+            source, "--weights", weights, "--short-side", SHORT_SIDE, "--top-k", TOP_K, "--device",
+            "cpu", *more,
+        )
+    ]
 
 
 def run(*given):
@@ -114,19 +133,31 @@ def test_a_folder_and_a_pattern_are_read_in_the_order_of_the_names(tmp_path, pic
     assert numpy.array_equal(pixels_of(tmp_path), stacked(pictures))
     assert numpy.array_equal(pixels_of(tmp_path / "*"), stacked(pictures))
     assert numpy.array_equal(pixels_of(tmp_path / "00[1-3].*"), stacked(pictures[1:4]))
-    assert numpy.array_equal(pixels_of(tmp_path / "003.PNG"), stacked(pictures[3:4]))       # a video of one frame
+    # A video of one frame.
+    assert numpy.array_equal(pixels_of(tmp_path / "003.PNG"), stacked(pictures[3:4]))
 
 
-@pytest.mark.parametrize("name, options", [("clip.webp", {"lossless": True}), ("clip.apng", {"format": "PNG"}), ("clip.png", {})])
-def test_a_lossless_animation_has_the_pixels_of_its_frames(tmp_path, folder, pictures, name, options):
-    assert numpy.array_equal(pixels_of(save_animation(tmp_path / name, pictures, **options)), pixels_of(folder))
+@pytest.mark.parametrize(
+    "name, options",
+    [("clip.webp", {"lossless": True}), ("clip.apng", {"format": "PNG"}), ("clip.png", {})],
+)
+def test_a_lossless_animation_has_the_pixels_of_its_frames(
+    tmp_path, folder, pictures, name, options
+):
+    assert numpy.array_equal(
+        pixels_of(save_animation(tmp_path / name, pictures, **options)), pixels_of(folder)
+    )
 
 
 def test_a_gif_has_as_many_frames_in_the_same_order(tmp_path, pictures):
     """Its colours are rounded to 256, so each frame is only the nearest to its own."""
-    found, expected = pixels_of(save_animation(tmp_path / "clip.gif", pictures)).astype(int), stacked(pictures)
+    found, expected = (
+        pixels_of(save_animation(tmp_path / "clip.gif", pictures)).astype(int),
+        stacked(pictures),
+    )
     distances = numpy.abs(found[:, None] - expected).mean((2, 3, 4))
-    assert distances.shape == (FRAMES, FRAMES) and distances.argmin(1).tolist() == list(range(FRAMES))
+    assert distances.shape == (FRAMES, FRAMES)
+    assert distances.argmin(1).tolist() == list(range(FRAMES))
 
 
 def ppm(*pictures):
@@ -142,18 +173,25 @@ def read_ppm(content):
 
 
 def test_ppm_pictures_one_behind_the_other(pictures):
-    one, other = pictures[0], pictures[1].resize((31, 17))                  # of two sizes, as that is for others to refuse
+    # Of two sizes, as that is for others to refuse.
+    one, other = pictures[0], pictures[1].resize((31, 17))
     assert [(found.mode, found.size, found.tobytes()) for found in read_ppm(ppm(one, other))] == [
         ("RGB", picture.size, picture.tobytes()) for picture in (one, other)]
     assert read_ppm(b"") == []
 
 
-@pytest.mark.parametrize("content", [
-    b"garbage", b"\x89PNG\r\n\x1a\n", b"P5\n2 1\n255\n\0\0", b"P6\n2\n255\n", b"P6\n2 1\n65535\n" + bytes(12)],
-    ids=["garbage", "PNG", "grey", "one side", "16 bit"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"garbage", b"\x89PNG\r\n\x1a\n", b"P5\n2 1\n255\n\0\0", b"P6\n2\n255\n",
+        b"P6\n2 1\n65535\n" + bytes(12),
+    ],
+    ids=["garbage", "PNG", "grey", "one side", "16 bit"],
+)
 def test_what_is_no_stream_of_ppm_pictures_is_refused(content):
     with pytest.raises(InputError, match="^the camera is no stream of PPM pictures"):
-        next(demo.read_ppm(io.BytesIO(content), "the camera"))              # the first picture, whatever comes behind it
+        # The first picture, whatever comes behind it.
+        next(demo.read_ppm(io.BytesIO(content), "the camera"))
 
 
 @pytest.mark.parametrize("missing", [1, 14, 6 * 5 * 3])
@@ -216,11 +254,16 @@ def test_results_are_those_of_encode_video(results, expected, folder):
     assert {name: value for name, value in results.items() if name != "tracks"} == {
         "source": str(folder), "height": HEIGHT, "width": WIDTH, "frames": FRAMES}
     chosen = best_of_each_track(expected.track_ids)
-    assert 1 < len(chosen) < len(expected.track_ids)                        # some are in the list under several labels
+    # Some are in the list under several labels.
+    assert 1 < len(chosen) < len(expected.track_ids)
     for track, index in zip(results["tracks"], chosen, strict=True):
-        assert track == {"track_id": expected.track_ids[index].item(), "category": CATEGORIES[expected.labels[index]],
-                         "score": expected.scores[index].item(), "segmentations": expected.segmentations[index],
-                         "gates_open": expected.gates[index].tolist()}
+        assert track == {
+            "track_id": expected.track_ids[index].item(),
+            "category": CATEGORIES[expected.labels[index]],
+            "score": expected.scores[index].item(),
+            "segmentations": expected.segmentations[index],
+            "gates_open": expected.gates[index].tolist(),
+        }
 
 
 def test_every_track_is_there_once_and_the_best_comes_first(results):
@@ -230,7 +273,9 @@ def test_every_track_is_there_once_and_the_best_comes_first(results):
     assert scores == sorted(scores, reverse=True) and len(set(scores)) > 1
     for track in tracks:
         assert len(track["segmentations"]) == len(track["gates_open"]) == FRAMES
-        assert all(len(layers) == 3 and {*layers} <= {True, False} for layers in track["gates_open"])
+        assert all(
+            len(layers) == 3 and {*layers} <= {True, False} for layers in track["gates_open"]
+        )
 
 
 def test_masks_are_pictures_of_the_codes(done, results):
@@ -250,28 +295,50 @@ def test_masks_are_pictures_of_the_codes(done, results):
 
 def test_pictures_are_overlays_of_every_frame(done, expected, pictures):
     video = {"overlay.mp4"} if shutil.which("ffmpeg") else set()
-    assert {path.name for path in done.iterdir()} == {"frames", "masks", "overlay.png", "overlay.webp", "results.json"} | video
+    assert {path.name for path in done.iterdir()} == {
+        "frames", "masks", "overlay.png", "overlay.webp", "results.json",
+    } | video
     drawn = list(overlays(map(numpy.asarray, pictures), expected, list(CATEGORIES), 0))
-    assert sorted(path.name for path in (done / "frames").iterdir()) == [f"{t:05d}.png" for t in range(FRAMES)]
+    assert sorted(path.name for path in (done / "frames").iterdir()) == [
+        f"{t:05d}.png" for t in range(FRAMES)
+    ]
     assert numpy.array_equal(pixels_of(done / "frames"), stacked(drawn))
     animation = read_animation(done / "overlay.webp")
     assert len(animation) == FRAMES
-    assert numpy.abs(numpy.stack(animation).astype(int) - stacked(drawn)).mean() < 8        # WebP is lossy
+    # WebP is lossy.
+    assert numpy.abs(numpy.stack(animation).astype(int) - stacked(drawn)).mean() < 8
     with Image.open(done / "overlay.png") as sheet:
         assert sheet.format == "PNG" and sheet.size == (3 * drawn[0].width, 2 * drawn[0].height)
         assert numpy.array_equal(numpy.asarray(sheet)[:drawn[0].height, :drawn[0].width], drawn[0])
 
 
-def test_where_nothing_scores_enough_the_frames_stay_as_they_are(tmp_path, monkeypatch, capsys, weights, pictures):
-    """From an animation, into the folder that is written when none is named, at another speed, without ffmpeg."""
+def test_where_nothing_scores_enough_the_frames_stay_as_they_are(
+    tmp_path, monkeypatch, capsys, weights, pictures
+):
+    """From an animation, into the folder that is written when none is named, at another speed,
+    without ffmpeg.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(demo.shutil, "which", lambda name: None)
-    run(save_animation(tmp_path / "two.webp", pictures[:2], lossless=True), weights, "--score", 1.01, "--fps", 4)
+    run(
+        save_animation(tmp_path / "two.webp", pictures[:2], lossless=True),
+        weights,
+        "--score",
+        1.01,
+        "--fps",
+        4,
+    )
     assert "2 frames, 0 tracks that score 1.01 or more\n" in capsys.readouterr().out
     output = tmp_path / "demo/two"
-    assert {path.name for path in output.iterdir()} == {"frames", "overlay.png", "overlay.webp", "results.json"}
+    assert {path.name for path in output.iterdir()} == {
+        "frames",
+        "overlay.png",
+        "overlay.webp",
+        "results.json",
+    }
     assert json.loads((output / "results.json").read_text())["tracks"] == []
-    enlarged = stacked(pictures[:2]).repeat(4, 1).repeat(4, 2)              # as all small frames are
+    # As all small frames are.
+    enlarged = stacked(pictures[:2]).repeat(4, 1).repeat(4, 2)
     assert numpy.array_equal(pixels_of(output / "frames"), enlarged)
     with Image.open(output / "overlay.webp") as animation:
         animation.load()
@@ -283,7 +350,9 @@ def test_an_mp4_that_cannot_be_made_is_told(tmp_path, monkeypatch, capsys, weigh
     fake_ffmpeg(tmp_path, monkeypatch, "echo Unknown encoder >&2; exit 8")
     run(save_animation(tmp_path / "two.webp", pictures[:2]), weights, "--output", tmp_path / "out")
     assert "overlay.mp4 was not made: Unknown encoder\n" in capsys.readouterr().out
-    assert {"results.json", "overlay.webp", "overlay.png"} <= {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"results.json", "overlay.webp", "overlay.png"} <= {
+        path.name for path in (tmp_path / "out").iterdir()
+    }
 
 
 def test_a_timeline_is_drawn_if_asked_for(tmp_path, weights, pictures):
@@ -392,20 +461,37 @@ def without_source(weights, *more):
     return command(None, weights, *more)[1:]
 
 
-def test_without_a_source_three_scenes_are_shown_by_one_model(tmp_path, monkeypatch, short_scenes, weights):
+def test_without_a_source_three_scenes_are_shown_by_one_model(
+    tmp_path, monkeypatch, short_scenes, weights
+):
     loaded, load = [], demo.model_from_checkpoint
-    monkeypatch.setattr(demo, "model_from_checkpoint", lambda *given: loaded.append(given) or load(*given))
+    monkeypatch.setattr(
+        demo, "model_from_checkpoint", lambda *given: loaded.append(given) or load(*given)
+    )
     demo.main(demo.parse_arguments(without_source(weights, "--score", 0, "--top-k", 2)))
-    assert len(loaded) == 1 and {path.name for path in (tmp_path / "demo").iterdir()} == {f"occlusion_{index}" for index in (0, 4, 6)}
+    assert len(loaded) == 1
+    assert {path.name for path in (tmp_path / "demo").iterdir()} == {
+        f"occlusion_{index}" for index in (0, 4, 6)
+    }
     for index in (0, 4, 6):
         folder, source = tmp_path / f"demo/occlusion_{index}", f"occlusion:{index}"
         results = json.loads((folder / "results.json").read_text())
-        assert (results["source"], results["frames"], results["height"], results["width"]) == (source, 2, 96, 160)
-        run(source, weights, "--score", 0, "--top-k", 2, "--output", tmp_path / "alone" / str(index))
-        assert read_files(folder) == read_files(tmp_path / "alone" / str(index))      # as if it had been the only one
+        assert (results["source"], results["frames"], results["height"], results["width"]) == (
+            source,
+            2,
+            96,
+            160,
+        )
+        run(
+            source, weights, "--score", 0, "--top-k", 2, "--output", tmp_path / "alone" / str(index)
+        )
+        # As if it had been the only one.
+        assert read_files(folder) == read_files(tmp_path / "alone" / str(index))
 
 
-def test_without_a_source_nothing_is_written_if_one_of_the_scenes_is_there(tmp_path, short_scenes, weights):
+def test_without_a_source_nothing_is_written_if_one_of_the_scenes_is_there(
+    tmp_path, short_scenes, weights
+):
     (tmp_path / "out/occlusion_6").mkdir(parents=True)
     message = sentence(demo, without_source(weights, "--output", tmp_path / "out"))
     assert message == f"{tmp_path}/out/occlusion_6 is there already: give another --output"
@@ -443,8 +529,17 @@ def names_of(config, *more):
 def test_class_names_are_the_checkpoints_or_of_categories_or_numbers(tmp_path):
     """Those of --categories in the order of their ids, and before the checkpoint's."""
     config = {"categories": [[1, "cat"], [2, "dog"], [7, "cow"]]}
-    (tmp_path / "valid.json").write_text(json.dumps(
-        {"videos": [], "categories": [{"id": number, "name": name} for number, name in ((9, "fly"), (3, "bee"), (5, "ant"))]}))
+    (tmp_path / "valid.json").write_text(
+        json.dumps(
+            {
+                "videos": [],
+                "categories": [
+                    {"id": number, "name": name}
+                    for number, name in ((9, "fly"), (3, "bee"), (5, "ant"))
+                ],
+            }
+        )
+    )
     assert names_of(config) == ["cat", "dog", "cow"]
     assert names_of({}) == ["class 0", "class 1", "class 2"]
     for known in (config, {}):
@@ -453,15 +548,22 @@ def test_class_names_are_the_checkpoints_or_of_categories_or_numbers(tmp_path):
 
 def test_class_names_are_in_the_results(tmp_path, weights, pictures, model):
     """Of one frame, which is shrunk further by its long side."""
-    names = [f"one/{letter}" for letter in "abcdef"]                        # with what no folder's name can have
-    (tmp_path / "names.json").write_text(json.dumps({"categories": [{"id": i, "name": name} for i, name in enumerate(names)]}))
+    # With what no folder's name can have.
+    names = [f"one/{letter}" for letter in "abcdef"]
+    (tmp_path / "names.json").write_text(
+        json.dumps({"categories": [{"id": i, "name": name} for i, name in enumerate(names)]})
+    )
     pictures[0].save(tmp_path / "one.png")
-    run(tmp_path / "one.png", weights, "--score", 0, "--categories", tmp_path / "names.json", "--output", tmp_path / "out",
-        "--max-long-side", 40)
+    run(
+        tmp_path / "one.png", weights, "--score", 0, "--categories", tmp_path / "names.json",
+        "--output", tmp_path / "out", "--max-long-side", 40,
+    )
     found = model.encode_video([at_test_size(pictures[0], 32)[None]], (HEIGHT, WIDTH), TOP_K)
     chosen = best_of_each_track(found.track_ids)
     tracks = json.loads((tmp_path / "out/results.json").read_text())["tracks"]
-    assert [track["category"] for track in tracks] == [names[label] for label in found.labels[chosen]]
+    assert [track["category"] for track in tracks] == [
+        names[label] for label in found.labels[chosen]
+    ]
     assert [track["score"] for track in tracks] == found.scores[chosen].tolist()
     folders = {path.name for path in (tmp_path / "out/masks").iterdir()}
     assert {re.sub("-[0-9a-f]+$", "", folder) for folder in folders} == {
@@ -501,8 +603,14 @@ def test_weights_that_make_no_numbers_are_refused(tmp_path, folder, weights, mor
     checkpoint = torch.load(weights, weights_only=True)
     checkpoint["model"]["tracker.class_embed.weight"].fill_(math.nan)
     torch.save(checkpoint, tmp_path / "damaged.pt")
-    with pytest.raises(FloatingPointError, match="the scores are not finite: the weights are damaged"):
-        demo.main(demo.parse_arguments(command(folder, tmp_path / "damaged.pt", "--output", tmp_path / "out", *more)))
+    with pytest.raises(
+        FloatingPointError, match="the scores are not finite: the weights are damaged"
+    ):
+        demo.main(
+            demo.parse_arguments(
+                command(folder, tmp_path / "damaged.pt", "--output", tmp_path / "out", *more)
+            )
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -516,14 +624,19 @@ def test_an_output_folder_that_is_there_is_left_as_it_is(tmp_path, folder, weigh
 
 
 def test_standard_input_is_only_followed_live(tmp_path, weights):
-    assert refuse(tmp_path, "-", weights) == "standard input can be read only once: follow it with --live"
+    assert (
+        refuse(tmp_path, "-", weights)
+        == "standard input can be read only once: follow it with --live"
+    )
 
 
 def test_sources_without_pictures_are_named(tmp_path, weights):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty/notes.txt").write_text("no picture")
     for name in ("missing.mp4", "missing/*.jpg", "empty", "empty/*"):
-        assert refuse(tmp_path, tmp_path / name, weights).startswith(f"no frames at {tmp_path / name}: ")
+        assert refuse(tmp_path, tmp_path / name, weights).startswith(
+            f"no frames at {tmp_path / name}: "
+        )
 
 
 def test_a_picture_that_is_damaged_is_named(tmp_path, weights, folder):
@@ -533,14 +646,18 @@ def test_a_picture_that_is_damaged_is_named(tmp_path, weights, folder):
     path = tmp_path / "frames/00001.jpg"
     path.write_bytes(path.read_bytes()[:-200])
     for source in (tmp_path / "frames", path):
-        assert re.match(f"frame {path} cannot be read: .*truncated", refuse(tmp_path, source, weights))
+        assert re.match(
+            f"frame {path} cannot be read: .*truncated", refuse(tmp_path, source, weights)
+        )
 
 
 def test_a_file_that_is_no_picture_needs_ffmpeg(tmp_path, weights, monkeypatch):
     monkeypatch.setattr(demo.shutil, "which", lambda name: None)
     path = tmp_path / "clip.mp4"
     path.write_bytes(b"no picture")
-    assert refuse(tmp_path, path, weights).startswith(f"{path} is read with ffmpeg, which is not on PATH")
+    assert refuse(tmp_path, path, weights).startswith(
+        f"{path} is read with ffmpeg, which is not on PATH"
+    )
 
 
 def test_frames_of_two_sizes_are_refused(tmp_path, weights, pictures):
@@ -548,13 +665,21 @@ def test_frames_of_two_sizes_are_refused(tmp_path, weights, pictures):
     frames.mkdir()
     for t, size in enumerate([(WIDTH, HEIGHT), (WIDTH, HEIGHT), (50, 70)]):
         pictures[t].resize(size).save(frames / f"{t}.png")
-    assert refuse(tmp_path, frames, weights) == f"frame 2 of {frames} is 50x70, the first {WIDTH}x{HEIGHT}"
+    assert (
+        refuse(tmp_path, frames, weights)
+        == f"frame 2 of {frames} is 50x70, the first {WIDTH}x{HEIGHT}"
+    )
 
 
 def test_class_names_of_another_number_are_refused(tmp_path, weights, folder):
     path = tmp_path / "names.json"
-    path.write_text(json.dumps({"categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]}))
-    assert refuse(tmp_path, folder, weights, "--categories", path) == f"{weights} has 6 classes, {path} has 2"
+    path.write_text(
+        json.dumps({"categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]})
+    )
+    assert (
+        refuse(tmp_path, folder, weights, "--categories", path)
+        == f"{weights} has 6 classes, {path} has 2"
+    )
     with pytest.raises(InputError, match="has 3 classes, its config has 1$"):
         names_of({"categories": [[1, "cat"]]})
 
@@ -568,12 +693,30 @@ def box_of(mask):
 
 
 def test_standard_input_is_followed_picture_by_picture(tmp_path, weights, pictures, model):
-    """The line of a frame comes before the next frame is sent; it has the class, number, score and box of every track of `step`."""
-    # as many threads as here, since others round otherwise; and Python itself must not hand on what is printed
-    environment = ENVIRONMENT | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONUNBUFFERED": ""}
-    process = subprocess.Popen([sys.executable, str(REPOSITORY / "demo.py"), *command("-", weights, "--live", "--score", "0.0")],
-                               env=environment, cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    guard = threading.Timer(60, process.kill)                               # rather than wait for a line that does not come
+    """The line of a frame comes before the next frame is sent.
+
+    It has the class, number, score and box of every track of `step`.
+    """
+    # as many threads as here, since others round otherwise; and Python itself must not hand on what
+    # is printed
+    environment = ENVIRONMENT | {
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+        "PYTHONUNBUFFERED": "",
+    }
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            str(REPOSITORY / "demo.py"),
+            *command("-", weights, "--live", "--score", "0.0"),
+        ],
+        env=environment,
+        cwd=tmp_path,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    # Rather than wait for a line that does not come.
+    guard = threading.Timer(60, process.kill)
     guard.start()
     try:
         lines = []
@@ -591,18 +734,32 @@ def test_standard_input_is_followed_picture_by_picture(tmp_path, weights, pictur
     state = model.reset()
     for number, (line, picture) in enumerate(zip(lines, pictures, strict=True)):
         tracks, state = model.step(at_test_size(picture, SHORT_SIDE), state, (HEIGHT, WIDTH), TOP_K)
-        shown = [f"{CATEGORIES[tracks.labels[index]]} #{tracks.track_ids[index]} {tracks.scores[index]:.2f} at "
-                 f"{box_of(tracks.masks[index])}" for index in best_of_each_track(tracks.track_ids) if tracks.masks[index].any()]
+        shown = [
+            f"{CATEGORIES[tracks.labels[index]]} #{tracks.track_ids[index]} "
+            f"{tracks.scores[index]:.2f} at "
+            f"{box_of(tracks.masks[index])}"
+            for index in best_of_each_track(tracks.track_ids)
+            if tracks.masks[index].any()
+        ]
         assert line == f"frame {number}: {'; '.join(shown)}\n" and len(shown) > 1
 
 
 def test_a_line_has_what_is_seen_and_scores_enough(capsys):
-    """Frames of a model that finds what is written here: not the empty mask, the low score, and a track under its second label."""
+    """Frames of a model that finds what is written here: not the empty mask, the low score, and a
+    track under its second label.
+    """
     masks = torch.zeros(5, HEIGHT, WIDTH, dtype=torch.bool)
     masks[0, 10:21, 30] = masks[1, 5, 7] = masks[2, 40:50, 60:70] = masks[4] = True
-    values = (torch.tensor([0.9, 0.7, 0.6, 0.5, 0.2]), torch.tensor([1, 0, 0, 1, 0]), masks, torch.tensor([12, 3, 12, 4, 5]))
+    values = (
+        torch.tensor([0.9, 0.7, 0.6, 0.5, 0.2]),
+        torch.tensor([1, 0, 0, 1, 0]),
+        masks,
+        torch.tensor([12, 3, 12, 4, 5]),
+    )
     unread = torch.zeros(20, 3), torch.zeros(5, 0, dtype=torch.bool)
-    found, nothing = (FrameTracks(*(value[first:] for value in values), *unread) for first in (0, 4))
+    found, nothing = (
+        FrameTracks(*(value[first:] for value in values), *unread) for first in (0, 4)
+    )
     sizes = []
 
     def step(frame, state, output_size, top_k):
@@ -611,9 +768,17 @@ def test_a_line_has_what_is_seen_and_scores_enough(capsys):
         return (nothing if state else found), state + 1
 
     stub, black = SimpleNamespace(reset=lambda: 0, step=step), Image.new("RGB", (WIDTH, HEIGHT))
-    args = demo.parse_arguments(["-", "--live", "--short-side", "48", "--max-long-side", "40", "--top-k", "5", "--score", "0.25"])
-    demo.follow(stub, "-", iter([black, black]), ["cat", "dog"], args)
-    assert capsys.readouterr().out == "frame 0: dog #12 0.90 at 30,10 to 30,20; cat #3 0.70 at 7,5 to 7,5\nframe 1: nothing\n"
+    args = demo.parse_arguments(
+        [
+            "-", "--live", "--short-side", "48", "--max-long-side", "40", "--top-k", "5", "--score",
+            "0.25",
+        ]
+    )
+    demo.run_live(stub, "-", iter([black, black]), ["cat", "dog"], args)
+    assert (
+        capsys.readouterr().out
+        == "frame 0: dog #12 0.90 at 30,10 to 30,20; cat #3 0.70 at 7,5 to 7,5\nframe 1: nothing\n"
+    )
     assert sizes == [((3, 32, 40), (HEIGHT, WIDTH), 5)] * 2
 
 
@@ -622,7 +787,8 @@ def test_a_line_has_what_is_seen_and_scores_enough(capsys):
 @needs_ffmpeg
 def test_an_mp4_has_every_frame_and_is_read_again(tmp_path, weights, pictures):
     """Sides of an odd number of pixels are made even; black there."""
-    height, width = 241, 301                                                # high enough not to be enlarged
+    # High enough not to be enlarged.
+    height, width = 241, 301
     (tmp_path / "frames").mkdir()
     for t, picture in enumerate(pictures[:3]):
         picture.resize((width, height)).save(tmp_path / f"frames/{t}.png")

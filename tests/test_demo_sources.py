@@ -1,4 +1,6 @@
-"""Sources that a demo meets in the wild: each is read right, or refused with one sentence before anything is written."""
+"""Sources that a demo meets in the wild: each is read right, or refused with one sentence before
+anything is written.
+"""
 import io
 import os
 import shutil
@@ -13,7 +15,9 @@ import demo
 from data import InputError
 from synthetic import suites as synthetic
 
-needs_ffmpeg = pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="video files are made and read with ffmpeg")
+needs_ffmpeg = pytest.mark.skipif(
+    shutil.which("ffmpeg") is None, reason="video files are made and read with ffmpeg"
+)
 
 
 def shades(source):
@@ -75,7 +79,10 @@ def test_a_photograph_is_turned_as_in_a_folder(tmp_path):
     orientation = Image.Exif()
     orientation[0x0112] = 6                                   # a quarter turn
     grey(7).save(tmp_path / "photo.jpg", exif=orientation)
-    sizes = [[picture.size for picture in demo.read_frames(str(source))] for source in (tmp_path, tmp_path / "photo.jpg")]
+    sizes = [
+        [picture.size for picture in demo.read_frames(str(source))]
+        for source in (tmp_path, tmp_path / "photo.jpg")
+    ]
     assert sizes == [[(6, 8)], [(6, 8)]]
 
 
@@ -103,7 +110,9 @@ def test_a_picture_without_pixels_is_refused(size):
 def test_a_scene_is_the_one_of_the_held_out_split(tmp_path):
     """To the last bit of its JPEG files."""
     suite = synthetic.SUITES["occlusion"]
-    synthetic.make_dataset(tmp_path / "set", 1, 2, suite.frames, objects=suite.objects, difficulty=suite.difficulty)
+    synthetic.make_dataset(
+        tmp_path / "set", 1, 2, suite.frames, objects=suite.objects, difficulty=suite.difficulty
+    )
     files = sorted((tmp_path / "set/valid/JPEGImages/00001").iterdir())
     for picture, file in zip(demo.read_frames("occlusion:1"), files, strict=True):
         picture.save(tmp_path / "frame.jpg", quality=synthetic.JPEG_QUALITY)
@@ -114,21 +123,36 @@ def test_a_scene_is_the_one_of_the_held_out_split(tmp_path):
                                     "easy:" + "9" * 200])
 def test_what_is_no_scene_is_refused_with_the_names_of_the_suites(tmp_path, monkeypatch, source):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match=f"^no frames at {source}: .*suites {', '.join(synthetic.SUITES)}$"):
+    with pytest.raises(
+        InputError, match=f"^no frames at {source}: .*suites {', '.join(synthetic.SUITES)}$"
+    ):
         list(demo.read_frames(source))
 
 
 def test_a_live_frame_of_another_size_is_refused(monkeypatch):
     """By a model that sees nothing."""
     monkeypatch.setattr(demo, "best_labels", lambda found, least: [])
-    model = SimpleNamespace(reset=lambda: None, step=lambda *given: (SimpleNamespace(scores=torch.zeros(0)), None))
+    model = SimpleNamespace(
+        reset=lambda: None, step=lambda *given: (SimpleNamespace(scores=torch.zeros(0)), None)
+    )
     with pytest.raises(InputError, match="^frame 1 of - is 5x5, the first 8x6$"):
-        demo.follow(model, "-", iter([grey(1), grey(2, (5, 5))]), [], demo.parse_arguments(["-", "--live", "--short-side", "6"]))
+        demo.run_live(
+            model,
+            "-",
+            iter([grey(1), grey(2, (5, 5))]),
+            [],
+            demo.parse_arguments(["-", "--live", "--short-side", "6"]),
+        )
 
 
-@pytest.mark.parametrize("source, name", [("clip.mp4", "clip"), ("frames/*.jpg", "frames"), ("a/b/0[1-3]*.png", "b"),
-                                          ("*.jpg", "frames"), ("a/b", "b"), (".", "frames"),
-                                          ("look-alike:12", "look-alike_12"), ("a:1", "a:1")])
+@pytest.mark.parametrize(
+    "source, name",
+    [
+        ("clip.mp4", "clip"), ("frames/*.jpg", "frames"), ("a/b/0[1-3]*.png", "b"),
+        ("*.jpg", "frames"), ("a/b", "b"), (".", "frames"), ("look-alike:12", "look-alike_12"),
+        ("a:1", "a:1"),
+    ],
+)
 def test_the_folder_of_results_is_named_after_the_source(source, name):
     assert demo.default_name(source) == name
 
@@ -151,7 +175,9 @@ def test_an_output_that_cannot_be_made_is_refused_first(tmp_path):
 
 def make_video(path, *options):
     """A test picture that moves; its size, rate and duration are among the options."""
-    subprocess.run(["ffmpeg", "-loglevel", "error", "-f", "lavfi", "-i", *options, str(path)], check=True)
+    subprocess.run(
+        ["ffmpeg", "-loglevel", "error", "-f", "lavfi", "-i", *options, str(path)], check=True
+    )
 
 
 @needs_ffmpeg
@@ -159,7 +185,9 @@ def make_video(path, *options):
     ("ten bit.mp4", ("-c:v", "libx264", "-pix_fmt", "yuv420p10le"), 10),
     ("12:30.mp4", ("-c:v", "mpeg4"), 10),
     ("uneven.mkv", ("-c:v", "mpeg4", "-vf", "select=eq(n\\,0)+eq(n\\,3)+eq(n\\,9)"), 3)])
-def test_videos_of_all_kinds_give_the_frames_they_store(tmp_path, monkeypatch, name, options, frames):
+def test_videos_of_all_kinds_give_the_frames_they_store(
+    tmp_path, monkeypatch, name, options, frames
+):
     """More than 8 bit, a name like a protocol's, pauses between the frames."""
     make_video(tmp_path / "made.mkv", "testsrc2=s=64x48:r=5:d=2", *options)
     (tmp_path / "made.mkv").rename(tmp_path / name)

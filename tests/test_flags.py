@@ -188,9 +188,9 @@ CHANGES = dict(short_sides=[40, 44], pseudo_short_sides=[36], max_long_side=70,
                crop_short_sides=[48, 52], crop_size=[0.7, 0.8], crop_relative=True,
                pseudo_crop_size=[20, 30], rotation=7.0, flip=False)
 OF_VIDEOS = Augmentation((40, 44), 70, (48, 52), (0.7, 0.8), crop_relative=True, flip=False,
-                         rotation=0, jitter=0)
+                         rotation=0, lsj_size=0)
 OF_IMAGES = Augmentation((36,), 70, (48, 52), (20, 30), crop_relative=False, flip=False,
-                         rotation=7.0, jitter=0)
+                         rotation=7.0, lsj_size=0)
 
 
 @covers("short_sides", "pseudo_short_sides", "max_long_side", "crop_short_sides", "crop_size",
@@ -210,7 +210,7 @@ def test_every_source_is_augmented_in_its_own_way(run, data_sets):  # noqa: F811
 def test_all_sources_have_large_scale_jitter(run, data_sets):  # noqa: F811
     seen = run("mixed", data_root=data_sets, train_sets=["coco2ovis_train", "ovis_train"],
                train_ratio=[1, 1], lsj=True, lsj_size=96)
-    assert [source.augmentation.jitter for source in seen.clips.sources] == [96, 96]
+    assert [source.augmentation.lsj_size for source in seen.clips.sources] == [96, 96]
     assert seen.frames[0][0].shape[-2:] == (96, 96)
 
 

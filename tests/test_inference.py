@@ -1,6 +1,8 @@
-"""Videos of any length, shared out to processes and resumed after a kill: always what `segment_video` gives, in one results.json.
+"""Videos of any length, shared out to processes and resumed after a kill: always what
+`segment_video` gives, in one results.json.
 
-Results are compared byte for byte, so everything here runs with one thread: a CPU rounds differently with several.
+Results are compared byte for byte, so everything here runs with one thread: a CPU rounds
+differently with several.
 """
 import json
 import math
@@ -22,7 +24,7 @@ from test_model import HEIGHT, WIDTH, make_frames, make_model
 import evaluate
 import model as model_file
 import train
-from data import InputError, Video, VideoSet, test_frames
+from data import InputError, Video, VideoSet, frames_at_test_size
 from evaluation.inference import FrameBatches, Unfinished, share
 from evaluation.metric import evaluate_results
 from evaluation.postprocess import EncodedVideo
@@ -31,17 +33,27 @@ from synthetic.suites import make_dataset
 pytestmark = pytest.mark.slow  # whole programs
 
 LENGTHS = (5, 2, 4, 3, 2, 2, 3, 2)                  # frames of the videos
-SIZES = ["--short-side", "48", "--top-k", "4"]      # the frames are shrunk, so that masks are enlarged again
+# The frames are shrunk, so that masks are enlarged again.
+SIZES = ["--short-side", "48", "--top-k", "4"]
 ONE_THREAD = ENVIRONMENT | {"OMP_NUM_THREADS": "1"}
 one_thread = fixed_threads(1)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A folder with set/, whose held-out videos have LENGTHS frames, and run/last.pt, a model of one training step."""
+    """A folder with set/, whose held-out videos have LENGTHS frames, and run/last.pt, a model of
+    one training step.
+    """
     folder = tmp_path_factory.mktemp("inference")
-    make_dataset(folder / "set", train_videos=1, valid_videos=len(LENGTHS), frames=max(LENGTHS), height=64, width=80,
-                 objects=(1, 3))
+    make_dataset(
+        folder / "set",
+        train_videos=1,
+        valid_videos=len(LENGTHS),
+        frames=max(LENGTHS),
+        height=64,
+        width=80,
+        objects=(1, 3),
+    )
     content = json.loads((folder / "set/valid.json").read_text())
     for entry in content["videos"] + content["annotations"]:
         entry["length"] = LENGTHS[entry.get("video_id", entry["id"]) - 1]
@@ -50,16 +62,27 @@ def trained(tmp_path_factory):
     for name in ("segmentations", "bboxes", "areas"):
         content["annotations"][0][name][0] = None   # an object that comes later
     (folder / "set/valid.json").write_text(json.dumps(content))
-    train.main(train.parse_arguments(["--data-root", str(folder / "set"), "--output", str(folder / "run"), "--iterations", "1",
-                                      "--batch", "1", "--frames", "2", "--points", "64", "--short-sides", "64", "--workers", "0",
-                                      "--device", "cpu"]))
+    train.main(
+        train.parse_arguments(
+            [
+                "--data-root", str(folder / "set"), "--output", str(folder / "run"), "--iterations",
+                "1", "--batch", "1", "--frames", "2", "--points", "64", "--short-sides", "64",
+                "--workers", "0", "--device", "cpu",
+            ]
+        )
+    )
     return folder
 
 
 def arguments(trained, output, *more):
-    """The command line of an evaluation; without --workers in `more`, this process reads the frames itself."""
-    return ["--weights", str(trained / "run/last.pt"), "--data-root", str(trained / "set"), *SIZES, "--device", "cpu",
-            "--output", str(output), "--workers", "0", *more]
+    """The command line of an evaluation.
+
+    Without --workers in `more`, this process reads the frames itself.
+    """
+    return [
+        "--weights", str(trained / "run/last.pt"), "--data-root", str(trained / "set"), *SIZES,
+        "--device", "cpu", "--output", str(output), "--workers", "0", *more,
+    ]
 
 
 def run(*given):
@@ -85,7 +108,12 @@ def videos(trained):
 
 # A video as codes
 
-MODES = {"gated": {}, "memory": {}, "clip": {}, "two frames": {"propagation": "gated", "clip_length": 2}}
+MODES = {
+    "gated": {},
+    "memory": {},
+    "clip": {},
+    "two frames": {"propagation": "gated", "clip_length": 2},
+}
 
 
 def make(mode):
@@ -96,14 +124,19 @@ def assert_same(found, expected, layers):
     """An EncodedVideo and a VideoResult of one video; layers: of the tracker, that have gates."""
     for name in ("scores", "labels", "track_ids"):
         torch.testing.assert_close(getattr(found, name), getattr(expected, name))
-    masks = [torch.from_numpy(rle.decode(codes)).permute(2, 0, 1).bool() for codes in found.segmentations]
+    masks = [
+        torch.from_numpy(rle.decode(codes)).permute(2, 0, 1).bool() for codes in found.segmentations
+    ]
     assert torch.equal(torch.stack(masks), expected.masks)
-    assert found.gates.shape == (len(masks), expected.masks.shape[1], layers) and found.gates.dtype == torch.bool
+    assert found.gates.shape == (len(masks), expected.masks.shape[1], layers)
+    assert found.gates.dtype == torch.bool
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_codes_are_the_masks_of_segment_video(mode):
-    """However the frames come in: one by one, two at once, so that the last batch is short, and all at once."""
+    """However the frames come in: one by one, two at once, so that the last batch is short, and all
+    at once.
+    """
     model, frames = make(mode), make_frames(3)
     layers = 0 if mode in ("memory", "clip") else 3
     expected = model.segment_video(frames, (50, 70), top_k=12)
@@ -112,7 +145,8 @@ def test_codes_are_the_masks_of_segment_video(mode):
         assert_same(model.encode_video(frames.split(count), (50, 70), top_k=12), expected, layers)
 
 
-# less than a mask; 3 and 6 masks of 64 x 64 pixels, of 20 a frame; two frames with their 20 masks each, of three frames
+# less than a mask; 3 and 6 masks of 64 x 64 pixels, of 20 a frame; two frames with their 20 masks
+# each, of three frames
 @pytest.mark.parametrize("pixels", [1, 3 * 64 * 64, 6 * 64 * 64, 2 * 20 * HEIGHT * WIDTH])
 def test_however_few_masks_are_there_at_once(monkeypatch, pixels):
     model, frames = make("two frames"), make_frames(3)
@@ -131,7 +165,10 @@ def test_all_pairs_are_encoded():
 
 @pytest.mark.parametrize("mode", ["gated", "gated+memory"])
 def test_gates_are_those_of_every_step(mode, monkeypatch):
-    """Open where the tracker's logit is not negative; `step` and a look at the tracker itself agree on it."""
+    """Open where the tracker's logit is not negative.
+
+    `step` and a look at the tracker itself agree on it.
+    """
     model, frames, state, seen, logits = make(mode), make_frames(4), None, [], []
     follow = model.tracker.follow
 
@@ -175,18 +212,27 @@ def test_batches_hold_all_frames_in_order(videos, chunk):
     found = [batches[index] for index in range(len(batches))]
     assert all(0 < len(batch) <= chunk for batch in found)
     ends = set(accumulate(len(batch) for batch in found))
-    assert ends >= set(accumulate(LENGTHS))                                 # a batch ends where a video ends
-    assert len(found) == sum(-(-length // chunk) for length in LENGTHS)     # and no earlier than it must
-    expected = torch.stack([frame for video in videos for frame in test_frames(video, 48, 1333)])
+    # A batch ends where a video ends.
+    assert ends >= set(accumulate(LENGTHS))
+    # And no earlier than it must.
+    assert len(found) == sum(-(-length // chunk) for length in LENGTHS)
+    expected = torch.stack(
+        [frame for video in videos for frame in frames_at_test_size(video, 48, 1333)]
+    )
     assert expected.shape[2:] == (48, 60) and torch.equal(torch.cat(found), expected)
 
 
 def blank_videos(*lengths):
     """Videos of so many frames that are on no disk."""
-    return [Video(number, 4, 4, [Path(f"{frame}.jpg") for frame in range(length)], []) for number, length in enumerate(lengths, 1)]
+    return [
+        Video(number, 4, 4, [Path(f"{frame}.jpg") for frame in range(length)], [])
+        for number, length in enumerate(lengths, 1)
+    ]
 
 
-@pytest.mark.parametrize("lengths", [(5, 2, 4, 3, 2, 2, 3, 2), (1, 1, 1), (100, 1, 1, 1, 1, 1), (7,), ()], ids=str)
+@pytest.mark.parametrize(
+    "lengths", [(5, 2, 4, 3, 2, 2, 3, 2), (1, 1, 1), (100, 1, 1, 1, 1, 1), (7,), ()], ids=str
+)
 @pytest.mark.parametrize("world", range(1, 6))
 def test_every_video_has_one_process_and_none_has_much_more_than_another(lengths, world):
     everything = blank_videos(*lengths)
@@ -207,8 +253,13 @@ def found_in(video):
     """Two instances in a video of odd id, none in the others."""
     count = 2 * (video.id % 2)
     frames = len(video.files)
-    return EncodedVideo(torch.tensor([0.25, 1e-7])[:count], torch.tensor([1, 0])[:count], torch.tensor([7, 5])[:count],
-                        [[code] * frames for code in CODES[:count]], torch.arange(count * frames * 3).view(count, frames, 3) % 2 == 0)
+    return EncodedVideo(
+        torch.tensor([0.25, 1e-7])[:count],
+        torch.tensor([1, 0])[:count],
+        torch.tensor([7, 5])[:count],
+        [[code] * frames for code in CODES[:count]],
+        torch.arange(count * frames * 3).view(count, frames, 3) % 2 == 0,
+    )
 
 
 def test_what_is_done_is_not_done_again(tmp_path):
@@ -225,13 +276,21 @@ def test_saved_results_are_read_back_exactly(tmp_path):
         found = found_in(video)
         unfinished.save(video, found)
         again = unfinished.load(video)
-        assert again.scores.tolist() == found.scores.tolist() and again.segmentations == found.segmentations
-        assert torch.equal(again.labels, found.labels) and torch.equal(again.track_ids, found.track_ids)
+        assert again.scores.tolist() == found.scores.tolist()
+        assert again.segmentations == found.segmentations
+        assert torch.equal(again.labels, found.labels)
+        assert torch.equal(again.track_ids, found.track_ids)
         assert again.gates.dtype == torch.bool and again.gates.tolist() == found.gates.tolist()
 
 
-@pytest.mark.parametrize("change, named", [
-    ({"top_k": 20}, "top_k"), ({"short_side": 360}, "short_side"), ({"weights": "best.pt", "amp": "off"}, "weights, amp")])
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"top_k": 20}, "top_k"),
+        ({"short_side": 360}, "short_side"),
+        ({"weights": "best.pt", "amp": "off"}, "weights, amp"),
+    ],
+)
 def test_results_of_another_setting_are_refused(tmp_path, change, named):
     everything = blank_videos(3)
     Unfinished(tmp_path, SETTING).save(everything[0], found_in(everything[0]))
@@ -249,11 +308,15 @@ def test_joined_results_are_one_list_in_the_order_of_the_videos(tmp_path, count)
         unfinished.save(video, found_in(video))
     unfinished.join(everything, CATEGORIES, tmp_path / "results.json")
     unfinished.remove()
-    expected = [{"video_id": video.id, "score": score, "category_id": category_id, "segmentations": [code]}
-                for video in everything if video.id % 2
-                for score, category_id, code in zip(torch.tensor([0.25, 1e-7]).tolist(), (90, 3), CODES)]
+    expected = [
+        {"video_id": video.id, "score": score, "category_id": category_id, "segmentations": [code]}
+        for video in everything
+        if video.id % 2
+        for score, category_id, code in zip(torch.tensor([0.25, 1e-7]).tolist(), (90, 3), CODES)
+    ]
     assert json.loads((tmp_path / "results.json").read_text()) == expected
-    assert list(tmp_path.iterdir()) == [tmp_path / "results.json"]          # no folder, and no part of a file
+    # No folder, and no part of a file.
+    assert list(tmp_path.iterdir()) == [tmp_path / "results.json"]
 
 
 # The whole evaluation
@@ -267,28 +330,48 @@ def assert_equal_results(folder, whole):
 def test_results_are_those_of_segment_video(trained, whole, videos):
     model, _ = evaluate.model_from_checkpoint(trained / "run/last.pt")
     results, areas = json.loads((whole / "results.json").read_text()), []
-    assert [entry["video_id"] for entry in results] == [video.id for video in videos for _ in range(4)]
+    assert [entry["video_id"] for entry in results] == [
+        video.id for video in videos for _ in range(4)
+    ]
     for video in videos:
-        expected = model.segment_video(test_frames(video, 48), (video.height, video.width), 4)
+        expected = model.segment_video(
+            frames_at_test_size(video, 48), (video.height, video.width), 4
+        )
         own = [entry for entry in results if entry["video_id"] == video.id]
-        assert [entry["score"] for entry in own] == pytest.approx(expected.scores.tolist(), rel=1e-5)
-        assert [entry["category_id"] for entry in own] == [label + 1 for label in expected.labels.tolist()]
+        assert [entry["score"] for entry in own] == pytest.approx(
+            expected.scores.tolist(), rel=1e-5
+        )
+        assert [entry["category_id"] for entry in own] == [
+            label + 1 for label in expected.labels.tolist()
+        ]
         for entry, masks in zip(own, expected.masks, strict=True):
-            assert torch.equal(torch.from_numpy(rle.decode(entry["segmentations"])).permute(2, 0, 1).bool(), masks)
+            assert torch.equal(
+                torch.from_numpy(rle.decode(entry["segmentations"])).permute(2, 0, 1).bool(), masks
+            )
             areas += rle.area(entry["segmentations"]).tolist()
-    assert len(set(areas)) > 10                                             # not the same few masks all the time
+    # Not the same few masks all the time.
+    assert len(set(areas)) > 10
 
 
-@pytest.mark.parametrize("more", [("--chunk", "1"), ("--chunk", "4", "--workers", "2"), ("--chunk", "32")], ids=" ".join)
+@pytest.mark.parametrize(
+    "more", [("--chunk", "1"), ("--chunk", "4", "--workers", "2"), ("--chunk", "32")], ids=" ".join
+)
 def test_chunks_and_workers_change_no_byte(trained, whole, tmp_path, more):
     run(*arguments(trained, tmp_path, *more))
     assert_equal_results(tmp_path, whole)
 
 
 def test_two_processes_write_what_one_writes(trained, whole, tmp_path):
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port()]
-    process = subprocess.run([sys.executable, *launcher, str(REPOSITORY / "evaluate.py"), *arguments(trained, tmp_path)],
-                             env=ONE_THREAD, capture_output=True, text=True, timeout=240)
+    launcher = [
+        "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port(),
+    ]
+    process = subprocess.run(
+        [sys.executable, *launcher, str(REPOSITORY / "evaluate.py"), *arguments(trained, tmp_path)],
+        env=ONE_THREAD,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
     assert process.returncode == 0, process.stderr[-3000:]
     assert_equal_results(tmp_path, whole)
     frames = [int(line.split()[0]) for line in process.stdout.splitlines() if " frames in " in line]
@@ -297,13 +380,21 @@ def test_two_processes_write_what_one_writes(trained, whole, tmp_path):
 
 
 def test_a_killed_evaluation_goes_on_where_it_was(trained, whole, tmp_path, capsys):
-    """kill -9 as soon as a video is done; then the same command does the others, and nobody can tell."""
+    """kill -9 as soon as a video is done.
+
+    Then the same command does the others, and nobody can tell.
+    """
     def done():
         return [path for path in (tmp_path / "unfinished").glob("*.json") if path.stem.isdecimal()]
 
-    for _ in range(10):                             # on a busy machine the murderer may come too late
-        process = subprocess.Popen([sys.executable, str(REPOSITORY / "evaluate.py"), *arguments(trained, tmp_path)], env=ONE_THREAD,
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    # On a busy machine the murderer may come too late.
+    for _ in range(10):
+        process = subprocess.Popen(
+            [sys.executable, str(REPOSITORY / "evaluate.py"), *arguments(trained, tmp_path)],
+            env=ONE_THREAD,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
         try:
             wait_until(done, process)
         finally:
@@ -314,7 +405,9 @@ def test_a_killed_evaluation_goes_on_where_it_was(trained, whole, tmp_path, caps
             break
         shutil.rmtree(tmp_path)
     count = len(done())
-    assert 0 < count < len(LENGTHS), f"it was killed with {count} of {len(LENGTHS)} videos done, not amid them"
+    assert 0 < count < len(LENGTHS), (
+        f"it was killed with {count} of {len(LENGTHS)} videos done, not amid them"
+    )
     assert not (tmp_path / "results.json").exists()
 
     with pytest.raises(InputError, match="short_side differ"):
@@ -331,7 +424,9 @@ def test_weights_that_make_no_numbers_write_no_results(trained, tmp_path):
     checkpoint = torch.load(trained / "run/last.pt", weights_only=True)
     checkpoint["model"]["tracker.query_feat.weight"].fill_(math.inf)
     torch.save(checkpoint, tmp_path / "damaged.pt")
-    with pytest.raises(FloatingPointError, match=r"valid/JPEGImages/\d+: the scores are not finite"):
+    with pytest.raises(
+        FloatingPointError, match=r"valid/JPEGImages/\d+: the scores are not finite"
+    ):
         run("--weights", tmp_path / "damaged.pt", *arguments(trained, tmp_path / "out")[2:])
     assert [path.name for path in (tmp_path / "out").rglob("*.json")] == ["setting.json"]
 
@@ -346,8 +441,15 @@ def test_the_archive_holds_the_results_and_nothing_else(whole):
 
 def perfect(ground_truth):
     """The ground truth as results, with null where an object is not seen."""
-    return [{"video_id": annotation["video_id"], "category_id": annotation["category_id"], "score": 1,
-             "segmentations": annotation["segmentations"]} for annotation in ground_truth["annotations"]]
+    return [
+        {
+            "video_id": annotation["video_id"],
+            "category_id": annotation["category_id"],
+            "score": 1,
+            "segmentations": annotation["segmentations"],
+        }
+        for annotation in ground_truth["annotations"]
+    ]
 
 
 def write(path, content):
@@ -357,18 +459,30 @@ def write(path, content):
 
 def test_the_ground_truth_scores_one(trained, ground_truth, tmp_path):
     results = write(tmp_path / "own.json", perfect(ground_truth))
-    metrics = run("--results", results, "--annotations", trained / "set/valid.json", "--output", tmp_path / "out")
-    assert [metrics[name] for name in ("AP", "AP50", "AP75", "AR10", "AR100")] == pytest.approx([1] * 5)
-    assert all(value == pytest.approx(1) for value in metrics["per_class"].values())    # this set has all classes
-    with zipfile.ZipFile(tmp_path / "out/results.json.zip") as archive:     # under the name that the server takes
-        assert archive.namelist() == ["results.json"] and archive.read("results.json") == results.read_bytes()
+    metrics = run(
+        "--results", results, "--annotations", trained / "set/valid.json", "--output",
+        tmp_path / "out",
+    )
+    assert [metrics[name] for name in ("AP", "AP50", "AP75", "AR10", "AR100")] == pytest.approx(
+        [1] * 5
+    )
+    # This set has all classes.
+    assert all(value == pytest.approx(1) for value in metrics["per_class"].values())
+    # Under the name that the server takes.
+    with zipfile.ZipFile(tmp_path / "out/results.json.zip") as archive:
+        assert archive.namelist() == ["results.json"]
+        assert archive.read("results.json") == results.read_bytes()
 
 
 def in_two_parts(ground_truth, folder):
     """The first three videos and the others, each with their annotations, as two files."""
     def part(keep):
-        return ground_truth | {"videos": [video for video in ground_truth["videos"] if keep(video["id"])],
-                               "annotations": [entry for entry in ground_truth["annotations"] if keep(entry["video_id"])]}
+        return ground_truth | {
+            "videos": [video for video in ground_truth["videos"] if keep(video["id"])],
+            "annotations": [
+                entry for entry in ground_truth["annotations"] if keep(entry["video_id"])
+            ],
+        }
 
     parts = {"short": part(lambda number: number <= 3), "long": part(lambda number: number > 3)}
     return parts, [write(folder / f"{name}.json", content) for name, content in parts.items()]
@@ -377,10 +491,16 @@ def in_two_parts(ground_truth, folder):
 def test_two_parts_are_scored_each_and_averaged(ground_truth, tmp_path):
     parts, paths = in_two_parts(ground_truth, tmp_path)
     results = perfect(ground_truth)
-    for number, entry in enumerate(results):                                # some in the wrong class, so that scores differ
+    # Some in the wrong class, so that scores differ.
+    for number, entry in enumerate(results):
         entry["score"] = 1 - number / 100
-        entry["category_id"] = entry["category_id"] % 6 + 1 if number % 3 == 0 else entry["category_id"]
-    run("--results", write(tmp_path / "r.json", results), "--annotations", *paths, "--output", tmp_path / "out")
+        entry["category_id"] = (
+            entry["category_id"] % 6 + 1 if number % 3 == 0 else entry["category_id"]
+        )
+    run(
+        "--results", write(tmp_path / "r.json", results), "--annotations", *paths, "--output",
+        tmp_path / "out",
+    )
     metrics = json.loads((tmp_path / "out/metrics.json").read_text())
 
     own = {"short": [entry for entry in results if entry["video_id"] <= 3]}
@@ -398,8 +518,12 @@ def test_two_parts_are_scored_each_and_averaged(ground_truth, tmp_path):
 
     per_class = metrics.pop("per_class")
     assert list(per_class) == [category["name"] for category in ground_truth["categories"]]
-    assert all(value == both(lambda part: part["per_class"][name]) for name, value in per_class.items())
-    assert list(metrics) == ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]
+    assert all(
+        value == both(lambda part: part["per_class"][name]) for name, value in per_class.items()
+    )
+    assert list(metrics) == [
+        "AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl",
+    ]
     assert all(value == both(lambda part: part[name]) for name, value in metrics.items())
 
 
@@ -408,7 +532,10 @@ def test_results_of_an_unknown_video_are_not_even_zipped(ground_truth, tmp_path)
     results = perfect(ground_truth)
     results[-1]["video_id"] = 999
     with pytest.raises(InputError, match=rf"results\[{len(results) - 1}\] has video_id 999"):
-        run("--results", write(tmp_path / "r.json", results), "--annotations", *paths, "--output", tmp_path / "out")
+        run(
+            "--results", write(tmp_path / "r.json", results), "--annotations", *paths, "--output",
+            tmp_path / "out",
+        )
     assert not list(tmp_path.glob("**/*.zip*"))
 
 
@@ -417,8 +544,10 @@ def test_parts_of_one_name_are_both_scored(whole, ground_truth, tmp_path):
     for name, half in (("a", ground_truth["videos"][:4]), ("b", ground_truth["videos"][4:])):
         (tmp_path / name).mkdir()
         (tmp_path / name / "gt.json").write_text(json.dumps(ground_truth | {"videos": half}))
-    metrics = run("--results", whole / "results.json", "--annotations", tmp_path / "a/gt.json", tmp_path / "b/gt.json",
-                  "--output", tmp_path)
+    metrics = run(
+        "--results", whole / "results.json", "--annotations", tmp_path / "a/gt.json",
+        tmp_path / "b/gt.json", "--output", tmp_path,
+    )
     assert len(metrics["parts"]) == 2
 
 
@@ -435,9 +564,15 @@ def test_what_a_kill_left_of_a_removed_folder_is_not_taken_for_unfinished(tmp_pa
 def test_parts_of_other_categories_are_refused(whole, ground_truth, tmp_path):
     """And where annotations are missing in a part, the numbers of that part are undefined."""
     (tmp_path / "one.json").write_text(json.dumps(ground_truth))
-    for name, change in (("other", {"categories": ground_truth["categories"][1:]}), ("bare", {"annotations": None})):
+    for name, change in (
+        ("other", {"categories": ground_truth["categories"][1:]}),
+        ("bare", {"annotations": None}),
+    ):
         (tmp_path / f"{name}.json").write_text(json.dumps(ground_truth | change))
-    given = ("--results", whole / "results.json", "--output", tmp_path / "scores", "--annotations", tmp_path / "one.json")
+    given = (
+        "--results", whole / "results.json", "--output", tmp_path / "scores", "--annotations",
+        tmp_path / "one.json",
+    )
     with pytest.raises(InputError, match="other.json has other categories than"):
         run(*given, tmp_path / "other.json")
     assert not (tmp_path / "scores").exists()

@@ -25,7 +25,12 @@ def square(left, side=2):
 
 
 def prediction(segmentations, score=0.9, video=1, category=1):
-    return {"video_id": video, "category_id": category, "score": score, "segmentations": segmentations}
+    return {
+        "video_id": video,
+        "category_id": category,
+        "score": score,
+        "segmentations": segmentations,
+    }
 
 
 def annotation(segmentations, number=1, video=1, category=1, crowd=0):
@@ -38,7 +43,9 @@ def annotation(segmentations, number=1, video=1, category=1, crowd=0):
 
 def truth(*annotations, videos=(1,), frames=4, size=(8, 8), categories=(1,)):
     return {
-        "videos": [{"id": v, "length": frames, "height": size[0], "width": size[1]} for v in videos],
+        "videos": [
+            {"id": v, "length": frames, "height": size[0], "width": size[1]} for v in videos
+        ],
         "categories": [{"id": category, "name": f"class{category}"} for category in categories],
         "annotations": list(annotations),
     }
@@ -64,7 +71,9 @@ def test_golden_metric(golden_dir):
         for category in ground_truth["categories"]
     }
     assert metrics["per_class"] == pytest.approx(per_class, rel=0, abs=1e-9)
-    for name, values in zip(("precision", "recall", "scores"), metric.accumulate(results, ground_truth)):
+    for name, values in zip(
+        ("precision", "recall", "scores"), metric.accumulate(results, ground_truth)
+    ):
         np.testing.assert_allclose(values, arrays[name], rtol=0, atol=1e-12, err_msg=name)
 
 
@@ -72,7 +81,8 @@ def test_perfect_prediction():
     ground_truth = truth(annotation(LEFT), annotation(RIGHT))
     metrics = metric.evaluate_results([prediction(LEFT), prediction(RIGHT)], ground_truth)
     assert list(metrics) == [
-        "AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl", "per_class",
+        "AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl",
+        "per_class",
     ]
     for name in ("AP", "AP50", "AP75", "APs", "AR10", "AR100", "ARs"):
         assert metrics[name] == pytest.approx(1)
@@ -83,15 +93,21 @@ def test_perfect_prediction():
 
 
 def test_identity_switch_halfway():
-    """Each frame's masks are perfect, but two objects swap identities: tracks of IoU 1 / 3, none found."""
+    """Each frame's masks are perfect, but two objects swap identities: tracks of IoU 1 / 3, none
+    found.
+    """
     ground_truth = truth(annotation(LEFT), annotation(RIGHT))
     swapped = [prediction(LEFT[:2] + RIGHT[2:]), prediction(RIGHT[:2] + LEFT[2:])]
     assert metric.evaluate_results(swapped, ground_truth)["AP"] == 0
 
 
 def test_broken_track():
-    """A track broken into halves of IoU 0.5: the first half is found, at the lowest threshold only."""
-    halves = [prediction(LEFT[:2] + [None] * 2, score=0.9), prediction([None] * 2 + LEFT[2:], score=0.8)]
+    """A track broken into halves of IoU 0.5: the first half is found, at the lowest threshold only.
+    """
+    halves = [
+        prediction(LEFT[:2] + [None] * 2, score=0.9),
+        prediction([None] * 2 + LEFT[2:], score=0.8),
+    ]
     metrics = metric.evaluate_results(halves, truth(annotation(LEFT)))
     assert metrics["AP50"] == pytest.approx(1)
     assert metrics["AP"] == pytest.approx(0.1)
@@ -105,9 +121,12 @@ def test_equal_scores_keep_file_order():
 
 
 def test_equal_scores_of_videos_follow_video_id():
-    """Between videos it is the id that counts, wherever videos and predictions stand in their files."""
+    """Between videos it is the id that counts, wherever videos and predictions stand in their
+    files.
+    """
     ground_truth = truth(annotation(LEFT, video=2), videos=(2, 1))
-    results = [prediction(LEFT, video=2), prediction(LEFT, video=1)]  # the second is wrong, but comes first
+    # The second is wrong, but comes first.
+    results = [prediction(LEFT, video=2), prediction(LEFT, video=1)]
     assert metric.evaluate_results(results, ground_truth)["AP50"] == pytest.approx(0.5)
     assert metric.evaluate_results(results[::-1], ground_truth)["AP50"] == pytest.approx(0.5)
 
@@ -137,16 +156,21 @@ def test_crowd_is_neither_found_nor_missed():
 
 
 def test_real_object_goes_before_ignored_one():
-    """A prediction that overlaps a crowd and, less well, a free ordinary object takes the ordinary one."""
+    """A prediction that overlaps a crowd and, less well, a free ordinary object takes the ordinary
+    one.
+    """
     ground_truth = truth(annotation(LEFT, crowd=1), annotation(LEFT[:3] + [None]))
     # The second prediction finds the object taken and goes to the crowd: neither right nor wrong.
     metrics = metric.evaluate_results([prediction(LEFT), prediction(LEFT)], ground_truth)
     assert metrics["AP75"] == pytest.approx(1)
-    assert (metrics["AP"], metrics["AR100"]) == pytest.approx((0.6, 0.6))  # IoU 0.75: six of ten thresholds
+    # IoU 0.75: six of ten thresholds.
+    assert (metrics["AP"], metrics["AR100"]) == pytest.approx((0.6, 0.6))
 
 
 def test_later_ground_truth_wins_equal_overlap():
-    """The first prediction overlaps both objects by 0.5 and takes the later, leaving the other its own."""
+    """The first prediction overlaps both objects by 0.5 and takes the later, leaving the other its
+    own.
+    """
     objects = [LEFT[:2] + [None] * 2, [None] * 2 + LEFT[2:]]
     for first, second in (objects, objects[::-1]):
         ground_truth = truth(annotation(first), annotation(second))
@@ -157,7 +181,10 @@ def test_later_ground_truth_wins_equal_overlap():
 
 
 def test_ignored_annotations_are_like_those_of_another_area_range(monkeypatch):
-    """They are neither found nor missed; a second prediction for one is an error, and so is one that finds nothing."""
+    """They are neither found nor missed.
+
+    A second prediction for one is an error, and so is one that finds nothing.
+    """
     monkeypatch.setattr(metric, "AREA_RANGES", np.array([(0, 1e10), (0, 5), (5, 1e10), (0, 1e10)]))
     ground_truth = truth(annotation([square(0, 3)] * 4), annotation(RIGHT))
     results = [prediction([square(0, 3)] * 4, 0.9), prediction(RIGHT, 0.8)]
@@ -165,8 +192,11 @@ def test_ignored_annotations_are_like_those_of_another_area_range(monkeypatch):
     for values, expected in zip(with_ignored, metric.accumulate(results, ground_truth)):
         np.testing.assert_array_equal(values[..., 0, :], expected[..., 1, :])
     for wrong in ([square(0, 3)] * 4, [square(3)] * 4):
-        precision, recall, _ = metric.accumulate([*results, prediction(wrong, 0.85)], ground_truth, ignored=[True, False])
-        assert metric.mean_defined(precision[..., 0, 2]) == pytest.approx(0.5) and recall[0, 0, 0, 2] == 1
+        precision, recall, _ = metric.accumulate(
+            [*results, prediction(wrong, 0.85)], ground_truth, ignored=[True, False]
+        )
+        assert metric.mean_defined(precision[..., 0, 2]) == pytest.approx(0.5)
+        assert recall[0, 0, 0, 2] == 1
     with pytest.raises(ValueError):
         metric.accumulate(results, ground_truth, ignored=[True])
 
@@ -192,18 +222,27 @@ def test_ground_truth_formats_agree_and_inputs_stay():
 @pytest.mark.parametrize("areas", [None, [], [4, 4], ["large"] * 4, [float("nan")] * 4, [None] * 4])
 def test_areas_that_are_not_stated_are_those_of_the_masks(areas):
     stated = metric.evaluate_results([prediction(LEFT)], truth(annotation(LEFT)))
-    assert metric.evaluate_results([prediction(LEFT)], truth(annotation(LEFT) | {"areas": areas})) == stated
+    assert (
+        metric.evaluate_results([prediction(LEFT)], truth(annotation(LEFT) | {"areas": areas}))
+        == stated
+    )
     assert stated["APs"] == pytest.approx(1) and stated["APl"] == -1
 
 
 def test_stated_areas_choose_the_range_whatever_the_masks_are():
-    metrics = metric.evaluate_results([prediction(LEFT)], truth(annotation(LEFT) | {"areas": [256**2] * 4}))
+    metrics = metric.evaluate_results(
+        [prediction(LEFT)], truth(annotation(LEFT) | {"areas": [256**2] * 4})
+    )
     assert metrics["APl"] == pytest.approx(1) and metrics["APs"] == -1
 
 
-@pytest.mark.parametrize("declared, used", [(7, 7.0), (7, "7"), ("7", 7), ("video_07", "video_07"), (7.0, "7.0")])
+@pytest.mark.parametrize(
+    "declared, used", [(7, 7.0), (7, "7"), ("7", 7), ("video_07", "video_07"), (7.0, "7.0")]
+)
 def test_ids_are_matched_in_any_notation(declared, used):
-    ground_truth = truth(annotation(LEFT, video=used, category=used), videos=(declared,), categories=(declared,))
+    ground_truth = truth(
+        annotation(LEFT, video=used, category=used), videos=(declared,), categories=(declared,)
+    )
     results = [prediction(LEFT, video=used, category=used)]
     assert metric.evaluate_results(results, ground_truth)["AP"] == pytest.approx(1)
 
@@ -213,7 +252,9 @@ def test_cocos_results_and_annotations_are_scored():
     coco = {
         "images": [{"id": "a.jpg", "height": 8, "width": 8}],
         "categories": [{"id": 1, "name": "class1"}],
-        "annotations": [{"id": 1, "image_id": "a.jpg", "category_id": 1, "segmentation": LEFT[0], "area": 4}],
+        "annotations": [
+            {"id": 1, "image_id": "a.jpg", "category_id": 1, "segmentation": LEFT[0], "area": 4}
+        ],
     }
     results = [{"image_id": "a.jpg", "category_id": 1, "score": 0.9, "segmentation": LEFT[0]}]
     assert metric.evaluate_results(results, coco)["AP"] == pytest.approx(1)
@@ -228,7 +269,9 @@ def test_classes_of_one_name_are_both_in_the_table():
 
 
 def test_table():
-    metrics = metric.evaluate_results([prediction(LEFT)], truth(annotation(LEFT), categories=(2, 1)))
+    metrics = metric.evaluate_results(
+        [prediction(LEFT)], truth(annotation(LEFT), categories=(2, 1))
+    )
     assert metric.format_table(metrics).splitlines() == [
         "AP 100.0   AP50 100.0   AP75 100.0   AR1 100.0   AR10 100.0",
         "APs 100.0   APm     -   APl     -",
@@ -256,16 +299,32 @@ def without_score():
         (with_entry(video_id=7), r"results\[1\] has video_id 7"),
         (with_entry(video_id=[1]), r"results\[1\] has video_id \[1\]"),
         (with_entry(category_id=0), r"results\[1\] has category_id 0"),
-        (with_entry(segmentations=RIGHT[:3]), r"results\[1\] has 3 masks for the 4 frames of video 1"),
-        (with_entry(segmentations=RIGHT + [None]), r"results\[1\] has 5 masks for the 4 frames of video 1"),
+        (
+            with_entry(segmentations=RIGHT[:3]),
+            r"results\[1\] has 3 masks for the 4 frames of video 1",
+        ),
+        (
+            with_entry(segmentations=RIGHT + [None]),
+            r"results\[1\] has 5 masks for the 4 frames of video 1",
+        ),
         (with_entry(segmentations=None), r"results\[1\] has no list of masks"),
-        (with_entry(segmentations=[None, "1", None, None]), r"results\[1\], frame 1, has a segmentation that cannot be read"),
-        (with_entry(segmentations=[[[0, 0, 2, 0, 2, 2]]] * 4), r"results\[1\] has polygons in frame 0"),
+        (
+            with_entry(segmentations=[None, "1", None, None]),
+            r"results\[1\], frame 1, has a segmentation that cannot be read",
+        ),
+        (
+            with_entry(segmentations=[[[0, 0, 2, 0, 2, 2]]] * 4),
+            r"results\[1\] has polygons in frame 0",
+        ),
         (
             with_entry(segmentations=[encode(np.ones((4, 16), dtype=bool))] * 4),
-            r"results\[1\], frame 0, .* its size is \[4, 16\], its video's \[height, width\] \[8, 8\]",
+            r"results\[1\], frame 0, .* its size is \[4, 16\], its video's \[height, width\] \[8, "
+            r"8\]",
         ),
-        (with_entry(segmentations=[{"size": [8, 8], "counts": [1, 62]}] * 4), "its runs do not fill the frame"),
+        (
+            with_entry(segmentations=[{"size": [8, 8], "counts": [1, 62]}] * 4),
+            "its runs do not fill the frame",
+        ),
         (with_entry(score=float("nan")), r"results\[1\] has the score nan"),
         (with_entry(score=float("inf")), r"results\[1\] has the score inf"),
         (with_entry(score="0.5"), r"results\[1\] has the score '0.5'"),
@@ -286,14 +345,35 @@ def test_bad_results_are_refused(results, message):
         ({"videos": {}, "categories": [], "annotations": []}, "no list of videos"),
         (truth(annotation(LEFT)) | {"annotations": {"id": 1}}, "annotations that are no list"),
         (truth({"id": 1, "video_id": 1}), "annotations that refer to no video or category: 1"),
-        (truth(annotation(LEFT[:3])), "annotation 1 of the ground truth has 3 segmentations, its video has 4 frames"),
-        (truth(annotation(LEFT) | {"video_id": [1]}), r"annotation 1 .* has video_id \[1\], which is no id"),
-        (truth(annotation(LEFT) | {"iscrowd": 2}), "annotation 1 .* has iscrowd 2, which is neither 0 nor 1"),
-        (truth(annotation(LEFT), categories=([1],)), r"category at index 0 .* has id \[1\], which is no id"),
-        (truth(annotation(LEFT), size=(10**6, 10**6)), "video 1 of the ground truth is said to be 1000000x1000000"),
-        (truth(annotation(LEFT), size=("eight", 8)), "video 1 .* has height 'eight', which is no whole number"),
+        (
+            truth(annotation(LEFT[:3])),
+            "annotation 1 of the ground truth has 3 segmentations, its video has 4 frames",
+        ),
+        (
+            truth(annotation(LEFT) | {"video_id": [1]}),
+            r"annotation 1 .* has video_id \[1\], which is no id",
+        ),
+        (
+            truth(annotation(LEFT) | {"iscrowd": 2}),
+            "annotation 1 .* has iscrowd 2, which is neither 0 nor 1",
+        ),
+        (
+            truth(annotation(LEFT), categories=([1],)),
+            r"category at index 0 .* has id \[1\], which is no id",
+        ),
+        (
+            truth(annotation(LEFT), size=(10**6, 10**6)),
+            "video 1 of the ground truth is said to be 1000000x1000000",
+        ),
+        (
+            truth(annotation(LEFT), size=("eight", 8)),
+            "video 1 .* has height 'eight', which is no whole number",
+        ),
         (truth(annotation(LEFT), frames=0), "video 1 of the ground truth has no frames"),
-        (truth(annotation(LEFT), size=(8, 9)), r"annotation 1 .*, frame 0, .* its size is \[8, 8\]"),
+        (
+            truth(annotation(LEFT), size=(8, 9)),
+            r"annotation 1 .*, frame 0, .* its size is \[8, 8\]",
+        ),
     ],
 )
 def test_bad_ground_truth_is_refused(ground_truth, message):
@@ -301,7 +381,8 @@ def test_bad_ground_truth_is_refused(ground_truth, message):
         metric.check_results([], ground_truth)
 
 
-# A second implementation, straight from the definition: bool arrays, one setting at a time, plain loops.
+# A second implementation, straight from the definition: bool arrays, one setting at a time, plain
+# loops.
 
 
 def naive_iou(first, second):
@@ -347,7 +428,9 @@ def naive_precision_recall(predictions, truths, threshold, smallest, largest, li
                 outcomes.append(True)
         elif counts(masks):
             outcomes.append(False)
-    points = [(sum(outcomes[:n]) / total, sum(outcomes[:n]) / n) for n in range(1, len(outcomes) + 1)]
+    points = [
+        (sum(outcomes[:n]) / total, sum(outcomes[:n]) / n) for n in range(1, len(outcomes) + 1)
+    ]
     precisions = [
         max((precision for recall, precision in points if recall >= wanted), default=0.0)
         for wanted in np.linspace(0, 1, 101)
@@ -357,7 +440,10 @@ def naive_precision_recall(predictions, truths, threshold, smallest, largest, li
 
 @pytest.mark.parametrize("seed", range(20))
 def test_against_naive_implementation(seed, monkeypatch):
-    """Tiny random videos: ties, empty and missing masks, crowds; areas and limits that matter here."""
+    """Tiny random videos: ties, empty and missing masks, crowds.
+
+    Areas and limits that matter here.
+    """
     random = np.random.default_rng(seed)
     ranges, limits = [(0, 1e10), (0, 9), (9, 12), (12, 1e10)], (1, 3, 6)
     monkeypatch.setattr(metric, "AREA_RANGES", np.array(ranges))
@@ -386,7 +472,9 @@ def test_against_naive_implementation(seed, monkeypatch):
     def naive(thresholds, area, limit):
         """Mean (AP, AR) over thresholds and the categories that have ground truth."""
         found = [
-            naive_precision_recall(predictions[category], truths[category], threshold, *ranges[area], limit)
+            naive_precision_recall(
+                predictions[category], truths[category], threshold, *ranges[area], limit
+            )
             for category in categories
             for threshold in thresholds
         ]
@@ -402,7 +490,9 @@ def test_against_naive_implementation(seed, monkeypatch):
     }
     for area, names in enumerate((("AP", "AR100"), ("APs", "ARs"), ("APm", "ARm"), ("APl", "ARl"))):
         expected.update(zip(names, naive(thresholds, area, limits[2])))
-    ground_truth = truth(*annotations, videos=videos, frames=frames, size=size, categories=categories)
+    ground_truth = truth(
+        *annotations, videos=videos, frames=frames, size=size, categories=categories
+    )
     metrics = metric.evaluate_results(results, ground_truth)
     assert {name: metrics[name] for name in expected} == pytest.approx(expected, abs=1e-9)
 

@@ -1,6 +1,8 @@
-"""Pictures of results: only what is masked changes, a colour stays with its track, and the files hold every frame.
+"""Pictures of results: only what is masked changes, a colour stays with its track, and the files
+hold every frame.
 
-Of the strip of gates, cells are found where two strips that differ in nothing else are not the same.
+Of the strip of gates, cells are found where two strips that differ in nothing else are not the
+same.
 """
 from dataclasses import replace
 
@@ -45,9 +47,13 @@ def changed(picture, frame):
 
 
 def middle(picture, mask):
-    """The colour cast of the inner pixels of a mask, (3,): red, green and blue less their mean, for grey frames."""
+    """The colour cast of the inner pixels of a mask, (3,): red, green and blue less their mean, for
+    grey frames.
+    """
     rows, columns = mask.nonzero()
-    inner = numpy.asarray(picture).astype(float)[rows.min() + 5:rows.max() - 4, columns.min() + 5:columns.max() - 4]
+    inner = numpy.asarray(picture).astype(float)[
+        rows.min() + 5 : rows.max() - 4, columns.min() + 5 : columns.max() - 4
+    ]
     cast = inner.mean((0, 1))
     return cast - cast.mean()
 
@@ -75,7 +81,9 @@ def test_half_of_the_frame_shows_through_and_the_outline_is_solid():
     pixels = numpy.asarray(overlay(frame, LEFT[None], [4], [""]))
     inner = rectangle(102, 22, 36, 56)  # two pixels less on each side
     assert (pixels[LEFT & ~inner] == colour_of(4)).all()
-    assert numpy.array_equal(pixels[inner], ((frame[inner].astype(float) + colour_of(4)) / 2).astype(numpy.uint8))
+    assert numpy.array_equal(
+        pixels[inner], ((frame[inner].astype(float) + colour_of(4)) / 2).astype(numpy.uint8)
+    )
 
 
 def test_a_caption_is_written_at_its_mask_in_its_colour():
@@ -84,7 +92,8 @@ def test_a_caption_is_written_at_its_mask_in_its_colour():
     written = (plain != captioned).any(2)
     for columns, colour in ((slice(18, 110), 2), (slice(198, 290), 6)):
         pixels = captioned[80:104, columns][written[80:104, columns]]
-        assert (pixels == colour_of(colour)).all(1).any() and (pixels == 255).all(1).any()  # white on the track's colour
+        # White on the track's colour.
+        assert (pixels == colour_of(colour)).all(1).any() and (pixels == 255).all(1).any()
         written[80:104, columns] = False
     assert not written.any()  # and nothing is written elsewhere
 
@@ -121,8 +130,11 @@ def test_small_frames_are_enlarged_by_a_whole_factor(height, factor):
     mask[10:30, 10:40] = True
     picture = overlay(frame, mask[None], [0], [""])
     assert picture.size == (70 * factor, height * factor)
-    expected = numpy.kron(frame, numpy.ones((factor, factor, 1), numpy.uint8))  # every pixel a block
-    assert numpy.array_equal(changed(picture, expected), numpy.kron(mask, numpy.ones((factor, factor), bool)))
+    # Every pixel a block.
+    expected = numpy.kron(frame, numpy.ones((factor, factor, 1), numpy.uint8))
+    assert numpy.array_equal(
+        changed(picture, expected), numpy.kron(mask, numpy.ones((factor, factor), bool))
+    )
 
 
 @pytest.mark.parametrize("height, width, size", [
@@ -155,19 +167,29 @@ def test_any_class_name_can_be_drawn(name):
 def test_names_that_are_drawn_are_short_and_stay_apart():
     assert name_to_draw("giant panda") == "giant panda"
     names = {name_to_draw("class " * 50 + number) for number in ("one", "two", "three")}
-    assert len(names) == 3 and all(len(name) <= draw.LONGEST_NAME for name in names)
+    assert len(names) == 3 and all(len(name) <= draw.MAX_NAME_LENGTH for name in names)
 
 
 def video_of(masks, tracks, scores=None, layers=3):
-    """Masks bool (I, T, H, W), a track each -> what the model finds in a video; all gates of so many layers are closed."""
+    """Masks bool (I, T, H, W), a track each -> what the model finds in a video.
+
+    All gates of so many layers are closed.
+    """
     count = len(tracks)
     scores = torch.linspace(0.9, 0.5, count) if scores is None else torch.tensor(scores)
-    return EncodedVideo(scores, torch.arange(count), torch.tensor(tracks, dtype=torch.int64), [encode(track) for track in masks],
-                        torch.zeros(count, masks.shape[1], layers, dtype=torch.bool))
+    return EncodedVideo(
+        scores,
+        torch.arange(count),
+        torch.tensor(tracks, dtype=torch.int64),
+        [encode(track) for track in masks],
+        torch.zeros(count, masks.shape[1], layers, dtype=torch.bool),
+    )
 
 
 def moving(length):
-    """Frames and masks (2, T, H, W) of two instances that go down, one on the left and one on the right."""
+    """Frames and masks (2, T, H, W) of two instances that go down, one on the left and one on the
+    right.
+    """
     masks = [[rectangle(20 + 15 * t, left) for t in range(length)] for left in (20, 200)]
     return [grey() for _ in range(length)], torch.from_numpy(numpy.array(masks))
 
@@ -186,7 +208,10 @@ def test_a_sheet_and_an_animation_of_every_frame_are_written(tmp_path, length, c
     frames, masks = moving(length)
     pictures = overlays(frames, video_of(masks, [5, 8], layers=0), ["left", "right"], 0.3)
     save_pictures(tmp_path / "new/folder", "00007", pictures, length)
-    assert sorted(path.name for path in (tmp_path / "new/folder").iterdir()) == ["00007.png", "00007.webp"]
+    assert sorted(path.name for path in (tmp_path / "new/folder").iterdir()) == [
+        "00007.png",
+        "00007.webp",
+    ]
     pictures = read_animation(tmp_path / "new/folder/00007.webp")
     assert len(pictures) == length and pictures[0].shape == (HEIGHT, WIDTH, 3)
     with Image.open(tmp_path / "new/folder/00007.png") as sheet:
@@ -198,7 +223,9 @@ def test_a_sheet_and_an_animation_of_every_frame_are_written(tmp_path, length, c
 def test_a_track_is_shown_once_under_its_best_label_if_its_score_is_high_enough():
     _, masks = moving(1)
     found = video_of(masks[[0, 0, 1, 1]], [5, 5, 8, 9], [0.9, 0.8, 0.4, 0.2])
-    assert best_labels(found, 0.3) == [0, 2] and best_labels(found, 0.0) == [0, 2, 3] and best_labels(found, 0.95) == []
+    assert best_labels(found, 0.3) == [0, 2]
+    assert best_labels(found, 0.0) == [0, 2, 3]
+    assert best_labels(found, 0.95) == []
 
 
 def test_a_track_keeps_its_colour_over_the_video(tmp_path):
@@ -207,7 +234,8 @@ def test_a_track_keeps_its_colour_over_the_video(tmp_path):
     casts = [[middle(picture, mask.numpy()) for mask in masks[:, t]]
              for t, picture in enumerate(read_animation(tmp_path / "video.webp"))]
     left, right = numpy.swapaxes(casts, 0, 1)
-    for cast in left[1:]:  # 4 grey levels: WebP is lossy; and a caption lies on the first row of the others
+    # 4 grey levels: WebP is lossy; and a caption lies on the first row of the others.
+    for cast in left[1:]:
         assert numpy.allclose(cast, left[0], atol=4)
     for cast in right:
         assert numpy.allclose(cast, right[0], atol=4) and numpy.linalg.norm(cast - left[0]) > 40
@@ -222,15 +250,20 @@ def test_no_instances_leave_the_frames_as_they_are(tmp_path):
 
 
 def test_long_videos_are_shown_from_the_first_to_the_last_frame(tmp_path, monkeypatch):
-    """The sheet has frames of all parts; an animation that would be too long has every second, third... frame."""
-    monkeypatch.setattr(draw, "ANIMATED_FRAMES", 10)
+    """The sheet has frames of all parts.
+
+    An animation that would be too long has every second, third... frame.
+    """
+    monkeypatch.setattr(draw, "MAX_ANIMATION_FRAMES", 10)
     pictures = (Image.new("RGB", (8, HEIGHT), (10 * t, 10 * t, 10 * t)) for t in range(21))
     save_pictures(tmp_path, "long", pictures, 21)
     with Image.open(tmp_path / "long.png") as sheet:
         pixels = numpy.asarray(sheet)[::HEIGHT, ::8, 0]
     assert pixels.shape == (2, 3) and draw.SHEET_FRAMES == 6
     assert pixels.flatten().tolist() == [0, 40, 80, 120, 160, 200]
-    assert [int(picture[0, 0, 0]) for picture in read_animation(tmp_path / "long.webp")] == pytest.approx(range(0, 201, 30), abs=3)
+    assert [
+        int(picture[0, 0, 0]) for picture in read_animation(tmp_path / "long.webp")
+    ] == pytest.approx(range(0, 201, 30), abs=3)
 
 
 def shades(count, size):
@@ -268,7 +301,7 @@ def test_every_picture_is_a_png_where_a_folder_for_them_is_given(tmp_path):
     (2, (200, 100)), (4, (141, 70)), (8, (100, 50)), (20, (63, 31))])
 def test_an_animation_keeps_to_its_memory(tmp_path, monkeypatch, count, expected):
     """Its pictures are smaller, the longer it is; those of the sheet are not."""
-    monkeypatch.setattr(draw, "ANIMATION_BYTES", 2 * 200 * 100 * 4)          # of two pictures
+    monkeypatch.setattr(draw, "MAX_ANIMATION_BYTES", 2 * 200 * 100 * 4)          # of two pictures
     save_pictures(tmp_path, "clip", shades(count, (200, 100)), count)
     pictures = read_animation(tmp_path / "clip.webp")
     assert {picture.shape[1::-1] for picture in pictures} == {expected}
@@ -280,7 +313,7 @@ def test_an_animation_keeps_to_its_memory(tmp_path, monkeypatch, count, expected
 
 
 def test_a_sheet_of_huge_pictures_is_smaller(tmp_path, monkeypatch):
-    monkeypatch.setattr(draw, "SHEET_PIXELS", 6 * 50 * 20)
+    monkeypatch.setattr(draw, "MAX_SHEET_PIXELS", 6 * 50 * 20)
     save_pictures(tmp_path, "huge", shades(9, (500, 200)), 9)
     with Image.open(tmp_path / "huge.png") as sheet:
         assert sheet.size == (3 * 50, 2 * 20)
@@ -289,7 +322,8 @@ def test_a_sheet_of_huge_pictures_is_smaller(tmp_path, monkeypatch):
 
 # The strip of gates
 
-CELLS = numpy.random.default_rng(1).random((2, 8, 3)) < 0.5  # of two tracks, eight frames, three layers
+# Of two tracks, eight frames, three layers.
+CELLS = numpy.random.default_rng(1).random((2, 8, 3)) < 0.5
 
 
 def strip(gates, now=7, seen=None, width=WIDTH, captions=("disc 0.90", "star 0.80")):
@@ -305,7 +339,10 @@ def runs(flags):
 
 
 def cells_of(picture, places, frames):
-    """The pixel in the middle of every cell, (rows, T, 3); places bool (H, W): where the rows are."""
+    """The pixel in the middle of every cell, (rows, T, 3).
+
+    Places bool (H, W): where the rows are.
+    """
     (begin,), (length,) = runs(places.any(0))
     tops, heights = runs(places.any(1))
     columns = (begin + (numpy.arange(frames) + 0.5) * length / frames).astype(int)
@@ -315,10 +352,12 @@ def cells_of(picture, places, frames):
 def test_a_gate_is_dark_where_it_is_open_and_pale_where_it_is_closed():
     opened, closed = strip(numpy.ones_like(CELLS)), strip(numpy.zeros_like(CELLS))
     lines = (opened != closed).any(2)
-    assert runs(lines.any(1))[1].tolist() == [draw.LINE_HEIGHT] * 6         # three layers of two tracks
+    # Three layers of two tracks.
+    assert runs(lines.any(1))[1].tolist() == [draw.LINE_HEIGHT] * 6
     cells = cells_of(strip(CELLS), lines, 8)
     expected = CELLS.transpose(0, 2, 1).reshape(6, 8)
-    assert numpy.array_equal(cells.max(2) < 100, expected) and numpy.array_equal(cells.min(2) > 150, ~expected)
+    assert numpy.array_equal(cells.max(2) < 100, expected)
+    assert numpy.array_equal(cells.min(2) > 150, ~expected)
 
 
 def test_a_band_has_the_tracks_colour_where_it_is_seen():
@@ -328,29 +367,42 @@ def test_a_band_has_the_tracks_colour_where_it_is_seen():
     cells = cells_of(strip(CELLS, seen=seen), bands, 8)
     for row, track in enumerate((3, 7)):
         assert numpy.array_equal((cells[row] == colour_of(track)).all(1), seen[row])
-        assert (cells[row][~seen[row]] == draw.UNDRAWN).all()
+        assert (cells[row][~seen[row]] == draw.LIGHT_GREY).all()
 
 
 def test_nothing_is_drawn_after_the_cursor():
     lines = (strip(numpy.ones_like(CELLS)) != strip(numpy.zeros_like(CELLS))).any(2)
     drawn = strip(CELLS, now=3)
-    assert (cells_of(drawn, lines, 8)[:, 4:] == draw.UNDRAWN).all()
-    assert numpy.array_equal(cells_of(drawn, lines, 8)[:, :4], cells_of(strip(CELLS), lines, 8)[:, :4])
-    for first, same in ((4, True), (3, False)):                             # the frame from which gates and masks are others
+    assert (cells_of(drawn, lines, 8)[:, 4:] == draw.LIGHT_GREY).all()
+    assert numpy.array_equal(
+        cells_of(drawn, lines, 8)[:, :4], cells_of(strip(CELLS), lines, 8)[:, :4]
+    )
+    # The frame from which gates and masks are others.
+    for first, same in ((4, True), (3, False)):
         later = numpy.arange(8) >= first
         other = strip(CELLS ^ later[:, None], now=3, seen=numpy.stack([~later, ~later]))
         assert numpy.array_equal(drawn, other) == same
-    ends = [(strip(CELLS, now=now)[2] == draw.INK).all(1).nonzero()[0].tolist() for now in range(8)]
-    assert all(len(end) == 1 for end in ends) and ends == sorted(ends)      # one cursor, which goes to the right
+    ends = [
+        (strip(CELLS, now=now)[2] == draw.DARK_GREY).all(1).nonzero()[0].tolist()
+        for now in range(8)
+    ]
+    # One cursor, which goes to the right.
+    assert all(len(end) == 1 for end in ends) and ends == sorted(ends)
 
 
 def test_a_strip_is_as_wide_as_its_picture_for_any_number_of_frames():
-    """A caption that is too long is cut off, of frames that are too many some are shown, and what is too narrow has no cells."""
+    """A caption that is too long is cut off, of frames that are too many some are shown, and what
+    is too narrow has no cells.
+    """
     many = numpy.zeros((2, 1000, 3), bool)
     for width in (1, 2, 5, 60):
-        picture = strip(many, 999, width=width, captions=("a caption that is longer than that", "star 0.80"))
+        picture = strip(
+            many, 999, width=width, captions=("a caption that is longer than that", "star 0.80")
+        )
         assert picture.shape[1] == width
-    opened = strip(~many, 999, width=60, captions=("a caption that is longer than that", "star 0.80"))
+    opened = strip(
+        ~many, 999, width=60, captions=("a caption that is longer than that", "star 0.80")
+    )
     assert [value.tolist() for value in runs((opened != picture).any((0, 2)))] == [[30], [26]]
 
 
@@ -369,10 +421,19 @@ def test_the_strip_is_below_the_overlay_where_there_are_gates(layers):
     frames, masks = moving(2)
     masks[1, 1] = False
     captions = ["left 0.90", "right 0.50"]
-    pictures = list(overlays(frames, video_of(masks, [3, 7], layers=layers), ["left", "right"], 0.3))
+    pictures = list(
+        overlays(frames, video_of(masks, [3, 7], layers=layers), ["left", "right"], 0.3)
+    )
     for t, picture in enumerate(map(numpy.asarray, pictures)):
-        assert numpy.array_equal(picture[:HEIGHT], overlay(frames[t], masks[:, t].numpy(), [3, 7], captions))
-        expected = strip(numpy.zeros((2, 2, layers), bool), t, numpy.array([[1, 1], [1, 0]], bool), captions=captions)
+        assert numpy.array_equal(
+            picture[:HEIGHT], overlay(frames[t], masks[:, t].numpy(), [3, 7], captions)
+        )
+        expected = strip(
+            numpy.zeros((2, 2, layers), bool),
+            t,
+            numpy.array([[1, 1], [1, 0]], bool),
+            captions=captions,
+        )
         assert numpy.array_equal(picture[HEIGHT:], expected[:None if layers else 0])
 
 
@@ -422,7 +483,7 @@ def test_who_scores_as_much_as_is_asked_for_is_shown():
 def test_an_animation_takes_as_long_as_its_video(tmp_path, monkeypatch, milliseconds, count, limit,
                                                  duration, shown):
     """Frames that are left out make the others longer; and it begins anew for ever."""
-    monkeypatch.setattr(draw, "ANIMATED_FRAMES", limit)
+    monkeypatch.setattr(draw, "MAX_ANIMATION_FRAMES", limit)
     pictures = (Image.fromarray(numpy.full((16, 24, 3), 30 * t, numpy.uint8)) for t in range(count))
     save_pictures(tmp_path, "short", pictures, count, milliseconds)
     with Image.open(tmp_path / "short.webp") as animation:

@@ -1,12 +1,14 @@
-"""Plots of an evaluation: pictures that open and show something, and a timeline that is coloured where a track is seen."""
+"""Plots of an evaluation: pictures that open and show something, and a timeline that is coloured
+where a track is seen.
+"""
 from dataclasses import replace
 
 import numpy
 import pytest
 import torch
 from PIL import Image
-from test_overlays import video_of
 from test_metric import encode
+from test_overlays import video_of
 
 from data import InputError
 from evaluation.metric import accumulate
@@ -20,7 +22,9 @@ NAMES = ["disc", "square", "star"]
 
 
 def pixels_of(path):
-    """The pixels of a picture (H, W, 3), which must be a PNG of some size that is not of one colour."""
+    """The pixels of a picture (H, W, 3), which must be a PNG of some size that is not of one
+    colour.
+    """
     with Image.open(path) as file:
         assert file.format == "PNG"
         pixels = numpy.asarray(file.convert("RGB"))
@@ -47,8 +51,11 @@ def coloured(pixels, colour):
 
 
 def extent(pixels, chosen):
-    """Where the columns of the chosen pixels (H, W) begin and end: 0 is the left end of the axes and of the video, 1 the right."""
-    lines = (pixels < 60).all(2).mean(0) > 0.5              # the columns of the dark frame around the axes
+    """Where the columns of the chosen pixels (H, W) begin and end: 0 is the left end of the axes
+    and of the video, 1 the right.
+    """
+    # The columns of the dark frame around the axes.
+    lines = (pixels < 60).all(2).mean(0) > 0.5
     left, right = lines.nonzero()[0][[0, -1]]
     columns = chosen.any(0).nonzero()[0]
     return (columns[0] - left) / (right - left), (columns[-1] + 1 - left) / (right - left)
@@ -59,9 +66,13 @@ def extent(pixels, chosen):
 def test_a_plot_of_precision(tmp_path):
     square = numpy.zeros((8, 8), bool)
     square[2:6, 2:6] = True
-    truth = {"videos": [{"id": 1, "length": 1, "height": 8, "width": 8}],
-             "categories": [{"id": 1, "name": "disc"}, {"id": 2, "name": "star"}],
-             "annotations": [{"video_id": 1, "category_id": 1, "areas": [16], "segmentations": [encode(square)]}]}
+    truth = {
+        "videos": [{"id": 1, "length": 1, "height": 8, "width": 8}],
+        "categories": [{"id": 1, "name": "disc"}, {"id": 2, "name": "star"}],
+        "annotations": [
+            {"video_id": 1, "category_id": 1, "areas": [16], "segmentations": [encode(square)]}
+        ],
+    }
     results = [{"video_id": 1, "category_id": 1, "score": 0.9, "segmentations": [encode(square)]}]
     perfect, nothing = (accumulate(found, truth)[0] for found in (results, []))
     drawn = []
@@ -79,8 +90,12 @@ def test_a_bar_for_each_class(tmp_path):
         pictures.append(pixels_of(tmp_path / f"{number}.png"))
     one, undefined, two = pictures
     assert numpy.array_equal(one, undefined)
-    lengths = coloured(two, [int(plots.BAR[place:place + 2], 16) for place in (1, 3, 5)]).sum(1)
-    assert sorted(set(lengths[lengths > 0].tolist())) == pytest.approx([lengths.max() / 2, lengths.max()], abs=2)
+    lengths = coloured(
+        two, [int(plots.BAR_COLOUR[place : place + 2], 16) for place in (1, 3, 5)]
+    ).sum(1)
+    assert sorted(set(lengths[lengths > 0].tolist())) == pytest.approx(
+        [lengths.max() / 2, lengths.max()], abs=2
+    )
 
 
 @pytest.mark.parametrize("name", [
@@ -89,7 +104,7 @@ def test_a_bar_for_each_class(tmp_path):
 def test_any_class_name_is_a_label(tmp_path, name):
     """Beside bars and rows that still have half of the width, and never read as a formula."""
     plot_classes(tmp_path / "classes.png", {name: 0.8, "star": 0.4})
-    bar_colour = [int(plots.BAR[place:place + 2], 16) for place in (1, 3, 5)]
+    bar_colour = [int(plots.BAR_COLOUR[place:place + 2], 16) for place in (1, 3, 5)]
     bars = coloured(pixels_of(tmp_path / "classes.png"), bar_colour)
     assert bars.any(0).sum() > 0.35 * bars.shape[1]
     plot_timeline(tmp_path / "tracks.png", video_of(seen_in(1, 1)[None], [7], [0.9]), [name], 0.3)
@@ -103,19 +118,27 @@ def test_a_row_for_each_of_thousands_is_no_larger_than_matplotlib_draws():
 
 # The timeline of a video
 
-@pytest.mark.parametrize("side, frames", [(0, (1, 1, 1, 1, 0, 0, 0, 0, 0, 0)), (1, (0, 0, 0, 0, 0, 0, 1, 1, 1, 1))])
+@pytest.mark.parametrize(
+    "side, frames", [(0, (1, 1, 1, 1, 0, 0, 0, 0, 0, 0)), (1, (0, 0, 0, 0, 0, 0, 1, 1, 1, 1))]
+)
 def test_a_track_is_coloured_in_the_half_it_is_seen_in(tmp_path, side, frames):
-    pixels = draw_timeline(tmp_path / "new/folder/00001.png", video_of(seen_in(*frames)[None], [7], [0.9]))
+    pixels = draw_timeline(
+        tmp_path / "new/folder/00001.png", video_of(seen_in(*frames)[None], [7], [0.9])
+    )
     halves = numpy.array_split(coloured(pixels, colour_of(7)), 2, axis=1)
     assert halves[side].any() and not halves[1 - side].any()
 
 
 def test_frames_lie_side_by_side(tmp_path):
-    """A track in the second and third of five frames, one that is there all the time, and one in the last frame."""
+    """A track in the second and third of five frames, one that is there all the time, and one in
+    the last frame.
+    """
     masks = torch.stack([seen_in(0, 1, 1, 0, 0), seen_in(1, 1, 1, 1, 1), seen_in(0, 0, 0, 0, 1)])
     pixels = draw_timeline(tmp_path / "tracks.png", video_of(masks, [3, 4, 9], [0.9, 0.8, 0.7]))
     for track, expected in ((3, (0.2, 0.6)), (4, (0, 1)), (9, (0.8, 1))):
-        assert extent(pixels, coloured(pixels, colour_of(track))) == pytest.approx(expected, abs=0.01)
+        assert extent(pixels, coloured(pixels, colour_of(track))) == pytest.approx(
+            expected, abs=0.01
+        )
 
 
 def test_a_gap_in_a_track_stays_empty(tmp_path):
@@ -125,13 +148,21 @@ def test_a_gap_in_a_track_stays_empty(tmp_path):
 
 
 def test_a_gate_is_dark_where_it_is_open(tmp_path):
-    """Three layers' gates, all open in the first half and all closed in the second; without a gate there is no line."""
+    """Three layers' gates, all open in the first half and all closed in the second.
+
+    Without a gate there is no line.
+    """
     closed = video_of(seen_in(1, 1, 1, 1)[None], [5], [0.9])
     half = torch.tensor([True, True, False, False])[None, :, None].expand(1, 4, 3)
     without = torch.zeros(1, 4, 0, dtype=torch.bool)
-    found = {"closed": closed, "half": replace(closed, gates=half), "without": replace(closed, gates=without)}
+    found = {
+        "closed": closed,
+        "half": replace(closed, gates=half),
+        "without": replace(closed, gates=without),
+    }
     pixels = {name: draw_timeline(tmp_path / f"{name}.png", video) for name, video in found.items()}
-    line = (pixels["closed"] != pixels["without"]).any(2)                   # where it is grey instead of white
+    # Where it is grey instead of white.
+    line = (pixels["closed"] != pixels["without"]).any(2)
     assert (pixels["without"][line] > 200).all() and (180 < pixels["closed"][line]).all()
     assert extent(pixels["half"], line) == pytest.approx((0, 1), abs=0.01)
     dark = (pixels["half"] < 30).all(2) & line
@@ -149,7 +180,10 @@ def test_nothing_over_the_threshold_still_makes_a_picture(tmp_path):
 def test_a_sentence_where_matplotlib_is_missing(tmp_path, monkeypatch):
     require_matplotlib()
     monkeypatch.setattr(plots, "find_spec", lambda name: None)
-    for wanted in (require_matplotlib, lambda: plot_classes(tmp_path / "classes.png", {"disc": 0.5})):
+    for wanted in (
+        require_matplotlib,
+        lambda: plot_classes(tmp_path / "classes.png", {"disc": 0.5}),
+    ):
         with pytest.raises(InputError, match="matplotlib"):
             wanted()
     assert not list(tmp_path.iterdir())

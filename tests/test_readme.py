@@ -1,4 +1,6 @@
-"""The README says what is true: its first commands are one line each, and the symbols that it refers to exist."""
+"""The README says what is true: its first commands are one line each, and the symbols that it
+refers to exist.
+"""
 import re
 from pathlib import Path
 

@@ -1,4 +1,6 @@
-"""The official settings, and the data sets they name: every field, every layout on disk, one training step of each."""
+"""The official settings, and the data sets they name: every field, every layout on disk, one
+training step of each.
+"""
 import json
 import shutil
 from pathlib import Path
@@ -9,26 +11,24 @@ import torch
 from PIL import Image
 from pycocotools import mask as rle
 
-import recipes
 import train
 from augmentation import Augmentation
-from data import InputError, VideoSet
-from recipes import (
-    COCO_MAPS,
-    RECIPES,
-    find_named_set,
-    official_setting,
-    parse_arguments,
-)
+from data import COCO_MAPS, InputError, VideoSet, find_named_set
+from recipes import RECIPES, official_setting, parse_arguments
 
-OFFICIAL = json.loads((Path(__file__).parent / "recipes.json").read_text())   # of the official repository's 17 configurations
+# Of the official repository's 17 configurations.
+OFFICIAL = json.loads((Path(__file__).parent / "recipes.json").read_text())
 COCO_TABLES = json.loads((Path(__file__).parent / "coco_maps.json").read_text())
 CLASSES = {"ovis": 25, "ytvis_2019": 40, "ytvis_2021": 40}
-COCO_IDS = [i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)]         # 80 of 90, as in COCO
+# 80 of 90, as in COCO.
+COCO_IDS = [i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)]
 HEIGHT, WIDTH, FRAMES = 40, 56, 3
-SMALL = ["--preset", "toy", "--norm", "group", "--device", "cpu", "--workers", "0", "--points", "32", "--short-sides", "32", "48",
-         "--pseudo-short-sides", "32", "--lsj-size", "64", "--crop-size", "24", "36", "--pseudo-crop-size", "24", "36",
-         "--no-crop-relative", "--init", "", "--backbone-weights", "", "--iterations", "1", "--batch", "1", "--lr-steps", "--seed", "3"]
+SMALL = [
+    "--preset", "toy", "--norm", "group", "--device", "cpu", "--workers", "0", "--points", "32",
+    "--short-sides", "32", "48", "--pseudo-short-sides", "32", "--lsj-size", "64", "--crop-size",
+    "24", "36", "--pseudo-crop-size", "24", "36", "--no-crop-relative", "--init", "",
+    "--backbone-weights", "", "--iterations", "1", "--batch", "1", "--lr-steps", "--seed", "3",
+]
 LAYOUTS = {  # annotation file and frames folder of a split that people have on disk
     "as upstream, YouTube-VIS": ("train.json", "train/JPEGImages"),
     "as unpacked, 2021": ("train/instances.json", "train/JPEGImages"),
@@ -38,13 +38,15 @@ LAYOUTS = {  # annotation file and frames folder of a split that people have on 
 }
 
 
-# ---- Settings -------------------------------------------------------------------------------------------------------
+# ---- Settings ------------------------------------------------------------------------------------
+# -------------------
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_dry_run_prints_the_official_setting(name, capsys):
     train.main(parse_arguments(["--recipe", name, "--dry-run"]))
     printed = json.loads(capsys.readouterr().out)
-    assert printed.pop("recipe") == name and printed.pop("stage") in ("detector", "vita", "grattvis")
+    assert printed.pop("recipe") == name
+    assert printed.pop("stage") in ("detector", "vita", "grattvis")
     assert printed == OFFICIAL["common"] | OFFICIAL["recipes"][RECIPES[name][0]]
 
 
@@ -53,15 +55,26 @@ def test_every_official_setting_has_one_name():
 
 
 def test_flags_override_a_recipe_and_its_stage():
-    args = parse_arguments(["--recipe", "grattvis/ovis/r50", "--lr", "1e-4", "--no-freeze-detector", "--no-flip", "--frames", "3",
-                            "--propagation", "memory", "--crop-short-sides"])
+    args = parse_arguments(
+        [
+            "--recipe", "grattvis/ovis/r50", "--lr", "1e-4", "--no-freeze-detector", "--no-flip",
+            "--frames", "3", "--propagation", "memory", "--crop-short-sides",
+        ]
+    )
     setting = official_setting(args)
-    changed = {name for name, value in OFFICIAL["recipes"]["grattvis/ovis/grattvis_R50_bs8"].items() if setting[name] != value}
-    assert changed == {"lr", "freeze_detector", "flip", "frames", "use_mem", "gated", "crop", "meta"}
+    changed = {
+        name
+        for name, value in OFFICIAL["recipes"]["grattvis/ovis/grattvis_R50_bs8"].items()
+        if setting[name] != value
+    }
+    assert changed == {
+        "lr", "freeze_detector", "flip", "frames", "use_mem", "gated", "crop", "meta",
+    }
 
 
 def test_only_a_recipe_starts_other_classes_anew():
-    assert parse_arguments(["--recipe", "grattvis/ovis/r50"]).reset_classes and not parse_arguments([]).reset_classes
+    assert parse_arguments(["--recipe", "grattvis/ovis/r50"]).reset_classes
+    assert not parse_arguments([]).reset_classes
 
 
 def test_a_stage_without_a_recipe():
@@ -70,7 +83,8 @@ def test_a_stage_without_a_recipe():
     assert parse_arguments(["--stage", "genvis"]).propagation == "memory"
 
 
-# ---- Data on disk ---------------------------------------------------------------------------------------------------
+# ---- Data on disk --------------------------------------------------------------------------------
+# -------------------
 
 def draw_frame(path, generator):
     """A noisy picture with a bright rectangle; returns the rectangle: left, top, right, bottom."""
@@ -91,28 +105,63 @@ def filled(left, top, right, bottom):
 def make_videos(root, layout, classes, videos=3):
     """A set in the YouTube-VIS format: each video one rectangle, of category 1, 2, ..."""
     json_name, frames_name = layout
-    generator, content = numpy.random.default_rng(0), {"videos": [], "annotations": [], "categories": [
-        {"id": i, "name": f"class {i}"} for i in range(1, classes + 1)]}
+    generator, content = (
+        numpy.random.default_rng(0),
+        {
+            "videos": [],
+            "annotations": [],
+            "categories": [{"id": i, "name": f"class {i}"} for i in range(1, classes + 1)],
+        },
+    )
     for video in range(1, videos + 1):
         files = [f"video{video}/{t:05d}.jpg" for t in range(FRAMES)]
         boxes = [draw_frame(root / frames_name / file, generator) for file in files]
-        content["videos"].append({"id": video, "height": HEIGHT, "width": WIDTH, "length": FRAMES, "file_names": files})
-        content["annotations"].append({"id": video, "video_id": video, "category_id": video, "iscrowd": 0, "areas": [18 * 22] * FRAMES,
-                                       "segmentations": [filled(*box) for box in boxes]})
+        content["videos"].append(
+            {"id": video, "height": HEIGHT, "width": WIDTH, "length": FRAMES, "file_names": files}
+        )
+        content["annotations"].append(
+            {
+                "id": video,
+                "video_id": video,
+                "category_id": video,
+                "iscrowd": 0,
+                "areas": [18 * 22] * FRAMES,
+                "segmentations": [filled(*box) for box in boxes],
+            }
+        )
     (root / json_name).parent.mkdir(parents=True, exist_ok=True)
     (root / json_name).write_text(json.dumps(content))
     return content
 
 
 def make_coco(root):
-    """Four images with a polygon each, of COCO's categories 1 (person), 3, 8 and 90 (toothbrush, in no map)."""
-    generator, content = numpy.random.default_rng(1), {"images": [], "annotations": [], "categories": [
-        {"id": i, "name": f"coco {i}"} for i in COCO_IDS]}
+    """Four images with a polygon each, of COCO's categories 1 (person), 3, 8 and 90 (toothbrush, in
+    no map).
+    """
+    generator, content = (
+        numpy.random.default_rng(1),
+        {
+            "images": [],
+            "annotations": [],
+            "categories": [{"id": i, "name": f"coco {i}"} for i in COCO_IDS],
+        },
+    )
     for image, category in enumerate((1, 3, 8, 90), 1):
         left, top, right, bottom = draw_frame(root / "train2017" / f"{image:012d}.jpg", generator)
-        content["images"].append({"id": image, "height": HEIGHT, "width": WIDTH, "file_name": f"{image:012d}.jpg"})
-        content["annotations"].append({"id": image, "image_id": image, "category_id": category, "iscrowd": 0, "segmentation": [
-            [int(x) for x in (left, top, right, top, right, bottom, left, bottom)]]})
+        content["images"].append(
+            {"id": image, "height": HEIGHT, "width": WIDTH, "file_name": f"{image:012d}.jpg"}
+        )
+        content["annotations"].append(
+            {
+                "id": image,
+                "image_id": image,
+                "category_id": category,
+                "iscrowd": 0,
+                "segmentation": [
+                    [int(x) for x in (left, top, right, top, right, bottom, left, bottom)]
+                ],
+            }
+        )
     (root / "annotations").mkdir()
     (root / "annotations/instances_train2017.json").write_text(json.dumps(content))
 
@@ -130,22 +179,32 @@ def data_sets(tmp_path_factory):
 
 SIZES = ("preset", "test_short_side", "iterations", "lr_steps", "init", "backbone_weights")
 DIFFERENT = {repr({key: value for key, value in setting.items() if key not in SIZES}): name
-             for name, (_, setting) in RECIPES.items()}            # the same data, augmentation, stage: one of them
+             # The same data, augmentation, stage: one of them.
+             for name, (_, setting) in RECIPES.items()}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DIFFERENT.values())
 def test_every_recipe_trains_a_step(name, data_sets, tmp_path, monkeypatch, capsys):
-    """From the sets on disk through its own augmentation, at a toy's size; one of those that differ in their size alone."""
+    """From the sets on disk through its own augmentation, at a toy's size.
+
+    One of those that differ in their size alone.
+    """
     monkeypatch.setenv("DETECTRON2_DATASETS", str(data_sets))
-    train.main(parse_arguments(["--recipe", name, "--output", str(tmp_path), "--log-every", "1", *SMALL]))
+    train.main(
+        parse_arguments(["--recipe", name, "--output", str(tmp_path), "--log-every", "1", *SMALL])
+    )
     record = json.loads((tmp_path / "log.jsonl").read_text())
     frozen = "grattvis" in name
-    assert ("loss_ce" in record) != frozen and any(key.startswith("loss_genvis" if frozen else "loss_vita") for key in record)
+    assert ("loss_ce" in record) != frozen
+    assert any(key.startswith("loss_genvis" if frozen else "loss_vita") for key in record)
     config = torch.load(tmp_path / "last.pt", weights_only=True)["config"]
     assert len(config["categories"]) == (80 if "coco" in name else 25 if "ovis" in name else 40)
     batch, rate = RECIPES[name][1]["batch"], RECIPES[name][1]["lr"]
-    assert f"is for {batch} clips a step; for 1, --lr {rate / batch:g} is usual" in capsys.readouterr().out
+    assert (
+        f"is for {batch} clips a step; for 1, --lr {rate / batch:g} is usual"
+        in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -159,43 +218,77 @@ def test_every_layout_is_found(name, layout, tmp_path):
 def test_a_set_that_is_not_there_or_not_known(tmp_path):
     with pytest.raises(InputError, match="no data set is called ovys_train"):
         find_named_set(tmp_path, "ovys_train")
-    with pytest.raises(InputError, match="tried .*coco/annotations/instances_train2017.json.*coco2ovis_train.json"):
+    with pytest.raises(
+        InputError, match="tried .*coco/annotations/instances_train2017.json.*coco2ovis_train.json"
+    ):
         find_named_set(tmp_path, "coco2ovis_train")
 
 
 def open_clips(root, *more):
-    return recipes.open_clips(parse_arguments(["--recipe", "grattvis/ovis/r50", "--data-root", str(root), *SMALL, *more]))
+    return train.open_clips(
+        parse_arguments(["--recipe", "grattvis/ovis/r50", "--data-root", str(root), *SMALL, *more])
+    )
 
 
 def test_images_become_pseudo_videos_of_the_targets_classes(data_sets):
-    """Categories are mapped, what is in no map is left out, and the picture is the same in all frames but for its drift."""
-    pseudo, real = open_clips(data_sets, "--short-sides", "40", "--pseudo-short-sides", "40", "--crop-short-sides").sources
-    assert [video.annotations[0]["label"] + 1 for video in pseudo.videos] == [COCO_MAPS["ovis"][i] for i in (1, 3, 8)]
+    """Categories are mapped, what is in no map is left out, and the picture is the same in all
+    frames but for its drift.
+    """
+    pseudo, real = open_clips(
+        data_sets, "--short-sides", "40", "--pseudo-short-sides", "40", "--crop-short-sides"
+    ).sources
+    assert [video.annotations[0]["label"] + 1 for video in pseudo.videos] == [
+        COCO_MAPS["ovis"][i] for i in (1, 3, 8)
+    ]
     for index in range(6):
         clip = pseudo[index]
-        assert clip.frames.shape == (5, 3, 40, 56) and clip.masks.shape == (1, 5, 40, 56) and (clip.ids == 0).all()
+        assert clip.frames.shape == (5, 3, 40, 56)
+        assert clip.masks.shape == (1, 5, 40, 56)
+        assert (clip.ids == 0).all()
         inside = clip.frames.float().mean(1)[clip.masks[0]]
-        assert inside.mean() > 150 > clip.frames.float().mean(1)[~clip.masks[0]].mean()     # masks turn with the picture
-    turned = [not torch.equal(clip.frames[0], clip.frames[-1]) for clip in (pseudo[index] for index in range(6))]
+        # Masks turn with the picture.
+        assert inside.mean() > 150 > clip.frames.float().mean(1)[~clip.masks[0]].mean()
+    turned = [
+        not torch.equal(clip.frames[0], clip.frames[-1])
+        for clip in (pseudo[index] for index in range(6))
+    ]
     assert all(turned) and len(real.videos) == 3
 
 
 @pytest.mark.parametrize("target", [name for name in COCO_TABLES if name != "source"])
 def test_every_category_of_coco_becomes_the_official_one(target, tmp_path):
-    """One image of each category, which its file is named after; those of no category of the target are left out."""
+    """One image of each category, which its file is named after.
+
+    Those of no category of the target are left out.
+    """
     coco, name = tmp_path / "coco", target.replace("ytvis", "ytvis_")
     make_videos(tmp_path / name, LAYOUTS["as upstream, YouTube-VIS"], CLASSES[name], videos=1)
     (coco / "train2017").mkdir(parents=True)
-    content = {"categories": [{"id": i, "name": f"coco {i}"} for i in COCO_IDS], "images": [], "annotations": []}
+    content = {
+        "categories": [{"id": i, "name": f"coco {i}"} for i in COCO_IDS],
+        "images": [],
+        "annotations": [],
+    }
     for category in COCO_IDS:
         Image.new("RGB", (WIDTH, HEIGHT)).save(coco / f"train2017/{category}.jpg")
-        content["images"].append({"id": category, "height": HEIGHT, "width": WIDTH, "file_name": f"{category}.jpg"})
-        content["annotations"].append({"id": category, "image_id": category, "category_id": category, "iscrowd": 0,
-                                       "segmentation": [[4, 4, 30, 4, 30, 30, 4, 30]]})
+        content["images"].append(
+            {"id": category, "height": HEIGHT, "width": WIDTH, "file_name": f"{category}.jpg"}
+        )
+        content["annotations"].append(
+            {
+                "id": category,
+                "image_id": category,
+                "category_id": category,
+                "iscrowd": 0,
+                "segmentation": [[4, 4, 30, 4, 30, 30, 4, 30]],
+            }
+        )
     (coco / "annotations").mkdir()
     (coco / "annotations/instances_train2017.json").write_text(json.dumps(content))
-    images, _ = open_clips(tmp_path, "--train-sets", f"coco2{target}_train", f"{name}_train", "--num-classes",
-                           str(CLASSES[name]), "--crop-short-sides").sources
+    images, _ = open_clips(
+        tmp_path, "--train-sets", f"coco2{target}_train", f"{name}_train", "--num-classes",
+        str(CLASSES[name]), "--crop-short-sides",
+    ).sources
     clips = [images[index] for index in range(len(images.videos))]
     found = {Path(clip.source.split(", ")[0]).stem: clip.labels.item() + 1 for clip in clips}
     assert found == COCO_TABLES[target]
@@ -204,16 +297,24 @@ def test_every_category_of_coco_becomes_the_official_one(target, tmp_path):
 @pytest.mark.parametrize("name", DIFFERENT.values())
 def test_every_source_of_a_recipe_is_augmented_as_officially(name, data_sets):
     official = OFFICIAL["common"] | OFFICIAL["recipes"][RECIPES[name][0]]
-    clips = recipes.open_clips(parse_arguments(["--recipe", name, "--data-root", str(data_sets)]))
+    clips = train.open_clips(parse_arguments(["--recipe", name, "--data-root", str(data_sets)]))
     *images, videos = getattr(clips, "sources", [clips])
-    common = dict(max_long_side=official["max_long_side"], crop_short_sides=(400, 500, 600) if official["crop"] else (), flip=True,
-                  jitter=official["lsj_image_size"] if official["lsj"] else 0)
+    common = dict(
+        max_long_side=official["max_long_side"],
+        crop_short_sides=(400, 500, 600) if official["crop"] else (),
+        flip=True,
+        lsj_size=official["lsj_image_size"] if official["lsj"] else 0,
+    )
     assert videos.augmentation == Augmentation(
         tuple(official["short_sides"]), crop_size=tuple(official["crop_size"]), rotation=0.0,
         crop_relative=official["crop_type"] == "relative_range", **common)
     for source in images:
         assert source.augmentation == Augmentation(
-            tuple(official["pseudo_short_sides"]), crop_size=tuple(official["pseudo_crop_size"]), rotation=15.0, **common)
+            tuple(official["pseudo_short_sides"]),
+            crop_size=tuple(official["pseudo_crop_size"]),
+            rotation=15.0,
+            **common,
+        )
     assert len(images) == len(official["train_sets"]) - 1
     for source in (*images, videos):
         assert (source.frames, source.reach) == (official["frames"], official["frame_range"])
@@ -223,7 +324,10 @@ def test_sources_are_mixed_by_ratio(data_sets):
     """1 : 0.25, as the recipe says; a clip's source depends on its number alone."""
     mixed = open_clips(data_sets)
     assert mixed.shares.tolist() == [0.8, 0.2]
-    drawn = [numpy.random.default_rng((mixed.seed, 2, index)).choice(2, p=mixed.shares) for index in range(2000)]
+    drawn = [
+        numpy.random.default_rng((mixed.seed, 2, index)).choice(2, p=mixed.shares)
+        for index in range(2000)
+    ]
     assert abs(numpy.mean(drawn) - 0.2) < 0.03
     for index in (drawn.index(0), drawn.index(1)):
         assert torch.equal(mixed[index].frames, mixed.sources[drawn[index]][index].frames)
@@ -235,14 +339,19 @@ def test_sources_are_mixed_by_ratio(data_sets):
 def test_another_seed_mixes_otherwise(data_sets):
     def drawn(seed):
         clips = open_clips(data_sets, "--seed", str(seed), "--train-ratio", "1", "1")
-        return [Path(clips[index].source.split(", ")[0]).is_relative_to(data_sets / "coco") for index in range(40)]
+        return [
+            Path(clips[index].source.split(", ")[0]).is_relative_to(data_sets / "coco")
+            for index in range(40)
+        ]
 
     assert drawn(3) == drawn(3) != drawn(4)
 
 
 def test_images_as_the_target_are_refused(data_sets):
     for names in (["ovis_train", "coco2ovis_train"], ["coco2ovis_train"]):
-        with pytest.raises(InputError, match="the last must be the data set whose classes are trained"):
+        with pytest.raises(
+            InputError, match="the last must be the data set whose classes are trained"
+        ):
             open_clips(data_sets, "--train-sets", *names)
 
 
@@ -283,11 +392,14 @@ def test_other_classes_than_expected_are_refused(data_sets):
         open_clips(data_sets, "--num-classes", "40")
 
 
-# ---- Broken data ----------------------------------------------------------------------------------------------------
+# ---- Broken data ---------------------------------------------------------------------------------
+# -------------------
 
 @pytest.fixture
 def broken(tmp_path):
-    """Seven videos: one without a folder, one corrupt frame, one annotation too short, one of an unknown category."""
+    """Seven videos: one without a folder, one corrupt frame, one annotation too short, one of an
+    unknown category.
+    """
     content = make_videos(tmp_path, ("train.json", "train/JPEGImages"), 7, videos=7)
     shutil.rmtree(tmp_path / "train/JPEGImages/video1")
     for frame in (tmp_path / "train/JPEGImages/video2").iterdir():
@@ -300,7 +412,10 @@ def broken(tmp_path):
 
 def test_broken_data_is_told_by_name(broken):
     root, content = broken
-    told = ["frame .*video1/00000.jpg of video 1 is missing", "annotation 3 .* has 2 segmentations, its video has 3 frames"]
+    told = [
+        "frame .*video1/00000.jpg of video 1 is missing",
+        "annotation 3 .* has 2 segmentations, its video has 3 frames",
+    ]
     for sentence in told:
         with pytest.raises(InputError, match=sentence):
             VideoSet(root / "train.json", root / "train/JPEGImages")
@@ -308,9 +423,11 @@ def test_broken_data_is_told_by_name(broken):
             wrong = 1 if "video1" in sentence else 3
             content[key] = [entry for entry in content[key] if entry["id"] != wrong]
         (root / "train.json").write_text(json.dumps(content))
-    clips = recipes.open_clips(parse_arguments(["--data-root", str(root), *SMALL]))
-    assert clips.skipped.sentences() == ["annotations of categories that do not exist: 1; the first: annotation 4 of "
-                                         f"{root / 'train.json'}, of category 77"]
+    clips = train.open_clips(parse_arguments(["--data-root", str(root), *SMALL]))
+    assert clips.skipped.sentences() == [
+        "annotations of categories that do not exist: 1; the first: annotation 4 of "
+        f"{root / 'train.json'}, of category 77"
+    ]
     with pytest.raises(InputError, match="video2/.* cannot be read"):
         [clips[index] for index in range(8)]
 
@@ -319,13 +436,23 @@ def test_broken_data_is_told_by_name(broken):
 def test_skip_bad_goes_on_and_counts(broken, tmp_path_factory, capsys):
     root, _ = broken
     output = tmp_path_factory.mktemp("run")
-    train.main(parse_arguments(["--data-root", str(root), "--output", str(output), "--skip-bad", *SMALL, "--iterations", "4",
-                                "--log-every", "4"]))
+    train.main(
+        parse_arguments(
+            [
+                "--data-root", str(root), "--output", str(output), "--skip-bad", *SMALL,
+                "--iterations", "4", "--log-every", "4",
+            ]
+        )
+    )
     counted = json.loads((output / "log.jsonl").read_text().splitlines()[-1])["skipped"]
     printed = capsys.readouterr().out
-    assert printed.count("skipped: ") == counted >= 3 + 1          # three when opened; 4 clips of 4 videos, each seen once
-    for reason in ("videos that cannot be used: 1; the first: frame ", "annotations that cannot be used: 1; the first: annotation 3 ",
-                   "annotations of categories that do not exist: 1; the first: annotation 4 "):
+    # Three when opened; 4 clips of 4 videos, each seen once.
+    assert printed.count("skipped: ") == counted >= 3 + 1
+    for reason in (
+        "videos that cannot be used: 1; the first: frame ",
+        "annotations that cannot be used: 1; the first: annotation 3 ",
+        "annotations of categories that do not exist: 1; the first: annotation 4 ",
+    ):
         assert f"skipped: {reason}" in printed
     assert "video2/" in printed and f"left out {counted} bad" in printed
 
@@ -336,7 +463,7 @@ def test_a_stage_counts_more_than_that_of_the_recipe():
 
 def test_rendered_clips_have_the_seed_and_the_suites_in_turn():
     arguments = ["--render", "easy", "occlusion", "--frames", "2", "--short-sides", "48"]
-    first, second = (recipes.open_clips(parse_arguments([*arguments, "--seed", seed]))
+    first, second = (train.open_clips(parse_arguments([*arguments, "--seed", seed]))
                      for seed in ("5", "6"))
     assert not torch.equal(first[0].frames, second[0].frames)
     assert [first[number].source.split()[-1] for number in range(4)] == ["easy", "occlusion"] * 2

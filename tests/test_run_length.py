@@ -1,4 +1,6 @@
-"""Run-length codes: those of pycocotools to the last character, from NumPy and PyTorch, and a check that lets no bad one pass."""
+"""Run-length codes: those of pycocotools to the last character, from NumPy and PyTorch, and a check
+that lets no bad one pass.
+"""
 import numpy
 import pytest
 import torch
@@ -11,13 +13,16 @@ from evaluation.run_length import (
     compress,
     decode_runs,
     encode,
+    encode_chunk,
     encode_counts,
-    encode_part,
     find_fault,
     find_runs,
 )
 
-SIZES = [(1, 1, 1), (3, 1, 9), (3, 9, 1), (4, 6, 7), (3, 7, 10), (2, 5, 12), (2, 13, 8), (3, 4, 16), (2, 24, 54), (5, 2, 25)]
+SIZES = [
+    (1, 1, 1), (3, 1, 9), (3, 9, 1), (4, 6, 7), (3, 7, 10), (2, 5, 12), (2, 13, 8), (3, 4, 16),
+    (2, 24, 54), (5, 2, 25),
+]
 
 
 def noise(*shape, density=0.5):
@@ -76,7 +81,9 @@ def test_smooth_masks(height, width):
 
 @pytest.mark.parametrize("density", [0, 2e-5, 5e-5, 1])
 def test_long_runs_take_several_characters(density):
-    """A character holds five bits, so that runs of this frame take up to four, and so do their differences."""
+    """A character holds five bits, so that runs of this frame take up to four, and so do their
+    differences.
+    """
     masks = noise(2, 300, 400, density=density)
     codes = encode(masks)
     assert codes == official(masks)
@@ -93,11 +100,17 @@ def test_a_whole_frame_in_one_run():
 def test_masks_that_touch_or_miss_the_first_pixel():
     """Background comes first, with a run of no pixels where there is none."""
     masks = torch.zeros(4, 3, 4, dtype=torch.bool)
-    masks[0, 0, 0] = masks[1, 2, 3] = masks[2, 2, 0] = masks[2, 0, 1] = True    # in masks[2] a run goes on in the next column
+    # In masks[2] a run goes on in the next column.
+    masks[0, 0, 0] = masks[1, 2, 3] = masks[2, 2, 0] = masks[2, 0, 1] = True
     masks[3] = True
     assert encode(masks) == official(masks)
     runs, runs_each = find_runs(masks.numpy())
-    assert [part.tolist() for part in numpy.split(runs, runs_each.cumsum()[:-1])] == [[0, 1, 11], [11, 1], [2, 2, 8], [0, 12]]
+    assert [part.tolist() for part in numpy.split(runs, runs_each.cumsum()[:-1])] == [
+        [0, 1, 11],
+        [11, 1],
+        [2, 2, 8],
+        [0, 12],
+    ]
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 5), (2, 0, 5), (2, 5, 0)], ids=str)
@@ -106,30 +119,49 @@ def test_no_masks_and_no_pixels(shape):
     assert encode(masks) == official(masks) and len(encode(masks)) == shape[0]
 
 
-@pytest.mark.parametrize("view", [
-    lambda masks: masks.transpose(1, 2), lambda masks: masks.permute(2, 0, 1), lambda masks: masks[:, 1:-2, 3:],
-    lambda masks: masks[::2, ::3, ::2], lambda masks: masks[1:, :, 5:6], lambda masks: masks[:1].expand(4, -1, -1),
-    lambda masks: masks.flip(2)], ids=["transposed", "permuted", "cropped", "strided", "column", "expanded", "flipped"])
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda masks: masks.transpose(1, 2),
+        lambda masks: masks.permute(2, 0, 1),
+        lambda masks: masks[:, 1:-2, 3:],
+        lambda masks: masks[::2, ::3, ::2],
+        lambda masks: masks[1:, :, 5:6],
+        lambda masks: masks[:1].expand(4, -1, -1),
+        lambda masks: masks.flip(2),
+    ],
+    ids=["transposed", "permuted", "cropped", "strided", "column", "expanded", "flipped"],
+)
 def test_views_of_other_tensors(view):
     masks = view(noise(5, 24, 16))
     assert encode(masks) == official(masks.contiguous())
 
 
 def test_parts_and_threads_change_nothing(monkeypatch):
-    """However few pixels are searched at once, and however few masks there are for so many threads."""
+    """However few pixels are searched at once, and however few masks there are for so many threads.
+    """
     masks = torch.cat((noise(6, 9, 12), blobs(5, 9, 12)))
     expected = official(masks)
     monkeypatch.setattr(run_length, "THREADS", 4)
     for pixels in (1, 9 * 12, 3 * 9 * 12):
-        monkeypatch.setitem(run_length.SEARCHED_AT_ONCE, numpy, pixels)
-        monkeypatch.setitem(run_length.SEARCHED_AT_ONCE, torch, pixels)
+        monkeypatch.setitem(run_length.MAX_SEARCHED_PIXELS, numpy, pixels)
+        monkeypatch.setitem(run_length.MAX_SEARCHED_PIXELS, torch, pixels)
         assert encode(masks) == expected and encode(masks[:1]) == expected[:1]
-        assert [code.decode() for code in encode_part(masks)] == [code["counts"] for code in expected]
+        assert [code.decode() for code in encode_chunk(masks)] == [
+            code["counts"] for code in expected
+        ]
 
 
-@pytest.mark.parametrize("masks", [
-    torch.zeros(2, 3, 4, dtype=torch.uint8), torch.zeros(2, 3, 4), torch.zeros(3, 4, dtype=torch.bool),
-    torch.zeros(1, 2, 3, 4, dtype=torch.bool)], ids=["uint8", "float", "2d", "4d"])
+@pytest.mark.parametrize(
+    "masks",
+    [
+        torch.zeros(2, 3, 4, dtype=torch.uint8),
+        torch.zeros(2, 3, 4),
+        torch.zeros(3, 4, dtype=torch.bool),
+        torch.zeros(1, 2, 3, 4, dtype=torch.bool),
+    ],
+    ids=["uint8", "float", "2d", "4d"],
+)
 def test_what_is_no_stack_of_masks_is_refused(masks):
     with pytest.raises(ValueError, match=r"bool of shape \(N, H, W\)"):
         encode(masks)
@@ -144,15 +176,16 @@ def test_tensors_give_the_codes_of_arrays(shape):
         found, expected = compress(*find_runs(masks)), compress(*find_runs(masks.numpy()))
         for ours, array in zip(found, expected, strict=True):
             assert isinstance(ours, torch.Tensor) and numpy.array_equal(ours.numpy(), array)
-        assert encode_part(masks) == encode_counts(masks)
+        assert encode_chunk(masks) == encode_counts(masks)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that PyTorch sees")
 def test_a_gpu_gives_the_codes_of_the_cpu(monkeypatch):
     sets = [noise(*shape) for shape in SIZES]
     sets += [blobs(30, 61, 90), noise(3, 300, 400, density=1e-4), noise(5, 24, 16).transpose(1, 2)]
-    for pixels in (run_length.ENCODED_AT_ONCE, 1000):         # all masks at once, and a few at a time
-        monkeypatch.setattr(run_length, "ENCODED_AT_ONCE", pixels)
+    # All masks at once, and a few at a time.
+    for pixels in (run_length.MAX_ENCODED_PIXELS, 1000):
+        monkeypatch.setattr(run_length, "MAX_ENCODED_PIXELS", pixels)
         for masks in sets:
             assert encode(masks.cuda()) == encode(masks)
     assert encode(torch.zeros(0, 4, 5, dtype=torch.bool, device="cuda")) == []
@@ -185,7 +218,10 @@ BAD = {
     "accent": ("\u00e9" + GOOD[0], "it holds a character that no code has"),
     "too few": ("1", "its runs do not fill the frame"),
     "too many": (GOOD[0] + "1", "its runs do not fill the frame"),
-    "negative": ("3O" + encode(torch.zeros(1, 1, 20 * 30 - 2, dtype=torch.bool))[0]["counts"], "its runs do not fill the frame"),
+    "negative": (
+        "3O" + encode(torch.zeros(1, 1, 20 * 30 - 2, dtype=torch.bool))[0]["counts"],
+        "its runs do not fill the frame",
+    ),
     "missing": (None, "its counts are a NoneType"),
     "number": (600, "its counts are a int"),
     "list": ([600], "its counts are a list"),
@@ -197,7 +233,8 @@ def test_good_codes_have_no_fault():
     assert find_fault(texts, PIXELS) is None and find_fault(binary, PIXELS) is None
     assert find_fault([*texts[:4], *binary[4:]], PIXELS) is None
     assert find_fault([], []) is None
-    assert find_fault(["6", "0"], [6, 0]) is None                 # nothing but background, and no pixels
+    # Nothing but background, and no pixels.
+    assert find_fault(["6", "0"], [6, 0]) is None
 
 
 def test_a_good_code_of_another_size_is_a_fault():
@@ -219,7 +256,7 @@ def test_a_bad_code_is_found_at_its_place(kind, place):
 @pytest.mark.parametrize("at_once", [1, 3, 8])
 def test_a_bad_code_is_found_in_a_later_part(monkeypatch, kind, at_once):
     """Its index is that in the whole list, and of several the first is told."""
-    monkeypatch.setattr(run_length, "CHECKED_AT_ONCE", at_once)
+    monkeypatch.setattr(run_length, "MAX_CHECKED_CODES", at_once)
     code, sentence = BAD[kind]
     codes, pixels = GOOD * 3, PIXELS * 3
     assert find_fault(codes, pixels) is None
@@ -227,7 +264,9 @@ def test_a_bad_code_is_found_in_a_later_part(monkeypatch, kind, at_once):
     assert find_fault(codes, pixels) == (17, sentence)
 
 
-@pytest.mark.parametrize("code", ["ZPPPPPPPPPPPP2", "oooooooooooo7oooooooooooo7<", "\ud800", "\u0660"])
+@pytest.mark.parametrize(
+    "code", ["ZPPPPPPPPPPPP2", "oooooooooooo7oooooooooooo7<", "\ud800", "\u0660"]
+)
 def test_a_code_of_endless_runs_or_foreign_letters_is_a_fault(code):
     """64 bits would not hold such a run, and wrap round to any sum."""
     assert find_fault(["\x40", code], [16, 10])[0] == 1
@@ -235,7 +274,8 @@ def test_a_code_of_endless_runs_or_foreign_letters_is_a_fault(code):
 
 def test_runs_whose_sum_wraps_round_are_a_fault():
     """None is negative, and in 64 bits they add up to the very number of pixels."""
-    steps = numpy.arange(97_000) // 2 + 1                     # of a length that each run is longer than the one before the last
+    # Of a length that each run is longer than the one before the last.
+    steps = numpy.arange(97_000) // 2 + 1
     length = 2 ** 64 // int(steps.sum())
     runs = numpy.concatenate(([2 ** 64 - length * int(steps.sum()) + 20 * 30], steps * length))
     code = compress(runs, numpy.array([len(runs)]))[0].tobytes()
@@ -245,17 +285,22 @@ def test_runs_whose_sum_wraps_round_are_a_fault():
 
 @pytest.mark.parametrize("lengths", [(1, 2, 3, 4, 5, 6), (7, 1, 1, 900, 3, 64), (4, 4, 4, 4, 4, 4)])
 def test_packed_codes_come_out_as_they_went_in(lengths):
-    """Every character that a code may have, codes of any lengths; in three quarters of their bytes, and of three things in turn."""
+    """Every character that a code may have, codes of any lengths.
+
+    In three quarters of their bytes, and of three things in turn.
+    """
     random = numpy.random.default_rng(0)
     codes = [random.integers(48, 112, length, dtype=numpy.uint8).tobytes() for length in lengths]
     kept = PackedCodes(3)
     for first in (0, 3, 0):
         kept.add(codes[first:] + codes[:first])
-    assert sum(three.nbytes for three, _ in kept.parts) <= 3 * (0.75 * sum(lengths) + 3)
+    assert sum(three.nbytes for three, _ in kept.packed) <= 3 * (0.75 * sum(lengths) + 3)
     text = [code.decode() for code in codes]
     orders = [[place, place + 3, (place + 3) % 6, place, place, place + 3] for place in range(3)]
-    assert kept.take([2, 0, 2]) == [[text[number] for number in orders[thing]] for thing in (2, 0, 2)]
-    assert not kept.parts
+    assert kept.take([2, 0, 2]) == [
+        [text[number] for number in orders[thing]] for thing in (2, 0, 2)
+    ]
+    assert not kept.packed
 
 
 def test_packed_codes_stay_in_the_order_of_the_frames():

@@ -1,4 +1,5 @@
-"""Signals: training saves the step it is in, evaluation what is done, everything in one sentence."""
+"""Signals: training saves the step it is in, evaluation what is done, everything in one sentence.
+"""
 import json
 import signal
 import subprocess
@@ -26,9 +27,15 @@ def dataset(tmp_path_factory):
 def start(program, *arguments, handler=None):
     """A program of ours; `handler` runs in the child before it starts, as a shell may do."""
     program = program if program.startswith("-") else str(REPOSITORY / program)
-    return subprocess.Popen([sys.executable, program, *map(str, arguments)], env=ENVIRONMENT, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=handler,
-                            start_new_session=True)
+    return subprocess.Popen(
+        [sys.executable, program, *map(str, arguments)],
+        env=ENVIRONMENT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=handler,
+        start_new_session=True,
+    )
 
 
 def default_signals():

@@ -8,7 +8,7 @@ import math
 import numpy
 import pytest
 
-from synthetic import scenes
+from synthetic import rendering, scenes
 from synthetic import suites as synthetic
 
 HEIGHT, WIDTH, VIDEOS = 48, 80, 8
@@ -28,7 +28,7 @@ def describe(suite):
     """The numbers of SCENES for the first videos of a suite."""
     levels, categories, pixels, shown, first = [], [], 0, 0, 0
     for number in range(VIDEOS):
-        frames, instances = synthetic.make_video(numpy.random.default_rng(
+        frames, instances = rendering.make_video(numpy.random.default_rng(
             (0, 1, number)), suite.frames, HEIGHT, WIDTH, suite.objects, suite.difficulty)
         levels.append(frames.astype(float))
         for category, masks in instances:

@@ -1,4 +1,6 @@
-"""Training: an interrupted run resumes exactly, parts of a step add up, the best is kept, parameters are treated as upstream."""
+"""Training: an interrupted run resumes exactly, parts of a step add up, the best is kept,
+parameters are treated as upstream.
+"""
 import json
 import math
 import shutil
@@ -10,7 +12,6 @@ import torch
 from processes import ENVIRONMENT, free_port
 from torch import nn
 
-import recipes
 import train
 from backbone import SwinBackbone
 from data import InputError
@@ -19,26 +20,38 @@ from train import learning_rate_factor, parameter_groups, parse_arguments
 
 pytestmark = pytest.mark.slow  # whole programs
 
-TINY = ["--device", "cpu", "--frames", "2", "--points", "64", "--short-sides", "64", "--workers", "0", "--lr-steps", "3", "--warmup", "0"]
+TINY = [
+    "--device", "cpu", "--frames", "2", "--points", "64", "--short-sides", "64", "--workers", "0",
+    "--lr-steps", "3", "--warmup", "0",
+]
 
 
 @pytest.fixture(scope="module")
 def data_root(tmp_path_factory):
     root = tmp_path_factory.mktemp("data") / "synthetic"
-    make_dataset(root, train_videos=3, valid_videos=1, frames=4, height=64, width=64, objects=(1, 2))
+    make_dataset(
+        root, train_videos=3, valid_videos=1, frames=4, height=64, width=64, objects=(1, 2)
+    )
     return root
 
 
 def run(data_root, output, *more):
-    train.main(parse_arguments(["--data-root", str(data_root), "--output", str(output), *TINY, *more]))
+    train.main(
+        parse_arguments(["--data-root", str(data_root), "--output", str(output), *TINY, *more])
+    )
     return torch.load(output / "last.pt", weights_only=True)
 
 
 def test_resuming_equals_not_stopping(data_root, tmp_path):
-    """Weights, optimiser, schedule, clips, gate noise and sampled points: all the same after an interruption."""
+    """Weights, optimiser, schedule, clips, gate noise and sampled points: all the same after an
+    interruption.
+    """
     whole = run(data_root, tmp_path / "whole", "--iterations", "4", "--batch", "2")
     run(data_root, tmp_path / "halves", "--iterations", "2", "--batch", "2")
-    halves = run(data_root, tmp_path / "halves", "--iterations", "4", "--batch", "2", "--resume", str(tmp_path / "halves/last.pt"))
+    halves = run(
+        data_root, tmp_path / "halves", "--iterations", "4", "--batch", "2", "--resume",
+        str(tmp_path / "halves/last.pt"),
+    )
     assert whole["step"] == halves["step"] == 4
     for name, value in whole["model"].items():
         assert torch.equal(value, halves["model"][name]), name
@@ -49,25 +62,40 @@ def test_resuming_equals_not_stopping(data_root, tmp_path):
 
 def test_training_learns_something(data_root, tmp_path):
     """The loss on three tiny videos falls; the log holds every loss by its official name."""
-    run(data_root, tmp_path, "--iterations", "12", "--batch", "1", "--log-every", "1", "--lr", "1e-3", "--lr-steps", "100")
+    run(
+        data_root, tmp_path, "--iterations", "12", "--batch", "1", "--log-every", "1", "--lr",
+        "1e-3", "--lr-steps", "100",
+    )
     records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     losses = [record["loss"] for record in records]
     assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
-    assert {"step", "lr", "gradient_norm", "iterations_per_second", "data_share", "loss_ce", "loss_genvis_sim_clip1"} <= set(records[0])
+    assert {
+        "step", "lr", "gradient_norm", "iterations_per_second", "data_share", "loss_ce",
+        "loss_genvis_sim_clip1",
+    } <= set(records[0])
     assert json.loads((tmp_path / "args.json").read_text())["lr"] == 1e-3
 
 
 @pytest.mark.parametrize("propagation", ["clip", "memory", "gated+memory"])
 def test_other_modes_train(data_root, tmp_path, propagation):
-    checkpoint = run(data_root, tmp_path, "--iterations", "1", "--batch", "1", "--propagation", propagation)
+    checkpoint = run(
+        data_root, tmp_path, "--iterations", "1", "--batch", "1", "--propagation", propagation
+    )
     assert checkpoint["config"]["propagation"] == propagation
 
 
 def test_a_frozen_detector_does_not_move(data_root, tmp_path):
     before = run(data_root, tmp_path / "zero", "--iterations", "0")["model"]
-    after = run(data_root, tmp_path / "one", "--iterations", "1", "--batch", "1", "--freeze-detector")["model"]
-    moved = {name.split(".")[0] for name, value in after.items() if not torch.equal(value, before[name]) and "running" not in name
-             and "num_batches" not in name}
+    after = run(
+        data_root, tmp_path / "one", "--iterations", "1", "--batch", "1", "--freeze-detector"
+    )["model"]
+    moved = {
+        name.split(".")[0]
+        for name, value in after.items()
+        if not torch.equal(value, before[name])
+        and "running" not in name
+        and "num_batches" not in name
+    }
     assert moved == {"tracker"}
 
 
@@ -84,7 +112,11 @@ def test_parameter_groups():
     assert len(found) == len(names)
     assert found["head.weight"] == found["head.bias"] == (1.0, 0.05)
     assert found["norm.weight"] == found["query_feat.weight"] == (1.0, 0.0)
-    assert found["backbone.norms.0.bias"] == found["backbone.features.1.0.attn.relative_position_bias_table"] == (0.1, 0.0)
+    assert (
+        found["backbone.norms.0.bias"]
+        == found["backbone.features.1.0.attn.relative_position_bias_table"]
+        == (0.1, 0.0)
+    )
     assert found["backbone.features.1.0.attn.qkv.bias"] == (0.1, 0.05)
     assert found["layer_scale"] == (1.0, 0.0)
     assert found["gate.weight"] == found["gate.bias"] == (1.0, 0.05)
@@ -97,16 +129,22 @@ def test_schedule():
 
 def fixed_points(rows, count, like):
     """In the place of matcher.random_points: the same for every row, whatever is asked before."""
-    points = torch.rand(1, count, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    points = torch.rand(
+        1, count, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float32
+    )
     return points.to(like).expand(rows, count, 2)
 
 
 def test_parts_of_a_step_add_up(data_root, monkeypatch):
     """--accumulate 2 gives the mean of both halves' gradients and losses."""
     monkeypatch.setattr("matcher.random_points", fixed_points)
-    args = parse_arguments(["--data-root", str(data_root), "--batch", "2", "--norm", "group", "--propagation", "plain", *TINY,
-                            "--clip-gradient", "0"])
-    clips = recipes.open_clips(args)
+    args = parse_arguments(
+        [
+            "--data-root", str(data_root), "--batch", "2", "--norm", "group", "--propagation",
+            "plain", *TINY, "--clip-gradient", "0",
+        ]
+    )
+    clips = train.open_clips(args)
     model, _ = train.make_model(args, clips.categories, None, print)
     model.double()
     scaler = torch.amp.GradScaler("cpu", enabled=False)
@@ -114,8 +152,16 @@ def test_parts_of_a_step_add_up(data_root, monkeypatch):
     def gradients(batch, parts):
         args.accumulate = parts
         optimizer = torch.optim.SGD(model.parameters(), 0.0)
-        losses, norm = train.train_step(model, train.Criterion(len(clips.categories), points=64), batch, args, torch.device("cpu"),
-                                        torch.float32, optimizer, scaler)
+        losses, norm = train.train_step(
+            model,
+            train.Criterion(len(clips.categories), points=64),
+            batch,
+            args,
+            torch.device("cpu"),
+            torch.float32,
+            optimizer,
+            scaler,
+        )
         found = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
         assert found.norm().item() == pytest.approx(norm)
         return found, losses
@@ -127,52 +173,83 @@ def test_parts_of_a_step_add_up(data_root, monkeypatch):
 
 
 def test_evaluation_keeps_the_best(data_root, tmp_path, monkeypatch):
-    """best.pt holds the weights of the best evaluation, here the second; evaluations are lines of the log."""
+    """best.pt holds the weights of the best evaluation, here the second.
+
+    Evaluations are lines of the log.
+    """
     found = iter([1.0, 3.0, 2.0])
-    monkeypatch.setattr(train, "evaluate_results", lambda results, truth: {"AP": next(found), "per_class": {}})
-    last = run(data_root, tmp_path, "--iterations", "3", "--batch", "1", "--evaluate-every", "1", "--test-short-side", "32",
-               "--save-every", "1", "--ema", "0.5")
+    monkeypatch.setattr(
+        train, "evaluate_results", lambda results, truth: {"AP": next(found), "per_class": {}}
+    )
+    last = run(
+        data_root, tmp_path, "--iterations", "3", "--batch", "1", "--evaluate-every", "1",
+        "--test-short-side", "32", "--save-every", "1", "--ema", "0.5",
+    )
     best = torch.load(tmp_path / "best.pt", weights_only=True)
     assert (best["step"], best["best"], last["best"]) == (2, 3.0, 3.0)
     records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [record["AP"] for record in records if "AP" in record] == [1.0, 3.0, 2.0]
     name = "tracker.class_embed.weight"
     averaged = last["ema"][f"module.{name}"]
-    assert not torch.equal(averaged, last["model"][name]) and not torch.equal(best["model"][name], last["model"][name])
+    assert not torch.equal(averaged, last["model"][name])
+    assert not torch.equal(best["model"][name], last["model"][name])
 
 
 def test_the_best_so_far_is_known_after_resuming(data_root, tmp_path, monkeypatch):
     found = iter([3.0, 2.0])
-    monkeypatch.setattr(train, "evaluate_results", lambda results, truth: {"AP": next(found), "per_class": {}})
+    monkeypatch.setattr(
+        train, "evaluate_results", lambda results, truth: {"AP": next(found), "per_class": {}}
+    )
     evaluating = ["--batch", "1", "--evaluate-every", "1", "--test-short-side", "32"]
     run(data_root, tmp_path, "--iterations", "1", *evaluating)
-    assert run(data_root, tmp_path, "--iterations", "2", *evaluating, "--resume", str(tmp_path / "last.pt"))["best"] == 3.0
+    assert (
+        run(
+            data_root, tmp_path, "--iterations", "2", *evaluating, "--resume",
+            str(tmp_path / "last.pt"),
+        )["best"]
+        == 3.0
+    )
     assert torch.load(tmp_path / "best.pt", weights_only=True)["step"] == 1
 
 
 def test_averaged_weights_resume(data_root, tmp_path):
     whole = run(data_root, tmp_path / "whole", "--iterations", "3", "--batch", "1", "--ema", "0.9")
     run(data_root, tmp_path / "halves", "--iterations", "1", "--batch", "1", "--ema", "0.9")
-    halves = run(data_root, tmp_path / "halves", "--iterations", "3", "--batch", "1", "--ema", "0.9",
-                 "--resume", str(tmp_path / "halves/last.pt"))
+    halves = run(
+        data_root, tmp_path / "halves", "--iterations", "3", "--batch", "1", "--ema", "0.9",
+        "--resume", str(tmp_path / "halves/last.pt"),
+    )
     assert all(torch.equal(value, halves["ema"][name]) for name, value in whole["ema"].items())
 
 
 def test_scenes_drawn_on_the_fly(data_root, tmp_path, capsys):
-    """--render trains without a train split; other suites are another run; the held-out videos are the data set's."""
+    """--render trains without a train split.
+
+    Other suites are another run; the held-out videos are the data set's.
+    """
     shown = ["--render", "easy", "occlusion", "--batch", "1"]
     run(tmp_path / "nothing", tmp_path, "--iterations", "1", *shown)
     assert "\nendless scenes (easy, occlusion) of 6 classes; " in capsys.readouterr().out
     resumed = ["--iterations", "2", "--resume", str(tmp_path / "last.pt")]
     with pytest.raises(InputError, match=r"--render \['easy', 'occlusion'\] \(now \['easy'\]\)"):
         run(data_root, tmp_path, "--render", "easy", "--batch", "1", *resumed)
-    assert run(data_root, tmp_path, "--evaluate-every", "1", "--test-short-side", "32", *shown, *resumed)["step"] == 2
+    assert (
+        run(
+            data_root, tmp_path, "--evaluate-every", "1", "--test-short-side", "32", *shown,
+            *resumed,
+        )["step"]
+        == 2
+    )
 
 
 def test_a_resumed_log_has_every_step_once(tmp_path):
-    """Steps after the checkpoint, and half a line that a kill left, are taken out before they are done again."""
+    """Steps after the checkpoint, and half a line that a kill left, are taken out before they are
+    done again.
+    """
     log = tmp_path / "log.jsonl"
-    log.write_text("".join(json.dumps({"step": step}) + "\n" for step in (1, 2, 3, 4)) + '{"step": 5, "lo')
+    log.write_text(
+        "".join(json.dumps({"step": step}) + "\n" for step in (1, 2, 3, 4)) + '{"step": 5, "lo'
+    )
     train.trim_log(log, 2)
     assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [1, 2]
     log.write_text("a note of mine\n")
@@ -185,7 +262,10 @@ def test_seed_minus_one_is_drawn_once(data_root, tmp_path):
     run(data_root, tmp_path, "--iterations", "1", "--batch", "1", "--seed", "-1")
     seed = json.loads((tmp_path / "args.json").read_text())["seed"]
     assert seed >= 0
-    run(data_root, tmp_path, "--iterations", "2", "--batch", "1", "--seed", "-1", "--resume", str(tmp_path / "last.pt"))
+    run(
+        data_root, tmp_path, "--iterations", "2", "--batch", "1", "--seed", "-1", "--resume",
+        str(tmp_path / "last.pt"),
+    )
     assert json.loads((tmp_path / "args.json").read_text())["seed"] == seed
 
 
@@ -198,16 +278,33 @@ def test_a_deterministic_run_is_not_compiled(data_root, tmp_path, monkeypatch):
 
 
 def test_warmup_may_start_anywhere():
-    assert [learning_rate_factor(step, 2, [3], start=1.0, gamma=0.5) for step in range(4)] == [1, 1, 1, 0.5]
+    assert [learning_rate_factor(step, 2, [3], start=1.0, gamma=0.5) for step in range(4)] == [
+        1,
+        1,
+        1,
+        0.5,
+    ]
 
 
 def test_a_data_set_that_has_changed_is_told(data_root, tmp_path, capsys):
     """Not when it has only moved."""
-    make_dataset(tmp_path / "other", train_videos=3, valid_videos=1, frames=4, height=64, width=64, objects=(1, 2), seed=1)
+    make_dataset(
+        tmp_path / "other",
+        train_videos=3,
+        valid_videos=1,
+        frames=4,
+        height=64,
+        width=64,
+        objects=(1, 2),
+        seed=1,
+    )
     shutil.copytree(data_root, tmp_path / "moved")
     run(data_root, tmp_path / "run", "--iterations", "0", "--batch", "1")
     for root, told in ((tmp_path / "moved", False), (tmp_path / "other", True)):
-        run(root, tmp_path / "run", "--iterations", "0", "--batch", "1", "--resume", str(tmp_path / "run/last.pt"))
+        run(
+            root, tmp_path / "run", "--iterations", "0", "--batch", "1", "--resume",
+            str(tmp_path / "run/last.pt"),
+        )
         assert ("the annotations are not those that" in capsys.readouterr().out) == told
 
 
@@ -221,7 +318,9 @@ def poison(monkeypatch, steps, kind):
         losses, matches = whole(self, output, *others, **more)
         if next(number) in steps:
             broken = losses["loss_genvis_ce_clip0"]
-            losses["loss_genvis_ce_clip0"] = broken * math.nan if kind == "loss" else broken + (broken - broken.detach()).sqrt()
+            losses["loss_genvis_ce_clip0"] = (
+                broken * math.nan if kind == "loss" else broken + (broken - broken.detach()).sqrt()
+            )
         return losses, matches
 
     monkeypatch.setattr(train.Criterion, "__call__", poisoned)
@@ -229,10 +328,16 @@ def poison(monkeypatch, steps, kind):
 
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
 def test_a_step_that_is_not_finite_stops_the_run(data_root, tmp_path, monkeypatch, kind):
-    """The sentence says which loss, when, and the files of the clips; the last checkpoint is that of the last good step."""
+    """The sentence says which loss, when, and the files of the clips.
+
+    The last checkpoint is that of the last good step.
+    """
     poison(monkeypatch, {2}, kind)
     what = "loss_genvis_ce_clip0 nan" if kind == "loss" else "the gradient's norm (nan|inf)"
-    with pytest.raises(FloatingPointError, match=rf"^not finite at iteration 2, learning rate 0.001: {what}; clips: .*0000\d.jpg"):
+    with pytest.raises(
+        FloatingPointError,
+        match=rf"^not finite at iteration 2, learning rate 0.001: {what}; clips: .*0000\d.jpg",
+    ):
         run(data_root, tmp_path, "--iterations", "4", "--batch", "1", "--save-every", "1")
     last = torch.load(tmp_path / "last.pt", weights_only=True)
     assert last["step"] == 2 and all(value.isfinite().all() for value in last["model"].values())
@@ -264,9 +369,14 @@ def test_weights_that_are_not_finite_are_not_saved(data_root, tmp_path, monkeypa
     monkeypatch.setattr(train, "train_step", broken)
     arguments = ["--iterations", "2", "--batch", "1", "--resume", str(tmp_path / "last.pt")]
     for more in ([], ["--evaluate-every", "1", "--test-short-side", "32"]):
-        with pytest.raises(FloatingPointError, match="tracker.query_feat.weight is not finite at iteration 2: the checkpoints were left"):
+        with pytest.raises(
+            FloatingPointError,
+            match="tracker.query_feat.weight is not finite at iteration 2: the checkpoints were "
+                  "left",
+        ):
             run(data_root, tmp_path, *arguments, *more)
-    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 1 and not (tmp_path / "best.pt").exists()
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 1
+    assert not (tmp_path / "best.pt").exists()
 
 
 # A step shared by processes
@@ -282,10 +392,12 @@ from model import GRAttVIS
 
 def tell_seed(module, inputs):
     if isinstance(module, GRAttVIS):
-        pathlib.Path("seed_of_rank_" + os.environ.get("RANK", "0")).write_text(str(torch.initial_seed()))
+        path = pathlib.Path("seed_of_rank_" + os.environ.get("RANK", "0"))
+        path.write_text(str(torch.initial_seed()))
 
 def same_points(rows, count, like):
-    points = torch.rand(count, 2, generator=torch.Generator().manual_seed(count), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(count)
+    points = torch.rand(count, 2, generator=generator, dtype=torch.float64)
     return points.to(like).expand(rows, count, 2)
 
 torch.set_default_dtype(torch.float64)
@@ -298,32 +410,57 @@ train.main(train.parse_arguments(sys.argv[1:]))
 def instances_per_video(root):
     """How many instances each training video has; all are visible in all frames."""
     annotations = json.loads((root / "train.json").read_text())["annotations"]
-    assert all(mask is not None for annotation in annotations for mask in annotation["segmentations"])
+    assert all(
+        mask is not None for annotation in annotations for mask in annotation["segmentations"]
+    )
     videos = [annotation["video_id"] for annotation in annotations]
     return sorted(map(videos.count, set(videos)))
 
 
 def test_two_processes_have_the_gradients_of_one(tmp_path):
-    """The gradients and losses of 2 x 1 clip are those of 1 x 2 clips to rounding, where both draw the same points; otherwise
-    the processes are seeded differently.
+    """The gradients and losses of 2 x 1 clip are those of 1 x 2 clips to rounding, where both draw
+    the same points; otherwise the processes are seeded differently.
 
-    One clip has one instance, the other two: a loss that a process divides by a count of its own differs by percents.
-    In float64 what remains, relative to the largest gradient, is the 1e-6 that each process adds to its (here 12 and 48) pairs
-    of the similarity loss; in float32 it is 1e-5.
+    One clip has one instance, the other two: a loss that a process divides by a count of its own
+    differs by percents. In float64 what remains, relative to the largest gradient, is the 1e-6 that
+    each process adds to its (here 12 and 48) pairs of the similarity loss; in float32 it is 1e-5.
     """
-    make_dataset(tmp_path / "set", train_videos=2, valid_videos=1, frames=2, height=64, width=64, objects=(1, 2))
+    make_dataset(
+        tmp_path / "set",
+        train_videos=2,
+        valid_videos=1,
+        frames=2,
+        height=64,
+        width=64,
+        objects=(1, 2),
+    )
     assert instances_per_video(tmp_path / "set") == [1, 2]  # a batch of two is one clip of each
     (tmp_path / "driver.py").write_text(SAME_POINTS)
-    arguments = [str(tmp_path / "driver.py"), "--data-root", str(tmp_path / "set"), *TINY, "--iterations", "1",
-                 "--batch", "2", "--norm", "group", "--propagation", "plain", "--clip-gradient", "0", "--log-every", "1"]
-    launchers = {"one": [], "two": ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port()]}
+    arguments = [
+        str(tmp_path / "driver.py"), "--data-root", str(tmp_path / "set"), *TINY, "--iterations",
+        "1", "--batch", "2", "--norm", "group", "--propagation", "plain", "--clip-gradient", "0",
+        "--log-every", "1",
+    ]
+    launchers = {
+        "one": [],
+        "two": [
+            "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port(),
+        ],
+    }
     moments, losses, seeds = [], [], []
     for name, launcher in launchers.items():
-        process = subprocess.run([sys.executable, *launcher, *arguments, "--output", str(tmp_path / name)], cwd=tmp_path,
-                                 env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+        process = subprocess.run(
+            [sys.executable, *launcher, *arguments, "--output", str(tmp_path / name)],
+            cwd=tmp_path,
+            env=ENVIRONMENT,
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
         assert process.returncode == 0, process.stderr[-3000:]
         state = torch.load(tmp_path / name / "last.pt", weights_only=True)["optimizer"]["state"]
-        moments.append({index: entry["exp_avg"] for index, entry in state.items()})  # after one step: a tenth of the gradient
+        # After one step: a tenth of the gradient.
+        moments.append({index: entry["exp_avg"] for index, entry in state.items()})
         record = json.loads((tmp_path / name / "log.jsonl").read_text())
         losses.append({key: value for key, value in record.items() if "loss" in key})
         seeds.append({path.name[-1]: path.read_text() for path in tmp_path.glob("seed_of_rank_*")})
@@ -334,4 +471,6 @@ def test_two_processes_have_the_gradients_of_one(tmp_path):
     largest = max(gradient.abs().max().item() for gradient in one.values())
     for index, gradient in one.items():
         assert gradient.dtype == torch.float64
-        torch.testing.assert_close(two[index], gradient, rtol=0, atol=1e-7 * largest, msg=lambda text: f"{index}: {text}")
+        torch.testing.assert_close(
+            two[index], gradient, rtol=0, atol=1e-7 * largest, msg=lambda text: f"{index}: {text}"
+        )

@@ -27,7 +27,7 @@ from sparse_set import (
 import evaluate
 import train
 from checkpoint import model_from_checkpoint
-from data import VideoSet, test_frames
+from data import VideoSet, frames_at_test_size
 from evaluation.metric import evaluate_results
 from model import GRAttVIS, build_model
 from runtime.errors import InputError
@@ -97,7 +97,7 @@ def test_results_have_the_ids_of_the_files(folder, results):
     category_ids, areas = {label: number for number, label in LABELS.items()}, set()
     for video in VideoSet(folder / "valid.json", folder / "JPEGImages").videos:
         own = [entry for entry in results if entry["video_id"] == video.id]
-        found = model.segment_video(test_frames(video, SIDE), VIDEOS[video.id][1:], TOP_K)
+        found = model.segment_video(frames_at_test_size(video, SIDE), VIDEOS[video.id][1:], TOP_K)
         scores = [entry["score"] for entry in own]
         assert scores == pytest.approx(found.scores.tolist(), rel=1e-5)
         assert scores == sorted(scores, reverse=True)
@@ -205,7 +205,9 @@ def test_a_class_that_one_part_has_not_counts_in_the_other_alone(tmp_path):
 @pytest.mark.parametrize("names", [{}, {3: "ant"}, {3: "ant", 7: "dog", 90: "cat"}], ids=len)
 def test_parts_of_other_categories_are_not_averaged(tmp_path, names):
     categories = [{"id": number, "name": name} for number, name in names.items()]
-    with pytest.raises(InputError, match="b/gt.json has (other categories than .*a/gt.json|an empty list of)"):
+    with pytest.raises(
+        InputError, match="b/gt.json has (other categories than .*a/gt.json|an empty list of)"
+    ):
         score(tmp_path, [], part_of_set(17), part_of_set(3, 5) | {"categories": categories})
     assert not (tmp_path / "scores").exists()
 

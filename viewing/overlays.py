@@ -1,7 +1,10 @@
-"""Pictures of results: frames with the instances' masks over them, as a PNG sheet and an animated WebP of each video.
+"""Draws results: masks over the frames of a video, as an animated WebP and a PNG sheet.
 
-A colour belongs to a track and stays with it over the video; the fill lets half of the frame through, the outline is solid. Where
-the model has gates (GRAtt-VIS, arXiv 2305.17096, method section), a strip below each frame tells what they have done so far.
+Each track has one colour throughout the video, with a half-transparent fill and a solid outline. If
+the model has gates (GRAtt-VIS, arXiv 2305.17096, method section), a strip below each frame shows
+the gates so far.
+
+Letters: I instances, T frames, D decoder layers, H, W.
 """
 import math
 import sys
@@ -18,158 +21,224 @@ from tqdm import tqdm
 
 from evaluation.postprocess import EncodedVideo
 
-GOLDEN_RATIO = 0.618034  # steps of it never come back to a hue, and neighbours are far apart
-SMALLEST_HEIGHT = 240  # pixels; smaller frames are enlarged by a whole factor, so that labels can be read
-LARGEST_ENLARGED = 4096  # pixels; no frame is enlarged beyond this width
-LONGEST_NAME = 32  # characters of a class name in a caption
+GOLDEN_RATIO = 0.618034  # hue step: never repeats, and consecutive hues are far apart
+MIN_HEIGHT = 240  # pixels; smaller frames are enlarged by an integer factor, for legible labels
+MAX_ENLARGED_WIDTH = 4096  # pixels
+MAX_NAME_LENGTH = 32  # characters of a class name in a caption
 SHEET_FRAMES = 6
-SHEET_PIXELS = 2 ** 26  # of a whole sheet; six frames of 3840x2160 fit
-ANIMATED_FRAMES = 240  # are held in memory until the animation is written
-ANIMATION_BYTES = 2 ** 29  # of that memory; larger pictures are shrunk to fit
-BYTES_A_PIXEL = 4  # as Pillow stores RGB
-WEBP_SIDE = 16383  # pixels; the format has no larger pictures
+MAX_SHEET_PIXELS = 2 ** 26  # of the whole sheet; enough for six frames of 3840x2160
+MAX_ANIMATION_FRAMES = 240  # held in memory until the animation is written
+MAX_ANIMATION_BYTES = 2 ** 29  # of memory; larger pictures are shrunk
+BYTES_PER_PIXEL = 4  # of RGB pictures in Pillow
+MAX_WEBP_SIDE = 16383  # pixels, a limit of the format
 FRAME_MILLISECONDS = 125
-BAND_HEIGHT, LINE_HEIGHT = 7, 4  # pixels of the strip: where a track is seen, a layer's gates
-PAPER, UNDRAWN, INK = (255, 255, 255), (244, 244, 244), (30, 30, 30)
+BAND_HEIGHT, LINE_HEIGHT = 7, 4  # pixels of the strip: visibility of a track, gates of a layer
+WHITE, LIGHT_GREY, DARK_GREY = (255, 255, 255), (244, 244, 244), (30, 30, 30)
 
 
 def colour_of(track: int) -> tuple[int, int, int]:
-    """The RGB colour of a track id, the same in every picture."""
-    return tuple(round(255 * part) for part in hsv_to_rgb(track * GOLDEN_RATIO % 1, 0.75, 0.92))
+    """The RGB colour of a track id."""
+    rgb = hsv_to_rgb(track * GOLDEN_RATIO % 1, 0.75, 0.92)
+    return tuple(round(255 * value) for value in rgb)
 
 
 def name_to_draw(name: str) -> str:
-    """A class name on one line and of at most LONGEST_NAME characters, without control characters.
+    """A class name for captions: one line, at most MAX_NAME_LENGTH printable characters.
 
-    Of a longer one, the begin and the end are kept, which tell numbered classes apart.
+    Long names keep their start and end, which distinguish numbered classes.
     """
-    if len(name) > LONGEST_NAME:
-        name = f"{name[:LONGEST_NAME - 13]}...{name[-10:]}"
+    if len(name) > MAX_NAME_LENGTH:
+        name = f"{name[:MAX_NAME_LENGTH - 13]}...{name[-10:]}"
     return "".join(letter if letter.isprintable() else "?" for letter in name)
 
 
 def stack(upper: Image.Image, lower: Image.Image) -> Image.Image:
-    """The two pictures, of one width, one above the other."""
+    """Two pictures of the same width, one above the other."""
     both = Image.new("RGB", (upper.width, upper.height + lower.height))
     both.paste(upper)
     both.paste(lower, (0, upper.height))
     return both
 
 
-def overlay(frame: np.ndarray, masks: np.ndarray, track_ids: list[int], captions: list[str]) -> Image.Image:
-    """frame uint8 (H, W, 3), masks bool (I, H, W) best first, a track id and a caption each -> the picture."""
-    scale = max(1, min(-(-SMALLEST_HEIGHT // frame.shape[0]), LARGEST_ENLARGED // frame.shape[1]))
-    canvas = frame.repeat(scale, 0).repeat(scale, 1).astype(np.float32)
-    places = []
-    for mask, track in reversed(list(zip(masks, track_ids))):    # the best is drawn last, on top
-        mask = mask.repeat(scale, 0).repeat(scale, 1)
+def overlay(frame: np.ndarray, masks: np.ndarray, track_ids: list[int], captions: list[str]
+            ) -> Image.Image:
+    """Draw masks and captions over a frame.
+
+    frame: uint8 (H, W, 3). masks: bool (I, H, W), best first. track_ids, captions: I each.
+    """
+    height, width = frame.shape[:2]
+    scale = max(1, min(math.ceil(MIN_HEIGHT / height), MAX_ENLARGED_WIDTH // width))
+    canvas = enlarged(frame, scale).astype(np.float32)
+    instances = list(zip(masks, track_ids, captions))[::-1]  # the best is drawn last, on top
+    corners = []
+    for mask, track, _ in instances:
+        mask = enlarged(mask, scale)
         colour = np.array(colour_of(track), np.float32)
         canvas[mask] = (canvas[mask] + colour) / 2
         canvas[mask & ~binary_erosion(mask, iterations=2)] = colour
         rows, columns = mask.any(1).nonzero()[0], mask.any(0).nonzero()[0]
-        places.append((int(columns[0]), int(rows[0])) if len(rows) else None)
+        corners.append((int(columns[0]), int(rows[0])) if len(rows) else None)
     picture = Image.fromarray(canvas.astype(np.uint8))
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=12)
-    for place, caption, track in zip(places, reversed(captions), reversed(track_ids)):
-        if place and caption:
-            left = max(0, min(place[0], picture.width - 1 - math.ceil(draw.textlength(caption, font=font))))
-            corner = left, max(0, place[1] - 14)
-            draw.rectangle(draw.textbbox(corner, caption, font=font), fill=colour_of(track))
-            draw.text(corner, caption, fill="white", font=font)
+    for corner, (_, track, caption) in zip(corners, instances):
+        if corner and caption:
+            draw_caption(picture, corner, caption, colour_of(track))
     return picture
 
 
-def gate_strip(width: int, now: int, seen: np.ndarray, gates: np.ndarray, track_ids: list[int], captions: list[str]) -> Image.Image:
-    """What goes below frame `now`: a row for each of I tracks, time to the right, with nothing yet of later frames.
+def enlarged(array: np.ndarray, scale: int) -> np.ndarray:
+    """Repeat each pixel of an (H, W, ...) array."""
+    return array.repeat(scale, 0).repeat(scale, 1)
 
-    seen bool (I, T), gates bool (I, T, D), a track id and a caption each. A row has a band in the track's colour in the frames that
-    show it, and a line for each of D layers: dark where its gate is open, pale where it is closed.
+
+def draw_caption(picture: Image.Image, corner: tuple[int, int], caption: str, colour) -> None:
+    """Draw a caption above the top left corner (x, y) of a mask, inside the picture."""
+    draw = ImageDraw.Draw(picture)
+    font = ImageFont.load_default(size=12)
+    length = math.ceil(draw.textlength(caption, font=font))
+    left = max(0, min(corner[0], picture.width - 1 - length))
+    top = max(0, corner[1] - 14)
+    draw_label(draw, (left, top), caption, colour, font)
+
+
+def draw_label(draw: ImageDraw.ImageDraw, corner: tuple[int, int], text: str, colour, font
+               ) -> None:
+    """Draw white text on a coloured background."""
+    draw.rectangle(draw.textbbox(corner, text, font=font), fill=colour)
+    draw.text(corner, text, fill="white", font=font)
+
+
+def gate_strip(width: int, now: int, visible: np.ndarray, gates: np.ndarray,
+               track_ids: list[int], captions: list[str]) -> Image.Image:
+    """The strip below frame `now`: one row per track, time from left to right up to `now`.
+
+    A row has a band in the track's colour where the track is visible, and one line per decoder
+    layer, dark where its gate is open and pale where it is closed.
+
+    visible: bool (I, T). gates: bool (I, T, D). track_ids, captions: I each.
     """
-    layers, palette = gates.shape[2], list(map(strip_colours, track_ids))
-    font, small = ImageFont.load_default(size=12), ImageFont.load_default(size=10)
-    left, right = min(width // 2, math.ceil(max(map(font.getlength, captions))) + 8), width - 4
+    layers = gates.shape[2]
+    palette = [strip_colours(track) for track in track_ids]
+    font = ImageFont.load_default(size=12)
+    longest = math.ceil(max(map(font.getlength, captions)))
+    left, right = min(width // 2, longest + 8), width - 4
     row_height = max(18, BAND_HEIGHT + layers * (LINE_HEIGHT + 1) + 5)
     tops = [4 + row * row_height for row in range(len(captions))]
     bottom = tops[-1] + row_height
-    strip = Image.new("RGB", (width, bottom + 15), PAPER)
+    strip = Image.new("RGB", (width, bottom + 15), WHITE)
     draw = ImageDraw.Draw(strip)
     for top, caption, (colour, _, _) in zip(tops, captions, palette):
-        draw.rectangle(draw.textbbox((4, top), caption, font=font), fill=colour)
-        draw.text((4, top), caption, fill="white", font=font)
-    place = 4
-    for meaning, colour in zip(("seen", "gate open", "gate closed"), palette[0]):
-        draw.rectangle((place, bottom + 3, place + 7, bottom + 9), fill=colour)
-        draw.text((place + 11, bottom), meaning, fill=INK, font=small)
-        place += 21 + math.ceil(small.getlength(meaning))
-    draw.text((place, bottom), f"open gates update the track; {layers} layers, a line each", fill=INK, font=small)
+        draw_label(draw, (4, top), caption, colour, font)
+    draw_legend(draw, bottom, palette[0], layers)
 
     pixels = np.array(strip)
-    pixels[:bottom, left:] = PAPER                                            # cuts long captions off
-    frame_of = np.arange(right - left) * seen.shape[1] // (right - left)      # the frame of each column of pixels
-    begun = (frame_of <= now)[:, None]
-    for top, in_frame, layer_gates, (colour, dark, pale) in zip(tops, seen, gates, palette):
-        for height, filled, yes, no in [(BAND_HEIGHT, in_frame, colour, UNDRAWN),
-                                        *((LINE_HEIGHT, gate, dark, pale) for gate in layer_gates.T)]:
-            pixels[top:top + height, left:right] = np.where(begun, np.where(filled[frame_of, None], yes, no), UNDRAWN)
+    pixels[:bottom, left:] = WHITE  # truncates long captions
+    columns = np.arange(right - left)
+    frame_of_column = columns * visible.shape[1] // (right - left)
+    is_past = (frame_of_column <= now)[:, None]
+    for top, in_frame, layer_gates, (colour, dark, pale) in zip(tops, visible, gates, palette):
+        lines = [(BAND_HEIGHT, in_frame, colour, LIGHT_GREY)]
+        lines += [(LINE_HEIGHT, gate, dark, pale) for gate in layer_gates.T]
+        for height, values, colour_if_true, colour_if_false in lines:
+            values = values[frame_of_column, None]
+            line = np.where(values, colour_if_true, colour_if_false)
+            pixels[top:top + height, left:right] = np.where(is_past, line, LIGHT_GREY)
             top += height + 1
-    pixels[:bottom - 1, left + begun.sum()] = INK                             # the cursor, behind the last column that is drawn
+    cursor = left + is_past.sum()
+    pixels[:bottom - 1, cursor] = DARK_GREY
     return Image.fromarray(pixels)
 
 
+def draw_legend(draw: ImageDraw.ImageDraw, top: int, colours: tuple, layers: int) -> None:
+    """The legend of a gate strip."""
+    font = ImageFont.load_default(size=10)
+    left = 4
+    for meaning, colour in zip(("seen", "gate open", "gate closed"), colours):
+        draw.rectangle((left, top + 3, left + 7, top + 9), fill=colour)
+        draw.text((left + 11, top), meaning, fill=DARK_GREY, font=font)
+        left += 21 + math.ceil(font.getlength(meaning))
+    text = f"open gates update the track; {layers} layers, a line each"
+    draw.text((left, top), text, fill=DARK_GREY, font=font)
+
+
 def strip_colours(track: int) -> tuple[tuple[int, int, int], ...]:
-    """The RGB colours of a track's row: of the band, of an open gate, of a closed one."""
+    """RGB colours of a track in the gate strip: visible, gate open, gate closed."""
     colour = colour_of(track)
-    return colour, tuple(round(0.4 * part) for part in colour), tuple(round(153 + 0.4 * part) for part in colour)
+    dark = tuple(round(0.4 * value) for value in colour)
+    pale = tuple(round(153 + 0.4 * value) for value in colour)
+    return colour, dark, pale
 
 
-def best_labels(found: EncodedVideo, least: float) -> list[int]:
-    """Which instances are shown: those that score at least so much, of each track under its best label only; best first."""
-    first = {}
-    for index, (track, score) in enumerate(zip(found.track_ids.tolist(), found.scores.tolist())):
-        if score >= least:
-            first.setdefault(track, index)
-    return list(first.values())
+def best_labels(result: EncodedVideo, min_score: float) -> list[int]:
+    """Indices of the instances to show, best first.
 
-
-def overlays(frames: Iterable[np.ndarray], found: EncodedVideo, names: list[str], least: float) -> Iterator[Image.Image]:
-    """Every frame, uint8 (H, W, 3), with the masks of the instances that score at least so much, and the strip of their gates below.
-
-    names: of the classes. There is no strip where the model has no gates, or no instance scores enough.
+    They score at least min_score, and of each track only the best label is shown.
     """
-    chosen = best_labels(found, least)
-    tracks = found.track_ids[chosen].tolist()
-    captions = [f"{name_to_draw(names[found.labels[index]])} {found.scores[index]:.2f}"
-                for index in chosen]
-    seen, gates = np.array([rle.area(found.segmentations[index]) > 0 for index in chosen]), found.gates[chosen].numpy()
+    best = {}
+    scores = result.scores.tolist()
+    for index, track in enumerate(result.track_ids.tolist()):
+        if scores[index] >= min_score:
+            best.setdefault(track, index)
+    return list(best.values())
+
+
+def overlays(frames: Iterable[np.ndarray], result: EncodedVideo, names: list[str],
+             min_score: float) -> Iterator[Image.Image]:
+    """Draw the instances that score at least min_score over every frame.
+
+    There is a strip of gates below, unless the model has no gates or there are no instances.
+
+    frames: uint8 (H, W, 3) each. names: of the classes.
+    """
+    chosen = best_labels(result, min_score)
+    tracks = result.track_ids[chosen].tolist()
+    captions = [
+        f"{name_to_draw(names[result.labels[index]])} {result.scores[index]:.2f}"
+        for index in chosen
+    ]
+    visible = np.array([rle.area(result.segmentations[index]) > 0 for index in chosen])
+    gates = result.gates[chosen].numpy()
     for t, frame in enumerate(frames):
-        codes = [found.segmentations[index][t] for index in chosen]
-        masks = rle.decode(codes).transpose(2, 0, 1).astype(bool) if codes else np.zeros((0, *frame.shape[:2]), bool)
+        codes = [result.segmentations[index][t] for index in chosen]
+        if codes:
+            masks = rle.decode(codes).transpose(2, 0, 1).astype(bool)
+        else:
+            masks = np.zeros((0, *frame.shape[:2]), bool)
         picture = overlay(frame, masks, tracks, captions)
-        yield stack(picture, gate_strip(picture.width, t, seen, gates, tracks, captions)) if gates.size else picture
+        if gates.size:
+            strip = gate_strip(picture.width, t, visible, gates, tracks, captions)
+            picture = stack(picture, strip)
+        yield picture
 
 
 def save_pictures(folder: Path, name: str, pictures: Iterable[Image.Image], count: int,
                   milliseconds: float = FRAME_MILLISECONDS, frames: Path | None = None) -> None:
-    """Write `count` pictures of one size as folder/name.webp, and some as folder/name.png, a sheet.
+    """Write an animation, folder/name.webp, and a sheet of some pictures, folder/name.png.
 
-    Of a video of more than ANIMATED_FRAMES, every second frame is in the animation, or every third,
-    and so on; and its pictures are smaller if they would take more than ANIMATION_BYTES. If they
-    are too large for WebP, every picture is written to the folder folder/name instead, as PNG, and
-    a note is printed. `frames`: a folder that every picture is written to in any case.
+    The animation contains at most MAX_ANIMATION_FRAMES frames: every second, third, ... frame of
+    longer videos. Pictures are shrunk to MAX_ANIMATION_BYTES in total. If they are too large for
+    WebP, a note is printed, and all pictures are written as PNG to `frames`, or else to the folder
+    folder/name.
+
+    Args:
+        pictures: of one size.
+        count: number of pictures.
+        milliseconds: duration of a frame.
+        frames: folder to write every picture to, as PNG.
     """
     pictures = iter(pictures)
     first = next(pictures)
-    animate = max(first.size) <= WEBP_SIDE
+    animate = max(first.size) <= MAX_WEBP_SIDE
     if not animate:
         frames = frames or folder / name
-        tqdm.write(f"{name}.webp was not made: WebP has at most {WEBP_SIDE} pixels a side, the "
+        tqdm.write(f"{name}.webp was not made: WebP has at most {MAX_WEBP_SIDE} pixels a side, the "
                    f"pictures are {first.width}x{first.height}; they are in {frames.name}/ as PNG",
                    file=sys.stderr)
     folder.mkdir(parents=True, exist_ok=True)
     if frames:
         frames.mkdir(parents=True, exist_ok=True)
-    step = -(-count // ANIMATED_FRAMES)
-    size = fit(first.size, ANIMATION_BYTES // BYTES_A_PIXEL // -(-count // step))
+    step = math.ceil(count / MAX_ANIMATION_FRAMES)
+    pixels = MAX_ANIMATION_BYTES // BYTES_PER_PIXEL
+    size = fit(first.size, pixels // math.ceil(count / step))
     animation = []
     sheet = Sheet(first.size, count)
     for t, picture in enumerate(chain([first], pictures)):
@@ -185,30 +254,36 @@ def save_pictures(folder: Path, name: str, pictures: Iterable[Image.Image], coun
 
 
 class Sheet:
-    """SHEET_FRAMES pictures of a video, from the first to the last, beside one another."""
+    """SHEET_FRAMES pictures of a video, from the first to the last, side by side.
+
+    size: (width, height) of each picture. count: number of pictures of the video.
+    """
 
     def __init__(self, size: tuple[int, int], count: int):
-        """size: (width, height) of each picture; count: how many the video has."""
-        shown = sorted({int(t) for t in np.linspace(0, count - 1, SHEET_FRAMES).round()})
-        columns = min(3, len(shown))
-        rows = -(-len(shown) // columns)
-        self.size = fit(size, SHEET_PIXELS // (rows * columns))
-        self.places = {t: (place % columns * self.size[0], place // columns * self.size[1])
-                       for place, t in enumerate(shown)}
-        self.picture = Image.new("RGB", (columns * self.size[0], rows * self.size[1]))
+        chosen = np.linspace(0, count - 1, SHEET_FRAMES).round().astype(int)
+        chosen = sorted(set(chosen.tolist()))
+        columns = min(3, len(chosen))
+        rows = math.ceil(len(chosen) / columns)
+        width, height = fit(size, MAX_SHEET_PIXELS // (rows * columns))
+        self.size = width, height
+        self.corners = {
+            t: (place % columns * width, place // columns * height)
+            for place, t in enumerate(chosen)
+        }
+        self.picture = Image.new("RGB", (columns * width, rows * height))
 
     def add(self, t: int, picture: Image.Image) -> None:
-        """Put picture number t onto the sheet, if it is one of those that are shown."""
-        if t in self.places:
-            self.picture.paste(resized(picture, self.size), self.places[t])
+        """Add picture t to the sheet, if it is one of the chosen ones."""
+        if t in self.corners:
+            self.picture.paste(resized(picture, self.size), self.corners[t])
 
 
 def fit(size: tuple[int, int], pixels: int) -> tuple[int, int]:
-    """(width, height) of the same shape and at most so many pixels, but at least one a side."""
+    """Scale a size (width, height) down to at most so many pixels, but at least one per side."""
     scale = min(1, math.sqrt(pixels / (size[0] * size[1])))
     return max(1, int(size[0] * scale)), max(1, int(size[1] * scale))
 
 
 def resized(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """The picture at (width, height); the picture itself if it has that size."""
+    """The picture at a size (width, height)."""
     return picture if picture.size == size else picture.resize(size, reducing_gap=2)

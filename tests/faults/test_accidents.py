@@ -1,7 +1,9 @@
-"""What happens to a user's cluster: a full disk, a folder that may not be written, processes that are killed, other clocks and hashes.
+"""What happens to a user's cluster: a full disk, a folder that may not be written, processes that
+are killed, other clocks and hashes.
 
-Each time the program ends in seconds and says in one sentence what is the matter, what was written before can be read, and the
-same command goes on to the very result that it would have had. (kill -9 of the whole program: test_kills.py.)
+Each time the program ends in seconds and says in one sentence what is the matter, what was written
+before can be read, and the same command goes on to the very result that it would have had. (kill -9
+of the whole program: test_kills.py.)
 """
 import json
 import os
@@ -30,9 +32,19 @@ one_thread = fixed_threads(1)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with set/, whole/ (a run of STEPS steps that nothing has happened to) and whole/evaluation/."""
+    """A folder with set/, whole/ (a run of STEPS steps that nothing has happened to) and
+    whole/evaluation/.
+    """
     folder = tmp_path_factory.mktemp("accidents")
-    make_dataset(folder / "set", train_videos=3, valid_videos=8, frames=4, height=64, width=64, objects=(1, 2))
+    make_dataset(
+        folder / "set",
+        train_videos=3,
+        valid_videos=8,
+        frames=4,
+        height=64,
+        width=64,
+        objects=(1, 2),
+    )
     finish(training(folder, folder / "whole"))
     finish(evaluating(folder, folder / "whole/evaluation"))
     return folder
@@ -40,22 +52,35 @@ def folder(tmp_path_factory):
 
 def training(folder, output, *more):
     """A command that trains and saves after every step."""
-    return [sys.executable, str(REPOSITORY / "train.py"), "--data-root", str(folder / "set"), "--output", str(output), "--device", "cpu",
-            "--frames", "2", "--points", "64", "--short-sides", "64", "--batch", "2", "--workers", "0", "--lr-steps", "3", "--warmup", "0",
-            "--log-every", "1", "--save-every", "1", "--iterations", str(STEPS), *more]
+    return [
+        sys.executable, str(REPOSITORY / "train.py"), "--data-root", str(folder / "set"),
+        "--output", str(output), "--device", "cpu", "--frames", "2", "--points", "64",
+        "--short-sides", "64", "--batch", "2", "--workers", "0", "--lr-steps", "3", "--warmup", "0",
+        "--log-every", "1", "--save-every", "1", "--iterations", str(STEPS), *more,
+    ]
 
 
 def evaluating(folder, output, *more):
     """A command that evaluates the run that nothing has happened to."""
-    return [sys.executable, str(REPOSITORY / "evaluate.py"), "--weights", str(folder / "whole/last.pt"), "--data-root",
-            str(folder / "set"), "--short-side", "48", "--device", "cpu", "--workers", "0", "--output", str(output), *more]
+    return [
+        sys.executable, str(REPOSITORY / "evaluate.py"), "--weights", str(folder / "whole/last.pt"),
+        "--data-root", str(folder / "set"), "--short-side", "48", "--device", "cpu", "--workers",
+        "0", "--output", str(output), *more,
+    ]
 
 
 def shell(text):
-    """Run a script where it may mount what it likes; skips where the system allows no such thing."""
-    if subprocess.run([*MOUNT, "mount -t tmpfs -o size=1m none /mnt"], capture_output=True).returncode:
+    """Run a script where it may mount what it likes.
+
+    Skips where the system allows no such thing.
+    """
+    if subprocess.run(
+        [*MOUNT, "mount -t tmpfs -o size=1m none /mnt"], capture_output=True
+    ).returncode:
         pytest.skip("needs unshare(1) and user namespaces that may mount")
-    return subprocess.run([*MOUNT, text], env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+    return subprocess.run(
+        [*MOUNT, text], env=ENVIRONMENT, capture_output=True, text=True, timeout=240
+    )
 
 
 def quoted(command):
@@ -76,27 +101,49 @@ def finish(command):
 
 def assert_same_run(folder, output):
     """Log and weights are those of the run that nothing has happened to; nothing is left over."""
-    curves = [{record["step"]: record["loss"] for record in map(json.loads, (path / "log.jsonl").read_text().splitlines())}
-              for path in (folder / "whole", output)]
+    curves = [
+        {
+            record["step"]: record["loss"]
+            for record in map(json.loads, (path / "log.jsonl").read_text().splitlines())
+        }
+        for path in (folder / "whole", output)
+    ]
     assert curves[0] == curves[1] and list(curves[0]) == [1, 2, 3]
-    expected, found = (torch.load(path / "last.pt", weights_only=True)["model"] for path in (folder / "whole", output))
+    expected, found = (
+        torch.load(path / "last.pt", weights_only=True)["model"]
+        for path in (folder / "whole", output)
+    )
     assert all(torch.equal(value, found[name]) for name, value in expected.items())
     assert {path.name for path in output.iterdir()} == {"last.pt", "log.jsonl", "args.json"}
 
 
 def assert_same_results(folder, output):
-    assert (output / "results.json").read_bytes() == (folder / "whole/evaluation/results.json").read_bytes()
-    assert {path.name for path in output.iterdir()} == {"results.json", "results.json.zip", "metrics.json"}
+    assert (output / "results.json").read_bytes() == (
+        folder / "whole/evaluation/results.json"
+    ).read_bytes()
+    assert {path.name for path in output.iterdir()} == {
+        "results.json",
+        "results.json.zip",
+        "metrics.json",
+    }
 
 
 def test_the_disk_is_full_while_a_checkpoint_is_written(folder, tmp_path):
-    """It holds one checkpoint and a half: the first stays, whole, and the run goes on from there."""
+    """It holds one checkpoint and a half: the first stays, whole, and the run goes on from there.
+    """
     size = (folder / "whole/last.pt").stat().st_size
     (tmp_path / "disk").mkdir()
-    done = shell(f"mount -t tmpfs -o size={3 * size // 2} none {tmp_path}/disk\n{quoted(training(folder, tmp_path / 'disk/run'))}\n"
-                 f"status=$?; cp -r {tmp_path}/disk/run {tmp_path}/run; exit $status")
+    done = shell(
+        f"mount -t tmpfs -o size={3 * size // 2} none {tmp_path}/disk\n"
+        f"{quoted(training(folder, tmp_path / 'disk/run'))}\n"
+        f"status=$?; cp -r {tmp_path}/disk/run {tmp_path}/run; exit $status"
+    )
     assert done.returncode == 2
-    assert error_line(done.stderr) == f"{tmp_path}/disk/run/last.pt cannot be written: No space left on device; it is as it was before"
+    assert (
+        error_line(done.stderr)
+        == f"{tmp_path}/disk/run/last.pt cannot be written: No space left on device; it is as it "
+           "was before"
+    )
     assert torch.load(tmp_path / "run/last.pt", weights_only=True)["step"] == 1
     finish(training(folder, tmp_path / "run", "--resume", "auto"))
     assert_same_run(folder, tmp_path / "run")
@@ -105,12 +152,20 @@ def test_the_disk_is_full_while_a_checkpoint_is_written(folder, tmp_path):
 def test_the_disk_is_full_while_results_are_written(folder, tmp_path):
     """Six pages: some videos have their results, which count when there is room."""
     (tmp_path / "disk").mkdir()
-    done = shell(f"mount -t tmpfs -o size=24k none {tmp_path}/disk\n{quoted(evaluating(folder, tmp_path / 'disk/out'))}\n"
-                 f"status=$?; cp -r {tmp_path}/disk/out {tmp_path}/out; exit $status")
+    done = shell(
+        f"mount -t tmpfs -o size=24k none {tmp_path}/disk\n"
+        f"{quoted(evaluating(folder, tmp_path / 'disk/out'))}\n"
+        f"status=$?; cp -r {tmp_path}/disk/out {tmp_path}/out; exit $status"
+    )
     assert done.returncode == 2
-    assert re.fullmatch(rf"{tmp_path}/disk/out/.* cannot be written: No space left on device; it is as it was before",
-                        error_line(done.stderr))
-    videos = [path for path in (tmp_path / "out/unfinished").glob("*.json") if path.stem.isdecimal()]
+    assert re.fullmatch(
+        rf"{tmp_path}/disk/out/.* cannot be written: No space left on device; it is as it was "
+        r"before",
+        error_line(done.stderr),
+    )
+    videos = [
+        path for path in (tmp_path / "out/unfinished").glob("*.json") if path.stem.isdecimal()
+    ]
     assert 0 < len(videos) < 8 and not list(tmp_path.glob("out/**/*.part"))
     for path in videos:
         json.loads(path.read_text())
@@ -122,8 +177,12 @@ def test_the_disk_is_full_while_results_are_written(folder, tmp_path):
 def test_a_folder_that_may_not_be_written(folder, tmp_path, command):
     """Said before anything is computed."""
     (tmp_path / "disk").mkdir()
-    done = shell(f"mount -t tmpfs -o size=1m,ro none {tmp_path}/disk\n{quoted(command(folder, tmp_path / 'disk/out'))}")
-    assert done.returncode == 2 and re.fullmatch(f"{tmp_path}/disk/out.*: Read-only file system", error_line(done.stderr))
+    done = shell(
+        f"mount -t tmpfs -o size=1m,ro none {tmp_path}/disk\n"
+        f"{quoted(command(folder, tmp_path / 'disk/out'))}"
+    )
+    assert done.returncode == 2
+    assert re.fullmatch(f"{tmp_path}/disk/out.*: Read-only file system", error_line(done.stderr))
     assert "it/s" not in done.stderr and "frame/s" not in done.stderr
 
 
@@ -131,8 +190,14 @@ def test_a_folder_that_may_not_be_written(folder, tmp_path, command):
 def test_a_loaders_process_is_killed(folder, tmp_path, command):
     """As the kernel does when memory runs out."""
     arguments = command(folder, tmp_path / "out", "--workers", "1")
-    process = subprocess.Popen(arguments, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wait_until(lambda: len(family(process.pid)) > 1 and list((tmp_path / "out").glob("**/[l0-9]*")), process)   # a step or a video is done
+    process = subprocess.Popen(
+        arguments, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    # A step or a video is done.
+    wait_until(
+        lambda: len(family(process.pid)) > 1 and list((tmp_path / "out").glob("**/[l0-9]*")),
+        process,
+    )
     for child in family(process.pid)[1:]:
         os.kill(child, signal.SIGKILL)
     began = time.perf_counter()
@@ -140,7 +205,10 @@ def test_a_loaders_process_is_killed(folder, tmp_path, command):
     assert time.perf_counter() - began < 20
     if process.returncode:                           # else it had read all that it needed
         assert process.returncode == 2, said[-3000:]
-        assert re.match("a loader process was killed .*try fewer --workers; the same command continues", error_line(said))
+        assert re.match(
+            "a loader process was killed .*try fewer --workers; the same command continues",
+            error_line(said),
+        )
     finish([*arguments, *(["--resume", "auto"] if command is training else [])])
     (assert_same_run if command is training else assert_same_results)(folder, tmp_path / "out")
 
@@ -151,7 +219,8 @@ import torch
 from runtime.errors import cli_errors
 from runtime.loading import read_ahead
 
-multiprocessing.reduction.send_handle = lambda *_: os.kill(os.getpid(), signal.SIGKILL)      # its memory has just been asked for
+# Called after the shared memory has been allocated.
+multiprocessing.reduction.send_handle = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 torch.multiprocessing.set_start_method("fork")
 with cli_errors():
     for _ in read_ahead([torch.zeros(1000)] * 2, 1, torch.device("cpu")):
@@ -160,16 +229,30 @@ with cli_errors():
 
 
 def test_a_loaders_process_is_killed_while_it_hands_over():
-    done = subprocess.run([sys.executable, "-c", DYING_LOADER], env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and error_line(done.stderr).startswith("a loader process was killed"), done.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", DYING_LOADER],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2 and error_line(done.stderr).startswith(
+        "a loader process was killed"
+    ), done.stderr
 
 
 def with_rank(process, rank):
     """The process of that rank, once torchrun has started it."""
     for child in family(process.pid)[1:]:
         try:
-            with open(f"/proc/{child}/environ", "rb") as environment, open(f"/proc/{child}/cmdline", "rb") as line:
-                if b"\0RANK=%d\0" % rank in b"\0" + environment.read() and b"train.py" in line.read():
+            with (
+                open(f"/proc/{child}/environ", "rb") as environment,
+                open(f"/proc/{child}/cmdline", "rb") as line,
+            ):
+                if (
+                    b"\0RANK=%d\0" % rank in b"\0" + environment.read()
+                    and b"train.py" in line.read()
+                ):
                     return child
         except OSError:
             pass
@@ -178,14 +261,31 @@ def with_rank(process, rank):
 
 @pytest.mark.parametrize("restarts", [0, pytest.param(1, marks=pytest.mark.faults)])
 def test_a_rank_is_killed(folder, tmp_path, restarts):
-    """The job ends in seconds and names the rank; or torchrun starts it again and it goes on from its checkpoint."""
-    arguments = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port(), "--max-restarts",
-                 str(restarts), *training(folder, tmp_path / "run", "--resume", "auto")[1:],
-                 *(() if restarts else ("--iterations", "10000"))]     # it cannot end before it is killed
-    process = subprocess.Popen(arguments, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    """The job ends in seconds and names the rank.
+
+    Or torchrun starts it again and it goes on from its checkpoint.
+    """
+    arguments = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        free_port(),
+        "--max-restarts",
+        str(restarts),
+        *training(folder, tmp_path / "run", "--resume", "auto")[1:],
+        # It cannot end before it is killed.
+        *(() if restarts else ("--iterations", "10000")),
+    ]
+    process = subprocess.Popen(
+        arguments, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     try:
         log = tmp_path / "run/log.jsonl"
-        wait_until(lambda: log.exists() and len(log.read_text().splitlines()) > 1, process)   # a step after the first is done
+        # A step after the first is done.
+        wait_until(lambda: log.exists() and len(log.read_text().splitlines()) > 1, process)
         os.kill(with_rank(process, 1), signal.SIGKILL)
         began = time.perf_counter()
         said, _ = process.communicate(timeout=180)
@@ -195,7 +295,10 @@ def test_a_rank_is_killed(folder, tmp_path, restarts):
     if restarts:
         assert process.returncode == 0, said[-3000:]
         assert "iterations 1 to 3" in said or "iterations 2 to 3" in said
-        steps = [json.loads(line)["step"] for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+        steps = [
+            json.loads(line)["step"]
+            for line in (tmp_path / "run/log.jsonl").read_text().splitlines()
+        ]
         assert step == STEPS and steps == [1, 2, 3]
     else:
         assert process.returncode == 1 and time.perf_counter() - began < 20 and 0 < step < 10000
@@ -204,7 +307,9 @@ def test_a_rank_is_killed(folder, tmp_path, restarts):
 
 @pytest.mark.faults
 def test_clocks_and_hashes_that_change(folder, tmp_path):
-    """Files from the past and from the future, another seed of Python's hashes, another time zone after each kill."""
+    """Files from the past and from the future, another seed of Python's hashes, another time zone
+    after each kill.
+    """
     for number, (step, changed) in enumerate({1: 0, 2: 2 ** 31 - 1, STEPS: 86400}.items()):
         command = training(folder, tmp_path / "run", "--resume", "auto", "--iterations", str(step))
         other = ENVIRONMENT | {"PYTHONHASHSEED": str(number + 1), "TZ": f"X{5 * number}"}
@@ -231,13 +336,24 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 @pytest.mark.parametrize("command", [training, evaluating])
 def test_nothing_asks_for_the_network(folder, tmp_path, command):
     arguments = command(folder, tmp_path / "out", "--workers", "1")
-    done = subprocess.run([sys.executable, "-c", NO_NETWORK, *arguments[1:]], env=ENVIRONMENT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", NO_NETWORK, *arguments[1:]],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_the_network_guard_guards(tmp_path):
-    (tmp_path / "asks.py").write_text("import urllib.request; urllib.request.urlopen('http://localhost:9')")
-    done = subprocess.run([sys.executable, "-c", NO_NETWORK, str(tmp_path / "asks.py")], capture_output=True, text=True)
+    (tmp_path / "asks.py").write_text(
+        "import urllib.request; urllib.request.urlopen('http://localhost:9')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", NO_NETWORK, str(tmp_path / "asks.py")],
+        capture_output=True,
+        text=True,
+    )
     assert "asked for the network" in done.stderr
 
 

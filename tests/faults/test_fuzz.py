@@ -1,4 +1,7 @@
-"""Damaged and hostile files: every loader succeeds or says in one line what is wrong. It never crashes, hangs, runs code or takes 2 GB."""
+"""Damaged and hostile files: every loader succeeds or says in one line what is wrong.
+
+It never crashes, hangs, runs code or takes 2 GB.
+"""
 import pytest
 from fuzz import LOADERS, fuzz
 

@@ -1,6 +1,8 @@
-"""kill -9 at any moment: of training, of evaluation, in the middle of writing a checkpoint. Nothing is lost, nothing is done twice.
+"""kill -9 at any moment: of training, of evaluation, in the middle of writing a checkpoint. Nothing
+is lost, nothing is done twice.
 
-Twice in the usual run, twenty times in `python -m pytest -s tests/faults -m faults`, which prints how often what was hit.
+Twice in the usual run, twenty times in `python -m pytest -s tests/faults -m faults`, which prints
+how often what was hit.
 """
 import json
 import random
@@ -20,16 +22,21 @@ from checkpoint import save_checkpoint
 from synthetic.suites import make_dataset
 
 pytestmark = pytest.mark.slow
-TRIES = 10                                           # for each kill: on a busy machine the murderer may come too late
+# For each kill: on a busy machine the murderer may come too late.
+TRIES = 10
 KILLS = [2, pytest.param(20, marks=pytest.mark.faults)]
-TINY = ["--device", "cpu", "--frames", "2", "--points", "64", "--short-sides", "64", "--workers", "0", "--lr-steps", "3",
-        "--warmup", "0", "--log-every", "1"]
+TINY = [
+    "--device", "cpu", "--frames", "2", "--points", "64", "--short-sides", "64", "--workers", "0",
+    "--lr-steps", "3", "--warmup", "0", "--log-every", "1",
+]
 
 
 @pytest.fixture(scope="module")
 def data_root(tmp_path_factory):
     root = tmp_path_factory.mktemp("data") / "synthetic"
-    make_dataset(root, train_videos=3, valid_videos=1, frames=4, height=64, width=64, objects=(1, 2))
+    make_dataset(
+        root, train_videos=3, valid_videos=1, frames=4, height=64, width=64, objects=(1, 2)
+    )
     return root
 
 
@@ -39,9 +46,17 @@ def start(folder, *arguments):
     """A training process that writes what it prints to printed.txt beside the run's folder."""
     resume = ["--resume", str(folder / "last.pt")] if (folder / "last.pt").exists() else []
     with open(folder.parent / "printed.txt", "a") as printed:
-        return subprocess.Popen([sys.executable, str(REPOSITORY / "train.py"), "--output", str(folder), *arguments, *resume],
-                                env=ENVIRONMENT, cwd=folder.parent, stdout=printed, stderr=subprocess.STDOUT,
-                                start_new_session=True)
+        return subprocess.Popen(
+            [
+                sys.executable, str(REPOSITORY / "train.py"), "--output", str(folder), *arguments,
+                *resume,
+            ],
+            env=ENVIRONMENT,
+            cwd=folder.parent,
+            stdout=printed,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
 
 
 def finish(process, folder):
@@ -66,7 +81,8 @@ def half_written(folder):
 
 def kill_somewhere(process, folder, chance, while_saving):
     """kill -9 a training process, some steps and a part of one further than the run has been."""
-    goal = last_step(folder) + chance.randint(1, 2)  # a half-written file of an earlier death is replaced before the goal
+    # A half-written file of an earlier death is replaced before the goal.
+    goal = last_step(folder) + chance.randint(1, 2)
     wait_until(lambda: last_step(folder) >= goal, process)
     time.sleep(0.5 * chance.random())
     if while_saving:
@@ -76,10 +92,15 @@ def kill_somewhere(process, folder, chance, while_saving):
 
 def assert_same_training(whole, killed, iterations):
     """Loss curve, weights and optimiser state, bit for bit."""
-    curve, found_curve = ({record["step"]: record["loss"] for record in read_log(folder)} for folder in (whole, killed))
+    curve, found_curve = (
+        {record["step"]: record["loss"] for record in read_log(folder)}
+        for folder in (whole, killed)
+    )
     assert list(curve) == list(range(1, iterations + 1))
     assert curve == found_curve  # of a step that was repeated, the last line
-    expected, found = (torch.load(folder / "last.pt", weights_only=True) for folder in (whole, killed))
+    expected, found = (
+        torch.load(folder / "last.pt", weights_only=True) for folder in (whole, killed)
+    )
     assert expected["model"].keys() == found["model"].keys()
     for name, value in expected["model"].items():
         assert torch.equal(value, found["model"][name]), name
@@ -90,10 +111,14 @@ def assert_same_training(whole, killed, iterations):
 
 @pytest.mark.parametrize("kills", KILLS)
 def test_killed_runs_resume_exactly(data_root, tmp_path, kills):
-    """However often a run dies, its loss curve, weights and optimiser state are those of a run that does not, bit for bit."""
+    """However often a run dies, its loss curve, weights and optimiser state are those of a run that
+    does not, bit for bit.
+    """
     chance, began, deaths, deaths_while_saving = random.Random(0), time.perf_counter(), 0, 0
-    iterations = 3 * kills + 1                       # a kill costs it about two
-    arguments = ["--data-root", str(data_root), *TINY, "--iterations", str(iterations), "--batch", "1"]
+    iterations = 3 * kills + 1  # a kill costs it about two
+    arguments = [
+        "--data-root", str(data_root), *TINY, "--iterations", str(iterations), "--batch", "1",
+    ]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     train.main(train.parse_arguments([*arguments, "--output", str(whole)]))
     for number in range(TRIES * kills):
@@ -113,18 +138,27 @@ def test_killed_runs_resume_exactly(data_root, tmp_path, kills):
         if not (killed / "last.pt").exists():
             shutil.rmtree(killed)  # it died before its first checkpoint: start anew
     finish(start(killed, *arguments, "--save-every", "1"), killed)
-    print(f"{deaths} kills, {deaths_while_saving} of them while a checkpoint was written, {time.perf_counter() - began:.0f} s")
+    print(
+        f"{deaths} kills, {deaths_while_saving} of them while a checkpoint was written, "
+        f"{time.perf_counter() - began:.0f} s"
+    )
     assert deaths >= kills and deaths_while_saving
     assert_same_training(whole, killed, iterations)
 
 
 def test_half_a_line_in_the_log_costs_no_step(data_root, tmp_path):
-    """A run that died while it logged leaves half a line: after its resumption every line reads, and every step has one."""
+    """A run that died while it logged leaves half a line: after its resumption every line reads,
+    and every step has one.
+    """
     arguments = ["--data-root", str(data_root), "--output", str(tmp_path), *TINY, "--batch", "1"]
     train.main(train.parse_arguments([*arguments, "--iterations", "1"]))
     with open(tmp_path / "log.jsonl", "a") as log:
         log.write('{"step": 2, "loss": 12')
-    train.main(train.parse_arguments([*arguments, "--iterations", "2", "--resume", str(tmp_path / "last.pt")]))
+    train.main(
+        train.parse_arguments(
+            [*arguments, "--iterations", "2", "--resume", str(tmp_path / "last.pt")]
+        )
+    )
     assert {record["step"] for record in read_log(tmp_path)} == {1, 2}
 
 
@@ -132,16 +166,43 @@ def test_half_a_line_in_the_log_costs_no_step(data_root, tmp_path):
 
 @pytest.mark.parametrize("kills", KILLS)
 def test_killed_evaluations_go_on_where_they_were(data_root, tmp_path, kills):
-    """However often it dies, at whatever moment: the same results.json as of one that does not, to the last byte."""
-    make_dataset(tmp_path / "set", train_videos=1, valid_videos=4 * kills, frames=2, height=64, width=64, objects=(1, 2))
-    train.main(train.parse_arguments(["--data-root", str(data_root), "--output", str(tmp_path / "run"), *TINY, "--batch", "1",
-                                      "--iterations", "1"]))
-    command = [sys.executable, str(REPOSITORY / "evaluate.py"), "--weights", str(tmp_path / "run/last.pt"), "--data-root",
-               str(tmp_path / "set"), "--short-side", "48", "--device", "cpu", "--workers", "0", "--output"]
-    results, unfinished, chance, moments = tmp_path / "killed/results.json", tmp_path / "killed/unfinished", random.Random(0), []
+    """However often it dies, at whatever moment: the same results.json as of one that does not, to
+    the last byte.
+    """
+    make_dataset(
+        tmp_path / "set",
+        train_videos=1,
+        valid_videos=4 * kills,
+        frames=2,
+        height=64,
+        width=64,
+        objects=(1, 2),
+    )
+    train.main(
+        train.parse_arguments(
+            [
+                "--data-root", str(data_root), "--output", str(tmp_path / "run"), *TINY, "--batch",
+                "1", "--iterations", "1",
+            ]
+        )
+    )
+    command = [
+        sys.executable, str(REPOSITORY / "evaluate.py"), "--weights", str(tmp_path / "run/last.pt"),
+        "--data-root", str(tmp_path / "set"), "--short-side", "48", "--device", "cpu", "--workers",
+        "0", "--output",
+    ]
+    results, unfinished, chance, moments = (
+        tmp_path / "killed/results.json",
+        tmp_path / "killed/unfinished",
+        random.Random(0),
+        [],
+    )
     began = time.perf_counter()
-    subprocess.run([*command, str(tmp_path / "whole")], env=ENVIRONMENT, check=True, capture_output=True)
-    whole, expected = time.perf_counter() - began, (tmp_path / "whole/results.json").read_bytes()  # machines differ
+    subprocess.run(
+        [*command, str(tmp_path / "whole")], env=ENVIRONMENT, check=True, capture_output=True
+    )
+    # Machines differ.
+    whole, expected = time.perf_counter() - began, (tmp_path / "whole/results.json").read_bytes()
 
     def done():
         return len(list(unfinished.glob("[0-9]*.json")))
@@ -150,8 +211,13 @@ def test_killed_evaluations_go_on_where_they_were(data_root, tmp_path, kills):
         if len(moments) >= kills:
             break
         before = done()
-        process = subprocess.Popen([*command, str(tmp_path / "killed")], env=ENVIRONMENT, stdout=subprocess.DEVNULL,
-                                   stderr=subprocess.DEVNULL, start_new_session=True)
+        process = subprocess.Popen(
+            [*command, str(tmp_path / "killed")],
+            env=ENVIRONMENT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         try:
             if number % 4:                           # else while it still starts, or a little later
                 wait_until(lambda: done() > before, process)
@@ -159,7 +225,8 @@ def test_killed_evaluations_go_on_where_they_were(data_root, tmp_path, kills):
         finally:
             process.kill()
         assert process.wait() in (0, -signal.SIGKILL)
-        if results.exists():                         # it was faster than its murderer, who may have come before it had cleared up
+        # It was faster than its murderer, who may have come before it had cleared up.
+        if results.exists():
             assert results.read_bytes() == expected
             results.unlink()
             continue
@@ -169,7 +236,9 @@ def test_killed_evaluations_go_on_where_they_were(data_root, tmp_path, kills):
     assert len(moments) >= kills
     evaluate.main(evaluate.parse_arguments([*command[2:], str(tmp_path / "killed")]))
     assert results.read_bytes() == expected
-    assert {path.name for path in (tmp_path / "killed").iterdir()} == {path.name for path in (tmp_path / "whole").iterdir()}
+    assert {path.name for path in (tmp_path / "killed").iterdir()} == {
+        path.name for path in (tmp_path / "whole").iterdir()
+    }
 
 
 # A checkpoint half written
@@ -196,9 +265,16 @@ save_checkpoint(sys.argv[1], {"step": 2, "model": {"weight": torch.full((1000,),
 
 
 def test_half_a_checkpoint_never_takes_the_place_of_a_whole_one(tmp_path):
-    """kill -9 in the middle of a write: the checkpoint before it is still there, and the next one clears what was left."""
+    """kill -9 in the middle of a write: the checkpoint before it is still there, and the next one
+    clears what was left.
+    """
     path = tmp_path / "last.pt"
-    process = subprocess.run([sys.executable, "-c", DYING_WRITER, str(path)], env=ENVIRONMENT, capture_output=True, timeout=120)
+    process = subprocess.run(
+        [sys.executable, "-c", DYING_WRITER, str(path)],
+        env=ENVIRONMENT,
+        capture_output=True,
+        timeout=120,
+    )
     assert process.returncode == -signal.SIGKILL, process.stderr.decode()
     left_behind = [file for file in tmp_path.iterdir() if file != path]
     assert len(left_behind) == 1 and left_behind[0].stat().st_size > 1000
