@@ -32,7 +32,7 @@ from PIL import Image
 from pycocotools import mask as rle
 from tqdm import tqdm
 
-from batching import in_batches
+from batching import batch_frames
 from checkpoint import SHIPPED_WEIGHTS, default_short_side, model_from_checkpoint
 from data import at_test_size, read_categories
 from deform_attn import implementation
@@ -298,7 +298,7 @@ def segment(model: GRAttVIS, source: str, pictures: Iterator[Image.Image],
             check_size(picture, first.size, count, source)
             yield at_test_size(picture, args.short_side, args.max_long_side)
 
-    return model.encode_video(in_batches(frames(), args.chunk), size, args.top_k), size, count + 1
+    return model.encode_video(batch_frames(frames(), args.chunk), size, args.top_k), size, count + 1
 
 
 def write(folder: Path, source: str, found: EncodedVideo, size: tuple[int, int], count: int,

@@ -22,14 +22,15 @@ from pycocotools import mask as rle
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import model as model_module  # noqa: E402
-from batching import regrouped  # noqa: E402
+from batching import split_video  # noqa: E402
 from data import VideoSet  # noqa: E402
 from deform_attn import implementation  # noqa: E402
+from evaluation import postprocess  # noqa: E402
 from evaluation.inference import FrameBatches, segment_videos, to_entries  # noqa: E402
 from evaluation.postprocess import mask_confidence, resize_masks  # noqa: E402
 from evaluation.run_length import encode, encode_counts  # noqa: E402
-from model import FRAMES_TOGETHER, build_model  # noqa: E402
+from fast import video_pipeline  # noqa: E402
+from model import build_model  # noqa: E402
 from runtime.device import choose_amp  # noqa: E402
 from runtime.loading import read_ahead  # noqa: E402
 from transformer import mask_logits  # noqa: E402
@@ -110,7 +111,7 @@ def memory(lengths: list[int], chunk: int) -> None:
         counted.append(sum(map(len, codes)))
         return codes
 
-    model_module.encode_counts = encode_and_count
+    postprocess.encode_counts = encode_and_count
     for frames in [8, *lengths]:                              # the first warms up
         if CUDA:
             torch.cuda.reset_peak_memory_stats()
@@ -125,7 +126,7 @@ def memory(lengths: list[int], chunk: int) -> None:
               f"of all queries, {codes / frames / 1e3:.1f} of the result; {frames / (time.perf_counter() - began):.0f} frames a second")
         last = frames, now
         del found
-    model_module.encode_counts = encode_counts
+    postprocess.encode_counts = encode_counts
 
 
 def resident() -> float:
@@ -163,9 +164,14 @@ def speed(videos: int, frames: int, chunk: int, workers: int) -> None:
         total = sum(len(batch) for batch in loader)
         decode = total / (time.perf_counter() - began)
 
-        batch = next(regrouped(one, FRAMES_TOGETHER)).to(DEVICE)
-        queries, features = model.replay(model.detect_queries, batch)
-        (_, kernel, _), _ = model.track_frames(queries, len(batch), None)
+        batch = next(split_video(one, video_pipeline.INFERENCE_CHUNK)).to(DEVICE)
+
+        def track() -> tuple:
+            state = model.tracker.initial_state(1)
+            return video_pipeline.track(model, queries, 1, state, len(batch))
+
+        queries, features = video_pipeline.detect_queries(model, batch)
+        (_, kernel, _), _ = track()
 
         def masks() -> None:
             for kernels, feature in zip(kernel, features):
@@ -174,8 +180,8 @@ def speed(videos: int, frames: int, chunk: int, workers: int) -> None:
                 encode_counts(resize_masks(found, (HEIGHT, WIDTH), OUTPUT) > 0)
 
         stages = {f"decoding ({workers} workers; {alone:.0f} a core)": 1 / decode,
-                  "detector": seconds(lambda: model.replay(model.detect_queries, batch), 9) / len(batch),
-                  "tracker, beside it": seconds(lambda: model.track_frames(queries, len(batch), None), 9) / len(batch),
+                  "detector": seconds(lambda: video_pipeline.detect_queries(model, batch), 9) / len(batch),
+                  "tracker, beside it": seconds(track, 9) / len(batch),
                   "masks and codes of 100 queries": seconds(masks, 9) / len(batch)}
         print(f"{videos} videos of {frames} JPEG files of 720x1280, {size:.0f} kB each; {implementation(DEVICE)}")
         for name, each in stages.items():

@@ -9,7 +9,7 @@ from test_golden_inference import assert_masks_in_16_bit
 
 import train
 from backbone import build_backbone, fold_norms
-from fast.cuda_graphs import Replay
+from fast.cuda_graphs import CUDAGraphCache
 from model import build_model
 from synthetic.suites import make_dataset
 from transformer import cast_products, linear_relu
@@ -98,7 +98,7 @@ def test_replayed_batches_are_what_their_kernels_compute(propagation, monkeypatc
             found = model.encode_video(frames.split(chunk), top_k=5)
             assert torch.equal(found.scores, whole.scores) and found.segmentations == whole.segmentations
         logits = model.segment_video(frames).logits
-        monkeypatch.setattr(Replay, "__call__", lambda self, function, *inputs: function(*inputs))
+        monkeypatch.setattr(CUDAGraphCache, "__call__", lambda self, function, *inputs: function(*inputs))
         assert torch.equal(model.segment_video(frames).logits, logits)
         monkeypatch.undo()
         torch.nn.init.normal_(model.tracker.class_embed.weight)

@@ -20,9 +20,9 @@ from pycocotools import mask as rle
 from test_model import HEIGHT, WIDTH, make_frames, make_model
 
 import evaluate
-import model as model_file
 import train
 from data import InputError, Video, VideoSet, test_frames
+from evaluation import postprocess
 from evaluation.inference import FrameBatches, Unfinished, share
 from evaluation.metric import evaluate_results
 from evaluation.postprocess import EncodedVideo
@@ -117,7 +117,7 @@ def test_codes_are_the_masks_of_segment_video(mode):
 def test_however_few_masks_are_there_at_once(monkeypatch, pixels):
     model, frames = make("two frames"), make_frames(3)
     expected = model.segment_video(frames, top_k=12)
-    monkeypatch.setattr(model_file, "MASK_PIXELS", pixels)
+    monkeypatch.setattr(postprocess, "MASK_PIXELS", pixels)
     assert_same(model.encode_video([frames], top_k=12), expected, layers=3)
 
 
