@@ -1,8 +1,8 @@
-"""Frames on their way into the model: checked, put together as they come, and the size that they are padded to.
+"""Videos on their way into the model: any form of input becomes chunks of frames of one length.
 
-A video comes as one tensor, as an iterable of frames, or in batches of any length (data.py, demo.py); the model looks at as many
-frames at once as suits its device. Padding to multiples of 32 is upstream's (grattvis/grattvis_model.py); taking frames as they come
-is not. Shape letters are declared in model.py.
+A video is one tensor (T, 3, H, W), an iterable of frames (3, H, W), or an iterable of batches
+(N, 3, H, W) of any lengths; frames are uint8, RGB, all of one size. Padding to multiples of 32 is
+upstream's (grattvis/grattvis_model.py). Shape letters are declared in model.py.
 """
 import math
 from collections.abc import Iterable, Iterator
@@ -10,47 +10,86 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-SIZE_DIVISOR = 32  # of padded frames, pixels: the coarsest stride
+SIZE_DIVISOR = 32  # padded frames have sides that are multiples of the coarsest stride
 
 
-def padded(height: int, width: int) -> tuple[int, int]:
-    """A size rounded up to multiples of 32."""
-    return math.ceil(height / SIZE_DIVISOR) * SIZE_DIVISOR, math.ceil(width / SIZE_DIVISOR) * SIZE_DIVISOR
+def padded_size(height: int, width: int) -> tuple[int, int]:
+    """(height, width) rounded up to multiples of 32."""
+    return tuple(math.ceil(side / SIZE_DIVISOR) * SIZE_DIVISOR for side in (height, width))
 
 
 def check_frame(frame: Tensor) -> None:
-    """ValueError unless it is uint8 (3, H, W)."""
+    """Raise ValueError unless the frame is a uint8 tensor (3, H, W)."""
     if not isinstance(frame, Tensor):
-        raise ValueError(f"a frame must be a torch tensor, not {type(frame).__module__}.{type(frame).__name__}")
+        kind = f"{type(frame).__module__}.{type(frame).__name__}"
+        raise ValueError(f"a frame must be a torch tensor, not {kind}")
     if frame.dtype != torch.uint8 or frame.ndim != 3 or len(frame) != 3:
-        raise ValueError(f"a frame must be uint8 of shape (3, H, W), not {frame.dtype} {tuple(frame.shape)}")
+        raise ValueError("a frame must be uint8 of shape (3, H, W), not "
+                         f"{frame.dtype} {tuple(frame.shape)}")
 
 
-def regrouped(batches: Iterable[Tensor], count: int) -> Iterator[Tensor]:
-    """Batches of frames, however many each holds -> batches of `count`, but for the last. ValueError if their sizes differ."""
-    rest = None
-    for batch in batches:
-        if not len(batch):
+def split_video(video: Tensor | Iterable[Tensor], chunk_size: int) -> Iterator[Tensor]:
+    """Yield a video in chunks (chunk_size, 3, H, W); the last one may be shorter.
+
+    Raises ValueError if the video has no frames, if their sizes differ, or if they are not uint8.
+    """
+    batches = ((batch,) for batch in iter_batches(video))
+    for (frames,) in merge_to_multiples(batches, chunk_size):
+        yield from frames.split(chunk_size)
+
+
+def iter_batches(video: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
+    """Yield a video of any form in batches (N, 3, H, W) of any lengths, checked."""
+    size = None
+    for item in [video] if isinstance(video, Tensor) else video:
+        is_batch = hasattr(item, "ndim") and (item.ndim == 4 or item is video)
+        if is_batch and not len(item):
             continue
-        check_frame(batch[0])
-        if rest is not None and batch.shape[1:] != rest.shape[1:]:
-            raise ValueError(f"all frames of a video must have one size, not {sorted({(*rest.shape[2:],), (*batch.shape[2:],)})}")
-        rest = batch if rest is None or not len(rest) else torch.cat((rest, batch))
-        whole = len(rest) - len(rest) % count
-        yield from rest[:whole].split(count) if whole else ()
-        rest = rest[whole:]
-    if rest is not None and len(rest):
-        yield rest
+        check_frame(item[0] if is_batch else item)
+        batch = item if is_batch else item[None]
+        if size is not None and batch.shape[2:] != size:
+            sizes = sorted({tuple(size), tuple(batch.shape[2:])})
+            raise ValueError(f"all frames of a video must have one size, not {sizes}")
+        size = batch.shape[2:]
+        yield batch
+    if size is None:
+        raise ValueError("the video has no frames")
 
 
-def in_batches(frames: Tensor | Iterable[Tensor], count: int) -> Iterator[Tensor]:
-    """Frames (3, H, W) -> batches of up to `count` of one size."""
-    if count < 1:
-        raise ValueError(f"a batch needs at least one frame, not {count}")
+def merge_to_multiples(batches: Iterable[tuple[Tensor, ...]],
+                       multiple: int) -> Iterator[tuple[Tensor, ...]]:
+    """Concatenate batches until their lengths are multiples of a number; the last one is the rest.
+
+    A batch is a tuple of tensors of one length, concatenated along the first dimension.
+    """
+    held, count = [], 0
+    for batch in batches:
+        held.append(batch)
+        count += len(batch[0])
+        rest = count % multiple
+        if count == rest:
+            continue
+        tensors = concatenate(held)
+        yield tuple(tensor[:count - rest] for tensor in tensors)
+        held = [tuple(tensor[count - rest:] for tensor in tensors)] if rest else []
+        count = rest
+    if held:
+        yield concatenate(held)
+
+
+def concatenate(batches: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """Concatenate tuples of tensors; a single one is returned without a copy."""
+    return batches[0] if len(batches) == 1 else tuple(map(torch.cat, zip(*batches)))
+
+
+def batch_frames(frames: Iterable[Tensor], batch_size: int) -> Iterator[Tensor]:
+    """Stack frames (3, H, W) to batches of up to batch_size frames of one size."""
+    if batch_size < 1:
+        raise ValueError(f"a batch needs at least one frame, not {batch_size}")
     batch = []
     for frame in frames:
         check_frame(frame)
-        if batch and (len(batch) == count or frame.shape != batch[0].shape):
+        if batch and (len(batch) == batch_size or frame.shape != batch[0].shape):
             yield torch.stack(batch)
             batch = []
         batch.append(frame)

@@ -21,13 +21,12 @@ import unicodedata
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import get_type_hints
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from model import PRESETS, TEST_SIDES, GRAttVIS, build_model
+from model import PRESETS, TEST_SIDES, GRAttVIS, build_model, option_types
 from reading.checkpoints import Placeholder, read_file
 from runtime.errors import InputError, cli_errors, shown
 from runtime.files import atomic_write
@@ -447,8 +446,8 @@ def are_categories(value) -> bool:
 
 
 def check_options(options: dict, path: str | Path) -> None:
-    """InputError unless all options are arguments of GRAttVIS, of the right type and in range."""
-    types = get_type_hints(GRAttVIS.__init__)
+    """InputError unless all are options of the model, of the right type and in range."""
+    types = option_types()
     for name, value in options.items():
         if name not in types or name in ("num_classes", "propagation", "return"):
             raise InputError(f"{path} asks for a model that cannot be built: GRAttVIS has no "

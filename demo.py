@@ -32,7 +32,7 @@ from PIL import Image
 from pycocotools import mask as rle
 from tqdm import tqdm
 
-from batching import in_batches
+from batching import batch_frames
 from checkpoint import SHIPPED_WEIGHTS, default_short_side, model_from_checkpoint
 from data import at_test_size, read_categories
 from deform_attn import implementation
@@ -345,7 +345,7 @@ def segment(model: GRAttVIS, source: str, pictures: Iterator[Image.Image],
             count += 1
             yield at_test_size(picture, args.short_side, args.max_long_side)
 
-    result = model.encode_video(in_batches(frames(), args.chunk), size, args.top_k)
+    result = model.encode_video(batch_frames(frames(), args.chunk), size, args.top_k)
     return result, size, count
 
 

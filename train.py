@@ -35,6 +35,7 @@ from data import VideoSet, find_named_set, find_split
 from deform_attn import implementation
 from evaluation.inference import segment_videos, to_entries
 from evaluation.metric import evaluate_results
+from fast.acceleration import compile_parts, hold_frozen
 from losses import Criterion
 from matcher import upload
 from model import PRESETS, GRAttVIS, build_model
@@ -643,12 +644,12 @@ def set_up(model: GRAttVIS, args: argparse.Namespace, device: torch.device,
     memory_format = torch.channels_last if on_gpu else torch.contiguous_format
     model.to(device, memory_format=memory_format).train()
     if amp_dtype != torch.float32:
-        model.hold_frozen(amp_dtype)
+        hold_frozen(model, amp_dtype)
     model.tracker.query_noise = args.query_noise
     model.pixel_decoder.recompute = args.recompute != "off"
     model.backbone.recompute = args.recompute == "all"
     if args.compile != "off":
-        model.compile_parts(detector=args.compile == "all")
+        compile_parts(model, detector=args.compile == "all")
 
 
 def parameter_groups(model: nn.Module, lr: float, weight_decay: float,

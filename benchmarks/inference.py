@@ -23,14 +23,15 @@ from pycocotools import mask as rle
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import model as model_module  # noqa: E402
-from batching import regrouped  # noqa: E402
+from batching import split_video  # noqa: E402
 from data import VideoSet  # noqa: E402
 from deform_attn import implementation  # noqa: E402
+from evaluation import postprocess  # noqa: E402
 from evaluation.inference import FrameBatches, segment_videos, to_entries  # noqa: E402
 from evaluation.postprocess import mask_confidence, resize_masks  # noqa: E402
 from evaluation.run_length import encode, encode_counts  # noqa: E402
-from model import FRAMES_TOGETHER, build_model  # noqa: E402
+from fast import video_pipeline  # noqa: E402
+from model import build_model  # noqa: E402
 from runtime.device import choose_amp  # noqa: E402
 from runtime.loading import read_ahead  # noqa: E402
 from transformer import mask_logits  # noqa: E402
@@ -135,7 +136,7 @@ def memory(lengths: list[int], chunk: int) -> None:
         counted.append(sum(map(len, codes)))
         return codes
 
-    model_module.encode_counts = encode_and_count
+    postprocess.encode_counts = encode_and_count
     for frames in [8, *lengths]:                              # the first warms up
         if CUDA:
             torch.cuda.reset_peak_memory_stats()
@@ -161,7 +162,7 @@ def memory(lengths: list[int], chunk: int) -> None:
         )
         last = frames, now
         del found
-    model_module.encode_counts = encode_counts
+    postprocess.encode_counts = encode_counts
 
 
 def resident() -> float:
@@ -212,9 +213,14 @@ def speed(videos: int, frames: int, chunk: int, workers: int) -> None:
         total = sum(len(batch) for batch in loader)
         decode = total / (time.perf_counter() - began)
 
-        batch = next(regrouped(one, FRAMES_TOGETHER)).to(DEVICE)
-        queries, features = model.replay(model.detect_queries, batch)
-        (_, kernel, _), _ = model.track_frames(queries, len(batch), None)
+        batch = next(split_video(one, video_pipeline.INFERENCE_CHUNK)).to(DEVICE)
+
+        def track() -> tuple:
+            state = model.tracker.initial_state(1)
+            return video_pipeline.track(model, queries, 1, state, len(batch))
+
+        queries, features = video_pipeline.detect_queries(model, batch)
+        (_, kernel, _), _ = track()
 
         def masks() -> None:
             for kernels, feature in zip(kernel, features):
@@ -224,9 +230,9 @@ def speed(videos: int, frames: int, chunk: int, workers: int) -> None:
 
         stages = {
             f"decoding ({workers} workers; {alone:.0f} a core)": 1 / decode,
-            "detector": seconds(lambda: model.replay(model.detect_queries, batch), 9) / len(batch),
-            "tracker, beside it": seconds(lambda: model.track_frames(queries, len(batch), None), 9)
+            "detector": seconds(lambda: video_pipeline.detect_queries(model, batch), 9)
             / len(batch),
+            "tracker, beside it": seconds(track, 9) / len(batch),
             "masks and codes of 100 queries": seconds(masks, 9) / len(batch),
         }
         print(

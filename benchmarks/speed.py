@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from clips import Clip  # noqa: E402
 from deform_attn import implementation  # noqa: E402
+from fast.acceleration import compile_parts, hold_frozen  # noqa: E402
 from losses import Criterion  # noqa: E402
 from model import build_model  # noqa: E402
 from recipes import parse_arguments  # noqa: E402
@@ -132,8 +133,8 @@ def video(
 
     def alone() -> None:
         with autocast:
-            for stretch in model.follow([on_device]):
-                mask_logits(stretch.mask_kernel, stretch.features)
+            for chunk in model.track_video(on_device):
+                mask_logits(chunk.mask_kernel, chunk.features)
 
     middle = seconds(alone)[2]
     print(
@@ -212,13 +213,13 @@ def train(
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not frozen or name.startswith("tracker."))
     amp, _ = choose_amp(args.amp, DEVICE, training=True)
-    model.hold_frozen(amp)
+    hold_frozen(model, amp)
     model.pixel_decoder.recompute, model.backbone.recompute = (
         args.recompute != "off",
         args.recompute == "all",
     )
     if args.compile:
-        model.compile_parts()
+        compile_parts(model)
     criterion = Criterion(25, points=setting.points, freeze_detector=frozen)
     optimizer = torch.optim.AdamW(
         parameter_groups(model, 1e-6, setting.weight_decay, setting.backbone_lr_factor), fused=CUDA

@@ -1,9 +1,12 @@
-"""The instances of a video: what inference returns, and how scores and masks come about.
+"""From tracker outputs to the instances of a video: result types, scores and masks.
 
-Paper: VITA (2206.04403) and GenVIS (2211.08834), inference; upstream grattvis/grattvis_model.py, `inference`.
-A score is a class score, the maximum over all frames, times a mask score, the mean probability inside the masks of all frames: it
-is known at the end of the video. Shape letters are declared in model.py.
+Paper: VITA (2206.04403) and GenVIS (2211.08834), inference; upstream grattvis/grattvis_model.py,
+`inference`. The score of an instance is its class score (maximum over frames) times its mask score
+(mean probability inside its masks of all frames), so it is known at the end of the video only.
+Shape letters are declared in model.py; the instances of a result are counted by k.
 """
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -11,129 +14,247 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from evaluation.run_length import PackedCodes, encode_counts
+from fast.video_pipeline import INFERENCE_CHUNK
 from tracker import TrackerState
+from transformer import mask_logits
 
-MASK_STRIDE = 4  # pixels of a padded frame that a pixel of mask logits stands for, along each side
+MASK_STRIDE = 4            # pixels of a padded frame per mask logit, along each side
+MASK_CHUNK = 4             # frames whose masks are made at once at output size: they are large
+MASK_PIXELS = 2 * 10 ** 8  # mask pixels that a MaskEncoder holds at once
+MaskConfidence = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass
 class VideoResult:
     """Instances of a whole video, best first."""
-    scores: Tensor      # (K,) float, 0..1: class score (maximum over frames) times mask score of the whole video
-    labels: Tensor      # (K,) int64, 0-based
-    masks: Tensor       # (K, T, H, W) bool
-    track_ids: Tensor   # (K,) int64: the query; one query may appear under several labels
+    scores: Tensor      # (k,) float, 0..1: class score times mask score of the whole video
+    labels: Tensor      # (k,) int64, 0-based
+    masks: Tensor       # (k, T, H, W) bool
+    track_ids: Tensor   # (k,) int64: the query; one query may appear under several labels
     logits: Tensor      # (clips, Q, K + 1) class logits of every query, clip by clip
+    gates: Tensor       # (k, T, D) bool, True = open in the frame's clip; D = 0 without a gate
 
 
 @dataclass
 class EncodedVideo:
     """Instances of a whole video, best first, with masks as run-length codes; all on the CPU."""
-    scores: Tensor                   # (K,) float, 0..1, as in VideoResult
-    labels: Tensor                   # (K,) int64, 0-based
-    track_ids: Tensor                # (K,) int64
-    segmentations: list[list[dict]]  # K times T run-length codes, see run_length.py
-    gates: Tensor                    # (K, T, D) bool, True = open: the frame's clip could change the query; D = 0 without a gate
-
-
-@dataclass
-class RunningScores:
-    """What decides a video's instances, of the frames so far; all queries."""
-    class_scores: Tensor  # (Q, K) maximum
-    mask_sum: Tensor      # (Q,) sum of the probabilities inside the masks
-    mask_area: Tensor     # (Q,) pixels inside the masks
-
-    def joined(self, other: "RunningScores | None") -> "RunningScores":
-        """Those of two stretches of a video; None = nothing before."""
-        if other is None:
-            return self
-        return RunningScores(torch.maximum(self.class_scores, other.class_scores), self.mask_sum + other.mask_sum,
-                             self.mask_area + other.mask_area)
-
-    def best(self, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Scores, labels and queries of the instances, best first."""
-        scores, labels, chosen = best_pairs(self.class_scores, top_k)
-        scores, order = with_mask_scores(scores, self.mask_sum[chosen], self.mask_area[chosen])
-        return scores, labels[order], chosen[order]
+    scores: Tensor                   # (k,) float, 0..1, as in VideoResult
+    labels: Tensor                   # (k,) int64, 0-based
+    track_ids: Tensor                # (k,) int64
+    segmentations: list[list[dict]]  # k times T run-length codes, see run_length.py
+    gates: Tensor                    # (k, T, D) bool, as in VideoResult
 
 
 @dataclass
 class FrameTracks:
-    """Instances of one frame, best first by what is known so far."""
-    scores: Tensor      # (K,) float, causal: of the frames up to this one
-    labels: Tensor      # (K,) int64, 0-based
-    masks: Tensor       # (K, H, W) bool, this frame's
-    track_ids: Tensor   # (K,) int64: the query, stable over the video
+    """Instances of one frame, best first by the frames so far."""
+    scores: Tensor      # (k,) float, causal: of the frames up to this one
+    labels: Tensor      # (k,) int64, 0-based
+    masks: Tensor       # (k, H, W) bool, this frame's
+    track_ids: Tensor   # (k,) int64: the query, stable over the video
     logits: Tensor      # (Q, K + 1) class logits of every query in this frame
-    gates: Tensor       # (K, D) bool, True = open: this frame could change the query; D = 0 without a gate
+    gates: Tensor       # (k, D) bool, True = open in this frame; D = 0 without a gate
 
 
 @dataclass
-class Stretch:
-    """What inference knows of T frames of a video in a row, whole clips, of all queries."""
-    logits: Tensor         # (clips, Q, K + 1)
-    mask_kernel: Tensor    # (T, Q, C + 1)
-    gates: Tensor          # (T, D, Q) bool, True = open; D = 0 without a gate
-    features: Tensor       # (T, C, h, w): the kernels' inputs
-    size: tuple[int, int]  # of the frames, pixels
+class FrameChunk:
+    """What the model computes for T consecutive frames of a video (whole clips), all queries."""
+    logits: Tensor               # (clips, Q, K + 1)
+    mask_kernel: Tensor          # (T, Q, C + 1)
+    gates: Tensor                # (T, D, Q) bool, True = open; D = 0 without a gate
+    features: Tensor             # (T, C, h, w): mask logits are kernels applied to them
+    frame_size: tuple[int, int]  # (height, width) before padding
+
+
+@dataclass
+class RunningScores:
+    """The scores of all queries over the frames so far."""
+    class_scores: Tensor  # (Q, K) maximum
+    mask_sum: Tensor      # (Q,) sum of the probabilities inside the masks
+    mask_area: Tensor     # (Q,) pixels inside the masks
+
+    def merge(self, other: "RunningScores | None") -> "RunningScores":
+        """The scores over the frames of both; None = no frames."""
+        if other is None:
+            return self
+        return RunningScores(torch.maximum(self.class_scores, other.class_scores),
+                             self.mask_sum + other.mask_sum, self.mask_area + other.mask_area)
+
+    def best(self, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores, labels and queries of the instances, best first."""
+        scores, labels, queries = best_pairs(self.class_scores, top_k)
+        mask_sum, mask_area = self.mask_sum[queries], self.mask_area[queries]
+        scores, order = with_mask_scores(scores, mask_sum, mask_area)
+        return scores, labels[order], queries[order]
 
 
 @dataclass
 class StepState:
-    """What `step` carries from frame to frame. Its size is constant unless the mode has a memory."""
-    size: tuple[int, int]   # of the frames, pixels
+    """What `step` carries from frame to frame; its size is constant without a memory."""
+    frame_size: tuple[int, int]  # (height, width)
     tracker: TrackerState
     scores: RunningScores
 
 
+# Scores
+
 def best_pairs(class_scores: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The top_k (query, class) pairs of (Q, K) scores: scores, labels, queries; equal scores keep their order."""
+    """The top_k (query, class) pairs of scores (Q, K): scores, labels, queries; a stable sort."""
     scores, index = class_scores.flatten().sort(descending=True, stable=True)
     scores, index = scores[:top_k], index[:top_k]
-    return scores, index % class_scores.shape[1], index // class_scores.shape[1]
+    num_classes = class_scores.shape[1]
+    return scores, index % num_classes, index // num_classes
 
 
 def with_mask_scores(scores: Tensor, mask_sum: Tensor, mask_area: Tensor) -> tuple[Tensor, Tensor]:
-    """Class scores (K,) times the mean probabilities inside the masks, best first, and their order; equal ones keep theirs."""
+    """Class scores (k,) times mask scores, best first, and their order; a stable sort."""
     scores = scores * mask_sum / (mask_area + 1e-6)
     order = scores.argsort(descending=True, stable=True)
     return scores[order], order
 
 
 def check_finite(scores: Tensor) -> None:
-    """FloatingPointError where scores are NaN or infinite, as they are once anything before them is."""
+    """Raise FloatingPointError if a score is NaN or infinite, as after any overflow before it."""
     if not scores.isfinite().all():
-        raise FloatingPointError("the scores are not finite: the weights are damaged, or an activation exceeds what the dtype holds "
-                                 "(float16: 65504), then --amp bf16 or off helps")
+        raise FloatingPointError(
+            "the scores are not finite: the weights are damaged, or an activation exceeds what "
+            "the dtype holds (float16: 65504), then --amp bf16 or off helps")
 
 
 def class_probabilities(logits: Tensor) -> Tensor:
-    """(..., K + 1) logits -> (..., K) probabilities, "no object" left out."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)[..., :-1]
-
-
-@lru_cache(maxsize=16)
-def resizing(source: int, size: int, output: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Along one side, what turns `source` pixels of stride 4 into `output` ones, a matrix (output, source): bilinear to the padded
-    frame's pixels, the first `size` of which are the frame's, and those bilinear to the output's."""
-    unit = torch.eye(source, dtype=torch.float64, device=device)[None]
-    frame = F.interpolate(unit, size=MASK_STRIDE * source, mode="linear", align_corners=False)[..., :size]
-    return (frame if output == size else F.interpolate(frame, size=output, mode="linear", align_corners=False))[0].T.to(dtype)
-
-
-def resize_masks(logits: Tensor, size: tuple[int, int], output_size: tuple[int, int] | None = None) -> Tensor:
-    """Mask logits (..., h, w) of padded frames at stride 4 -> (..., *output_size) of the frames, which are `size` (None = as large).
-
-    Resizing goes side by side and is linear, so it is two products with matrices, and two resizings in a row are still two:
-    nothing between is made, and a GPU multiplies faster than it interpolates."""
-    rows, columns = (resizing(source, own, output, logits.dtype, logits.device)
-                     for source, own, output in zip(logits.shape[-2:], size, output_size or size))
-    return rows @ (logits @ columns.T)
+    """Class logits (..., K + 1) -> probabilities (..., K) without "no object"."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits.softmax(-1)[..., :-1]
 
 
 def mask_confidence(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Of mask logits (..., H, W), the sum of the probabilities above one half and their number, each (...): their ratio over a video
-    is the mask score."""
-    soft = F.threshold(logits.to(torch.promote_types(logits.dtype, torch.float32)).sigmoid(), 0.5, 0)
-    mask_sum = soft.sum((-2, -1))
-    return mask_sum, soft.ceil_().sum((-2, -1)).long()      # a sum of bools would make integers of them all first
+    """Mask logits (..., H, W) -> sum of the probabilities above 0.5 and their number, each (...).
+
+    Their ratio over all frames of a video is the mask score.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    probabilities = F.threshold(logits.sigmoid(), 0.5, 0)
+    mask_sum = probabilities.sum((-2, -1))
+    # A sum of bools would convert them all to integers first.
+    return mask_sum, probabilities.ceil_().sum((-2, -1)).long()
+
+
+# Masks
+
+@lru_cache(maxsize=16)
+def resize_matrix(source: int, side: int, output: int, dtype: torch.dtype,
+                  device: torch.device) -> Tensor:
+    """The matrix (output, source) that resizes mask logits along one side, see `resize_masks`.
+
+    source: logits along the padded side. side: pixels of the frame. output: pixels of the mask.
+    """
+    unit = torch.eye(source, dtype=torch.float64, device=device)[None]
+    padded = F.interpolate(unit, size=MASK_STRIDE * source, mode="linear", align_corners=False)
+    resized = padded[..., :side]
+    if output != side:
+        resized = F.interpolate(resized, size=output, mode="linear", align_corners=False)
+    return resized[0].T.to(dtype)
+
+
+def resize_masks(logits: Tensor, frame_size: tuple[int, int],
+                 output_size: tuple[int, int] | None = None) -> Tensor:
+    """Mask logits (..., h, w) of padded frames at stride 4 -> (..., *output_size) of the frames.
+
+    Equal to two bilinear resizes, upstream's:
+
+        padded = F.interpolate(logits, scale_factor=4, mode="bilinear")
+        masks = F.interpolate(padded[..., :H, :W], size=output_size, mode="bilinear")
+
+    where (H, W) is frame_size, and output_size None means frame_size. Bilinear resizing is linear
+    and acts on rows and columns separately, so both together are one matrix product per side:
+    masks = R logits C^T. The large intermediate is never made, and a GPU multiplies matrices faster
+    than it interpolates.
+    """
+    rows, columns = (
+        resize_matrix(source, side, output, logits.dtype, logits.device)
+        for source, side, output in zip(logits.shape[-2:], frame_size, output_size or frame_size))
+    return rows @ (logits @ columns.T)
+
+
+def instance_mask_logits(chunks: list[FrameChunk], queries: Tensor,
+                         confidence: MaskConfidence) -> tuple[Tensor, Tensor, Tensor]:
+    """Mask logits (k, T, h, w) of k queries in all frames, and `mask_confidence` over the video.
+
+    The list is emptied on the way, so that the features of each chunk are freed. confidence:
+    `mask_confidence`, possibly compiled.
+    """
+    logits, confidences = [], []
+    while chunks:
+        chunk = chunks.pop(0)
+        kernels = chunk.mask_kernel[:, queries].split(INFERENCE_CHUNK)
+        for kernel, features in zip(kernels, chunk.features.split(INFERENCE_CHUNK)):
+            logits.append(mask_logits(kernel, features).transpose(0, 1))
+            confidences.append(confidence(resize_masks(logits[-1], chunk.frame_size)))
+    mask_sum, mask_area = (torch.cat(parts, 1).sum(1) for parts in zip(*confidences))
+    return torch.cat(logits, 1), mask_sum, mask_area
+
+
+def binary_masks(logits: Tensor, frame_size: tuple[int, int],
+                 output_size: tuple[int, int]) -> Tensor:
+    """Mask logits (k, T, h, w) -> bool (k, T, *output_size), a few frames at a time."""
+    shape = *logits.shape[:2], *output_size
+    masks = torch.empty(shape, dtype=torch.bool, device=logits.device)
+    for some_logits, some_masks in zip(logits.split(MASK_CHUNK, 1), masks.split(MASK_CHUNK, 1)):
+        torch.gt(resize_masks(some_logits, frame_size, output_size), 0, out=some_masks)
+    return masks
+
+
+class MaskEncoder:
+    """Encodes the masks of all queries frame by frame, and keeps nothing but run-length codes.
+
+    Which queries are among the best is known at the end of a video only, since a class score is a
+    maximum over all frames. Until then the codes of every query are kept on the CPU.
+    """
+
+    def __init__(self, queries: int, frame_size: tuple[int, int], output_size: tuple[int, int],
+                 device: torch.device, confidence: MaskConfidence):
+        self.frame_size, self.output_size = frame_size, tuple(output_size)
+        self.confidence = confidence
+        pixels = math.prod(output_size)
+        largest = max(pixels, math.prod(frame_size))
+        self.query_chunk = max(1, MASK_PIXELS // 2 // largest)
+        # Encoding waits for the GPU: collect the masks of several frames before.
+        frames = min(8, max(1, MASK_PIXELS // (queries * pixels)))
+        shape = frames, queries, *self.output_size
+        self.buffer = torch.empty(shape, dtype=torch.bool, device=device)
+        self.filled = 0  # frames in the buffer
+        self.codes = PackedCodes(queries)
+
+    def add(self, mask_kernel: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Take the kernels (Q, C + 1) and features (C, h, w) of the next frame.
+
+        Returns `mask_confidence` of its masks, (Q,) each.
+        """
+        confidences = []
+        for kernel, masks in zip(mask_kernel.split(self.query_chunk),
+                                 self.buffer[self.filled].split(self.query_chunk)):
+            logits = mask_logits(kernel[None], features[None])[0]
+            resized = resize_masks(logits, self.frame_size)
+            confidences.append(self.confidence(resized))
+            if self.output_size != self.frame_size:
+                resized = resize_masks(logits, self.frame_size, self.output_size)
+            torch.gt(resized, 0, out=masks)
+        self.filled += 1
+        if self.filled == len(self.buffer):
+            self.flush()
+        mask_sum, mask_area = map(torch.cat, zip(*confidences))
+        return mask_sum, mask_area
+
+    def flush(self) -> None:
+        """Encode the frames in the buffer."""
+        if self.filled:
+            self.codes.add(encode_counts(self.buffer[:self.filled].flatten(0, 1)))
+        self.filled = 0
+
+    def finish(self, queries: list[int]) -> list[list[dict]]:
+        """The codes of these queries in all frames; the encoder is empty afterwards."""
+        self.flush()
+        size = list(self.output_size)
+        return [[{"size": size.copy(), "counts": counts} for counts in track]
+                for track in self.codes.take(queries)]

@@ -1,130 +1,185 @@
-"""Keeping a GPU busy with small kernels: launched together, and beside large ones.
+"""CUDA graphs and side streams: many small kernels are launched at once, or beside large ones.
 
-Everything that happens to a few frames is a function of tensors that launches hundreds of small kernels; launched one by one, the
-GPU is idle most of the time. `Replay` captures it once and replays it as one. `Beside` runs what needs little of the GPU, the
-tracker, while it works on something large, the detector's next frames.
+Inference of a few frames launches hundreds of small kernels. Launched one by one they leave a GPU
+idle most of the time. `CUDAGraphCache` captures a function once and replays all its kernels with
+one launch. `SideStream` runs work that needs little of the GPU beside work that fills it.
 
-    replay, beside = Replay(), Beside(device)
-    outputs = replay(function, *tensors)         # captures at the first call with tensors of these shapes and dtypes
-    with beside:
-        ...                                      # launched after all before it; what is launched after it does not wait
-    beside.join()                                # but from here on
+    graphs = CUDAGraphCache()
+    outputs = graphs(function, *tensors)    # the same as function(*tensors)
 
-Source: the CUDA graphs and streams of PyTorch (torch.cuda.CUDAGraph, torch.cuda.Stream).
+Source: torch.cuda.CUDAGraph and torch.cuda.Stream, see "CUDA semantics" in the PyTorch docs.
 """
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
+from operator import is_
 
 import torch
 from torch import Tensor, nn
 
-KEPT = 3  # graphs, the latest ones: each holds memory of its own
+MAX_GRAPHS = 3  # each holds its own memory
 
 
 @cache
-def side_stream(device: torch.device, priority: int = 0) -> torch.cuda.Stream:
-    """A stream beside the current one, always the same of a priority (-1: before others), since libraries keep memory for each."""
+def get_stream(device: torch.device, priority: int = 0) -> torch.cuda.Stream:
+    """The side stream of a priority (negative: scheduled before the default stream).
+
+    There is one stream per priority, since libraries keep a workspace for each stream.
+    """
     return torch.cuda.Stream(device, priority=priority)
 
 
 @dataclass
-class Captured:
-    """A graph, the tensors that it reads and those that it writes."""
+class CapturedGraph:
+    """A CUDA graph with the tensors that it reads and writes."""
     graph: torch.cuda.CUDAGraph
     inputs: list[Tensor]
     outputs: tuple[Tensor, ...]
 
 
-class Replay:
-    """Runs functions of tensors to a tuple of tensors, which read the weights of a module and never wait for the GPU; without a
-    GPU, and where gradients are wanted, by calling them.
+class CUDAGraphCache:
+    """Calls functions from tensors to a tuple of tensors, as CUDA graphs where possible.
 
-    What is recorded is kernels: hooks are not called again, and another value of an attribute is not seen before `forget`."""
+    A function may read the weights of a module; it must not wait for the GPU. It is captured at its
+    first call with inputs of these shapes and dtypes, under this autocast dtype. It is called
+    directly on other devices, with gradients, in `disabled()`, and while the module last given
+    to `check_module` has forward hooks, which a graph would not call.
+    """
 
     def __init__(self):
-        self.graphs, self.places, self.weights = {}, [], None
+        self.graphs: dict[tuple, CapturedGraph] = {}  # least recently used first
+        self.tensors: list[dict] = []     # of all modules: parameters and buffers by name
+        self.attributes: list[dict] = []  # of all modules: other attributes by name
+        self.hooks: list[dict] = []
+        self.pointers, self.objects = [], []
+        self.enabled = True
 
-    def __call__(self, function: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> tuple[Tensor, ...]:
-        """The function of these inputs; the outputs are the caller's to keep."""
-        if not inputs[0].is_cuda or torch.is_grad_enabled():
+    def __call__(self, function: Callable[..., tuple[Tensor, ...]],
+                 *inputs: Tensor) -> tuple[Tensor, ...]:
+        """function(*inputs); the outputs are copies that no later call overwrites."""
+        capturable = inputs[0].is_cuda and not torch.is_grad_enabled()
+        if not capturable or not self.enabled or any(self.hooks):
             return function(*inputs)
         autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
-        key = function.__name__, autocast, *((given.shape, given.dtype) for given in inputs)
-        found = self.graphs.pop(key, None) or self.capture(function, inputs)
-        self.graphs[key] = found                                              # last = latest
-        for own, given in zip(found.inputs, inputs):
-            own.copy_(given)
-        found.graph.replay()
-        return tuple(output.clone() for output in found.outputs)
+        shapes = ((tensor.shape, tensor.dtype) for tensor in inputs)
+        key = (function.__name__, autocast, *shapes)
+        captured = self.graphs.pop(key, None) or self.capture(function, inputs)
+        self.graphs[key] = captured
+        for static, tensor in zip(captured.inputs, inputs):
+            static.copy_(tensor)
+        captured.graph.replay()
+        return tuple(output.clone() for output in captured.outputs)
 
-    def check_weights(self, module: nn.Module) -> None:
-        """Forget all graphs if weights of the module, always the same one, are no longer where they were, or a part of it is another
-        one; to be called now and then. That their values change does no harm."""
-        if self.look_up() != self.weights:
-            self.graphs.clear()
-            # where modules keep what they have: walking there takes longer than looking it up
-            self.places = [place for part in module.modules() for place in (part._parameters, part._buffers, part._modules)]
-            self.weights = self.look_up()
-
-    def look_up(self) -> list[int | nn.Module]:
-        """Where weights are, and which modules there are."""
-        return [value.data_ptr() if isinstance(value, Tensor) else value for place in self.places for value in place.values()]
-
-    def forget(self) -> None:
-        """Give all graphs and their memory back."""
-        self.graphs.clear()
-        self.weights = None
-
-    def capture(self, function: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor, ...]) -> Captured:
-        """Run the function once to warm up, and once to record it."""
-        while len(self.graphs) >= KEPT:
+    def capture(self, function: Callable[..., tuple[Tensor, ...]],
+                inputs: tuple[Tensor, ...]) -> CapturedGraph:
+        """Run the function once to warm up, and once to capture it."""
+        while len(self.graphs) >= MAX_GRAPHS:
             self.graphs.pop(next(iter(self.graphs)))
-        graph, inputs = torch.cuda.CUDAGraph(), [given.clone() for given in inputs]
-        stream, current = side_stream(inputs[0].device), torch.cuda.current_stream()
+        graph, inputs = torch.cuda.CUDAGraph(), [tensor.clone() for tensor in inputs]
+        stream, current = get_stream(inputs[0].device), torch.cuda.current_stream()
         stream.wait_stream(current)
-        # weights cast to 16 bit must be cast inside the graph, not taken from autocast's cache, which is emptied behind it
-        with torch.cuda.stream(stream), torch.autocast("cuda", torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda"),
-                                                       cache_enabled=False):
+        # Autocast's cache of 16 bit weights is emptied behind the graph, so cast inside of it.
+        autocast = torch.autocast("cuda", torch.get_autocast_dtype("cuda"),
+                                  torch.is_autocast_enabled("cuda"), cache_enabled=False)
+        with torch.cuda.stream(stream), autocast:
             function(*inputs)
-            torch.cuda.empty_cache()                                          # the graph has memory of its own
-            graph.capture_begin(capture_error_mode="thread_local")            # loaders pin memory in other threads meanwhile
+            torch.cuda.empty_cache()  # the graph allocates from a pool of its own
+            # Data loaders pin memory in other threads meanwhile.
+            graph.capture_begin(capture_error_mode="thread_local")
             outputs = function(*inputs)
             graph.capture_end()
         current.wait_stream(stream)
-        return Captured(graph, inputs, outputs)
+        return CapturedGraph(graph, inputs, outputs)
+
+    def check_module(self, module: nn.Module) -> None:
+        """Drop all graphs if the module has changed: call this before each video.
+
+        Changes are other weight tensors (`.to()`, `load_state_dict(assign=True)`), submodules,
+        settings such as `tracker.gate_mask`, and replaced methods. New values in the same weight
+        tensors are read by the graphs and need no new capture.
+        """
+        pointers, objects = self.read_module(module)
+        if pointers != self.pointers or not is_same(objects, self.objects):
+            self.graphs.clear()
+            # Walking through the modules takes 20 times as long as reading what they hold.
+            submodules = list(module.modules())
+            self.tensors = [tensors for submodule in submodules
+                            for tensors in (submodule._parameters, submodule._buffers)]
+            self.attributes = [module._modules, *map(vars, submodules[1:]),
+                               *(submodule._modules for submodule in submodules[1:])]
+            self.hooks = [hooks for submodule in submodules
+                          for hooks in (submodule._forward_hooks, submodule._forward_pre_hooks)]
+            self.pointers, self.objects = self.read_module(module)
+
+    def read_module(self, module: nn.Module) -> tuple[list[int], list]:
+        """Where the weights are, and all attributes of the module and its submodules."""
+        pointers = [tensor.data_ptr() for tensors in self.tensors
+                    for tensor in tensors.values() if tensor is not None]
+        objects = list(chain.from_iterable(map(dict.values, self.attributes)))
+        # The module owns the cache: holding its methods or itself would keep both alive.
+        values = [value for value in vars(module).values() if value is not self]
+        return pointers, objects + [getattr(value, "__func__", value) for value in values]
+
+    def clear(self) -> None:
+        """Release all graphs and their memory."""
+        self.graphs.clear()
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """A context in which functions are called directly, kernel by kernel."""
+        before, self.enabled = self.enabled, False
+        try:
+            yield
+        finally:
+            self.enabled = before
 
     def __reduce__(self) -> tuple:
-        """A copy of the module has no graphs yet."""
-        return Replay, ()
+        """A copied or unpickled cache is empty."""
+        return CUDAGraphCache, ()
 
 
-class Beside:
-    """A context: what is launched in it runs beside what is launched after it, until `join`. Without a GPU it changes nothing.
+def is_same(objects: list, others: list) -> bool:
+    """Whether two lists hold the very same objects."""
+    return len(objects) == len(others) and all(map(is_, objects, others))
 
-    What is read in it must be kept until `join`, and what is made in it used after that only. waits: for what was launched before
-    it, too; what reads nothing of that, a copy from the CPU, need not."""
 
-    def __init__(self, device: torch.device, waits: bool = True):
-        self.waits = waits
-        # small kernels need not queue behind large ones, and no copy behind those
-        self.stream = side_stream(device, -1 if waits else -2) if device.type == "cuda" else None
+class SideStream:
+    """A context whose kernels run on a CUDA stream beside the current one; no effect on a CPU.
+
+        side = SideStream(device, priority=-1)
+        side.wait()        # work on the side stream starts after all that is launched so far
+        with side:
+            y = f(x)       # x must be kept, and y must not be used, until
+        side.join()        # all that is launched from here on starts after the side stream's work
+    """
+
+    def __init__(self, device: torch.device, priority: int):
+        self.stream = get_stream(device, priority) if device.type == "cuda" else None
+
+    def wait(self) -> None:
+        """Order later work on the side stream after the current stream's work so far."""
+        if self.stream:
+            self.stream.wait_stream(torch.cuda.current_stream())
 
     def __enter__(self) -> None:
         if self.stream:
-            if self.waits:
-                self.stream.wait_stream(torch.cuda.current_stream())
             self.context = torch.cuda.stream(self.stream)
             self.context.__enter__()
 
-    def __exit__(self, *failure) -> None:
+    def __exit__(self, *exception) -> None:
         if self.stream:
-            self.context.__exit__(*failure)
+            self.context.__exit__(*exception)
 
-    def join(self, *made: Tensor) -> None:
-        """What is launched from here on waits for it, and what was made in it is the current stream's."""
+    def join(self, *results: Tensor) -> None:
+        """Order later work on the current stream after the side stream's work so far.
+
+        results: tensors allocated on a side stream that never waits for the current one. Their
+        memory is not reused before the current stream has read them.
+        """
         if self.stream:
             current = torch.cuda.current_stream()
             current.wait_stream(self.stream)
-            for tensor in made:
-                tensor.record_stream(current)             # its memory is not given to the next copy before it is read
+            for tensor in results:
+                tensor.record_stream(current)

@@ -5,9 +5,10 @@ import processes
 
 os.environ |= processes.ONE_THREAD  # before torch is imported, which reads it once
 
-import golden_set  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
+import golden_set  # noqa: E402
 
 torch.set_num_threads(1)
 

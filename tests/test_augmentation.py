@@ -10,10 +10,10 @@ import numpy
 import pytest
 import torch
 from scipy.ndimage import binary_dilation, binary_erosion, center_of_mass
-from test_data import GREEN, HEIGHT, RED, is_colour, painted_clip
 from torchvision import tv_tensors
 
 from augmentation import Augmentation, short_side_size
+from test_data import GREEN, HEIGHT, RED, is_colour, painted_clip
 
 TURNED = Augmentation(short_sides=(2 * HEIGHT,), flip=False, rotation=15)
 JITTERED = Augmentation(short_sides=(), lsj_size=64, rotation=15)

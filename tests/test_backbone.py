@@ -2,7 +2,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from golden_set import make_video, meta, official_weights, read_arrays, subsampled_error
 from torchvision.models import get_model, resnet50
 from torchvision.models.swin_transformer import SwinTransformer
 
@@ -15,6 +14,7 @@ from backbone import (
     shifted_from_afar,
 )
 from checkpoint import translate
+from golden_set import make_video, meta, official_weights, read_arrays, subsampled_error
 
 
 @torch.no_grad()

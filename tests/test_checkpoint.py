@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from golden_set import meta, names_shapes
 
 from backbone import build_backbone
 from checkpoint import (
@@ -25,6 +24,7 @@ from checkpoint import (
     translate,
 )
 from data import InputError
+from golden_set import meta, names_shapes
 from model import PRESETS, TEST_SIDES, build_model
 
 TINY = dict(channels=32, heads=2, feed_forward=32, pixel_feed_forward=32)

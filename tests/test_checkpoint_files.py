@@ -11,7 +11,6 @@ from contextlib import contextmanager
 import numpy
 import pytest
 import torch
-from sparse_set import TINY, save_tiny_model, tiny_model
 from torch import nn
 
 from checkpoint import (
@@ -22,6 +21,7 @@ from checkpoint import (
 )
 from model import TEST_SIDES, build_model
 from runtime.errors import InputError
+from sparse_set import TINY, save_tiny_model, tiny_model
 
 
 def same_weights(one, other):

@@ -1,12 +1,13 @@
-"""Without a GPU nothing is recorded and nothing runs beside: a function is simply called."""
+"""Without a GPU no graph is captured and no stream used: functions are simply called."""
 import copy
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
-from sparse_set import tiny_model
 
-from fast.cuda_graphs import Beside, Replay
+from fast.cuda_graphs import CapturedGraph, CUDAGraphCache, SideStream
+from sparse_set import tiny_model
 
 
 def double_and_sum(x, y):
@@ -21,31 +22,76 @@ def test_a_function_is_called_every_time(gradients):
         calls.append(x)
         return double_and_sum(x, y)
 
-    replay = Replay()
+    graphs = CUDAGraphCache()
     with torch.set_grad_enabled(gradients):
         for value in (1.0, 3.0):
             x, y = torch.full((2,), value, requires_grad=True), torch.ones(2)
-            twice, total = replay(function, x, y)
+            twice, total = graphs(function, x, y)
             assert twice.tolist() == [2 * value] * 2 and total.tolist() == [value + 1] * 2
             assert twice.requires_grad == total.requires_grad == gradients
-    assert len(calls) == 2 and not replay.graphs
+    assert len(calls) == 2 and not graphs.graphs
 
 
-def test_training_gives_back_what_was_recorded():
+class FakeInput:
+    """What a cache looks at, of a tensor on a GPU."""
+    is_cuda, shape, dtype = True, (2,), torch.float32
+
+
+def test_a_captured_graph_is_replayed_unless_hooks_must_fire():
+    model, replays = tiny_model(), []
+    graphs = CUDAGraphCache()
+    graph = SimpleNamespace(replay=lambda: replays.append("replay"))
+    graphs.capture = lambda *given: CapturedGraph(graph, [], (torch.ones(1),))
+
+    def call():
+        replays.clear()
+        with torch.no_grad():
+            output, = graphs(lambda x: replays.append("call") or (torch.ones(1),), FakeInput())
+        assert output == 1
+        return replays
+
+    graphs.check_module(model)
+    assert call() == ["replay"]
+    for register in ("register_forward_hook", "register_forward_pre_hook"):
+        handle = getattr(model.tracker.decoder[0], register)(print)  # in the middle of a video
+        assert call() == ["call"]
+        handle.remove()
+        assert call() == ["replay"]
+    with graphs.disabled():
+        assert call() == ["call"]
+        with graphs.disabled():
+            pass
+        assert call() == ["call"]
+    assert call() == ["replay"] and len(graphs.graphs) == 1
+    graphs.clear()
+    assert not graphs.graphs
+
+
+def test_outputs_are_not_overwritten_by_the_next_replay():
+    graphs, static = CUDAGraphCache(), torch.zeros(1)
+    graph = SimpleNamespace(replay=lambda: static.add_(1))
+    graphs.capture = lambda *given: CapturedGraph(graph, [], (static,))
+    with torch.no_grad():
+        outputs = [graphs(double_and_sum, FakeInput())[0] for _ in range(3)]
+    assert torch.cat(outputs).tolist() == [1, 2, 3]
+
+
+def test_training_releases_graphs():
     """As the weights are going to change, and the memory is needed; evaluation keeps it."""
     model = tiny_model()
-    model.replay.graphs["recorded"] = None
-    assert model.eval().replay.graphs and not model.train().replay.graphs
+    model.cuda_graphs.graphs["captured"] = None
+    assert model.eval().cuda_graphs.graphs and not model.train().cuda_graphs.graphs
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert isinstance(other.replay, Replay) and other.replay is not model.replay
+        assert isinstance(other.cuda_graphs, CUDAGraphCache)
+        assert other.cuda_graphs is not model.cuda_graphs
 
 
-@pytest.mark.parametrize("waits", [True, False])
-def test_nothing_runs_beside_on_a_cpu(waits):
-    beside = Beside(torch.device("cpu"), waits)
-    with beside:
+def test_a_side_stream_has_no_effect_on_a_cpu():
+    side = SideStream(torch.device("cpu"), priority=-1)
+    side.wait()
+    with side:
         x = torch.ones(3)
-    beside.join(x)
+    side.join(x)
     assert x.sum() == 3
-    with pytest.raises(ZeroDivisionError), beside:            # an error is no secret
+    with pytest.raises(ZeroDivisionError), side:            # errors are passed on
         1 / 0

@@ -10,6 +10,13 @@ import numpy
 import pytest
 import torch
 from PIL import Image
+
+import data
+from augmentation import Augmentation
+from clips import ClipDataset
+from data import VideoSet, find_split, frames_at_test_size, read_categories
+from reading.pictures import read_picture
+from runtime.errors import InputError
 from sparse_set import (
     LABELS,
     VIDEOS,
@@ -19,15 +26,8 @@ from sparse_set import (
     write_json,
     write_sparse_set,
 )
-from test_bad_input import read_files
-
-import data
-from augmentation import Augmentation
-from clips import ClipDataset
-from data import VideoSet, find_split, frames_at_test_size, read_categories
-from reading.pictures import read_picture
-from runtime.errors import InputError
 from synthetic.suites import SUITES, make_dataset
+from test_bad_input import read_files
 
 
 @pytest.fixture(scope="module")

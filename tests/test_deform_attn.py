@@ -3,7 +3,6 @@ import math
 
 import pytest
 import torch
-from golden_set import meta, read_arrays, relative_error
 
 from deform_attn import (
     DeformableAttention,
@@ -12,6 +11,7 @@ from deform_attn import (
     pixel_centres,
     sample_points,
 )
+from golden_set import meta, read_arrays, relative_error
 
 
 def bilinear(plane, x, y):

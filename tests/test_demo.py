@@ -21,19 +21,19 @@ import numpy
 import pytest
 import torch
 from PIL import Image
-from processes import ENVIRONMENT, REPOSITORY, fake_ffmpeg
 from pycocotools import mask as rle
-from test_bad_input import read_files, sentence, train_arguments
-from test_overlays import read_animation
 
 import demo
 import train
 from checkpoint import model_from_checkpoint
 from data import InputError, at_test_size
 from evaluation.postprocess import FrameTracks
+from processes import ENVIRONMENT, REPOSITORY, fake_ffmpeg
 from reading.annotations import one_line
 from synthetic.scenes import CATEGORIES
 from synthetic.suites import Suite, make_dataset
+from test_bad_input import read_files, sentence, train_arguments
+from test_overlays import read_animation
 from viewing.overlays import overlays
 
 pytestmark = pytest.mark.slow  # whole programs

@@ -12,13 +12,13 @@ import numpy
 import pytest
 import torch
 from PIL import Image
-from sparse_set import SIDE, TINY, save_tiny_model, tiny_model, write_json
-from test_demo import fake_ffmpeg
 
 import demo
 from checkpoint import save_checkpoint
 from model import GRAttVIS, build_model
 from runtime.errors import InputError
+from sparse_set import SIDE, TINY, save_tiny_model, tiny_model, write_json
+from test_demo import fake_ffmpeg
 
 pytestmark = pytest.mark.slow  # whole programs
 

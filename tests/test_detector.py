@@ -1,15 +1,15 @@
 """The detector against a plain reference, in 16 bit, and the weights it starts from."""
 import math
 
-import plain_model
 import pytest
 import torch
 import torch.nn.functional as F
-from golden_set import relative_error
-from plain_model import Weights
 
+import plain_model
 from detector import MasksAtLevels, sine_position
+from golden_set import relative_error
 from model import build_model
+from plain_model import Weights
 from transformer import mask_logits
 
 SIZE = dict(backbone="resnet10", channels=32, heads=2, queries=5, frame_queries=6, pixel_layers=2,

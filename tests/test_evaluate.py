@@ -5,13 +5,13 @@ import json
 
 import numpy
 import pytest
-from golden_set import meta, read_json
 from PIL import Image
 from pycocotools import mask as rle
 
 import evaluate
 import train
 from data import frames_at_test_size
+from golden_set import meta, read_json
 from synthetic.suites import SUITES, Suite, make_dataset
 
 pytestmark = pytest.mark.slow  # whole programs

@@ -14,6 +14,12 @@ import numpy
 import pytest
 import torch
 from PIL import Image
+from torch import nn
+
+import evaluate
+from evaluation.metric import evaluate_results
+from model import GRAttVIS, build_model
+from runtime.errors import InputError
 from sparse_set import (
     SIDE,
     VIDEOS,
@@ -24,14 +30,8 @@ from sparse_set import (
     write_json,
     write_sparse_set,
 )
-from test_bad_input import read_files
-from torch import nn
-
-import evaluate
-from evaluation.metric import evaluate_results
-from model import GRAttVIS, build_model
-from runtime.errors import InputError
 from synthetic.suites import SUITES, Suite, make_dataset
+from test_bad_input import read_files
 from viewing.overlays import overlays, save_pictures
 
 pytestmark = pytest.mark.slow  # whole programs

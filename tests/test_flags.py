@@ -11,11 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
-from test_recipes import data_sets  # noqa: F401, a fixture
-from test_train import poison
-from test_train_by_hand import CASES
 from torch.nn.modules.module import register_module_forward_pre_hook
-from training import TINY_MODEL, train_tiny
 
 import train
 from augmentation import Augmentation
@@ -23,6 +19,10 @@ from backbone import build_backbone
 from model import GRAttVIS, build_model
 from runtime.errors import InputError
 from synthetic.suites import make_dataset
+from test_recipes import data_sets  # noqa: F401, a fixture
+from test_train import poison
+from test_train_by_hand import CASES
+from training import TINY_MODEL, train_tiny
 
 pytestmark = pytest.mark.slow  # whole programs
 

@@ -6,6 +6,8 @@ that nothing in the model quietly needs more.
 import numpy
 import pytest
 import torch
+
+from checkpoint import SHIPPED_WEIGHTS, model_from_checkpoint
 from conftest import fixed_threads
 from golden_set import (
     PROPAGATION,
@@ -17,8 +19,6 @@ from golden_set import (
     subsampled_error,
     unpack_masks,
 )
-
-from checkpoint import SHIPPED_WEIGHTS, model_from_checkpoint
 from transformer import mask_logits
 
 VIDEOS = list(meta()["infer"]["videos"])
@@ -132,8 +132,8 @@ def test_golden_detections(model, name, monkeypatch):
     double = next(model.parameters()).dtype == torch.float64
     golden, video_spec = read_arrays(spec["files"][name]), spec["videos"][name]
     frames = make_video(**video_spec)
-    stretches = list(model.follow([frames]))
-    monkeypatch.setattr(model, "follow", lambda batches: iter(stretches))
+    chunks = list(model.track_video(frames))
+    monkeypatch.setattr(model, "track_video", lambda video: iter(chunks))
     video = model.segment_video(frames, (video_spec["out_height"], video_spec["out_width"]), spec["topk"])
     compare_detections(video, golden, "out_")
     compare_detections(model.segment_video(frames, None, spec["topk"]), golden, "same_")

@@ -6,14 +6,14 @@ import json
 
 import pytest
 import torch
-from golden_set import PROPAGATION, golden_model, make_video, meta, read_arrays, relative_error
-from test_golden_inference import assert_masks_in_16_bit
 
 import train
 from backbone import build_backbone, fold_norms
-from fast.cuda_graphs import Replay
+from fast.cuda_graphs import CUDAGraphCache
+from golden_set import PROPAGATION, golden_model, make_video, meta, read_arrays, relative_error
 from model import build_model
 from synthetic.suites import make_dataset
+from test_golden_inference import assert_masks_in_16_bit
 from transformer import cast_products, linear_relu
 
 pytestmark = pytest.mark.skipif(
@@ -169,7 +169,7 @@ def test_replayed_batches_are_what_their_kernels_compute(propagation, monkeypatc
             assert torch.equal(found.scores, whole.scores)
             assert found.segmentations == whole.segmentations
         logits = model.segment_video(frames).logits
-        monkeypatch.setattr(Replay, "__call__", lambda self, function, *inputs: function(*inputs))
+        monkeypatch.setattr(CUDAGraphCache, "__call__", lambda self, function, *inputs: function(*inputs))
         assert torch.equal(model.segment_video(frames).logits, logits)
         monkeypatch.undo()
         torch.nn.init.normal_(model.tracker.class_embed.weight)

@@ -16,19 +16,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import fixed_threads
-from processes import ENVIRONMENT, REPOSITORY, free_port, wait_until
 from pycocotools import mask as rle
-from test_model import HEIGHT, WIDTH, make_frames, make_model
 
 import evaluate
-import model as model_file
 import train
+from conftest import fixed_threads
 from data import InputError, Video, VideoSet, frames_at_test_size
+from evaluation import postprocess
 from evaluation.inference import FrameBatches, Unfinished, share
 from evaluation.metric import evaluate_results
 from evaluation.postprocess import EncodedVideo
+from processes import ENVIRONMENT, REPOSITORY, free_port, wait_until
 from synthetic.suites import make_dataset
+from test_model import HEIGHT, WIDTH, make_frames, make_model
 
 pytestmark = pytest.mark.slow  # whole programs
 
@@ -151,7 +151,7 @@ def test_codes_are_the_masks_of_segment_video(mode):
 def test_however_few_masks_are_there_at_once(monkeypatch, pixels):
     model, frames = make("two frames"), make_frames(3)
     expected = model.segment_video(frames, top_k=12)
-    monkeypatch.setattr(model_file, "MASK_PIXELS", pixels)
+    monkeypatch.setattr(postprocess, "MASK_PIXELS", pixels)
     assert_same(model.encode_video([frames], top_k=12), expected, layers=3)
 
 

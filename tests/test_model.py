@@ -13,16 +13,18 @@ from functools import partial
 from itertools import accumulate
 
 import numpy
-import plain_model
 import pytest
 import torch
 import torch.nn.functional as F
 from pycocotools import mask as rle
-from test_detector import randomised
 from torchvision.models.resnet import BasicBlock, ResNet
 
-from batching import regrouped
+import plain_model
+from fast.acceleration import compile_parts, hold_frozen
+from fast.video_pipeline import VideoPipeline
 from model import PIXEL_MEAN, PIXEL_STD, PRESETS, TEST_SIDES, GRAttVIS, build_model
+from test_detector import randomised
+from tracker import Tracker
 
 CLASSES, HEIGHT, WIDTH = 3, 40, 56
 STEPPING = ("gated", "plain", "memory", "gated+memory")  # the propagations that go frame by frame
@@ -117,12 +119,20 @@ def test_a_video_is_segmented_as_by_plain_loops(propagation, options):
 @pytest.mark.slow
 @pytest.mark.parametrize("propagation, length", [("gated", 1), ("gated+memory", 2), ("gated", 3)])
 def test_several_clips_at_once(monkeypatch, propagation, length):
-    """As a GPU takes them: six frames that come together are what they are one by one."""
-    model, frames = make_model(propagation, clip_length=length), make_frames(6)
+    """As on a GPU, six frames at once, the last chunk filled up: the same results as one by one."""
+    model, frames = make_model(propagation, clip_length=length), make_frames(8)
     alone = model.encode_video([frames], top_k=6), model.segment_video(frames, top_k=6)
-    monkeypatch.setattr("model.regrouped", lambda batches, count: regrouped(batches, 6))
+    create, sizes, detect = VideoPipeline.__init__, [], model.detect_queries
+
+    def create_with_chunks(pipeline, model):
+        create(pipeline, model)
+        pipeline.chunk_size = 6
+
+    monkeypatch.setattr(VideoPipeline, "__init__", create_with_chunks)
+    model.detect_queries = lambda frames: sizes.append(len(frames)) or detect(frames)
     together = model.encode_video([frames], top_k=6), model.segment_video(frames, top_k=6)
-    assert together[1].logits.shape[0] == 6 // length
+    assert together[1].logits.shape[0] == math.ceil(8 / length)
+    assert sizes == [6] * 4
     for one, other in zip(alone, together):
         for name in ("scores", "labels", "track_ids"):
             torch.testing.assert_close(getattr(one, name), getattr(other, name))
@@ -143,13 +153,43 @@ def test_video_result(propagation):
     assert video.logits.shape == (1 if propagation == "clip" else 3, 20, CLASSES + 1)
 
 
-def test_frames_may_come_one_by_one(model):
-    """A generator gives what the tensor gives; and no video leaves a trace for the next."""
-    frames = make_frames(3)
-    expected = model.segment_video(frames)
-    model.segment_video(make_frames(2, 24, 30, seed=1))
-    assert_equal(model.segment_video(frame for frame in frames), expected)
-    assert_equal(model.segment_video(list(frames)), expected)
+@pytest.mark.parametrize("infer", ["segment_video", "encode_video"])
+def test_a_video_may_come_in_any_form(model, infer):
+    """A tensor, frames, or batches of any lengths; and no video leaves a trace for the next."""
+    frames, infer = make_frames(3), getattr(model, infer)
+    expected = infer(frames)
+    infer(make_frames(2, 24, 30, seed=1))
+    forms = (list(frames), frames.split([2, 0, 1]), [frames], [frames[0], frames[1:]])
+    for form in (*forms, (frame for frame in frames)):
+        result = infer(form)
+        for name, value in vars(expected).items():
+            if name == "segmentations":
+                assert result.segmentations == value
+            else:
+                torch.testing.assert_close(getattr(result, name), value)
+
+
+@pytest.mark.parametrize("options", [{}, {"clip_length": 2}, {"propagation": "plain"}], ids=str)
+def test_gates_of_a_video(options):
+    """Those of `encode_video`, which other tests compare with the tracker's logits."""
+    model, frames = make_model(**options), make_frames(3)
+    gates = model.segment_video(frames, top_k=12).gates
+    assert gates.shape == (12, 3, 0 if "propagation" in options else 3) and gates.dtype == torch.bool
+    assert torch.equal(gates, model.encode_video(frames, top_k=12).gates)
+
+
+def test_a_chunk_is_detected_before_the_one_before_it_is_tracked(model, monkeypatch):
+    """So that a GPU does both at once; and each chunk is handed over as soon as it is tracked."""
+    calls, track = [], type(model).track
+    detect = type(model).detect_queries
+    monkeypatch.setattr(type(model), "detect_queries",
+                        lambda self, frames: calls.append("detect") or detect(self, frames))
+    monkeypatch.setattr(type(model), "track",
+                        lambda self, *given: calls.append("track") or track(self, *given))
+    for _ in model.track_video(make_frames(3)):
+        calls.append("chunk")
+    assert calls == ["detect", "detect", "track", "chunk", "detect", "track", "chunk", "track",
+                     "chunk"]
 
 
 def test_all_pairs(model):
@@ -342,6 +382,18 @@ def test_sides_of_test_frames():
     assert TEST_SIDES == {name: 360 if name in ("r50", "r101") else 448 if name.startswith("swin") else 96 for name in PRESETS}
 
 
+def test_options_of_the_tracker_are_passed_on(monkeypatch):
+    """So a new one is declared in Tracker alone."""
+    def __init__(self, *arguments, new_option: int = 1, **options):
+        create(self, *arguments, **options)
+        self.new_option = new_option
+
+    create = Tracker.__init__
+    monkeypatch.setattr(Tracker, "__init__", __init__)
+    assert build_model("toy", CLASSES).tracker.new_option == 1
+    assert build_model("toy", CLASSES, new_option=2).tracker.new_option == 2
+
+
 def test_build_model_refuses():
     with pytest.raises(ValueError, match="'r18'.*r50, r101"):
         build_model("r18", CLASSES)
@@ -395,7 +447,7 @@ def test_weights_cast_once_are_those_of_autocast(frozen):
 
     expected = run()
     if frozen:
-        model.hold_frozen(torch.bfloat16)
+        hold_frozen(model, torch.bfloat16)
     else:
         assert not model.train().accelerate(torch.bfloat16).training                    # it is for inference alone
     assert model.backbone.conv1.weight.dtype == torch.bfloat16
@@ -411,11 +463,11 @@ def test_a_frozen_detector_looks_in_parts(monkeypatch, norm, parts):
     torch.manual_seed(0)
     model, videos = build_model("toy", CLASSES, norm=norm).double(), [make_frames(3), make_frames(3)]
     monkeypatch.setattr("tracker.logistic_noise", torch.zeros_like)
-    whole, seen, look = model(videos), [], model.look
+    whole, seen, detect = model(videos), [], model.detect
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith("tracker."))
-    monkeypatch.setattr("model.FROZEN_TOGETHER", 2)
-    model.look = lambda images: seen.append(len(images)) or look(images)
+    monkeypatch.setattr("fast.acceleration.FROZEN_CHUNK", 2)
+    model.detect = lambda images: seen.append(len(images)) or detect(images)
     output = model(videos)
     assert len(seen) == parts
     torch.testing.assert_close(output.clips[-1].logits[-1], whole.clips[-1].logits[-1])
@@ -449,42 +501,53 @@ def test_the_compiled_parts_have_no_breaks(monkeypatch):
     torch.manual_seed(0)
     model, frames = build_model("toy", CLASSES, "gated+memory", norm="group", frame_layers=2, tracker_decoder_layers=2), make_frames(3)
     expected = model.double().train()([frames]).clips[-1].logits[-1], model.eval().segment_video(frames).logits
-    model.compile_parts()
+    compile_parts(model)
     other = copy.deepcopy(model)
     assert other.decode.__self__ is other and other.tracker.carry.__self__ is other.tracker
     torch.testing.assert_close(model.segment_video(frames).logits, expected[1])
     torch.testing.assert_close(model.train()([frames]).clips[-1].logits[-1], expected[0])
 
 
-def test_regrouped():
-    """Batches of any lengths become batches of four, in order, the last as long as what is left."""
-    frames = make_frames(11)
-    found = list(regrouped(frames.split([3, 1, 5, 0, 2]), 4))
-    assert [len(batch) for batch in found] == [4, 4, 3] and torch.equal(torch.cat(found), frames)
-    assert not list(regrouped([], 4))
-    with pytest.raises(ValueError, match=r"one size, not \[\(40, 50\), \(40, 56\)\]"):
-        list(regrouped([frames[:3], make_frames(1, 40, 50)], 4))
-
-
 def test_a_copy_has_no_graphs_of_the_model():
     model = make_model()
-    model.replay.graphs["key"] = None
+    model.cuda_graphs.graphs["key"] = None
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert other.replay is not model.replay and not other.replay.graphs
+        assert other.cuda_graphs is not model.cuda_graphs and not other.cuda_graphs.graphs
 
 
-def test_graphs_are_forgotten_when_weights_move():
-    """Their values may change: a graph reads them where they are."""
+def test_graphs_are_dropped_when_the_model_changes():
+    """New values in the same weight tensors are no change: a graph reads them where they are."""
     model = make_model()
-    for move, kept in ((lambda: torch.nn.init.normal_(model.tracker.class_embed.weight), True), (model.float, False),
-                       (lambda: setattr(model.tracker.class_embed, "weight", torch.nn.Parameter(torch.zeros(CLASSES + 1, 64))), False),
-                       (lambda: setattr(model.tracker, "class_embed", torch.nn.Linear(64, CLASSES + 1)), False),
-                       (lambda: torch.nn.init.zeros_(model.tracker.class_embed.weight), True), (model.half, False)):
-        model.replay.check_weights(model)
-        model.replay.graphs["key"] = None
-        move()
-        model.replay.check_weights(model)
-        assert bool(model.replay.graphs) == kept
+    tracker = model.tracker
+    changes = [
+        (lambda: torch.nn.init.normal_(tracker.class_embed.weight), True),
+        (lambda: model.load_state_dict(model.state_dict()), True),
+        (lambda: model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True), False),
+        (lambda: model.eval(), True),
+        (lambda: model.train().eval(), False),
+        (model.float, False),
+        (lambda: setattr(tracker.class_embed, "weight",
+                         torch.nn.Parameter(torch.zeros(CLASSES + 1, 64))), False),
+        (lambda: setattr(tracker, "class_embed", torch.nn.Linear(64, CLASSES + 1)), False),
+        (lambda: setattr(tracker, "gate_mask", "blocked"), False),
+        (lambda: setattr(tracker, "propagate", lambda gate, x, carried: x), False),
+        (lambda: torch.nn.init.zeros_(tracker.class_embed.weight), True),
+        (model.half, False)]
+    for number, (change, kept) in enumerate(changes):
+        model.cuda_graphs.check_module(model)
+        model.cuda_graphs.graphs["key"] = None
+        change()
+        model.cuda_graphs.check_module(model)
+        assert bool(model.cuda_graphs.graphs) == kept, number
+
+
+def test_every_video_checks_the_graphs():
+    model, frames = make_model(), make_frames(2)
+    for infer in (model.segment_video, model.encode_video, lambda frames: model.step(frames[0])):
+        model.cuda_graphs.graphs["key"] = None
+        model.tracker.to(torch.float32).to(torch.float64)
+        infer(frames)
+        assert not model.cuda_graphs.graphs
 
 
 def test_a_model_is_gone_with_its_last_name():

@@ -7,11 +7,11 @@ import numpy
 import pytest
 import torch
 from PIL import Image
-from test_metric import encode
-from test_overlays import video_of
 
 from data import InputError
 from evaluation.metric import accumulate
+from test_metric import encode
+from test_overlays import video_of
 from viewing import plots
 from viewing.overlays import colour_of
 from viewing.plots import plot_classes, plot_precision, plot_timeline, require_matplotlib

@@ -1,4 +1,4 @@
-"""Masks of a video: resized by products with matrices, which is what PyTorch interpolates, side by side."""
+"""Masks of a video: resized by one matrix product per side, equal to PyTorch's interpolation."""
 import math
 
 import pytest
@@ -86,11 +86,11 @@ def test_scores_of_two_parts_of_a_video():
                         torch.tensor([2.0, 3.0]), torch.tensor([4, 5]))
     other = RunningScores(torch.tensor([[0.3, 0.8], [0.1, 0.6]]),
                           torch.tensor([1.0, 0.5]), torch.tensor([2, 1]))
-    for both in (one.joined(other), other.joined(one)):
+    for both in (one.merge(other), other.merge(one)):
         assert both.class_scores.tolist() == [pytest.approx([0.3, 0.9]), pytest.approx([0.5, 0.6])]
         assert both.mask_sum.tolist() == [3, 3.5] and both.mask_area.tolist() == [6, 6]
-    assert one.joined(None) is one
-    scores, labels, queries = one.joined(other).best(2)
+    assert one.merge(None) is one
+    scores, labels, queries = one.merge(other).best(2)
     assert labels.tolist() == [1, 1] and queries.tolist() == [0, 1]
     assert scores.tolist() == pytest.approx([0.9 * 3 / 6, 0.6 * 3.5 / 6])
 

@@ -7,8 +7,8 @@ import subprocess
 import sys
 
 import pytest
-from processes import ENVIRONMENT
 
+from processes import ENVIRONMENT
 from runtime.errors import InputError, UnbreakableStream
 from runtime.files import atomic_write, checksum, folder_lock, read_json, save_json
 

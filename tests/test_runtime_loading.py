@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from processes import ENVIRONMENT
 from torch.utils.data import Dataset
 
+from processes import ENVIRONMENT
 from runtime.errors import InputError
 from runtime.loading import PackedBatch, choose_workers, read_ahead
 

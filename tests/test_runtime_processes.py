@@ -4,9 +4,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from processes import ENVIRONMENT, REPOSITORY, free_port
 
 import train
+from processes import ENVIRONMENT, REPOSITORY, free_port
 from runtime.device import choose_device
 from runtime.errors import InputError
 from runtime.processes import start_processes

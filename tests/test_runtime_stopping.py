@@ -7,8 +7,8 @@ import sys
 
 import pytest
 import torch
-from processes import ENVIRONMENT, REPOSITORY, free_port, wait_until
 
+from processes import ENVIRONMENT, REPOSITORY, free_port, wait_until
 from synthetic.suites import make_dataset
 
 pytestmark = pytest.mark.slow

@@ -11,10 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import fixed_threads
-from test_metric import LEFT, RIGHT, annotation, prediction, truth
 
 from checkpoint import save_checkpoint
+from conftest import fixed_threads
 from data import InputError, Video
 from evaluation import metric
 from evaluation.postprocess import EncodedVideo
@@ -23,6 +22,7 @@ from model import build_model
 from synthetic.rendering import make_video
 from synthetic.scenes import Difficulty
 from synthetic.suites import SUITES, make_dataset
+from test_metric import LEFT, RIGHT, annotation, prediction, truth
 
 # At the end: some of its files have names of ours.
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))

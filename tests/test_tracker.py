@@ -6,10 +6,10 @@ Gumbel-sigmoid and its straight-through gradient, GenVIS' memory, VITA's windows
 import itertools
 import math
 
-import plain_model
 import pytest
 import torch
 
+import plain_model
 import tracker as tracker_module
 from tracker import (
     GATE_MASKS,

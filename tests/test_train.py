@@ -9,12 +9,12 @@ import sys
 
 import pytest
 import torch
-from processes import ENVIRONMENT, free_port
 from torch import nn
 
 import train
 from backbone import SwinBackbone
 from data import InputError
+from processes import ENVIRONMENT, free_port
 from synthetic.suites import make_dataset
 from train import learning_rate_factor, parameter_groups, parse_arguments
 

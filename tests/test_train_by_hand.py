@@ -8,7 +8,6 @@ import math
 import pytest
 import torch
 from torch import nn
-from training import TINY, TINY_MODEL, train_tiny
 
 from augmentation import Augmentation
 from clips import ClipDataset
@@ -17,6 +16,7 @@ from losses import Criterion
 from model import build_model
 from recipes import parse_arguments
 from synthetic.suites import make_dataset
+from training import TINY, TINY_MODEL, train_tiny
 
 CASES = {  # all values differ from the defaults of the command line
     "schedule, clipping, average": dict(

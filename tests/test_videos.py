@@ -10,9 +10,9 @@ import sys
 import numpy
 import pytest
 from PIL import Image
-from processes import ENVIRONMENT, fake_ffmpeg
 
 from data import InputError
+from processes import ENVIRONMENT, fake_ffmpeg
 from reading.videos import informative_line, read_ppm, read_video
 
 REFUSES = """case "$*" in *-{option}*)

@@ -9,6 +9,14 @@ import zipfile
 
 import pytest
 import torch
+
+import evaluate
+import train
+from checkpoint import model_from_checkpoint
+from data import VideoSet, frames_at_test_size
+from evaluation.metric import evaluate_results
+from model import GRAttVIS, build_model
+from runtime.errors import InputError
 from sparse_set import (
     CATEGORIES,
     INSTANCES,
@@ -23,14 +31,6 @@ from sparse_set import (
     write_json,
     write_sparse_set,
 )
-
-import evaluate
-import train
-from checkpoint import model_from_checkpoint
-from data import VideoSet, frames_at_test_size
-from evaluation.metric import evaluate_results
-from model import GRAttVIS, build_model
-from runtime.errors import InputError
 
 pytestmark = pytest.mark.slow  # whole programs
 

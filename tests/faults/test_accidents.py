@@ -15,12 +15,12 @@ import time
 
 import pytest
 import torch
-from conftest import fixed_threads
-from load import end, family
-from processes import ENVIRONMENT, REPOSITORY, free_port, wait_until
 
 import evaluate
 import train
+from conftest import fixed_threads
+from load import end, family
+from processes import ENVIRONMENT, REPOSITORY, free_port, wait_until
 from synthetic.suites import make_dataset
 
 # A shell that may mount file systems, which are gone with it; the script follows.

@@ -3,6 +3,7 @@
 It never crashes, hangs, runs code or takes 2 GB.
 """
 import pytest
+
 from fuzz import LOADERS, fuzz
 
 FEW = {"annotations": 100, "results": 100, "pth": 20, "pkl": 30, "pictures": 100}

@@ -14,11 +14,11 @@ import time
 
 import pytest
 import torch
-from processes import ENVIRONMENT, REPOSITORY, wait_until
 
 import evaluate
 import train
 from checkpoint import save_checkpoint
+from processes import ENVIRONMENT, REPOSITORY, wait_until
 from synthetic.suites import make_dataset
 
 pytestmark = pytest.mark.slow

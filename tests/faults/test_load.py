@@ -8,6 +8,7 @@ import sys
 
 import numpy
 import pytest
+
 from load import usage, watch
 
 MEGABYTE = 10 ** 6

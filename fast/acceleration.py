@@ -1,0 +1,124 @@
+"""Making a model faster from outside: 16 bit weights, torch.compile, folded norms, memory formats.
+
+    accelerate(model, torch.float16, compiled=True)   # before inference: also model.accelerate(...)
+    hold_frozen(model, torch.bfloat16)                # before training with frozen weights
+    compile_parts(model)                              # before training or inference
+
+The functions change a model in place. Results are those of the plain model under autocast to
+`dtype`, except that compiled code rounds differently.
+"""
+from __future__ import annotations
+
+from types import MethodType
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from backbone import ResNetBackbone, fold_norms
+from evaluation.postprocess import mask_confidence
+from transformer import cast_products
+
+if TYPE_CHECKING:
+    from model import FrameOutput, GRAttVIS
+
+FROZEN_CHUNK = 20  # frames that a frozen detector takes at once in training
+
+
+def accelerate(model: GRAttVIS, dtype: torch.dtype = torch.float32,
+               compiled: bool = False) -> GRAttVIS:
+    """Prepare a model for inference only, in place, and return it in evaluation mode.
+
+    dtype: the autocast dtype the model will run under. Weights of linear layers, convolutions and
+        attention are cast once, as autocast would do at every use, so results are the same.
+    compiled: use torch.compile. It takes half a minute for each frame size, then about half the
+        time per frame, and rounds differently. The batch norms of a ResNet are folded into its
+        convolutions; in 16 bit on a GPU, each of these is one kernel with all that follows it.
+    """
+    on_gpu = model.device.type == "cuda"
+    if compiled and isinstance(model.backbone, ResNetBackbone):
+        fold_norms(model.backbone)
+        folded = isinstance(model.backbone.bn1, nn.Identity)  # group norms cannot be folded
+        in_16_bit = dtype != torch.float32
+        has_cudnn = torch.backends.cudnn.is_available()
+        model.backbone.fused = folded and on_gpu and in_16_bit and has_cudnn
+    if dtype != torch.float32:
+        cast_products(model.modules(), dtype)
+    if on_gpu:
+        model.to(memory_format=torch.channels_last)
+    if compiled:
+        compile_parts(model)
+    return model.eval()
+
+
+def compile_parts(model: GRAttVIS, detector: bool = True) -> None:
+    """torch.compile the parts that take the time, for training or inference.
+
+    The tracker does not depend on the frame size; the detector is compiled for each size. Parts
+    that are recomputed in backward are compiled one by one: a larger graph would keep their
+    activations.
+    """
+    parts = [(model.tracker, "read"), (model.tracker, "carry")]
+    if detector:
+        # The blocks of a fused ResNet are single cuDNN kernels: nothing is left to compile.
+        fused = isinstance(model.backbone, ResNetBackbone) and model.backbone.fused
+        parts.append((model.backbone, "stem" if fused else "forward"))
+    if detector and model.pixel_decoder.recompute:
+        parts += [(layer, "forward") for layer in model.pixel_decoder.layers]
+        parts += [(model.pixel_decoder, "join"), (model.frame_decoder, "forward")]
+    elif detector:
+        parts.append((model, "decode"))
+    for owner, name in parts:
+        function = torch.compile(getattr(type(owner), name), dynamic=False)
+        setattr(owner, name, MethodType(function, owner))  # a copy of the model gets its own
+    model.mask_confidence = torch.compile(mask_confidence)
+
+
+def hold_frozen(model: GRAttVIS, dtype: torch.dtype) -> None:
+    """Keep the weights of modules without trained parameters in `dtype`, as autocast casts them.
+
+    `state_dict` still returns the original values.
+    """
+    frozen_modules = [module for module in model.modules()
+                      if not any(parameter.requires_grad for parameter in module.parameters())]
+    originals = {name: parameter.detach().cpu().clone()
+                 for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    cast_products(frozen_modules, dtype)
+
+    def restore(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: dict) -> None:
+        state.update((prefix + name, value) for name, value in originals.items()
+                     if prefix + name in state)
+
+    model.register_state_dict_post_hook(restore)
+
+
+def detect_in_chunks(model: GRAttVIS, images: Tensor) -> FrameOutput:
+    """`model.detect(images)` in training; a frozen detector takes FROZEN_CHUNK images at a time.
+
+    That needs less memory. It would change the results of batch norms that use batch statistics:
+    then, and with a trained detector, all images are taken at once.
+    """
+    trained = any(parameter.requires_grad for name, parameter in model.named_parameters()
+                  if not name.startswith("tracker."))
+    if trained or any(isinstance(module, nn.BatchNorm2d) for module in model.backbone.modules()):
+        return model.detect(images)
+    with torch.no_grad():
+        chunks = [model.detect(chunk) for chunk in images.split(FROZEN_CHUNK)]
+    layers = zip(*(chunk.predictions for chunk in chunks))
+    predictions = [tuple(map(torch.cat, zip(*layer))) for layer in layers]
+    queries = torch.cat([chunk.queries for chunk in chunks], 1)
+    features = torch.cat([chunk.features for chunk in chunks])
+    return type(chunks[0])(predictions, queries, features)
+
+
+def zero_images(shape: tuple[int, int, int, int], like: Tensor) -> Tensor:
+    """Zeros (N, C, H, W); channels last on a GPU, where convolutions are faster in that format."""
+    layout = torch.channels_last if like.is_cuda else torch.contiguous_format
+    images = torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
+    return images.zero_()
+
+
+def cast_for_autocast(x: Tensor) -> Tensor:
+    """Cast a tensor that many layers read once, to the dtype that autocast would cast it to."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
