@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from backbone import ResNetBackbone, build_backbone, fold_norms
+from backbone import ResNetBackbone, build_backbone
 from batching import check_frame, in_batches, padded, regrouped
 from detector import FrameDecoder, PixelDecoder
 from evaluation.postprocess import (
@@ -46,8 +46,10 @@ from evaluation.postprocess import (
 )
 from evaluation.run_length import PackedCodes, encode_counts
 from fast.cuda_graphs import Beside, Replay
+from fast.folded_resnet import FusedResNet, fold_resnet
+from fast.half_precision import cast_weights
 from tracker import ClipPrediction, Tracker, TrackerState
-from transformer import cast_products, mask_logits
+from transformer import mask_logits
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)   # RGB, 0..255
 PIXEL_STD = (58.395, 57.12, 57.375)
@@ -81,9 +83,10 @@ class GRAttVIS(nn.Module):
                  channels: int = 256, heads: int = 8, queries: int = 100, frame_queries: int = 100,
                  pixel_layers: int = 6, pixel_feed_forward: int = 1024, frame_layers: int = 9,
                  tracker_encoder_layers: int = 6, tracker_decoder_layers: int = 3, feed_forward: int = 2048,
-                 propagation: str = "gated", gate_mask: str = "additive", window: int | None = None, clip_length: int = 1):
+                 propagation: str = "gated", gate_mask: str = "additive", window: int | None = None, clip_length: int = 1,
+                 query_noise: float = 0.0):
         """clip_length: frames the tracker reads at once (GenVIS semi-online: 3); "clip" propagation reads all.
-        window: see Tracker; None = 6 frames for "clip" (VITA), 0 otherwise. Other arguments are sizes."""
+        window: see Tracker; None = 6 frames for "clip" (VITA), 0 otherwise. query_noise: see Tracker. Other arguments are sizes."""
         super().__init__()
         if clip_length < 1 or num_classes < 1:
             raise ValueError(f"clip_length and num_classes must be at least 1, not {clip_length} and {num_classes}")
@@ -94,7 +97,8 @@ class GRAttVIS(nn.Module):
         if window is None:
             window = VITA_WINDOW if propagation == "clip" else 0
         self.tracker = Tracker(num_classes, channels, channels, queries, frame_queries, tracker_encoder_layers,
-                               tracker_decoder_layers, heads, feed_forward, propagation, gate_mask, window)
+                               tracker_decoder_layers, heads, feed_forward, propagation, gate_mask, window,
+                               query_noise)
         self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN)[:, None, None], persistent=False)
         self.register_buffer("pixel_std", torch.tensor(PIXEL_STD)[:, None, None], persistent=False)
         self.replay, self.mask_confidence = Replay(), mask_confidence
@@ -114,11 +118,9 @@ class GRAttVIS(nn.Module):
         these is one kernel with all that follows it.
         """
         if compiled and isinstance(self.backbone, ResNetBackbone):
-            fold_norms(self.backbone)
-            folded = isinstance(self.backbone.bn1, nn.Identity)                          # a group norm cannot be
-            self.backbone.fused = folded and self.pixel_mean.is_cuda and dtype != torch.float32 and torch.backends.cudnn.is_available()
+            fold_resnet(self.backbone, dtype)
         if dtype != torch.float32:
-            cast_products(self.modules(), dtype)
+            cast_weights(self.modules(), dtype)
         if self.pixel_mean.is_cuda:
             self.to(memory_format=torch.channels_last)
         if compiled:
@@ -128,12 +130,12 @@ class GRAttVIS(nn.Module):
     def compile_parts(self, detector: bool = True) -> None:
         """torch.compile what takes the time, for training or inference: the detector, anew for every size of frames, and the tracker,
         which sees none of the size. What is made again in backward is compiled apart: inside of something larger it would be kept."""
-        parts = [(self.tracker, "read"), (self.tracker, "carry")]
+        parts = [(self.tracker, "encode"), (self.tracker, "decode_clip")]
         if detector:
-            fused = isinstance(self.backbone, ResNetBackbone) and self.backbone.fused    # its blocks are cuDNN's kernels, nothing else
+            fused = isinstance(self.backbone, FusedResNet)    # its blocks are cuDNN's kernels, nothing else
             parts.append((self.backbone, "stem" if fused else "forward"))
         if detector and self.pixel_decoder.recompute:
-            parts += [*((layer, "forward") for layer in self.pixel_decoder.layers), (self.pixel_decoder, "join"),
+            parts += [*((layer, "forward") for layer in self.pixel_decoder.layers), (self.pixel_decoder, "fpn_step"),
                       (self.frame_decoder, "forward")]
         elif detector:
             parts.append((self, "decode"))
@@ -147,7 +149,7 @@ class GRAttVIS(nn.Module):
         what they were."""
         frozen = [module for module in self.modules() if not any(parameter.requires_grad for parameter in module.parameters())]
         before = {name: parameter.detach().cpu().clone() for name, parameter in self.named_parameters() if not parameter.requires_grad}
-        cast_products(frozen, dtype)
+        cast_weights(frozen, dtype)
 
         def give_back(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: dict) -> None:
             state.update((prefix + name, value) for name, value in before.items() if prefix + name in state)
@@ -216,7 +218,7 @@ class GRAttVIS(nn.Module):
         clips, state = [], None
         for part in queries.split([length - length % clip_length, length % clip_length], 2):  # whole clips, then a shorter one
             if part.shape[2]:
-                found, state = self.tracker.follow(part.unflatten(2, (-1, min(clip_length, part.shape[2]))), state)
+                found, state = self.tracker(part.unflatten(2, (-1, min(clip_length, part.shape[2]))), state)
                 clips += found
         return TrainingOutput(frames, clips, padded_size)
 
@@ -269,7 +271,7 @@ class GRAttVIS(nn.Module):
 
     def track_frames(self, queries: Tensor, count: int, state: TrackerState | None) -> tuple[tuple[Tensor, ...], TrackerState]:
         """Clips of one frame, by their queries (N, F, C), the first `count` of which count. Returns what `track` does."""
-        if self.tracker.remembers:
+        if self.tracker.use_memory:
             return self.track(queries[:count], 1, state)
         # without a memory, all there is to know is a function of these queries and the carried ones
         query = (state or self.tracker.initial_state(1)).query
@@ -284,7 +286,7 @@ class GRAttVIS(nn.Module):
     def track(self, queries: Tensor, length: int, state: TrackerState | None) -> tuple[tuple[Tensor, Tensor, Tensor], TrackerState]:
         """Frame queries (T, F, C) of whole clips of `length` frames -> logits (clips, Q, K + 1), mask kernels (T, Q, C + 1) and gates
         (T, D, Q) bool, True = open."""
-        predictions, state = self.tracker.follow(queries.unflatten(0, (-1, length))[None, None], state)
+        predictions, state = self.tracker(queries.unflatten(0, (-1, length))[None, None], state)
         logits = torch.stack([prediction.logits[-1][-1, 0] for prediction in predictions])
         kernel = torch.stack([prediction.mask_kernel[-1][-1, 0] for prediction in predictions])
         gates = [gate[-1, 0] for prediction in predictions for gate in prediction.gate_logits]
@@ -437,7 +439,7 @@ def build_model(preset: str, num_classes: int, propagation: str = "gated", gate_
     """A model by preset (the keys of PRESETS), randomly initialised, in training mode.
 
     propagation: "gated" (GRAtt-VIS), "plain", "memory" (GenVIS), "gated+memory", "clip" (VITA).
-    gate_mask: "additive" (as released) or "blocked" (as in the paper), see Tracker.gate_bias.
+    gate_mask: "additive" (as released) or "blocked" (as in the paper), see Tracker.attention_mask.
     overrides: other arguments of GRAttVIS, such as norm="group" to train from scratch. ValueError for unknown names.
     """
     if preset not in PRESETS:

@@ -16,7 +16,7 @@ from backbone import SwinBackbone
 from batching import SIZE_DIVISOR
 from clips import ClipDataset, MixedClips, RenderedClips
 from data import VideoSet, find_split
-from detector import SUPERVISED_LAYERS
+from detector import TRACKED_LAYERS
 from losses import GATE_LOSSES, SIMILARITY_SPANS, Criterion
 from model import PIXEL_MEAN, PIXEL_STD, PRESETS, TEST_SIDES, GRAttVIS
 from reading.ids import id_key
@@ -339,7 +339,7 @@ def official_setting(args: argparse.Namespace) -> dict:
         "dice_weight": default(Criterion, "dice_weight"), "sim_weight": args.similarity_weight, "num_points": args.points,
         "oversample": default(Criterion, "oversample"), "importance": default(Criterion, "importance"),
         "enc_layers": sizes["tracker_encoder_layers"], "dec_layers": sizes["tracker_decoder_layers"],
-        "frame_layers_used": SUPERVISED_LAYERS, "drop_path": default(SwinBackbone, "drop_path"),
+        "frame_layers_used": TRACKED_LAYERS, "drop_path": default(SwinBackbone, "drop_path"),
         "checkpoint_period": args.save_every, "filter_empty": True, "seed": args.seed, "size_divisibility": SIZE_DIVISOR,
         "mean": list(PIXEL_MEAN), "std": list(PIXEL_STD),
     }

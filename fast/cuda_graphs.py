@@ -12,7 +12,8 @@ tracker, while it works on something large, the detector's next frames.
 
 Source: the CUDA graphs and streams of PyTorch (torch.cuda.CUDAGraph, torch.cuda.Stream).
 """
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
@@ -44,10 +45,11 @@ class Replay:
 
     def __init__(self):
         self.graphs, self.places, self.weights = {}, [], None
+        self.enabled = True
 
     def __call__(self, function: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> tuple[Tensor, ...]:
         """The function of these inputs; the outputs are the caller's to keep."""
-        if not inputs[0].is_cuda or torch.is_grad_enabled():
+        if not self.enabled or not inputs[0].is_cuda or torch.is_grad_enabled():
             return function(*inputs)
         autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
         key = function.__name__, autocast, *((given.shape, given.dtype) for given in inputs)
@@ -57,6 +59,15 @@ class Replay:
             own.copy_(given)
         found.graph.replay()
         return tuple(output.clone() for output in found.outputs)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Call functions instead of replaying graphs, so that forward hooks are called."""
+        before, self.enabled = self.enabled, False
+        try:
+            yield
+        finally:
+            self.enabled = before
 
     def check_weights(self, module: nn.Module) -> None:
         """Forget all graphs if weights of the module, always the same one, are no longer where they were, or a part of it is another
