@@ -97,14 +97,17 @@ def sample_points(value: Tensor, level_shapes: LevelShapes, locations: Tensor,
     queries = locations.shape[1]
     image = torch.arange(batch, device=value.device)[:, None, None, None]
     head = torch.arange(heads, device=value.device)[:, None]
-    rows, shares, start = [], [], 0  # of value.view(-1, head_channels)
+    rows, shares, start = [], [], 0  # rows of value.view(-1, C / heads)
     for level, (height, width) in enumerate(level_shapes):
         x, y = (locations[:, :, :, level] * locations.new_tensor((width, height)) - 0.5).unbind(-1)
+        level_rows, level_shares = [], []  # of the four pixels, each (N, queries, heads, points)
         for row, row_share in neighbours(y, height):
             for column, column_share in neighbours(x, width):
                 pixel = image * pixels + start + row * width + column
-                rows.append(pixel * heads + head)
-                shares.append(weights[:, :, :, level] * row_share * column_share)
+                level_rows.append(pixel * heads + head)
+                level_shares.append(weights[:, :, :, level] * row_share * column_share)
+        rows.append(torch.stack(level_rows, -1).flatten(3))
+        shares.append(torch.stack(level_shares, -1).flatten(3))
         start += height * width
     rows, shares = torch.cat(rows, -1).flatten(0, 2), torch.cat(shares, -1).flatten(0, 2)
     table = value.reshape(-1, head_channels)

@@ -5,8 +5,8 @@ import numpy
 import pytest
 import torch
 from PIL import Image
-from test_metric import encode
 from test_overlays import video_of
+from test_metric import encode
 
 from data import InputError
 from evaluation.metric import accumulate
