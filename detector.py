@@ -1,8 +1,9 @@
-"""The detector: what one frame shows, without a thought of the others. Feature maps -> pixel decoder -> frame decoder.
+"""The detector: backbone maps of a frame -> pixel decoder -> frame decoder.
 
-Paper: Mask2Former (2112.01527), sections 3.1 and 3.2; Deformable DETR (2010.04159) for the encoder. Upstream:
-mask2former/modeling/pixel_decoder/msdeformattn.py and vita/modeling/transformer_decoder/vita_mask2former_transformer_decoder.py.
-Shape letters are declared in model.py, which puts the backbone before it and the tracker behind.
+Paper: Mask2Former (arXiv 2112.01527), sections 3.1 and 3.2; Deformable DETR (2010.04159) for the
+encoder of the pixel decoder. Upstream: mask2former/modeling/pixel_decoder/msdeformattn.py and
+vita/modeling/transformer_decoder/vita_mask2former_transformer_decoder.py. Shape letters are
+declared in model.py. Frames are independent: N is a batch of them.
 """
 import math
 from collections.abc import Callable
@@ -15,30 +16,42 @@ from torch.utils.checkpoint import checkpoint
 from deform_attn import DeformableAttention
 from transformer import MLP, CrossAttention, FeedForward, SelfAttention, mask_kernel, mask_logits
 
-SUPERVISED_LAYERS = 3                    # L in training
+TRACKED_LAYERS = 3  # L in training: the last layers, whose queries the tracker receives
 
 
 def sine_position(height: int, width: int, channels: int, like: Tensor) -> Tensor:
-    """Sine position encoding (1, channels, height, width): y in the first half, x in the second.
+    """Sine position encoding (1, channels, height, width), on the device of `like`.
 
-    Coordinates run from 1/size to 1 times 2 pi; always computed in at least float32.
+    The first half of the channels encodes y, the second half x; positions are normalised to
+    (0, 2 pi]. The dtype is that of `like`, but at least float32.
     """
-    dtype = torch.promote_types(like.dtype, torch.float32)
+    dtype, device = torch.promote_types(like.dtype, torch.float32), like.device
     half = channels // 2
-    exponent = 2 * torch.div(torch.arange(half, dtype=dtype, device=like.device), 2, rounding_mode="floor") / half
+    pair = torch.arange(half, dtype=dtype, device=device).div(2, rounding_mode="floor")
+    wavelength = 10000 ** (2 * pair / half)
 
     def encode(size: int) -> Tensor:
-        place = torch.arange(1, size + 1, dtype=dtype, device=like.device) / (size + 1e-6) * (2 * math.pi)
-        phase = place[:, None] / 10000 ** exponent
-        return torch.stack((phase[:, 0::2].sin(), phase[:, 1::2].cos()), 2).flatten(1)   # (size, half)
+        position = torch.arange(1, size + 1, dtype=dtype, device=device) / (size + 1e-6)
+        phase = (position * (2 * math.pi))[:, None] / wavelength
+        return torch.stack((phase[:, 0::2].sin(), phase[:, 1::2].cos()), 2).flatten(1)
 
     y = encode(height)[:, None].expand(height, width, half)
     x = encode(width)[None].expand(height, width, half)
     return torch.cat((y, x), 2).permute(2, 0, 1)[None]
 
 
+def to_tokens(maps: Tensor) -> Tensor:
+    """(N, C, h, w) -> (N, h * w, C)."""
+    return maps.flatten(2).transpose(1, 2)
+
+
+def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """(N, C, h, w) -> (N, C, *size), bilinear."""
+    return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
+
+
 class DeformableEncoderLayer(nn.Module):
-    """Post-norm encoder layer over the joined pixels of all levels."""
+    """Post-norm encoder layer over the pixels of all levels, joined."""
 
     def __init__(self, channels: int, heads: int, feed_forward: int):
         super().__init__()
@@ -52,20 +65,25 @@ class DeformableEncoderLayer(nn.Module):
 
 
 class PixelDecoder(nn.Module):
-    """Deformable encoder over strides 32, 16, 8 and one FPN step to stride 4 (Mask2Former, section 3.1)."""
-    recompute = False  # in training: what layers keep for backward is made there again
+    """Deformable encoder over strides 32, 16, 8 and an FPN step to stride 4 (section 3.1)."""
+    recompute = False  # in training: recompute activations in backward, to save memory
 
-    def __init__(self, in_channels: list[int], channels: int, heads: int, layers: int, feed_forward: int):
+    def __init__(self, in_channels: list[int], channels: int, heads: int, layers: int,
+                 feed_forward: int):
         super().__init__()
         res2, *others = in_channels
         self.input_proj = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(inputs, channels, 1), nn.GroupNorm(32, channels)) for inputs in reversed(others))
+            nn.Sequential(nn.Conv2d(inputs, channels, 1), nn.GroupNorm(32, channels))
+            for inputs in reversed(others))
         self.level_embed = nn.Parameter(torch.randn(3, channels))
-        self.layers = nn.ModuleList(DeformableEncoderLayer(channels, heads, feed_forward) for _ in range(layers))
-        self.lateral = nn.Sequential(nn.Conv2d(res2, channels, 1, bias=False), nn.GroupNorm(32, channels))
-        self.output = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1, bias=False),
-                                    nn.GroupNorm(32, channels), nn.ReLU())
-        self.mask_features = nn.Conv2d(channels, channels, 1)
+        self.layers = nn.ModuleList(
+            DeformableEncoderLayer(channels, heads, feed_forward) for _ in range(layers))
+        self.lateral = nn.Sequential(
+            nn.Conv2d(res2, channels, 1, bias=False), nn.GroupNorm(32, channels))
+        self.output = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+            nn.GroupNorm(32, channels), nn.ReLU())
+        self.mask_features = nn.Conv2d(channels, channels, 1)  # applied through mask_kernel
         for projection in self.input_proj:
             nn.init.xavier_uniform_(projection[0].weight)
             nn.init.zeros_(projection[0].bias)
@@ -74,35 +92,37 @@ class PixelDecoder(nn.Module):
         nn.init.zeros_(self.mask_features.bias)
 
     def forward(self, maps: list[Tensor]) -> tuple[list[Tensor], Tensor]:
-        """[res2, res3, res4, res5] -> maps of strides [32, 16, 8] and the FPN map of stride 4, all with C channels.
+        """[res2, res3, res4, res5] -> maps of strides [32, 16, 8] and the FPN map of stride 4.
 
-        Under autocast its products and the deformable attention run in 16 bit (the official code leaves autocast here: its
-        operator has no 16 bit); the residual stream stays in float32.
+        All outputs have C channels. Under autocast, linear layers and deformable attention run in
+        16 bit and the residual stream stays in float32. (Upstream disables autocast here.)
         """
         res2, *others = maps
         dtype = torch.promote_types(res2.dtype, torch.float32)
-        sources = [projection(m).to(dtype) for projection, m in zip(self.input_proj, reversed(others))]
+        sources = [projection(level).to(dtype)
+                   for projection, level in zip(self.input_proj, reversed(others))]
         level_shapes = [tuple(source.shape[-2:]) for source in sources]
         position = torch.cat([
-            sine_position(*shape, source.shape[1], source).flatten(2).transpose(1, 2) + embed
-            for shape, source, embed in zip(level_shapes, sources, self.level_embed)], 1)
-        x = torch.cat([source.flatten(2).transpose(1, 2) for source in sources], 1)      # (N, pixels, C)
+            to_tokens(sine_position(*source.shape[-2:], source.shape[1], source)) + embed
+            for source, embed in zip(sources, self.level_embed)], 1)
+        x = torch.cat([to_tokens(source) for source in sources], 1)     # (N, pixels, C)
         for layer in self.layers:
-            x = self.run(layer, x, position, level_shapes)
+            x = self.checkpointed(layer, x, position, level_shapes)
         levels = x.transpose(1, 2).split([height * width for height, width in level_shapes], 2)
         levels = [level.unflatten(2, shape) for level, shape in zip(levels, level_shapes)]
-        return levels, self.run(self.join, levels[-1], res2)
+        return levels, self.checkpointed(self.fpn_step, levels[-1], res2)
 
-    def run(self, part: Callable[..., Tensor], x: Tensor, *others) -> Tensor:
-        """part(x, *others), which keeps ten times x for backward, unless that is made again."""
+    def fpn_step(self, level: Tensor, res2: Tensor) -> Tensor:
+        """Add the upsampled map of stride 8 to the projected res2 -> (N, C, h, w)."""
+        x = resize(level, res2.shape[-2:])
+        x += self.lateral(res2)  # in place: the largest map of the detector
+        return self.output(x)
+
+    def checkpointed(self, function: Callable[..., Tensor], x: Tensor, *others) -> Tensor:
+        """function(x, *others), with activation checkpointing if `recompute` is set."""
         if self.recompute and x.requires_grad:
-            return checkpoint(part, x, *others, use_reentrant=False, preserve_rng_state=False)
-        return part(x, *others)
-
-    def join(self, level: Tensor, res2: Tensor) -> Tensor:
-        """The FPN step: the finest level, upsampled, and res2 -> (N, C, h, w)."""
-        upsampled = F.interpolate(level, size=res2.shape[-2:], mode="bilinear", align_corners=False)
-        return self.output(upsampled.add_(self.lateral(res2)))                           # in place: it is large
+            return checkpoint(function, x, *others, use_reentrant=False, preserve_rng_state=False)
+        return function(x, *others)
 
 
 class FrameDecoderLayer(nn.Module):
@@ -114,76 +134,86 @@ class FrameDecoderLayer(nn.Module):
         self.self_attention = SelfAttention(channels, heads)
         self.feed_forward = FeedForward(channels, feed_forward)
 
-    def forward(self, x: Tensor, position: Tensor, tokens: Tensor, located: Tensor, blocked: Tensor) -> Tensor:
-        x = self.cross_attention(x, position, self.cross_attention.read(tokens, located), blocked)
-        return self.feed_forward(self.self_attention(x, position))
+    def forward(self, x: Tensor, query_pos: Tensor, memory: Tensor, memory_pos: Tensor,
+                mask: Tensor) -> Tensor:
+        x = self.cross_attention(x, query_pos, memory, memory_pos, mask)
+        x = self.self_attention(x, query_pos)
+        return self.feed_forward(x)
 
 
 class FrameDecoder(nn.Module):
-    """Mask2Former's decoder: learned queries read the levels in turn, each inside its own last mask (section 3.2)."""
+    """Mask2Former's decoder: each layer attends to one level, within a mask (section 3.2)."""
 
-    def __init__(self, num_classes: int, channels: int, queries: int, heads: int, layers: int, feed_forward: int):
+    def __init__(self, num_classes: int, channels: int, queries: int, heads: int, layers: int,
+                 feed_forward: int):
         super().__init__()
-        self.layers = nn.ModuleList(FrameDecoderLayer(channels, heads, feed_forward) for _ in range(layers))
+        self.layers = nn.ModuleList(
+            FrameDecoderLayer(channels, heads, feed_forward) for _ in range(layers))
         self.decoder_norm = nn.LayerNorm(channels)
         self.query_feat = nn.Embedding(queries, channels)
-        self.query_embed = nn.Embedding(queries, channels)
+        self.query_embed = nn.Embedding(queries, channels)  # query_pos
         self.level_embed = nn.Embedding(3, channels)
         self.class_embed = nn.Linear(channels, num_classes + 1)
         self.mask_embed = MLP(channels, channels)
 
-    def forward(self, levels: list[Tensor], features: Tensor, mask_features: nn.Conv2d) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-        """levels of strides [32, 16, 8], features (N, C, h, w) -> predictions before and after each layer, queries.
+    def forward(self, levels: list[Tensor], features: Tensor, mask_features: nn.Conv2d
+                ) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+        """levels: maps of strides [32, 16, 8]. features: the FPN map (N, C, h, w).
 
-        A prediction is class logits (N, F, K + 1) and kernels (N, F, C + 1) of masks: an embedding of features that have gone through
-        `mask_features` is a kernel of those that have not. While not training the last prediction alone.
+        Returns predictions and the frame queries (L, N, F, C) of the last L layers, normed. A
+        prediction is class logits (N, F, K + 1) and mask kernels (N, F, C + 1), see `mask_kernel`.
+        In training there is one before the first layer and one after each, otherwise only the last.
         """
-        tokens = [level.flatten(2).transpose(1, 2) + embed for level, embed in zip(levels, self.level_embed.weight)]
-        located = [token + sine_position(*level.shape[-2:], level.shape[1], level).flatten(2).transpose(1, 2)
-                   for level, token in zip(levels, tokens)]
-        masks = MasksAtLevels(features, [level.shape[-2:] for level in levels])
+        memory = [to_tokens(level) + embed
+                  for level, embed in zip(levels, self.level_embed.weight)]
+        memory_pos = [to_tokens(sine_position(*level.shape[-2:], level.shape[1], level))
+                      for level in levels]
+        sizes = [level.shape[-2:] for level in levels]
+        sources = mask_sources(features, sizes)
+
         x = self.query_feat.weight.expand(len(features), -1, -1)
-        normed, kernels = [self.decoder_norm(x)], []
+        query_pos = self.query_embed.weight
+        outputs, kernels = [], []
         for index, layer in enumerate(self.layers):
             level = index % len(levels)
-            kernels.append(mask_kernel(self.mask_embed(normed[-1]), mask_features))
-            blocked = self.blocked_pixels(masks.at(level, kernels[-1]))
-            x = layer(x, self.query_embed.weight, tokens[level], located[level], blocked)
-            normed.append(self.decoder_norm(x))
-        kernels.append(mask_kernel(self.mask_embed(normed[-1]), mask_features))
+            outputs.append(self.decoder_norm(x))
+            kernels.append(mask_kernel(self.mask_embed(outputs[-1]), mask_features))
+            mask = attention_mask(kernels[-1], sources[level], sizes[level])
+            x = layer(x, query_pos, memory[level], memory_pos[level], mask)
+        outputs.append(self.decoder_norm(x))
+        kernels.append(mask_kernel(self.mask_embed(outputs[-1]), mask_features))
+
         first = 0 if self.training else -1
-        predictions = [(self.class_embed(x), kernel) for x, kernel in zip(normed[first:], kernels[first:])]
-        handed_on = SUPERVISED_LAYERS if self.training else 1
-        return predictions, torch.stack(normed[1:][-handed_on:])
-
-    @staticmethod
-    @torch.no_grad()
-    def blocked_pixels(masks: Tensor) -> Tensor:
-        """Where mask logits (N, F, pixels) say background: bool (N, 1, F, pixels), True = may not attend; an all-True row is opened."""
-        blocked = masks.sigmoid() < 0.5
-        return (blocked & ~blocked.all(-1, keepdim=True))[:, None]
+        predictions = [(self.class_embed(output), kernel)
+                       for output, kernel in zip(outputs[first:], kernels[first:])]
+        layers = TRACKED_LAYERS if self.training else 1
+        return predictions, torch.stack(outputs[1:][-layers:])
 
 
-class MasksAtLevels:
-    """The masks of kernels, resized to a level.
+@torch.no_grad()
+def mask_sources(features: Tensor, sizes: list[tuple[int, int]]) -> list[Tensor]:
+    """Features (N, C, h, w) from which `attention_mask` computes the masks of each level.
 
-    Resizing is linear, so in 16 bit the features are resized, once, and no mask of full size is made. In float32 the masks are, as
-    upstream: a layer asks which side of 0 a mask lies on, and what lies close to it follows the official code's rounding.
+    Usually these are the features themselves: masks are computed at full size, then resized, as
+    upstream. In 16 bit the features are resized instead, once for all layers. Bilinear resizing is
+    linear, so for a mask embedding e and features f, resize(e . f) = e . resize(f) up to rounding.
+    In float32 even rounding is that of upstream, since it decides the sign of logits close to 0.
     """
+    if features.dtype in (torch.float16, torch.bfloat16):
+        return [resize(features, size) for size in sizes]
+    return [features] * len(sizes)
 
-    def __init__(self, features: Tensor, sizes: list[tuple[int, int]]):
-        self.features, self.sizes, self.small = features, sizes, None
-        if features.dtype in (torch.float16, torch.bfloat16):
-            with torch.no_grad():
-                self.small = [self.resize(features, size).flatten(2) for size in sizes]
 
-    def at(self, level: int, kernel: Tensor) -> Tensor:
-        """Kernels (N, F, C + 1) -> mask logits (N, F, pixels of the level), without a gradient."""
-        with torch.no_grad():
-            if self.small:
-                return mask_logits(kernel, self.small[level])
-            return self.resize(mask_logits(kernel, self.features), self.sizes[level]).flatten(2)
+@torch.no_grad()
+def attention_mask(kernel: Tensor, source: Tensor, size: tuple[int, int]) -> Tensor:
+    """Masked attention (section 3.2.1): attend to where the last mask is foreground.
 
-    @staticmethod
-    def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
-        return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
+    kernel (N, F, C + 1), source of `mask_sources` -> bool (N, 1, F, pixels of the level), True =
+    must not attend. A query with an empty mask attends everywhere.
+    """
+    logits = mask_logits(kernel, source)
+    if logits.shape[-2:] != size:
+        logits = resize(logits, size)
+    background = logits.flatten(2).sigmoid() < 0.5
+    is_empty = background.all(-1, keepdim=True)
+    return (background & ~is_empty)[:, None]

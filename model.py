@@ -185,7 +185,7 @@ class GRAttVIS(nn.Module):
         queries = frames.queries.unflatten(1, (batch, length))  # (L, B, T, F, C)
         clips, state = [], None
         for whole_clips in self.split_clips(queries):
-            predictions, state = self.tracker.follow(whole_clips, state)
+            predictions, state = self.tracker(whole_clips, state)
             clips += predictions
         return TrainingOutput(frames, clips, size)
 
@@ -228,7 +228,7 @@ class GRAttVIS(nn.Module):
         """
         clip_length = min(clip_length, len(queries))
         clips = queries.unflatten(0, (-1, clip_length))
-        predictions, state = self.tracker.follow(clips[None, None], state)
+        predictions, state = self.tracker(clips[None, None], state)
         logits = torch.stack([clip.logits[-1][-1, 0] for clip in predictions])
         kernels = torch.stack([clip.mask_kernel[-1][-1, 0] for clip in predictions])
         gates = [gate[-1, 0] for clip in predictions for gate in clip.gate_logits]
@@ -391,7 +391,7 @@ def build_model(preset: str, num_classes: int, propagation: str = "gated",
     """A model by preset (the keys of PRESETS), randomly initialised, in training mode.
 
     propagation: "gated" (GRAtt-VIS), "plain", "memory" (GenVIS), "gated+memory", "clip" (VITA).
-    gate_mask: "additive" (as released) or "blocked" (as in the paper), see Tracker.gate_bias.
+    gate_mask: "additive" (as released) or "blocked" (as in the paper), see Tracker.attention_mask.
     overrides: other arguments of GRAttVIS or Tracker, such as norm="group" for training from scratch.
 
     Raises ValueError for unknown presets, arguments or values.

@@ -14,7 +14,7 @@ import os
 from augmentation import LSJ_SCALES
 from backbone import SwinBackbone
 from batching import SIZE_DIVISOR
-from detector import SUPERVISED_LAYERS
+from detector import TRACKED_LAYERS
 from losses import GATE_LOSSES, SIMILARITY_SPANS, Criterion
 from model import PIXEL_MEAN, PIXEL_STD, PRESETS, TEST_SIDES, GRAttVIS
 from runtime.flags import at_least
@@ -456,7 +456,7 @@ def official_model(args: argparse.Namespace) -> dict:
         "clip_queries": size("queries"),
         "enc_layers": size("tracker_encoder_layers"),
         "dec_layers": size("tracker_decoder_layers"),
-        "frame_layers_used": SUPERVISED_LAYERS,
+        "frame_layers_used": TRACKED_LAYERS,
         "drop_path": default_of(SwinBackbone, "drop_path"),
         "class_weight": default_of(Criterion, "class_weight"),
         "mask_weight": default_of(Criterion, "mask_weight"),

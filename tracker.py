@@ -1,21 +1,24 @@
-"""The tracker: instance queries carried from clip to clip, each through a gate (the GRAtt block).
+"""The tracker: instance queries propagated from clip to clip through a gate (the GRAtt block).
 
-Paper: GRAtt-VIS (arXiv 2305.17096), method section; upstream grattvis/modeling/grattvis.py, gumble_softmax.py and
-vita/modeling/transformer_decoder/vita.py. Shape letters are declared in model.py; here also S = L * B streams, the
-detector layers side by side (layer-major: stream l * B + b), each with its own carried queries.
+Paper: GRAtt-VIS (arXiv 2305.17096), method section. Upstream: grattvis/modeling/grattvis.py,
+grattvis/modeling/gumble_softmax.py and vita/modeling/transformer_decoder/vita.py. Shape letters are
+declared in model.py.
 
-The paper's three steps, for the queries q carried into a clip and x on its way through a decoder layer:
+`Tracker.decode_clip` is the paper's method. A decoder layer takes x, the queries on their way
+through the layers, and q, the queries propagated from the previous clip:
 
-    gate                 g = 1[Linear(norm(x)) >= 0]             `gate`        (Gumbel-sigmoid while training)
-    gated residual       x = g * x + (1 - g) * q                 `propagate`   (closed: back to the carried query)
-    masked attention     x = SelfAttention(x, mask(g))           `gate_bias`   (the mask of closed queries)
+    cross-attention              x = CrossAttention(x, frame queries of the clip)
+    gate                         g = 1[Linear(norm(x)) >= 0]      Gumbel-sigmoid in training
+    gated residual connection    x = g * x + (1 - g) * q          a closed gate restores q
+    masked self-attention        x = SelfAttention(x, mask(g))
+    feed-forward                 x = FeedForward(x)
 
 Propagation modes:
-    "gated"         GRAtt-VIS: the gate alone decides what of the past survives
-    "memory"        GenVIS: a query reads a memory of its own past instead, no gate
+    "gated"         GRAtt-VIS: the gate decides which queries the clip updates
+    "memory"        GenVIS: no gate; queries attend to a memory of their own past
     "gated+memory"  both
-    "plain"         neither: the query is simply carried on
-    "clip"          VITA: nothing is carried, one clip is the whole video
+    "plain"         neither: the output queries of a clip are the input queries of the next
+    "clip"          VITA: no propagation; the clip is the whole video
 """
 import math
 from dataclasses import dataclass, replace
@@ -29,233 +32,275 @@ from transformer import MLP, CrossAttention, FeedForward, SelfAttention, mask_ke
 PROPAGATIONS = ("gated", "plain", "memory", "gated+memory", "clip")
 GATE_MASKS = ("additive", "blocked")
 GUMBEL_TEMPERATURE = 0.66667  # upstream passes it under the name eps
-FAR = -1000.0                 # added to the logits of frames that a shifted window must not mix
+MASKED_LOGIT = -1000.0        # finite, so that a row of masked logits has a softmax
 
 
 @dataclass
 class TrackerState:
-    """What one clip hands to the next. The memory stays empty without "memory" in the mode, so the size is constant."""
-    query: Tensor                     # (S, Q, C) before decoder_norm, not detached
-    memory_key: Tensor | None = None  # (S, M, Q, C), one entry a past clip
+    """What one clip passes to the next. Its size is constant, except with a memory."""
+    query: Tensor                     # (S, Q, C), before decoder_norm, not detached
+    memory_key: Tensor | None = None  # (S, past clips, Q, C)
     memory_value: Tensor | None = None
 
 
 @dataclass
 class ClipPrediction:
-    """Predictions for one clip; lists run over the D decoder layers (while not training: the last one alone)."""
-    logits: list[Tensor]              # (L, B, Q, K + 1)
-    mask_embed: list[Tensor]          # (L, B, Q, C), of features that have gone through the tracker's mask_features
-    mask_kernel: list[Tensor]         # (L, B, Q, C + 1), the same for features that have not
-    clip_embed: Tensor                # (L, B, Q, C), last layer: similarity embedding of the clip queries
-    frame_embed: Tensor               # (L, B, T, F, C): similarity embedding of the frame queries
-    gate_logits: list[Tensor]         # (L, B, Q) of all D layers, empty without a gate
-    gate_soft: list[Tensor]           # (L, B, Q) in 0..1, the noisy gates behind the hard ones; empty when not training
+    """Predictions for one clip.
+
+    Lists run over the D decoder layers. Outside of training, logits, mask_embed and mask_kernel
+    have one entry, that of the last layer.
+    """
+    logits: list[Tensor]       # (L, B, Q, K + 1)
+    mask_embed: list[Tensor]   # (L, B, Q, C), for features projected by the tracker's mask_features
+    mask_kernel: list[Tensor]  # (L, B, Q, C + 1), the same for unprojected features
+    clip_embed: Tensor         # (L, B, Q, C), similarity embedding of the instance queries
+    frame_embed: Tensor        # (L, B, T, F, C), similarity embedding of the frame queries
+    gate_logits: list[Tensor]  # (L, B, Q); empty without gates
+    gate_soft: list[Tensor]    # (L, B, Q) in 0..1, sampled; empty outside of training
 
 
 def logistic_noise(logits: Tensor) -> Tensor:
-    """The difference of two Gumbel variables, drawn as log(u) - log(1 - u); a function of its own for tests to silence."""
+    """Difference of two Gumbel samples, drawn as log(u) - log(1 - u)."""
     uniform = torch.rand_like(logits)
     return torch.log(uniform + 1e-8) - torch.log(1 - uniform + 1e-8)
 
 
 class Tracker(nn.Module):
-    """Frame queries of a clip in, class logits and mask embeddings of the carried instance queries out."""
-    query_noise = 0.0  # in training: share of the carried queries that are mixed with another one
+    """Maps the frame queries of a clip to class logits and mask embeddings of instance queries.
 
-    def __init__(self, num_classes: int, channels: int = 256, mask_channels: int = 256, queries: int = 100,
-                 frame_queries: int = 100, encoder_layers: int = 6, decoder_layers: int = 3, heads: int = 8,
-                 feed_forward: int = 2048, propagation: str = "gated", gate_mask: str = "additive", window: int = 0):
-        """window: 0 = every frame query of a clip sees all others; W > 0 = attention in windows of W frames (VITA)."""
+    window: 0 = the frame queries of a clip attend to each other; W > 0 = within windows of W
+    frames (VITA).
+    query_noise: probability that a propagated query is perturbed in training (DVIS).
+    """
+
+    def __init__(self, num_classes: int, channels: int = 256, mask_channels: int = 256,
+                 queries: int = 100, frame_queries: int = 100, encoder_layers: int = 6,
+                 decoder_layers: int = 3, heads: int = 8, feed_forward: int = 2048,
+                 propagation: str = "gated", gate_mask: str = "additive", window: int = 0,
+                 query_noise: float = 0.0):
         super().__init__()
         if propagation not in PROPAGATIONS:
-            raise ValueError(f"unknown propagation {propagation!r}: choose one of {', '.join(PROPAGATIONS)}")
+            raise ValueError(f"unknown propagation {propagation!r}: "
+                             f"choose one of {', '.join(PROPAGATIONS)}")
         if gate_mask not in GATE_MASKS:
-            raise ValueError(f"unknown gate mask {gate_mask!r}: choose one of {', '.join(GATE_MASKS)}")
-        self.propagation, self.gate_mask, self.window = propagation, gate_mask, window
-        self.gated, self.remembers = "gated" in propagation, "memory" in propagation
+            raise ValueError(f"unknown gate mask {gate_mask!r}: "
+                             f"choose one of {', '.join(GATE_MASKS)}")
+        self.propagation, self.gate_mask = propagation, gate_mask
+        self.window, self.query_noise = window, query_noise
+        self.gated, self.use_memory = "gated" in propagation, "memory" in propagation
 
         self.input_proj = nn.Linear(channels, channels)
-        self.encoder = nn.ModuleList(EncoderLayer(channels, heads, feed_forward) for _ in range(encoder_layers))
-        self.decoder = nn.ModuleList(DecoderLayer(channels, heads, feed_forward) for _ in range(decoder_layers))
+        self.encoder = nn.ModuleList(
+            EncoderLayer(channels, heads, feed_forward) for _ in range(encoder_layers))
+        self.decoder = nn.ModuleList(
+            DecoderLayer(channels, heads, feed_forward) for _ in range(decoder_layers))
         self.decoder_norm = nn.LayerNorm(channels)
         self.query_feat = nn.Embedding(queries, channels)         # the queries of the first clip
-        self.query_embed = nn.Embedding(queries, channels)        # their positions, added anew in every clip
-        self.frame_query_embed = nn.Embedding(frame_queries, channels)
+        self.query_embed = nn.Embedding(queries, channels)        # query_pos
+        self.frame_query_embed = nn.Embedding(frame_queries, channels)  # frame_query_pos
         self.mask_features = nn.Conv2d(mask_channels, channels, 1)
         self.class_embed = nn.Linear(channels, num_classes + 1)
         self.mask_embed = MLP(channels, channels)
         self.frame_similarity = nn.Linear(channels, channels)
         self.clip_similarity = nn.Linear(channels, channels)
         if self.gated:
-            self.gate_proj = nn.Linear(channels, 1)               # one for all layers
-        if self.remembers:
+            self.gate_proj = nn.Linear(channels, 1)               # shared by all layers
+        if self.use_memory:
             self.memory_key = nn.Linear(channels, channels)
             self.memory_value = nn.Linear(channels, channels)
             self.query_key = nn.Linear(channels, channels)
             self.query_value = nn.Linear(channels, channels)
 
     def initial_state(self, streams: int) -> TrackerState:
-        """The state before the first clip: the learned queries, an empty memory."""
+        """State before the first clip: the learned queries and an empty memory."""
         return TrackerState(self.query_feat.weight.expand(streams, -1, -1))
 
-    def forward(self, frame_queries: Tensor, state: TrackerState | None = None) -> tuple[ClipPrediction, TrackerState]:
-        """One clip: frame_queries (L, B, T, F, C), state of the clip before (None at a video's start)."""
-        (prediction,), state = self.follow(frame_queries[:, :, None], state)
+    def forward(self, frame_queries: Tensor, state: TrackerState | None = None
+                ) -> tuple[ClipPrediction | list[ClipPrediction], TrackerState]:
+        """Track one clip, or several consecutive ones.
+
+        frame_queries: (L, B, T, F, C) of one clip -> (ClipPrediction, state), or
+            (L, B, clips, T, F, C) -> (list of ClipPrediction, state).
+        state: returned for the previous clip; None at the start of a video.
+        """
+        if frame_queries.ndim == 6:
+            return self.track_clips(frame_queries, state)
+        (prediction,), state = self.track_clips(frame_queries[:, :, None], state)
         return prediction, state
 
-    def follow(self, frame_queries: Tensor, state: TrackerState | None = None) -> tuple[list[ClipPrediction], TrackerState]:
-        """Clips in a row: frame_queries (L, B, clips, T, F, C). What no clip needs of the others is done for all of them at once."""
+    def track_clips(self, frame_queries: Tensor, state: TrackerState | None = None
+                    ) -> tuple[list[ClipPrediction], TrackerState]:
+        """Consecutive clips: frame_queries (L, B, clips, T, F, C).
+
+        Clips are decoded in sequence. The encoder and the prediction heads, which look at one clip
+        at a time, run on all of them at once.
+        """
         layers, batch, clips = frame_queries.shape[:3]
-        frame_embed, read = self.read(frame_queries.flatten(0, 1))
-        normed, gate_logits, gate_soft = [], [], []                              # of each clip, then of each decoder layer
-        state = self.initial_state(layers * batch) if state is None else state
-        for clip in range(clips):
+        if state is None:
+            state = self.initial_state(layers * batch)
+        memory = self.encode(frame_queries.movedim(2, 0).flatten(0, 2))     # (clips * S, T, F, C)
+        frame_embed = self.frame_similarity(memory).unflatten(0, (clips, layers, batch))
+        outputs, gate_logits, gate_soft = [], [], []                        # of each clip
+        for clip, clip_memory in enumerate(memory.flatten(1, 2).chunk(clips)):
             if clip and self.training and self.query_noise:
-                state = replace(state, query=self.disturb(state.query))
-            state, *found = self.carry([(keys[:, clip], values[:, clip]) for keys, values in read], state, layers)
-            for values, all_clips in zip(found, (normed, gate_logits, gate_soft)):
-                all_clips.append([value.unflatten(0, (layers, batch)) for value in values])
-        outputs = torch.stack([torch.stack(own if self.training else own[-1:]) for own in normed])       # (clips, D, L, B, Q, C)
-        logits, mask_embed, clip_embed = self.class_embed(outputs), self.mask_embed(outputs), self.clip_similarity(outputs[:, -1])
+                state = replace(state, query=self.add_query_noise(state.query))
+            decoded, state = self.decode_clip(clip_memory, state, layers)
+            for values, of_clips in zip(decoded, (outputs, gate_logits, gate_soft)):
+                of_clips.append([value.unflatten(0, (layers, batch)) for value in values])
+
+        predicted = slice(None) if self.training else slice(-1, None)       # decoder layers
+        outputs = torch.stack([torch.stack(each[predicted]) for each in outputs])
+        logits = self.class_embed(outputs)                          # (clips, D, L, B, Q, K + 1)
+        mask_embed = self.mask_embed(outputs)
         kernel = mask_kernel(mask_embed, self.mask_features)
-        frame_embed = frame_embed.unflatten(0, (layers, batch))
-        return [ClipPrediction(list(logits[clip]), list(mask_embed[clip]), list(kernel[clip]), clip_embed[clip], frame_embed[:, :, clip],
-                               gate_logits[clip], gate_soft[clip]) for clip in range(clips)], state
+        clip_embed = self.clip_similarity(outputs[:, -1])
+        return [ClipPrediction(list(logits[clip]), list(mask_embed[clip]), list(kernel[clip]),
+                               clip_embed[clip], frame_embed[clip],
+                               gate_logits[clip], gate_soft[clip])
+                for clip in range(clips)], state
 
-    def read(self, frame_queries: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """Similarity embeddings (S, clips, T, F, C) of frame queries of that shape, and what each decoder layer reads of every clip:
-        keys and values (S, clips, heads, T F, C / heads)."""
-        streams, frames = frame_queries.shape[0], frame_queries.shape[2]
-        tokens = self.encode(frame_queries.flatten(0, 1))                        # (S clips, T, F, C)
-        frame_embed = self.frame_similarity(tokens).unflatten(0, (streams, -1))
-        tokens = tokens.flatten(1, 2)                                            # (S clips, T F, C)
-        located = tokens + self.frame_query_embed.weight.repeat(frames, 1)
-        read = [[part.unflatten(0, (streams, -1)) for part in layer.cross_attention.read(tokens, located)] for layer in self.decoder]
-        return frame_embed, read
+    def decode_clip(self, memory: Tensor, state: TrackerState, layers: int
+                    ) -> tuple[tuple[list[Tensor], ...], TrackerState]:
+        """Update the instance queries with one clip.
 
-    def carry(self, read: list[tuple[Tensor, Tensor]], state: TrackerState, layers: int
-              ) -> tuple[TrackerState, list[Tensor], list[Tensor], list[Tensor]]:
-        """The queries through one clip: the state after it, and of each decoder layer the normed queries (S, Q, C), the gates'
-        logits (S, Q) and, while training, the soft gates (S, Q). read: keys and values (S, heads, T F, C / heads) a layer."""
-        carried = self.read_memory(state) if self.remembers else state.query
-        x, normed, gate_logits, gate_soft = carried, [], [], []
-        for layer, own in zip(self.decoder, read):
-            x = layer.cross_attention(x, self.query_embed.weight, own)
-            bias = blocked = None
+        memory: encoded frame queries (S, T * F, C). layers: L.
+
+        Returns (outputs, gate_logits, gate_soft) and the next state. The three lists run over the
+        decoder layers: normed queries (S, Q, C), from which all predictions are made, and what
+        `gate` returns.
+        """
+        query_pos = self.query_embed.weight
+        frames = memory.shape[1] // len(self.frame_query_embed.weight)
+        frame_query_pos = self.frame_query_embed.weight.expand(frames, -1, -1).flatten(0, 1)
+        query = self.read_memory(state) if self.use_memory else state.query
+        x, mask = query, None
+        outputs, gate_logits, gate_soft = [], [], []
+        for layer in self.decoder:
+            x = layer.cross_attention(x, query_pos, memory, frame_query_pos)
             if self.gated:
                 gate, logits, soft = self.gate(x, layers)
-                x = self.propagate(gate, x, carried)
-                bias, blocked = self.gate_bias(gate)
+                x = gate * x + (1 - gate) * query     # gated residual connection
+                mask = self.attention_mask(gate)      # for the masked self-attention
                 gate_logits.append(logits)
-                if self.training:
-                    gate_soft.append(soft)
-            x = layer.self_attention(x, self.query_embed.weight, bias=bias, blocked=blocked)
+                gate_soft.append(soft)
+            x = layer.self_attention(x, query_pos, mask)
             x = layer.feed_forward(x)
-            normed.append(self.decoder_norm(x))
-        return self.next_state(x, normed[-1], state), normed, gate_logits, gate_soft
+            outputs.append(self.decoder_norm(x))
+        state = self.next_state(x, outputs[-1], state)
+        return (outputs, gate_logits, gate_soft if self.training else []), state
 
     def gate(self, x: Tensor, layers: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Hard gates (S, Q, 1) in {0, 1}, their logits (S, Q), and while training the soft gates (S, Q).
+        """Decide which queries x (S, Q, C) the clip updates.
 
-        In training the gate is sampled (Gumbel-sigmoid) and passes its gradient straight through; the hard gate of the
-        last detector layer serves all L streams of a video, as only that layer exists at inference.
+        Returns the gates (S, Q, 1), 1 = open and 0 = closed, their logits (S, Q), and in training
+        the soft gates (S, Q).
+
+        In training, gates are sampled with the Gumbel-sigmoid and have the gradient of the soft
+        gates (straight-through). The gates of the last of the L detector layers serve all layers,
+        because it is the only one at inference.
         """
         logits = self.gate_proj(self.decoder_norm(x)).squeeze(-1)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))     # 16 bit noise is no logistic noise
+        # The noise needs float32: in 16 bit it is not logistic.
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if not self.training:
             return (logits >= 0).to(x.dtype)[..., None], logits, None
         soft = torch.sigmoid((logits + logistic_noise(logits)) / GUMBEL_TEMPERATURE)
         hard = ((soft >= 0.5).to(soft.dtype) - soft).detach() + soft
-        last = hard.unflatten(0, (layers, -1))[-1]                               # (B, Q)
+        last = hard.unflatten(0, (layers, -1))[-1]                          # (B, Q)
         return last.repeat(layers, 1)[..., None].to(x.dtype), logits, soft
 
-    @staticmethod
-    def propagate(gate: Tensor, x: Tensor, carried: Tensor) -> Tensor:
-        """The gated residual connection: a closed gate forgets this clip's layers so far and returns to `carried`."""
-        return gate * x + (1 - gate) * carried
+    def attention_mask(self, gate: Tensor) -> Tensor:
+        """Self-attention mask (S, 1, Q, Q) of gates (S, Q, 1): rows of closed queries.
 
-    def gate_bias(self, gate: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """The self-attention mask of closed queries as (additive bias, blocked mask), one of them None; (S, 1, Q, Q).
-
-        The paper masks closed queries out of the self-attention. The released code builds a float mask of ones, which
-        attention adds to the logits, so a closed query attends the others a little MORE (rows, off the diagonal).
-        All released checkpoints are trained so: "additive" is the default. "blocked" is what the paper says: a closed
-        query attends to itself alone (True = blocked).
+        "blocked" is the paper's masked self-attention: a closed query attends only to itself.
+        "additive" is the released code and the default, because all released checkpoints were
+        trained with it: its mask is float, so attention adds it to the logits, and a closed query
+        attends to the others slightly more (logits + 1).
         """
-        closed = (gate == 0)[:, None]                                            # (S, 1, Q, 1): rows, not columns
+        closed = (gate == 0)[:, None]                                       # (S, 1, Q, 1)
         others = ~torch.eye(gate.shape[1], dtype=torch.bool, device=gate.device)
         mask = closed & others
-        return (None, mask) if self.gate_mask == "blocked" else (mask.to(gate.dtype), None)
+        return mask if self.gate_mask == "blocked" else mask.to(gate.dtype)
 
-    def disturb(self, query: Tensor) -> Tensor:
-        """Carried queries (S, Q, C), some of them up to half another one of their stream, so that recovering is learned.
+    def add_query_noise(self, query: Tensor) -> Tensor:
+        """Mix queries (S, Q, C) with random others of their stream, with weight up to 1/2.
 
-        Not of GRAtt-VIS: the noise of DVIS (arXiv 2306.03413), section 3.3, weighted averaging."""
+        The noise of DVIS (arXiv 2306.03413), section 3.3, weighted averaging; not in GRAtt-VIS.
+        """
         other = query[:, torch.randperm(query.shape[1], device=query.device)]
-        share = torch.rand(*query.shape[:2], 1, device=query.device, dtype=query.dtype) / 2
-        noisy = torch.rand_like(share) < self.query_noise
-        return torch.where(noisy, query + share * (other - query), query)
+        weight = torch.rand(*query.shape[:2], 1, device=query.device, dtype=query.dtype) / 2
+        noisy = torch.rand_like(weight) < self.query_noise
+        return torch.where(noisy, query + weight * (other - query), query)
 
     def read_memory(self, state: TrackerState) -> Tensor:
-        """GenVIS: every query reads its own past, unscaled; its own value is added even when the memory is empty."""
+        """GenVIS: each query attends to its own past, without scaling. Returns (S, Q, C)."""
         query = state.query
-        read = query + self.query_value(query)
-        if state.memory_key is not None:
-            weights = torch.einsum("sqc,smqc->smq", self.query_key(query), state.memory_key).softmax(1)
-            read = read + torch.einsum("smq,smqc->sqc", weights, state.memory_value)
-        return read
+        output = query + self.query_value(query)
+        if state.memory_key is None:
+            return output
+        logits = torch.einsum("sqc,smqc->smq", self.query_key(query), state.memory_key)
+        return output + torch.einsum("smq,smqc->sqc", logits.softmax(1), state.memory_value)
 
-    def next_state(self, x: Tensor, normed: Tensor, state: TrackerState) -> TrackerState:
-        """The raw output of the last layer is carried on; the memory grows by its normed projection."""
-        if not self.remembers:
+    def next_state(self, x: Tensor, output: Tensor, state: TrackerState) -> TrackerState:
+        """Propagate the queries x of the last layer; append its normed output to the memory."""
+        if not self.use_memory:
             return TrackerState(x)
-        key, value = self.memory_key(normed)[:, None], self.memory_value(normed)[:, None]
+        key, value = self.memory_key(output)[:, None], self.memory_value(output)[:, None]
         if state.memory_key is not None:
-            key, value = torch.cat((state.memory_key, key), 1), torch.cat((state.memory_value, value), 1)
+            key = torch.cat((state.memory_key, key), 1)
+            value = torch.cat((state.memory_value, value), 1)
         return TrackerState(x, key, value)
 
     def encode(self, frame_queries: Tensor) -> Tensor:
-        """Frame queries (S, T, F, C) exchange what they saw: projection, then self-attention layers; same shape."""
+        """Self-attention among the frame queries (N, T, F, C) of each of N clips; same shape."""
         x = self.input_proj(frame_queries)
-        if not self.window:
-            shape = x.shape
-            x = x.flatten(1, 2)
-            for layer in self.encoder:
-                x = layer(x)
-            return x.view(shape)
+        if self.window:
+            return self.encode_in_windows(x)
+        tokens = x.flatten(1, 2)
+        for layer in self.encoder:
+            tokens = layer(tokens)
+        return tokens.view(x.shape)
 
+    def encode_in_windows(self, x: Tensor) -> Tensor:
+        """VITA: layers alternate between plain windows of W frames and windows shifted by W / 2.
+
+        As upstream, windows are not shifted in training.
+        """
         frames, window = x.shape[1], self.window
-        x = F.pad(x, (0, 0, 0, 0, 0, -frames % window))                          # zeros after the projection: no bias
-        padded = torch.arange(x.shape[1], device=x.device) >= frames             # (T',) True = not a frame
-        plain = torch.zeros(x.shape[1], x.shape[1], device=x.device, dtype=torch.bool) | padded
-        half = math.ceil(window / 2)
+        x = F.pad(x, (0, 0, 0, 0, 0, -frames % window))                     # (N, T', F, C)
+        is_padding = torch.arange(x.shape[1], device=x.device) >= frames    # (T')
+        blocked = is_padding.expand(len(is_padding), -1)                    # (T', T'), columns
+        shift = math.ceil(window / 2)
         for index, layer in enumerate(self.encoder):
-            shifted = not self.training and index % 2 == 1                       # upstream trains unshifted only
-            if shifted:
-                x = self.attend_in_windows(layer, x.roll(half, 1), self.shifted_mask(padded, half)).roll(-half, 1)
+            if index % 2 == 1 and not self.training:
+                x = x.roll(shift, 1)
+                x = self.attend_in_windows(layer, x, self.shifted_mask(is_padding, shift))
+                x = x.roll(-shift, 1)
             else:
-                x = self.attend_in_windows(layer, x, plain)
+                x = self.attend_in_windows(layer, x, blocked)
         return x[:, :frames]
 
-    def shifted_mask(self, padded: Tensor, half: int) -> Tensor:
-        """Which frame (row) must not see which (column) after the roll: bool (T', T'), True = blocked."""
-        padded = padded.roll(half)
-        blocked = padded[:, None] | padded
-        seam = torch.arange(len(padded), device=padded.device) < half            # frames rolled in from the video's end
-        return blocked | (seam[:, None] != seam)
+    def shifted_mask(self, is_padding: Tensor, shift: int) -> Tensor:
+        """Pairs of frames that must not attend to each other after the roll: bool (T', T')."""
+        is_padding = is_padding.roll(shift)
+        wrapped = torch.arange(len(is_padding), device=is_padding.device) < shift
+        return is_padding[:, None] | is_padding | (wrapped[:, None] != wrapped)
 
     def attend_in_windows(self, layer: nn.Module, x: Tensor, blocked: Tensor) -> Tensor:
-        """One encoder layer within windows of W frames. x (S, T', F, C); blocked (T', T'), read inside windows only.
+        """Apply an encoder layer to windows of W frames of x (N, T', F, C).
 
-        A finite bias instead of a blocked mask: a window may start with nothing but padding, whose rows would be NaN.
+        blocked: bool (T', T'), of which pairs inside a window are used. The mask is additive and
+        finite, because a window of padding would be blocked completely, which gives NaN.
         """
-        streams, frames, count, channels = x.shape
+        clips, frames, frame_queries, channels = x.shape
         window, windows = self.window, frames // self.window
-        own = blocked.view(windows, window, windows, window).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-        bias = own.to(x.dtype).repeat_interleave(count, 1).repeat_interleave(count, 2) * FAR
-        x = x.reshape(streams * windows, window * count, channels)
-        x = layer(x, bias.repeat(streams, 1, 1)[:, None])
-        return x.view(streams, frames, count, channels)
+        blocked = blocked.reshape(windows, window, windows, window)
+        blocked = blocked.diagonal(dim1=0, dim2=2).permute(2, 0, 1)         # (windows, W, W)
+        mask = blocked.to(x.dtype) * MASKED_LOGIT
+        mask = mask.repeat_interleave(frame_queries, 1).repeat_interleave(frame_queries, 2)
+        x = x.reshape(clips * windows, window * frame_queries, channels)
+        x = layer(x, mask.repeat(clips, 1, 1)[:, None])
+        return x.view(clips, frames, frame_queries, channels)
 
 
 class EncoderLayer(nn.Module):
@@ -266,12 +311,12 @@ class EncoderLayer(nn.Module):
         self.self_attention = SelfAttention(channels, heads)
         self.feed_forward = FeedForward(channels, feed_forward)
 
-    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return self.feed_forward(self.self_attention(x, bias=bias))
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self.feed_forward(self.self_attention(x, mask=mask))
 
 
 class DecoderLayer(nn.Module):
-    """The three blocks of a decoder layer; the tracker calls them one by one, to put the gate between them."""
+    """The blocks of a decoder layer. It has no forward: `Tracker.decode_clip` calls them."""
 
     def __init__(self, channels: int, heads: int, feed_forward: int):
         super().__init__()

@@ -595,7 +595,8 @@ def make_model(args: argparse.Namespace, categories: list[tuple[int, str]],
     options = {"gate_mask": args.gate_mask, "clip_length": args.clip_length}
     given = {"norm": args.norm, "window": args.window}  # None: the preset's
     options |= {name: value for name, value in given.items() if value is not None}
-    model = build_model(args.preset, len(categories), args.propagation, **options)
+    model = build_model(args.preset, len(categories), args.propagation,
+                        query_noise=args.query_noise, **options)
     config = {"preset": args.preset, "propagation": args.propagation, "model_options": options,
               "test_short_side": args.test_short_side,
               "categories": [list(category) for category in categories], "args": vars(args)}
@@ -622,7 +623,7 @@ def make_network(model: GRAttVIS, args: argparse.Namespace, device: torch.device
     if world == 1:
         return model
     # The memory of a single clip is written, but never read.
-    unread_memory = model.tracker.remembers and args.frames <= args.clip_length
+    unread_memory = model.tracker.use_memory and args.frames <= args.clip_length
     return nn.parallel.DistributedDataParallel(
         model, [device] if device.type == "cuda" else None, find_unused_parameters=unread_memory)
 
@@ -645,7 +646,6 @@ def set_up(model: GRAttVIS, args: argparse.Namespace, device: torch.device,
     model.to(device, memory_format=memory_format).train()
     if amp_dtype != torch.float32:
         hold_frozen(model, amp_dtype)
-    model.tracker.query_noise = args.query_noise
     model.pixel_decoder.recompute = args.recompute != "off"
     model.backbone.recompute = args.recompute == "all"
     if args.compile != "off":

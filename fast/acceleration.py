@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from backbone import ResNetBackbone, fold_norms
+from backbone import ResNetBackbone
 from evaluation.postprocess import mask_confidence
-from transformer import cast_products
+from fast.folded_resnet import FusedResNet, fold_resnet
+from fast.half_precision import cast_weights
 
 if TYPE_CHECKING:
     from model import FrameOutput, GRAttVIS
@@ -37,13 +38,9 @@ def accelerate(model: GRAttVIS, dtype: torch.dtype = torch.float32,
     """
     on_gpu = model.device.type == "cuda"
     if compiled and isinstance(model.backbone, ResNetBackbone):
-        fold_norms(model.backbone)
-        folded = isinstance(model.backbone.bn1, nn.Identity)  # group norms cannot be folded
-        in_16_bit = dtype != torch.float32
-        has_cudnn = torch.backends.cudnn.is_available()
-        model.backbone.fused = folded and on_gpu and in_16_bit and has_cudnn
+        fold_resnet(model.backbone, dtype)
     if dtype != torch.float32:
-        cast_products(model.modules(), dtype)
+        cast_weights(model.modules(), dtype)
     if on_gpu:
         model.to(memory_format=torch.channels_last)
     if compiled:
@@ -58,14 +55,14 @@ def compile_parts(model: GRAttVIS, detector: bool = True) -> None:
     that are recomputed in backward are compiled one by one: a larger graph would keep their
     activations.
     """
-    parts = [(model.tracker, "read"), (model.tracker, "carry")]
+    parts = [(model.tracker, "encode"), (model.tracker, "decode_clip")]
     if detector:
         # The blocks of a fused ResNet are single cuDNN kernels: nothing is left to compile.
-        fused = isinstance(model.backbone, ResNetBackbone) and model.backbone.fused
+        fused = isinstance(model.backbone, FusedResNet)
         parts.append((model.backbone, "stem" if fused else "forward"))
     if detector and model.pixel_decoder.recompute:
         parts += [(layer, "forward") for layer in model.pixel_decoder.layers]
-        parts += [(model.pixel_decoder, "join"), (model.frame_decoder, "forward")]
+        parts += [(model.pixel_decoder, "fpn_step"), (model.frame_decoder, "forward")]
     elif detector:
         parts.append((model, "decode"))
     for owner, name in parts:
@@ -83,7 +80,7 @@ def hold_frozen(model: GRAttVIS, dtype: torch.dtype) -> None:
                       if not any(parameter.requires_grad for parameter in module.parameters())]
     originals = {name: parameter.detach().cpu().clone()
                  for name, parameter in model.named_parameters() if not parameter.requires_grad}
-    cast_products(frozen_modules, dtype)
+    cast_weights(frozen_modules, dtype)
 
     def restore(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: dict) -> None:
         state.update((prefix + name, value) for name, value in originals.items()

@@ -8,12 +8,13 @@ from torchvision.models.swin_transformer import SwinTransformer
 from backbone import (
     RESNETS,
     SWINS,
+    ResNetBackbone,
     SwinBackbone,
     build_backbone,
-    fold_norms,
-    shifted_from_afar,
+    wrapped_pairs,
 )
 from checkpoint import translate
+from fast.folded_resnet import fold_norms, fold_resnet, fuse_blocks, stem_convolution
 from golden_set import make_video, meta, official_weights, read_arrays, subsampled_error
 
 
@@ -112,9 +113,25 @@ def test_fused_convolutions_are_the_same(monkeypatch, name):
             value.uniform_(0.5, 1.5)
     expected = network(images)
     fold_norms(network)
-    network.fused = True
+    fuse_blocks(network)
     for found, before in zip(network(images), expected, strict=True):
         torch.testing.assert_close(found, before, rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(8, 12), (64, 96), (2, 2)])
+def test_the_stem_convolution_on_squares_of_pixels(size):
+    convolution = build_backbone("resnet10").conv1.double()
+    images = torch.randn(2, 3, *size).double()
+    torch.testing.assert_close(stem_convolution(convolution, images), convolution(images))
+
+
+def test_only_norms_are_folded_on_a_cpu():
+    """The fused kernels are cuDNN's; a group norm cannot be folded at all."""
+    for norm, expected in (("frozen", torch.nn.Identity), ("group", torch.nn.GroupNorm)):
+        network = build_backbone("resnet10", norm)
+        fold_resnet(network, torch.float16)
+        assert type(network) is ResNetBackbone and isinstance(network.bn1, expected)
 
 
 def test_the_thin_backbone_has_half_of_the_weights():
@@ -141,7 +158,7 @@ def test_swin_is_torchvisions_where_every_map_holds_a_window():
 
 def test_shift_mask_by_hand():
     """One window row of two, window 2, shift 1: after the roll a window's second column or row may come from afar."""
-    apart = shifted_from_afar(1, 2, 2, 1, torch.device("cpu"))
+    apart = wrapped_pairs(1, 2, 2, 1, torch.device("cpu"))
     # tokens of a window: (0,0) (0,1) / (1,0) (1,1); rows 0 and 1 never were neighbours, columns only in the first window
     assert apart[0].tolist() == [[False, False, True, True], [False, False, True, True],
                                  [True, True, False, False], [True, True, False, False]]

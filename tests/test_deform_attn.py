@@ -3,11 +3,13 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from deform_attn import (
     DeformableAttention,
     deformable_attention,
     implementation,
+    neighbours,
     pixel_centres,
     sample_points,
 )
@@ -48,6 +50,39 @@ def test_equals_a_loop_over_every_sample():
                         y = centres[query][1] + offsets[b, query, head, level, point, 1].item() / height
                         total += weights[b, query, head, level, point] * bilinear(planes[level][b, :, :, head], x, y)
                 torch.testing.assert_close(ours[b, query, head], total)
+
+
+def test_sample_points_is_grid_sample():
+    """The form that a reader of Deformable DETR knows, with its gradients; queries are no pixels."""
+    torch.manual_seed(0)
+    shapes, batch, heads, channels, queries, points = [(2, 3), (4, 5), (1, 7)], 2, 3, 4, 6, 2
+    pixels = sum(height * width for height, width in shapes)
+    inputs = [torch.randn(batch, pixels, heads, channels, dtype=torch.float64),
+              torch.rand(batch, queries, heads, len(shapes), points, 2, dtype=torch.float64) * 1.6 - 0.3,
+              torch.randn(batch, queries, heads, len(shapes), points, dtype=torch.float64)]
+    value, locations, weights = (tensor.requires_grad_() for tensor in inputs)
+    expected, start = 0, 0
+    for level, (height, width) in enumerate(shapes):
+        image = value[:, start:start + height * width].permute(0, 2, 3, 1).flatten(0, 1)
+        image = image.unflatten(2, (height, width))                                     # (B heads, C / heads, height, width)
+        grid = 2 * locations[:, :, :, level].transpose(1, 2).flatten(0, 1) - 1          # (B heads, queries, points, 2)
+        samples = F.grid_sample(image, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+        shares = weights[:, :, :, level].transpose(1, 2).flatten(0, 1)[:, None]
+        expected = expected + (samples * shares).sum(-1)                                # (B heads, C / heads, queries)
+        start += height * width
+    expected = expected.unflatten(0, (batch, heads)).permute(0, 3, 1, 2).flatten(2)
+    found = sample_points(value, shapes, locations, weights)
+    torch.testing.assert_close(found, expected)
+    grad = torch.randn_like(expected)
+    for one, other in zip(torch.autograd.grad(found, inputs, grad), torch.autograd.grad(expected, inputs, grad)):
+        torch.testing.assert_close(one, other)
+
+
+def test_neighbours_by_hand():
+    """Positions in a row of three pixels: between two, on one, and at both ends, half outside."""
+    (low, low_weight), (high, high_weight) = neighbours(torch.tensor([0.25, 1.0, -0.5, 2.5, 7.0]), 3)
+    assert low.tolist() == [0, 1, 0, 2, 2] and high.tolist() == [1, 2, 0, 2, 2]
+    assert low_weight.tolist() == [0.75, 1, 0, 0.5, 0] and high_weight.tolist() == [0.25, 0, 0.5, 0, 0]
 
 
 def test_golden_values_and_gradients():

@@ -4,9 +4,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import plain_model
-from detector import MasksAtLevels, sine_position
+from detector import attention_mask, mask_sources, sine_position
 from golden_set import relative_error
 from model import build_model
 from plain_model import Weights
@@ -104,21 +105,31 @@ def test_sine_position():
 # In 16 bit
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-@torch.no_grad()
-def test_masks_at_levels(dtype):
+def test_attention_masks(dtype):
     """Masks are resized; in 16 bit the features are, which is the same up to rounding."""
     torch.manual_seed(0)
     features, kernel = torch.randn(2, 64, 16, 20), torch.randn(2, 3, 64 + 1)
     sizes = [(2, 3), (4, 5), (8, 10)]
-    masks_at = MasksAtLevels(features.to(dtype), sizes)
-    for level, size in enumerate(sizes):
+    kernel[0, 0], kernel[1, 2] = 0, 0
+    kernel[0, 0, -1], kernel[1, 2, -1] = -1, 1  # an empty and a full mask
+    sources = mask_sources(features.to(dtype), sizes)
+    assert all((source.shape[-2:] == size) == (dtype == torch.bfloat16)
+               for source, size in zip(sources, sizes))
+    for source, size in zip(sources, sizes):
         masks = torch.einsum("nqc,nchw->nqhw", kernel[..., :-1].double(), features.double())
         masks += kernel[:, :, -1:, None].double()
         expected = F.interpolate(masks, size, mode="bilinear", align_corners=False).flatten(2)
-        found = masks_at.at(level, kernel.to(dtype))
-        assert found.dtype == dtype and (found - expected).norm() / expected.norm() < (
+        logits = mask_logits(kernel.to(dtype), source)
+        logits = F.interpolate(logits, size, mode="bilinear", align_corners=False).flatten(2)
+        assert logits.dtype == dtype and (logits - expected).norm() / expected.norm() < (
             1e-6 if dtype == torch.float64 else 1e-2)
-    assert bool(masks_at.small) == (dtype == torch.bfloat16)
+        mask = attention_mask(kernel.to(dtype), source, size)
+        assert mask.shape == (2, 1, 3, size[0] * size[1]) and mask.dtype == torch.bool
+        blocked = expected < 0
+        blocked[0, 0] = False  # an empty mask blocks nothing
+        clear = expected.abs() > (0.0 if dtype == torch.float64 else 0.3)
+        assert torch.equal(mask[:, 0][clear], blocked[clear])
+        assert not mask[0, 0, 0].any() and not mask[1, 0, 2].any() and mask.any()
 
 
 @torch.no_grad()
@@ -139,6 +150,38 @@ def test_pixel_decoder_in_16_bit():
     assert all(level.dtype == torch.float32 for level in levels_16)
     for ours, exact in zip([*levels_16, output_16], [*levels, output]):
         assert 0 < relative_error(ours.double(), exact) < 0.015
+
+
+# Forward hooks
+
+@pytest.mark.parametrize("propagation", ["gated", "gated+memory", "clip"])
+def test_forward_hooks_fire_on_every_module(propagation):
+    """In a live step and in a training step, but for these:
+
+    mask_features are applied to the queries instead of the pixels, see `mask_kernel`; embeddings
+    are tables, of which `weight` is read; the model's own forward is for training.
+    """
+    torch.set_default_dtype(torch.float32)
+    model = build_model("toy", CLASSES, propagation, **SIZE)
+    frames = torch.randint(0, 256, (3, 3, 32, 64), dtype=torch.uint8)
+    names = {module: name for name, module in model.named_modules()
+             if type(module).forward is not nn.Module.forward}
+    silent = {name for module, name in names.items()
+              if name.endswith("mask_features") or isinstance(module, nn.Embedding)}
+    called = set()
+    for module in names:
+        module.register_forward_hook(lambda module, inputs, output: called.add(names[module]))
+
+    model.train()([frames])
+    assert set(names.values()) - called == silent
+    called.clear()
+    model.eval()
+    if propagation == "clip":
+        model.segment_video(frames)
+    else:
+        _, state = model.step(frames[0])
+        model.step(frames[1], state)
+    assert set(names.values()) - called == silent | {""}
 
 
 # How weights start

@@ -8,13 +8,14 @@ import pytest
 import torch
 
 import train
-from backbone import build_backbone, fold_norms
+from backbone import build_backbone
 from fast.cuda_graphs import CUDAGraphCache
+from fast.folded_resnet import FusedResNet, fold_resnet
+from fast.half_precision import LinearReLU, cast_weights
 from golden_set import PROPAGATION, golden_model, make_video, meta, read_arrays, relative_error
 from model import build_model
 from synthetic.suites import make_dataset
 from test_golden_inference import assert_masks_in_16_bit
-from transformer import cast_products, linear_relu
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a GPU that PyTorch sees"
@@ -130,9 +131,9 @@ def test_fused_kernels_are_as_exact_as_others(dtype):
     for fused in (False, True):
         own = copy.deepcopy(network)
         if fused:
-            fold_norms(own)
-        own.fused = fused
-        cast_products(own.modules(), dtype)
+            fold_resnet(own, dtype)
+        assert isinstance(own, FusedResNet) == fused
+        cast_weights(own.modules(), dtype)
         with torch.autocast("cuda", dtype):
             maps = own.to(memory_format=torch.channels_last)(images)
         errors.append(
@@ -142,11 +143,10 @@ def test_fused_kernels_are_as_exact_as_others(dtype):
             ]
         )
     assert all(fused < 0.02 and fused < 1.5 * plain for plain, fused in zip(*errors, strict=True))
-    linear, x = (
-        torch.nn.Linear(64, 256).to("cuda", dtype),
-        torch.randn(3, 50, 64, device="cuda", dtype=dtype),
-    )
-    assert torch.equal(linear_relu(linear, x), linear(x).relu())
+    linear = LinearReLU(64, 256).to("cuda", dtype)
+    x = torch.randn(3, 50, 64, device="cuda", dtype=dtype)
+    expected = torch.nn.functional.linear(x, linear.weight, linear.bias).relu()
+    assert torch.equal(linear(x), expected)
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -170,14 +170,14 @@ def test_gates_are_those_of_every_step(mode, monkeypatch):
     `step` and a look at the tracker itself agree on it.
     """
     model, frames, state, seen, logits = make(mode), make_frames(4), None, [], []
-    follow = model.tracker.follow
+    forward = model.tracker.forward
 
     def watched(frame_queries, state):
-        (prediction,), state = follow(frame_queries, state)
+        (prediction,), state = forward(frame_queries, state)
         logits.append(torch.stack(prediction.gate_logits)[:, -1, 0])
         return [prediction], state
 
-    monkeypatch.setattr(model.tracker, "follow", watched)
+    monkeypatch.setattr(model.tracker, "forward", watched)
     for frame in frames:
         tracks, state = model.step(frame, state, top_k=1000)
         seen.append(dict(zip(tracks.track_ids.tolist(), tracks.gates)))

@@ -503,7 +503,7 @@ def test_the_compiled_parts_have_no_breaks(monkeypatch):
     expected = model.double().train()([frames]).clips[-1].logits[-1], model.eval().segment_video(frames).logits
     compile_parts(model)
     other = copy.deepcopy(model)
-    assert other.decode.__self__ is other and other.tracker.carry.__self__ is other.tracker
+    assert other.decode.__self__ is other and other.tracker.decode_clip.__self__ is other.tracker
     torch.testing.assert_close(model.segment_video(frames).logits, expected[1])
     torch.testing.assert_close(model.train()([frames]).clips[-1].logits[-1], expected[0])
 

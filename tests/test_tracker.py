@@ -165,25 +165,34 @@ def test_what_enters_self_attention(propagation):
             assert torch.equal(entered[layer][0, query], source[0, query]), (layer, query)
 
 
-def test_propagate_interpolates():
-    gate = torch.tensor([0.0, 1.0, 0.25])[:, None]
-    x, carried = torch.tensor([[8.0, 8.0]] * 3), torch.tensor([[4.0, 0.0]] * 3)
-    assert Tracker.propagate(gate, x, carried).tolist() == [[4, 0], [8, 8], [5, 2]]
+@torch.no_grad()
+def test_the_gated_residual_interpolates():
+    """x = g x + (1 - g) q, also for a gate that is neither open nor closed."""
+    tracker, query, crossed, entered = make_tracker(), random_queries(), [], []
+    gate = torch.tensor([0.0, 1.0, 0.25, 0.5, 0.75], dtype=torch.float64)[None, :, None]
+    tracker.gate = lambda x, layers: (gate, gate[..., 0], None)
+    for layer in tracker.decoder:
+        layer.cross_attention.register_forward_hook(lambda module, inputs, output: crossed.append(output))
+        layer.self_attention.register_forward_pre_hook(lambda module, inputs: entered.append(inputs[0]))
+    tracker(random_frames(), TrackerState(query))
+    for x, found in zip(crossed, entered, strict=True):
+        for number, share in enumerate(gate.flatten().tolist()):
+            torch.testing.assert_close(found[0, number], share * x[0, number] + (1 - share) * query[0, number])
 
 
 # The masks of closed queries
 
-def test_gate_bias_by_hand():
+def test_attention_mask_by_hand():
     """Queries 1 and 3 are closed: their rows are marked, not their columns, and the diagonal stays free."""
     gate = torch.tensor([1.0, 0.0, 1.0, 0.0])[None, :, None]
     rows = [[0, 0, 0, 0],
             [1, 0, 1, 1],
             [0, 0, 0, 0],
             [1, 1, 1, 0]]
-    bias, blocked = make_tracker(gate_mask="additive").gate_bias(gate)
-    assert blocked is None and bias.is_floating_point() and bias.tolist() == [[rows]]   # +1, as released
-    bias, blocked = make_tracker(gate_mask="blocked").gate_bias(gate)
-    assert bias is None and blocked.dtype == torch.bool and blocked.tolist() == [[rows]]  # True = may not attend
+    mask = make_tracker(gate_mask="additive").attention_mask(gate)
+    assert mask.is_floating_point() and mask.tolist() == [[rows]]                       # +1, as released
+    mask = make_tracker(gate_mask="blocked").attention_mask(gate)
+    assert mask.dtype == torch.bool and mask.tolist() == [[rows]]                       # True = must not attend
 
 
 @torch.no_grad()
@@ -196,10 +205,11 @@ def test_attention_weights_of_a_closed_query():
     gate = torch.tensor([1.0, 0.0, 1.0, 1.0])[None, :, None]
     one = torch.tensor([0.25] * 4)
     for gate_mask, closed in (("blocked", [0, 1, 0, 0]), ("additive", [math.e, 1, math.e, math.e])):
-        bias, blocked = make_tracker(gate_mask=gate_mask).gate_bias(gate)
+        mask = make_tracker(gate_mask=gate_mask).attention_mask(gate)
         closed = torch.tensor(closed, dtype=torch.float32)
-        weights = attention(x, x, x, bias, blocked)[0]
-        torch.testing.assert_close(weights, torch.stack((one, closed / closed.sum(), one, one)))
+        expected = torch.stack((one, closed / closed.sum(), one, one))
+        torch.testing.assert_close(attention(x, x, x, mask)[0], expected)
+        torch.testing.assert_close(attention.attention_weights(x, x, mask)[0, 0], expected)
 
 
 @torch.no_grad()
@@ -208,7 +218,7 @@ def test_a_blocked_closed_query_does_not_see_the_others():
     gate = torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0], dtype=torch.float64)[None, :, None]
     changed = x.clone()
     changed[:, [0, 3]] += 1                                                             # an open and a closed query
-    before, after = (tracker.decoder[0].self_attention(y, blocked=tracker.gate_bias(gate)[1]) for y in (x, changed))
+    before, after = (tracker.decoder[0].self_attention(y, mask=tracker.attention_mask(gate)) for y in (x, changed))
     assert (before != after).any(-1)[0].tolist() == [True, False, True, True, True]
 
 
@@ -455,20 +465,20 @@ def test_gate_noise_keeps_full_precision_under_autocast():
     assert prediction.gate_soft[0].dtype == torch.float32 and prediction.logits[0].dtype == torch.bfloat16
 
 
-def test_disturbed_queries_are_mixed_with_others_of_their_stream():
+def test_noisy_queries_are_mixed_with_others_of_their_stream():
     """About the asked share of them, each at most halfway; from the second clip on, in training alone."""
     torch.manual_seed(0)
-    tracker = Tracker(3, channels=8, mask_channels=8, queries=400, frame_queries=4, encoder_layers=1, heads=2, feed_forward=16).train()
-    tracker.query_noise = 0.3
+    tracker = Tracker(3, channels=8, mask_channels=8, queries=400, frame_queries=4, encoder_layers=1, heads=2, feed_forward=16,
+                      query_noise=0.3).train()
     query = torch.arange(2 * 400.0)[:, None].expand(-1, 8).reshape(2, 400, 8)             # a number a query
-    noisy = tracker.disturb(query)
+    noisy = tracker.add_query_noise(query)
     moved = (noisy != query).any(2)
     assert moved.double().mean().item() == pytest.approx(0.3, abs=0.08)                   # five standard errors
     assert ((noisy - query).abs().amax(2) <= 399 / 2).all() and (noisy[0] < 400).all() and (noisy[1] >= 400).all()
 
     calls = []
-    tracker.disturb = lambda query: calls.append(len(calls)) or query
-    tracker.follow(torch.randn(1, 1, 3, 1, 4, 8))
+    tracker.add_query_noise = lambda query: calls.append(len(calls)) or query
+    tracker(torch.randn(1, 1, 3, 1, 4, 8))
     assert len(calls) == 2
-    tracker.eval().follow(torch.randn(1, 1, 3, 1, 4, 8))
+    tracker.eval()(torch.randn(1, 1, 3, 1, 4, 8))
     assert len(calls) == 2

@@ -2,19 +2,21 @@
 
 An encoder layer made of our post-norm blocks is nn.TransformerEncoderLayer. Everything runs in float64.
 """
+import copy
 import math
+import pickle
 
 import pytest
 import torch
 from torch import nn
 
+from fast.half_precision import LinearReLU, cast_weights, fuse_relu
 from transformer import (
     MLP,
     Attention,
     CrossAttention,
     FeedForward,
     SelfAttention,
-    cast_products,
     mask_kernel,
     mask_logits,
 )
@@ -52,7 +54,7 @@ def test_blocked_is_a_bool_mask():
     blocked = torch.rand(2, HEADS, 5, 7) < 0.5
     blocked[..., 0] = False                                             # something is left to attend to
     expected = theirs(*inputs, attn_mask=blocked.flatten(0, 1))[0]
-    torch.testing.assert_close(ours(*inputs, blocked=blocked), expected)
+    torch.testing.assert_close(ours(*inputs, mask=blocked), expected)
     assert not torch.allclose(ours(*inputs), expected)
 
 
@@ -61,11 +63,11 @@ def test_bias_is_added_to_the_logits():
     ours, theirs = make_attention()
     inputs = random_inputs()
     bias = torch.randn(2, HEADS, 5, 7, dtype=torch.float64)
-    torch.testing.assert_close(ours(*inputs, bias=bias), theirs(*inputs, attn_mask=bias.flatten(0, 1))[0])
+    torch.testing.assert_close(ours(*inputs, mask=bias), theirs(*inputs, attn_mask=bias.flatten(0, 1))[0])
     mask = torch.rand(5, 7) < 0.5
     mask[:, 0], mask[:, 1] = False, True
-    assert not torch.allclose(ours(*inputs, bias=mask.double()), ours(*inputs, blocked=mask))
-    torch.testing.assert_close(ours(*inputs, bias=torch.ones(5, 7)), ours(*inputs))      # ones everywhere: nothing
+    assert not torch.allclose(ours(*inputs, mask=mask.double()), ours(*inputs, mask=mask))
+    torch.testing.assert_close(ours(*inputs, mask=torch.ones(5, 7)), ours(*inputs))      # ones everywhere: nothing
 
 
 def test_masks_are_broadcast():
@@ -74,9 +76,37 @@ def test_masks_are_broadcast():
     inputs = random_inputs()
     blocked = torch.rand(5, 7) < 0.5
     blocked[:, 0] = False
-    everywhere = attention(*inputs, blocked=blocked.expand(2, HEADS, 5, 7))
-    torch.testing.assert_close(attention(*inputs, blocked=blocked), everywhere)
-    torch.testing.assert_close(attention(*inputs, blocked=blocked.expand(2, 1, 5, 7)), everywhere)
+    everywhere = attention(*inputs, mask=blocked.expand(2, HEADS, 5, 7))
+    torch.testing.assert_close(attention(*inputs, mask=blocked), everywhere)
+    torch.testing.assert_close(attention(*inputs, mask=blocked.expand(2, 1, 5, 7)), everywhere)
+
+
+@pytest.mark.parametrize("kind", ["none", "bias", "blocked"])
+def test_attention_weights_are_a_softmax(kind):
+    """Written out head by head; applied to the values they give the output."""
+    attention, theirs = make_attention()
+    query, key, value = random_inputs()
+    mask = {"none": None, "bias": torch.randn(2, 1, 5, 7, dtype=torch.float64), "blocked": torch.rand(2, 1, 5, 7) < 0.5}[kind]
+    if kind == "blocked":
+        mask[..., 0] = False
+    weights = attention.attention_weights(query, key, mask)
+    assert weights.shape == (2, HEADS, 5, 7) and not weights.requires_grad
+    torch.testing.assert_close(weights.sum(-1), torch.ones(2, HEADS, 5, dtype=torch.float64))
+
+    (q_weight, k_weight, v_weight), biases = attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3)
+    q, k, v = query @ q_weight.T + biases[0], key @ k_weight.T + biases[1], value @ v_weight.T + biases[2]
+    size, outputs = CHANNELS // HEADS, []
+    for head in range(HEADS):
+        part = slice(head * size, (head + 1) * size)
+        logits = q[..., part] @ k[..., part].transpose(1, 2) / math.sqrt(size)
+        if kind == "bias":
+            logits = logits + mask[:, 0]
+        scores = logits.exp() * (~mask[:, 0] if kind == "blocked" else 1)
+        torch.testing.assert_close(weights[:, head], scores / scores.sum(-1, keepdim=True))
+        outputs.append(weights[:, head] @ v[..., part])
+    torch.testing.assert_close(attention.out_proj(torch.cat(outputs, -1)), attention(query, key, value, mask))
+    if kind == "none":
+        torch.testing.assert_close(weights, theirs(query, key, value, average_attn_weights=False)[1])
 
 
 def test_heads_must_divide_the_channels():
@@ -98,7 +128,7 @@ def test_positions_go_to_query_and_key_not_to_value():
     block = CrossAttention(CHANNELS, HEADS).double()
     block.attention = attention
     expected = block.norm(x + theirs(x + position, tokens + token_position, tokens)[0])
-    torch.testing.assert_close(block(x, position, block.read(tokens, tokens + token_position)), expected)
+    torch.testing.assert_close(block(x, position, tokens, token_position), expected)
 
 
 def test_self_attention_and_feed_forward_are_a_transformer_encoder_layer():
@@ -156,6 +186,22 @@ def test_weights_start_as_xavier_says(make, names):
 def test_weights_cast_once():
     """Those of products, in place; norms and embeddings stay as they are."""
     block = nn.ModuleList([SelfAttention(CHANNELS, HEADS), FeedForward(CHANNELS, 8), nn.Conv2d(3, 4, 1), nn.Embedding(2, 3)])
-    cast_products(block.modules(), torch.bfloat16)
+    cast_weights(block.modules(), torch.bfloat16)
     kept = {name for name, parameter in block.named_parameters() if parameter.dtype == torch.float32}
     assert kept == {"0.norm.weight", "0.norm.bias", "1.norm.weight", "1.norm.bias", "3.weight"}
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_fused_activation_changes_nothing(gradients):
+    """The first layer of a feed-forward block applies it; hooks, names and copies are as before."""
+    torch.manual_seed(0)
+    plain, x = FeedForward(CHANNELS, 20), torch.randn(2, 5, CHANNELS)
+    fused, called = copy.deepcopy(plain), []
+    fused.linear1.register_forward_hook(lambda *call: called.append(call))
+    fuse_relu(fused)
+    with torch.set_grad_enabled(gradients):
+        for block in (fused, copy.deepcopy(fused), pickle.loads(pickle.dumps(plain))):
+            assert torch.equal(block(x), plain(x))
+    assert called and isinstance(fused.linear1, LinearReLU)
+    assert all(map(torch.equal, fused.state_dict().values(), plain.state_dict().values()))
+    assert fused.state_dict().keys() == plain.state_dict().keys()

@@ -1,0 +1,130 @@
+"""A ResNet for inference on a GPU: batch norms folded into convolutions, blocks in fused kernels.
+
+    fold_resnet(model.backbone, torch.float16)      # in place
+
+`model.accelerate(compiled=True)` calls it. The plain network is backbone.py, which it equals up to
+rounding (tests/test_backbone.py).
+
+Source: torch.nn.utils.fusion and cuDNN's fused convolutions.
+"""
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.ops import FrozenBatchNorm2d
+
+from backbone import ResNetBackbone
+
+
+def fold_resnet(backbone: ResNetBackbone, dtype: torch.dtype) -> None:
+    """Fold the batch norms of a ResNet, in place. In 16 bit on a GPU, also fuse its blocks.
+
+    dtype: of the autocast that inference will run under. Group norms cannot be folded; a network
+    with group norms stays as it is.
+    """
+    fold_norms(backbone)
+    folded = isinstance(backbone.bn1, nn.Identity)
+    on_gpu = backbone.conv1.weight.is_cuda and torch.backends.cudnn.is_available()
+    if folded and on_gpu and dtype != torch.float32:
+        fuse_blocks(backbone)
+
+
+def fuse_blocks(backbone: ResNetBackbone) -> None:
+    """Make a ResNet with folded norms a `FusedResNet`, in place. Its weights do not move."""
+    backbone.__class__ = FusedResNet
+
+
+class FusedResNet(ResNetBackbone):
+    """Each convolution runs in one cuDNN kernel with its bias, residual and ReLU.
+
+    The modules of a block are not called, so their forward hooks do not fire.
+    """
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        x = self.stem(images)
+        maps = []
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            for block in stage:
+                x = fused_block(block, x)
+            maps.append(x)
+        return maps
+
+    def stem(self, images: Tensor) -> Tensor:
+        x = stem_convolution(self.conv1, images)
+        return self.maxpool(self.relu(x))
+
+
+def stem_convolution(convolution: nn.Conv2d, images: Tensor) -> Tensor:
+    """convolution(images), for a 7x7 of stride 2 on 3 channels, in a form that tensor cores accept.
+
+    Space-to-depth: each square of 2x2 pixels becomes one pixel of 12 channels, and the convolution
+    a 4x4 of stride 1. Output row y reads rows 2 y - 3 to 2 y + 3. These lie in squares y - 2 to
+    y + 1, whose first row has weight 0. Channels are padded to 16, because 16-bit kernels need a
+    multiple of 8. H and W must be even.
+    """
+    weight = F.pad(convolution.weight, (1, 0, 1, 0))                    # (64, 3, 8, 8)
+    weight = weight.unflatten(3, (4, 2)).unflatten(2, (4, 2))           # (64, 3, 4, 2, 4, 2)
+    weight = weight.permute(0, 2, 4, 3, 5, 1).flatten(3)                # (64, 4, 4, 12)
+    weight = F.pad(weight, (0, 4)).permute(0, 3, 1, 2)                  # (64, 16, 4, 4)
+
+    squares = images.to(weight.dtype).permute(0, 2, 3, 1)               # (N, H, W, 3)
+    squares = squares.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))       # (N, H/2, 2, W/2, 2, 3)
+    squares = squares.transpose(2, 3).flatten(3)                        # (N, H/2, W/2, 12)
+    squares = F.pad(squares, (0, 4, 2, 1, 2, 1)).permute(0, 3, 1, 2)    # (N, 16, H/2 + 3, W/2 + 3)
+    return F.conv2d(squares, weight, convolution.bias)
+
+
+def fused_block(block: BasicBlock | Bottleneck, x: Tensor) -> Tensor:
+    """block(x), of a block with folded norms."""
+    residual = x if block.downsample is None else block.downsample(x)
+    *convolutions, last = (getattr(block, name) for name, _ in convolution_names(block))
+    for convolution in convolutions:
+        x = convolution_relu(convolution, x)
+    return convolution_relu(last, x, residual)
+
+
+def convolution_relu(convolution: nn.Conv2d, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    """relu(convolution(x) + residual) in one cuDNN kernel."""
+    options = (convolution.bias, convolution.stride, convolution.padding, convolution.dilation,
+               convolution.groups)
+    if residual is None:
+        return torch.cudnn_convolution_relu(x, convolution.weight, *options)
+    return torch.cudnn_convolution_add_relu(x, convolution.weight, residual, 1.0, *options)
+
+
+def convolution_names(block: BasicBlock | Bottleneck) -> list[tuple[str, str]]:
+    """torchvision's names of the convolutions of a block and their norms, in order."""
+    count = 3 if isinstance(block, Bottleneck) else 2
+    return [(f"conv{i}", f"bn{i}") for i in range(1, count + 1)]
+
+
+def fold_norms(network: ResNetBackbone) -> None:
+    """Fold each batch norm into the convolution before it: the same up to rounding.
+
+    The constants of both branches of a block move to its last convolution.
+    """
+    stages = (network.layer1, network.layer2, network.layer3, network.layer4)
+    blocks = [block for stage in stages for block in stage]
+    fold(network, "conv1", "bn1")
+    for block in blocks:
+        for convolution, norm in convolution_names(block):
+            fold(block, convolution, norm)
+        if block.downsample:
+            fold(block.downsample, "0", "1")
+    for block in blocks:
+        if block.downsample and block.downsample[0].bias is not None:
+            last = getattr(block, convolution_names(block)[-1][0])
+            last.bias = nn.Parameter(last.bias + block.downsample[0].bias)
+            block.downsample[0].bias = None
+
+
+def fold(parent: nn.Module, convolution_name: str, norm_name: str) -> None:
+    """Fold one batch norm, a child of `parent`, into a convolution. Other norms stay."""
+    convolution, norm = getattr(parent, convolution_name), getattr(parent, norm_name)
+    if not isinstance(norm, (FrozenBatchNorm2d, nn.BatchNorm2d)):
+        return
+    convolution.weight, convolution.bias = fuse_conv_bn_weights(
+        convolution.weight, convolution.bias, norm.running_mean, norm.running_var, norm.eps,
+        norm.weight, norm.bias)
+    setattr(parent, norm_name, nn.Identity())

@@ -1,0 +1,125 @@
+"""What `record_attention` returns, and that the model is as before afterwards."""
+import math
+
+import pytest
+import torch
+
+from deform_attn import DeformableAttention
+from model import build_model
+from test_detector import randomised
+from transformer import Attention
+from viewing.introspection import record_attention
+
+SIZE = dict(channels=32, heads=2, queries=4, frame_queries=5, pixel_layers=2, frame_layers=3,
+            pixel_feed_forward=24, tracker_encoder_layers=2, tracker_decoder_layers=2,
+            feed_forward=24)
+
+
+def make_model(propagation="gated", **options):
+    torch.manual_seed(0)
+    return randomised(build_model("toy", 3, propagation, **SIZE, **options).double().eval())
+
+
+def make_frames(count=3):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(0, 256, (count, 3, 40, 56), dtype=torch.uint8, generator=generator)
+
+
+def assert_distributions(weights):
+    """Along the last dimension: positive, with sum 1."""
+    assert (weights >= 0).all()
+    torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
+
+
+def test_every_layer_and_frame_is_recorded():
+    model, frames = make_model(), make_frames()
+    expected = model.segment_video(frames)
+    with record_attention(model) as record:
+        found = model.segment_video(frames)
+    assert torch.equal(found.logits, expected.logits) and torch.equal(found.masks, expected.masks)
+
+    names = {name for name, module in model.named_modules() if isinstance(module, Attention)}
+    assert record.weights.keys() == names and len(names) == 2 * 3 + 2 + 2 * 2
+    shapes = {"frame_decoder.layers.0.cross_attention.attention": (1, 2, 5, 4),
+              "frame_decoder.layers.2.cross_attention.attention": (1, 2, 5, 64),
+              "tracker.encoder.1.self_attention.attention": (1, 2, 5, 5),
+              "tracker.decoder.0.cross_attention.attention": (1, 2, 4, 5),
+              "tracker.decoder.1.self_attention.attention": (1, 2, 4, 4)}
+    for name, calls in record.weights.items():
+        assert len(calls) == len(frames)
+        for weights in calls:
+            assert weights.shape == shapes.get(name, weights.shape)
+            assert_distributions(weights)
+
+    names = {name for name, module in model.named_modules()
+             if isinstance(module, DeformableAttention)}
+    assert record.sampling.keys() == names and len(names) == 2
+    for calls in record.sampling.values():
+        assert len(calls) == len(frames)
+        for locations, weights in calls:
+            assert locations.shape == (1, 84, 2, 3, 4, 2) and weights.shape == (1, 84, 2, 3, 4)
+            assert_distributions(weights.flatten(3))
+
+
+def test_weights_are_a_softmax_by_hand():
+    """The tracker's self-attention, with the mask of its gates, from hooks of our own."""
+    model, frames, layer, entered = make_model(), make_frames(2), 1, []
+    attention = model.tracker.decoder[layer].self_attention
+    attention.register_forward_pre_hook(lambda module, inputs: entered.append(inputs[0]))
+    with record_attention(model, "tracker.decoder") as record:
+        model.segment_video(frames)
+    assert all(name.startswith("tracker.decoder") for name in record.weights)
+    assert not record.sampling and not record.gate_logits
+    with record_attention(model, "tracker") as record:
+        model.segment_video(frames)
+    weights = attention.attention
+    for frame in range(2):
+        closed = record.gate_logits[frame][layer, 0, 0] < 0
+        x = entered[frame][0] + model.tracker.query_embed.weight
+        q, k, _ = (x @ part.T + bias for part, bias in zip(weights.in_proj_weight.chunk(3),
+                                                           weights.in_proj_bias.chunk(3)))
+        for head, part in enumerate((slice(0, 16), slice(16, 32))):
+            logits = q[:, part] @ k[:, part].T / math.sqrt(16)
+            logits = logits + closed[:, None] * (1 - torch.eye(4))
+            found = record.weights[f"tracker.decoder.{layer}.self_attention.attention"][frame]
+            torch.testing.assert_close(found[0, head], logits.exp() / logits.exp().sum(1)[:, None])
+
+
+@pytest.mark.parametrize("propagation", ["gated", "memory"])
+def test_gate_logits(propagation):
+    """Those of every decoder layer, by frame; their signs are the gates that `step` returns."""
+    model, frames, state = make_model(propagation), make_frames(), None
+    with record_attention(model, "tracker") as record:
+        for number, frame in enumerate(frames):
+            tracks, state = model.step(frame, state, top_k=1000)
+            if propagation == "gated":
+                logits = record.gate_logits[number]
+                assert logits.shape == (2, 1, 1, 4)
+                assert torch.equal(logits[:, 0, 0, tracks.track_ids] >= 0, tracks.gates.T)
+    assert len(record.gate_logits) == (len(frames) if propagation == "gated" else 0)
+
+
+def test_nothing_stays_behind():
+    """After an error, too."""
+    model = make_model()
+    with pytest.raises(ZeroDivisionError), record_attention(model):
+        assert not model.cuda_graphs.enabled
+        1 / 0
+    assert model.cuda_graphs.enabled
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.slow
+def test_a_compiled_model_is_recorded(monkeypatch):
+    """Compiled functions call no hooks that were added after compilation."""
+    model, frames = make_model(), make_frames(2)
+    with record_attention(model) as record:
+        model.segment_video(frames)
+    for owner, name in ((model.tracker, "encode"), (model.tracker, "decode_clip"), (model, "decode")):
+        monkeypatch.setattr(owner, name, torch.compile(getattr(owner, name), backend="eager"))
+    logits = model.segment_video(frames).logits
+    with record_attention(model) as compiled:
+        assert torch.equal(model.segment_video(frames).logits, logits)
+    assert compiled.weights.keys() == record.weights.keys()
+    for name, calls in record.weights.items():
+        torch.testing.assert_close(compiled.weights[name], calls)
