@@ -25,19 +25,6 @@ from torchvision.models.swin_transformer import (
 )
 from torchvision.ops import FrozenBatchNorm2d
 
-RESNETS = {
-    "resnet10": dict(block=BasicBlock, layers=[1, 1, 1, 1]),
-    "resnet10_thin": dict(block=BasicBlock, layers=[1, 1, 1, 1], last_planes=256),
-    "resnet50": dict(block=Bottleneck, layers=[3, 4, 6, 3]),
-    "resnet101": dict(block=Bottleneck, layers=[3, 4, 23, 3]),
-}
-SWINS = {  # T, S, B as in torchvision, to load its ImageNet weights; L is trained at 384 pixels
-    "swin_t": dict(embed_dim=96, depths=[2, 2, 6, 2], num_heads=[3, 6, 12, 24], window=7),
-    "swin_s": dict(embed_dim=96, depths=[2, 2, 18, 2], num_heads=[3, 6, 12, 24], window=7),
-    "swin_b": dict(embed_dim=128, depths=[2, 2, 18, 2], num_heads=[4, 8, 16, 32], window=7),
-    "swin_l": dict(embed_dim=192, depths=[2, 2, 18, 2], num_heads=[6, 12, 24, 48], window=12),
-}
-
 
 def group_norm(channels: int) -> nn.GroupNorm:
     """A trainable norm that is independent of the batch, for training from scratch."""
@@ -61,20 +48,17 @@ NORMS = {"frozen": FrozenBatchNorm, "batch": nn.BatchNorm2d, "group": group_norm
 
 
 def build_backbone(name: str, norm: str = "frozen", window: int | None = None) -> nn.Module:
-    """A backbone by name, one of RESNETS or SWINS. Raises ValueError for an unknown name or norm.
+    """A backbone by name, one of BACKBONES. Raises ValueError for an unknown name or norm.
 
     norm: of a ResNet: "frozen" (statistics and affine parameters are buffers, for pretrained
         weights), "batch" or "group".
     window: window size of a Swin; None = that of the table.
     """
-    if name in RESNETS:
-        if norm not in NORMS:
-            raise ValueError(f"unknown norm {norm!r}: choose one of {', '.join(NORMS)}")
-        return ResNetBackbone(**RESNETS[name], norm_layer=NORMS[norm])
-    if name in SWINS:
-        options = SWINS[name] | ({"window": window} if window else {})
-        return SwinBackbone(**options)
-    raise ValueError(f"unknown backbone {name!r}: choose one of {', '.join([*RESNETS, *SWINS])}")
+    if name not in BACKBONES:
+        raise ValueError(f"unknown backbone {name!r}: choose one of {', '.join(BACKBONES)}")
+    if norm not in NORMS:
+        raise ValueError(f"unknown norm {norm!r}: choose one of {', '.join(NORMS)}")
+    return BACKBONES[name](NORMS[norm], window)
 
 
 class ResNetBackbone(nn.Module):
@@ -200,3 +184,18 @@ class SwinBackbone(nn.Module):
             x = self.features[2 * stage + 1](x)
             maps.append(norm(x).permute(0, 3, 1, 2).contiguous())
         return maps
+
+
+# Factories of (norm layer, window or None). A backbone is a module with `channels`, the widths of
+# its four maps, that maps images to them.
+BACKBONES = {
+    "resnet10": lambda norm, _: ResNetBackbone(BasicBlock, [1, 1, 1, 1], norm),
+    "resnet10_thin": lambda norm, _: ResNetBackbone(BasicBlock, [1, 1, 1, 1], norm, 256),
+    "resnet50": lambda norm, _: ResNetBackbone(Bottleneck, [3, 4, 6, 3], norm),
+    "resnet101": lambda norm, _: ResNetBackbone(Bottleneck, [3, 4, 23, 3], norm),
+    # T, S, B as in torchvision, to load its ImageNet weights; L is trained at 384 pixels
+    "swin_t": lambda _, window: SwinBackbone(96, [2, 2, 6, 2], [3, 6, 12, 24], window or 7),
+    "swin_s": lambda _, window: SwinBackbone(96, [2, 2, 18, 2], [3, 6, 12, 24], window or 7),
+    "swin_b": lambda _, window: SwinBackbone(128, [2, 2, 18, 2], [4, 8, 16, 32], window or 7),
+    "swin_l": lambda _, window: SwinBackbone(192, [2, 2, 18, 2], [6, 12, 24, 48], window or 12),
+}

@@ -6,8 +6,7 @@ from torchvision.models import get_model, resnet50
 from torchvision.models.swin_transformer import SwinTransformer
 
 from backbone import (
-    RESNETS,
-    SWINS,
+    BACKBONES,
     ResNetBackbone,
     SwinBackbone,
     build_backbone,
@@ -196,8 +195,15 @@ def test_golden_swin_tiny(window, spec, dtype):
 def test_golden_swin_large():
     large, golden = SWIN["large"], read_arrays(SWIN["file"])
     spec, constructor = large["input"], large["constructor"]
-    assert SWINS["swin_l"] == dict(embed_dim=constructor["embed_dim"], depths=constructor["depths"],
-                                   num_heads=constructor["num_heads"], window=constructor["window_size"])
+    with torch.device("meta"):
+        ours = build_backbone("swin_l")
+    sizes = (constructor[name] for name in ("embed_dim", "depths", "num_heads", "window_size"))
+    with torch.device("meta"):
+        official = SwinBackbone(*sizes)
+    assert ours.channels == official.channels
+    shapes = [{name: value.shape for name, value in network.state_dict().items()}
+              for network in (ours, official)]
+    assert shapes[0] == shapes[1]
     maps = swin_maps(constructor, constructor["window_size"], large["names_shapes"], spec, SWIN["normalise"], torch.float32)
     for stage, m in enumerate(maps, 2):
         key = f"large.{spec['H']}x{spec['W']}.res{stage}"
@@ -206,10 +212,12 @@ def test_golden_swin_large():
 
 
 def test_strides():
-    for name in [*RESNETS, "swin_t"]:
+    for name in BACKBONES:
         with torch.device("meta"):
             network = build_backbone(name)
-        assert len(network.channels) == 4 and network.channels[3] == (4 if "thin" in name else 8) * network.channels[0]
+        factor = 4 if "thin" in name else 8
+        assert len(network.channels) == 4
+        assert network.channels[3] == factor * network.channels[0]
 
 
 def test_paths_are_dropped_as_often_as_asked():

@@ -337,6 +337,21 @@ def test_training_forward():
         model([make_frames(2), make_frames(3)])
 
 
+def test_the_last_clip_of_a_training_step_may_be_shorter():
+    """Three frames in clips of two: the second clip is tracked from the state after the first."""
+    torch.manual_seed(0)
+    model = make_model("plain", clip_length=2).train()
+    with torch.no_grad():
+        output = model([make_frames(3)])
+        queries = output.frames.queries[:, None]                         # (L, B, T, F, C)
+        first, state = model.tracker(queries[:, :, :2])
+        last, _ = model.tracker(queries[:, :, 2:], state)
+        forgetful, _ = model.tracker(queries[:, :, 2:])
+    for prediction, expected in zip(output.clips, (first, last), strict=True):
+        torch.testing.assert_close(prediction.logits[-1], expected.logits[-1])
+    assert not torch.allclose(output.clips[1].logits[-1], forgetful.logits[-1])
+
+
 @pytest.mark.parametrize("propagation", [*STEPPING, "clip"])
 @torch.no_grad()
 def test_forward_is_segment_video(propagation):
