@@ -69,12 +69,13 @@ def merge_to_multiples(batches: Iterable[tuple[Tensor, ...]],
         rest = count % multiple
         if count == rest:
             continue
-        tensors = concatenate(held)
-        yield tuple(tensor[:count - rest] for tensor in tensors)
-        held = [tuple(tensor[count - rest:] for tensor in tensors)] if rest else []
+        merged = concatenate(held)
+        held = [tuple(tensor[count - rest:] for tensor in merged)] if rest else []
+        yield tuple(tensor[:count - rest] for tensor in merged)
         count = rest
     if held:
-        yield concatenate(held)
+        merged, held = concatenate(held), []  # frees the parts, which can be large
+        yield merged
 
 
 def concatenate(batches: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:

@@ -392,7 +392,7 @@ def build_model(preset: str, num_classes: int, propagation: str = "gated",
 
     propagation: "gated" (GRAtt-VIS), "plain", "memory" (GenVIS), "gated+memory", "clip" (VITA).
     gate_mask: "additive" (as released) or "blocked" (as in the paper), see Tracker.attention_mask.
-    overrides: other arguments of GRAttVIS or Tracker, such as norm="group" for training from scratch.
+    overrides: other arguments of GRAttVIS or Tracker; training from scratch needs norm="group".
 
     Raises ValueError for unknown presets, arguments or values.
     """

@@ -178,18 +178,39 @@ def test_gates_of_a_video(options):
     assert torch.equal(gates, model.encode_video(frames, top_k=12).gates)
 
 
-def test_a_chunk_is_detected_before_the_one_before_it_is_tracked(model, monkeypatch):
-    """So that a GPU does both at once; and each chunk is handed over as soon as it is tracked."""
-    calls, track = [], type(model).track
-    detect = type(model).detect_queries
-    monkeypatch.setattr(type(model), "detect_queries",
-                        lambda self, frames: calls.append("detect") or detect(self, frames))
-    monkeypatch.setattr(type(model), "track",
-                        lambda self, *given: calls.append("track") or track(self, *given))
+def test_a_chunk_is_tracked_beside_the_detection_of_the_next(model, monkeypatch):
+    """The side stream waits for a chunk's detection, but not for the next one, launched before the
+    chunk is tracked. What is handed over is joined."""
+    calls, functions = [], {name: getattr(type(model), name) for name in ("detect_queries", "track")}
+
+    class Recorder:
+        def __init__(self, device, priority):
+            self.is_upload = priority == -2
+
+        def record(self, name):
+            calls.append(f"upload {name}" if self.is_upload else name)
+
+        def wait(self):
+            self.record("wait")
+
+        def join(self, *results):
+            self.record("join")
+
+        def __enter__(self):
+            self.record("enter")
+
+        def __exit__(self, *exception):
+            self.record("exit")
+
+    for name, function in functions.items():
+        monkeypatch.setattr(type(model), name, lambda *given, name=name, function=function:
+                            calls.append(name) or function(*given))
+    monkeypatch.setattr("fast.video_pipeline.SideStream", Recorder)
     for _ in model.track_video(make_frames(3)):
         calls.append("chunk")
-    assert calls == ["detect", "detect", "track", "chunk", "detect", "track", "chunk", "track",
-                     "chunk"]
+    detect = ["upload enter", "upload exit", "upload join", "detect_queries"]
+    track = ["enter", "track", "exit", "join", "chunk"]
+    assert calls == [*detect, "wait", *detect, *track, "wait", *detect, *track, "wait", *track]
 
 
 def test_all_pairs(model):
