@@ -1,7 +1,7 @@
-"""Annotation files as different tools write them: one form comes out, and nothing is lost.
+"""Annotation files of different tools are converted to the same format without losses.
 
-A small set is written in the YouTube-VIS format, changed as a tool would have written it, and then
-opened, trained on and evaluated like any other. Masks are rectangles, so areas are known by hand.
+A small data set in the YouTube-VIS format is changed to imitate a tool, then opened, trained on and
+evaluated. Masks are rectangles, so that their areas are known.
 """
 
 import json

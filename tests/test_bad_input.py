@@ -1,9 +1,8 @@
-"""Bad input ends in one clear sentence: every mistake below is refused, and the message names what
-is wrong.
+"""Bad input ends in one clear sentence, which names the mistake.
 
-A good data set and a good run are made once and copied; each test spoils one thing. The programs
-are called in this process, where the sentence is an InputError; three real command lines show that
-it is all that is left on stderr, with exit code 2.
+A valid data set and run are created once and copied; each test breaks one thing. Programs are
+called in this process, where the sentence is an InputError. Three real command lines check that it
+is the only output on stderr, with exit status 2.
 """
 import json
 import os

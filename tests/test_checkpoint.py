@@ -1,6 +1,4 @@
-"""Weights in and out: every official state dict fits, what does not fit is refused, and no file can
-run code.
-"""
+"""Loading weights: official files fit, mismatches are errors, and no file executes code."""
 import argparse
 import pickle
 import zipfile

@@ -1,8 +1,7 @@
-"""The demo: however the frames come, they are read alike, and what it writes and prints is what the
-model found in them.
+"""The demo: all sources give the same frames, and it writes and prints what the model predicts.
 
-The model has had one training step: its tracks are bad, but they are tracks. Most tests call the
-program in this process; the live one starts it and feeds it picture by picture.
+The model has trained for one step: its tracks are bad, but they are tracks. Most tests call the
+program in this process; the live test starts it and sends it one picture at a time.
 """
 import functools
 import io

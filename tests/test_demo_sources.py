@@ -1,6 +1,4 @@
-"""Sources that a demo meets in the wild: each is read right, or refused with one sentence before
-anything is written.
-"""
+"""Unusual sources of the demo: read correctly, or rejected in one sentence without output."""
 import io
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""Where a program runs, and in which precision."""
+"""Selection of the device and the precision."""
 import os
 from datetime import timedelta
 

@@ -1,6 +1,4 @@
-"""The same numbers on a GPU: inference in float64 against the official ones, and training steps in
-16 bit.
-"""
+"""GPU results: official numbers in float64, and training steps in 16 bit."""
 import copy
 import json
 

@@ -1,8 +1,7 @@
-"""Videos of any length, shared out to processes and resumed after a kill: always what
-`segment_video` gives, in one results.json.
+"""Inference over data sets equals `segment_video`, distributed, resumed, and for any length.
 
-Results are compared byte for byte, so everything here runs with one thread: a CPU rounds
-differently with several.
+Results are compared byte by byte, so all tests use one thread: rounding on a CPU depends on the
+number of threads.
 """
 import json
 import math

@@ -1,8 +1,6 @@
-"""Pictures of results: only what is masked changes, a colour stays with its track, and the files
-hold every frame.
+"""Overlays: only masked pixels change, tracks keep their colours, and files contain every frame.
 
-Of the strip of gates, cells are found where two strips that differ in nothing else are not the
-same.
+Cells of the gate strip are located by comparing two strips that differ only in that cell.
 """
 from dataclasses import replace
 

@@ -1,7 +1,7 @@
-"""Pictures of strangers: their brightness is kept, whatever the format, or they are refused.
+"""Untrusted pictures: their brightness is preserved in every format, or they are rejected.
 
 Every picture shows the same ramp from black to white. Formats of more than 8 bits are written byte
-by byte from their definitions. Nothing but regular files is opened.
+by byte from their specifications. Only regular files are opened.
 """
 
 import io

@@ -1,4 +1,4 @@
-"""Checkpoints of strangers: all containers hold the same things, and nothing of them is run."""
+"""Untrusted checkpoints: all containers give the same contents, and no code is executed."""
 import argparse
 import collections
 import datetime

@@ -1,6 +1,4 @@
-"""The official settings, and the data sets they name: every field, every layout on disk, one
-training step of each.
-"""
+"""Official settings and data sets: every field, every layout on disk, one training step each."""
 import json
 import shutil
 from pathlib import Path

@@ -1,6 +1,4 @@
-"""Run-length codes: those of pycocotools to the last character, from NumPy and PyTorch, and a check
-that lets no bad one pass.
-"""
+"""Run-length codes equal those of pycocotools; invalid codes are detected."""
 import numpy
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Files of our own, locks, streams: nothing is lost to an accident."""
+"""Result files, locks and streams: accidents lose nothing."""
 import io
 import json
 import os

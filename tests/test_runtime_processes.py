@@ -1,4 +1,4 @@
-"""Several processes: incomplete variables are named, disagreement is found, errors are shared."""
+"""Distributed processes: incomplete variables, disagreement and errors are reported by all."""
 import subprocess
 import sys
 from pathlib import Path

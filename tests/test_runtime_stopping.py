@@ -1,5 +1,4 @@
-"""Signals: training saves the step it is in, evaluation what is done, everything in one sentence.
-"""
+"""Signals: training saves its step, evaluation its videos, with a one-sentence message."""
 import json
 import signal
 import subprocess

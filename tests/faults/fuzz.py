@@ -3,9 +3,9 @@
     python tests/faults/fuzz.py annotations 10000   # or results, pth, pkl, pictures
     python tests/faults/fuzz.py pkl 1 --first 4711  # a single input; the file stays in --folder
 
-Input number i of a loader is always the same, but for the addresses that old checkpoints hold.
-Inputs run in child processes that may take 2 GB of memory and five seconds an input; anything but
-success and a clear error is a finding, which names the input and what was done to it.
+Input i of a loader is always the same, except for memory addresses in old checkpoints. Inputs run
+in child processes limited to 2 GB of memory and five seconds per input. Any other outcome than
+success or a clear error is reported with the input and its modification.
 """
 import argparse
 import contextlib

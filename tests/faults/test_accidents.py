@@ -1,9 +1,8 @@
-"""What happens to a user's cluster: a full disk, a folder that may not be written, processes that
-are killed, other clocks and hashes.
+"""Accidents on a cluster: full disks, read-only folders, killed processes, wrong clocks, hashes.
 
-Each time the program ends in seconds and says in one sentence what is the matter, what was written
-before can be read, and the same command goes on to the very result that it would have had. (kill -9
-of the whole program: test_kills.py.)
+Each time, the program exits within seconds with a one-sentence error, earlier files stay readable,
+and the same command then produces the same result as without the accident. (test_kills.py covers
+kill -9 of the whole program.)
 """
 import json
 import os

@@ -1,8 +1,7 @@
-"""kill -9 at any moment: of training, of evaluation, in the middle of writing a checkpoint. Nothing
-is lost, nothing is done twice.
+"""kill -9 at any time, also while a checkpoint is written: nothing is lost or repeated.
 
-Twice in the usual run, twenty times in `python -m pytest -s tests/faults -m faults`, which prints
-how often what was hit.
+Twice by default, twenty times with `python -m pytest -s tests/faults -m faults`, which also prints
+when the kills happened.
 """
 import json
 import random
