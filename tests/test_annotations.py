@@ -317,7 +317,7 @@ def test_ids_are_ordered_as_people_do():
     ids=repr,
 )
 def test_a_video_has_a_name_for_files(video_id, tmp_path):
-    """Other ids have other names, also where names do not tell upper from lower case."""
+    """Different ids have different names, even if case is ignored."""
     name = Video(video_id, 1, 1, [], []).name
     assert name.isascii() and name.isprintable() and len(name) < 60
     (tmp_path / f"{name}.json").touch()

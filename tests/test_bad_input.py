@@ -121,7 +121,7 @@ def test_evaluating_without_weights_exits_with_one_sentence(good, tmp_path):
 
 
 def test_who_reads_what_is_printed_may_leave():
-    """As head does: the program goes on to its end.
+    """Like head: the program continues to its end.
 
     A pipe to another program that breaks is an error.
     """
@@ -361,7 +361,7 @@ def test_a_picture_that_is_too_much_to_ask(tmp_path, content, expected):
 # Checkpoints
 
 class Shell:
-    """Asks whoever unpickles it to run a command."""
+    """Requests a command when unpickled."""
 
     def __init__(self, command):
         self.command = command

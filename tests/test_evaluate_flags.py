@@ -246,7 +246,7 @@ def test_flag_top_k(run, seen, tmp_path):
 
 
 def test_flag_output(run, folder, tmp_path):
-    """A folder of any depth; beside the weights where it is not said."""
+    """A folder of any depth; next to the weights by default."""
     run("--output", tmp_path / "new/place")
     assert (tmp_path / "new/place/metrics.json").exists() and not (tmp_path / "out").exists()
     save_tiny_model(tmp_path / "last.pt")

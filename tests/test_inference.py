@@ -321,7 +321,7 @@ def test_joined_results_are_one_list_in_the_order_of_the_videos(tmp_path, count)
 # The whole evaluation
 
 def assert_equal_results(folder, whole):
-    """The same results.json to the last byte, and nothing unfinished beside it."""
+    """The same results.json to the last byte, without unfinished results."""
     assert (folder / "results.json").read_bytes() == (whole / "results.json").read_bytes()
     assert not (folder / "unfinished").exists()
 

@@ -161,7 +161,7 @@ def test_one_bit_is_black_or_white(tmp_path):
 
 
 def test_opacity_is_ignored(tmp_path):
-    """The colour of a pixel stays, however transparent it is said to be."""
+    """The colour of a pixel does not depend on its alpha."""
     picture = Image.fromarray(RAMP.astype(numpy.uint8)).convert("P")
     stream = io.BytesIO()
     picture.save(stream, "PNG", transparency=9)

@@ -127,7 +127,7 @@ def datasets(tmp_path_factory):
     return folder
 
 
-DISAGREEMENTS = {  # what process 1 is told instead -> the error
+DISAGREEMENTS = {  # arguments of process 1 -> the error
     "word.replace('/one', '/two')": "the processes disagree about the contents of the annotation "
                                     "files",
     "'64' if word == '48' else word": "the processes disagree about --short-sides",

@@ -356,7 +356,7 @@ def load_annotations(base: Path, path: Path) -> None:
 
 
 def results_input(base: Path, folder: Path, random) -> tuple[Path, str]:
-    """A results file, and in a third of the cases a damaged ground truth beside it."""
+    """A results file, and in a third of the cases also a damaged ground truth."""
     results, truth = (
         json.loads((base / name).read_text()) for name in ("results.json", "annotations.json")
     )
@@ -380,7 +380,7 @@ def load_results(base: Path, path: Path) -> None:
 # Checkpoints
 
 class Call:
-    """Asks whoever unpickles it to call a function."""
+    """Requests a function call when unpickled."""
 
     def __init__(self, function: Callable, *arguments):
         self.call = function, arguments
@@ -803,7 +803,7 @@ LOADERS = {
 # Running
 
 def outcome_of(load: Callable, base: Path, path: Path) -> tuple[str, str]:
-    """"success", "refused" or "finding", and what was said."""
+    """"success", "refused" or "finding", and the message."""
     try:
         load(base, path)
     except InputError as error:

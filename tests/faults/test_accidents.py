@@ -22,7 +22,7 @@ import evaluate
 import train
 from synthetic.suites import make_dataset
 
-# A shell that may mount file systems, which are gone with it; the script follows.
+# A shell that may mount file systems, which are unmounted when it exits; the script follows.
 pytestmark = pytest.mark.slow
 MOUNT = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
 STEPS = 3
@@ -128,7 +128,7 @@ def assert_same_results(folder, output):
 
 
 def test_the_disk_is_full_while_a_checkpoint_is_written(folder, tmp_path):
-    """It holds one checkpoint and a half: the first stays, whole, and the run goes on from there.
+    """It holds one and a half checkpoints: the first stays intact, and the run resumes from it.
     """
     size = (folder / "whole/last.pt").stat().st_size
     (tmp_path / "disk").mkdir()
