@@ -18,7 +18,8 @@ import argparse
 import json
 import math
 import random
-from contextlib import ExitStack, closing, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
 from time import perf_counter
 
@@ -105,18 +106,14 @@ def main(args: argparse.Namespace) -> None:
     set_up(model, args, device, amp_dtype)
     run = Run(model, config, args, device, amp_dtype, resumed, rank, world)
 
-    with ExitStack() as folder:
+    with ExitStack() as stack:
         with errors_of_any_process():
             if rank == 0:
-                output.mkdir(parents=True, exist_ok=True)
-                folder.enter_context(folder_lock(output))
-                check_folder(args, output)
+                stack.enter_context(prepare_folder(run))
                 dtype = f"{str(amp_dtype).removeprefix('torch.')} ({reason})"
                 describe(args, model, clips, world, device, dtype, run.step)
-                save_json(output / "args.json", vars(args))
-                trim_log(output / "log.jsonl", run.step)
                 if not resumed:
-                    run.save()  # so that a run has a checkpoint as soon as it has a folder
+                    run.save()  # a run has a checkpoint as soon as it has a folder
         sampler = StepSampler(run.step, args.iterations, args.batch // world, rank, world)
         network = make_network(model, args, device, world)
         criterion = make_criterion(args, clips)
@@ -130,6 +127,17 @@ def main(args: argparse.Namespace) -> None:
     if run.stopping:
         raise Stopped(run.stopping, f"{run.last} holds iteration {run.step} of {args.iterations}, "
                       f"--resume {run.last} continues")
+
+
+@contextmanager
+def prepare_folder(run: "Run") -> Iterator[None]:
+    """Create and lock the output folder, and write args.json."""
+    run.output.mkdir(parents=True, exist_ok=True)
+    with folder_lock(run.output):
+        check_folder(run.args, run.output)
+        save_json(run.output / "args.json", vars(run.args))
+        trim_log(run.output / "log.jsonl", run.step)
+        yield
 
 
 def train(run: "Run", network: nn.Module, criterion: Criterion, bar: tqdm,

@@ -38,7 +38,7 @@ from model import build_model
 SIZES = ((384, 640, 1), (448, 800, 1), (736, 1280, 1), (512, 768, 10), (512, 768, 40))
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEADS, CHANNELS, POINTS = 8, 32, 4
-LARGEST_BATCH = 10                               # of the PyTorch path, for its memory
+MAX_BATCH = 10                               # of the PyTorch path, for its memory
 # Of a batch, for the memory of the float64 reference.
 CHECKED_IMAGES = 2
 GRID_MARGIN = 1e-3                               # pixels
@@ -159,8 +159,8 @@ def off_grid(offsets: Tensor, shapes: LevelShapes) -> Tensor:
     return ((places - places.round()).abs() > GRID_MARGIN).all(-1, keepdim=True).to(offsets.dtype)
 
 
-def relative_error(found: Tensor, wanted: Tensor) -> float:
-    return ((found.double() - wanted).norm() / wanted.norm()).item()
+def relative_error(result: Tensor, reference: Tensor) -> float:
+    return ((result.double() - reference).norm() / reference.norm()).item()
 
 
 def measure_operator(
@@ -182,10 +182,10 @@ def measure_operator(
         ways["PyTorch compiled"] = torch.compile(ways["PyTorch"], dynamic=False)
     checked = [x[:CHECKED_IMAGES].double() for x in inputs]
     masks = {"output": 1, "value": 1, "offsets": off_grid(checked[1], shapes), "logits": 1}
-    wanted = output_and_gradients(ways["PyTorch"], checked, grad[:CHECKED_IMAGES].double())
+    reference = output_and_gradients(ways["PyTorch"], checked, grad[:CHECKED_IMAGES].double())
     common = {"size": f"{height}x{width} B={images}", "type": str(dtype).removeprefix("torch.")}
     for name, function in ways.items():
-        if name != "kernel" and images > LARGEST_BATCH:
+        if name != "kernel" and images > MAX_BATCH:
             yield common | {"what": name}
             continue
         forward = (time_graph if name == "kernel" else time_events)(
@@ -204,13 +204,13 @@ def measure_operator(
                 lambda: torch.autograd.grad(output, leaves, grad, retain_graph=True), count
             )
             del output                                                           # gigabytes
-        found = [x[:CHECKED_IMAGES] for x in output_and_gradients(function, inputs, grad)]
+        result = [x[:CHECKED_IMAGES] for x in output_and_gradients(function, inputs, grad)]
         yield (
             common
             | {"what": name, "forward_us": forward, "backward_us": backward}
             | {
                 f"error_{key}": relative_error(x * mask, y * mask)
-                for (key, mask), x, y in zip(masks.items(), found, wanted)
+                for (key, mask), x, y in zip(masks.items(), result, reference)
             }
         )
     forward, backward, corners = least_bytes(images, shapes, dtype)
@@ -244,7 +244,7 @@ def measure_decoder(preset: str, height: int, width: int, device: str) -> Iterat
     for frames in (1, 8):
         maps = [torch.randn(frames, channels, height // stride, width // stride, device=device)
                 for channels, stride in zip(model.backbone.channels, (4, 8, 16, 32))]
-        wanted = None
+        reference = None
         for name, in_bfloat16, with_kernel in (
             ("float32, PyTorch", False, False),
             ("float32, kernel", False, True),
@@ -259,12 +259,12 @@ def measure_decoder(preset: str, height: int, width: int, device: str) -> Iterat
                 times = {"eager_us": time_events(run, 3)} | (
                     {"graph_us": time_graph(run, 3)} if with_kernel else {}
                 )
-            found = {"fpn": output.double()} | {
+            result = {"fpn": output.double()} | {
                 f"stride{s}": level.double() for s, level in zip((32, 16, 8), levels)
             }
-            wanted = wanted or found
+            reference = reference or result
             yield {"size": f"{preset} {height}x{width}", "frames": frames, "what": name} | times | {
-                f"error_{key}": relative_error(x, wanted[key]) for key, x in found.items()}
+                f"error_{key}": relative_error(x, reference[key]) for key, x in result.items()}
 
 
 def print_row(row: dict, columns: tuple[str, ...]) -> None:

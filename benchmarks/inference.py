@@ -86,7 +86,7 @@ def encoding() -> None:
     assert official() == encode_counts(masks)
     theirs, ours = (
         10 * seconds(official),
-        10 * seconds(lambda: [encode(part) for part in masks.split(480)]),
+        10 * seconds(lambda: [encode(chunk) for chunk in masks.split(480)]),
     )
     characters = np.mean([len(code) for code in encode_counts(masks)])
     print(
@@ -115,7 +115,7 @@ def autocast() -> torch.autocast:
 
 
 def make_batches(frames: int, chunk: int):
-    """Batches of a video of noise, made as they are asked for."""
+    """Batches of a video of noise, generated on demand."""
     generator = torch.Generator().manual_seed(0)
     for first in range(0, frames, chunk):
         small = torch.randint(
@@ -143,10 +143,10 @@ def memory(lengths: list[int], chunk: int) -> None:
         began = time.perf_counter()
         counted.clear()
         with autocast():
-            found = model.encode_video(make_batches(frames, chunk), OUTPUT, 20)
+            result = model.encode_video(make_batches(frames, chunk), OUTPUT, 20)
         now, codes = (
             resident(),
-            sum(len(code["counts"]) for track in found.segmentations for code in track),
+            sum(len(code["counts"]) for track in result.segmentations for code in track),
         )
         peak = f"{torch.cuda.max_memory_allocated() / 1e9:.3f} GB of GPU memory, " if CUDA else ""
         growth = (
@@ -161,7 +161,7 @@ def memory(lengths: list[int], chunk: int) -> None:
             f"{frames / (time.perf_counter() - began):.0f} frames a second"
         )
         last = frames, now
-        del found
+        del result
     postprocess.encode_counts = encode_counts
 
 
@@ -202,9 +202,9 @@ def speed(videos: int, frames: int, chunk: int, workers: int) -> None:
     """Frames a second of each stage alone, and of all together."""
     model = make_model()
     with tempfile.TemporaryDirectory() as folder, torch.no_grad(), autocast():
-        found = make_set(Path(folder), videos, frames)
-        size = sum(file.stat().st_size for file in found.videos[0].files) / frames / 1e3
-        batches = FrameBatches(found.videos, HEIGHT, 1333, chunk)
+        data_set = make_set(Path(folder), videos, frames)
+        size = sum(file.stat().st_size for file in data_set.videos[0].files) / frames / 1e3
+        batches = FrameBatches(data_set.videos, HEIGHT, 1333, chunk)
         loader = read_ahead(batches, workers, DEVICE)
         began = time.perf_counter()
         one = [batches[number] for number in range(8)]
@@ -224,9 +224,9 @@ def speed(videos: int, frames: int, chunk: int, workers: int) -> None:
 
         def masks() -> None:
             for kernels, feature in zip(kernel, features):
-                found = mask_logits(kernels[None], feature[None])[0]
-                mask_confidence(resize_masks(found, (HEIGHT, WIDTH)))
-                encode_counts(resize_masks(found, (HEIGHT, WIDTH), OUTPUT) > 0)
+                logits = mask_logits(kernels[None], feature[None])[0]
+                mask_confidence(resize_masks(logits, (HEIGHT, WIDTH)))
+                encode_counts(resize_masks(logits, (HEIGHT, WIDTH), OUTPUT) > 0)
 
         stages = {
             f"decoding ({workers} workers; {alone:.0f} a core)": 1 / decode,
@@ -246,9 +246,9 @@ def speed(videos: int, frames: int, chunk: int, workers: int) -> None:
             entries = [
                 entry
                 for video, result in segment_videos(
-                    model, found.videos, DEVICE, AMP, HEIGHT, 1333, 20, chunk, workers
+                    model, data_set.videos, DEVICE, AMP, HEIGHT, 1333, 20, chunk, workers
                 )
-                for entry in to_entries(video, result, found.categories)
+                for entry in to_entries(video, result, data_set.categories)
             ]
             (Path(folder) / "results.json").write_text(json.dumps(entries), encoding="utf-8")
             print(
@@ -289,7 +289,7 @@ def chunks(frames: int) -> None:
 
 
 def main() -> None:
-    """The parts that the command line asks for."""
+    """Run the parts selected on the command line."""
     parser = argparse.ArgumentParser(
         description="Measure inference.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )

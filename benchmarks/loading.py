@@ -1,4 +1,4 @@
-"""Speed of loading training clips from 1280x720 JPEGs: time by stage, and frames per second by workers.
+"""Speed of loading training clips from 1280x720 JPEGs: time by stage, frames per second by workers.
 
     python benchmarks/loading.py                   # temporary data set; 0, 1 and 2 workers
     python benchmarks/loading.py --root /data/loading --workers 1 2 4 8 16  # keeps the data set
@@ -11,8 +11,8 @@ official R-50 setting for OVIS: 5 frames within 6 of a reference frame, short si
 of the clips cropped, half flipped.
 
 Stages are CPU time of one process with one thread, as in a loader worker, measured by wrapping the
-functions that ClipDataset calls. A frame chosen twice is read once but counted twice. Rates are wall
-time, the median of --repeats, for train.py's loader with the batches of one of --processes
+functions that ClipDataset calls. A frame chosen twice is read once but counted twice. Rates are
+wall time, the median of --repeats, for train.py's loader with the batches of one of --processes
 processes, after WARM batches per worker. Files are in the page cache, so disks are not measured.
 Other load on the machine lowers the rates.
 """
@@ -47,8 +47,8 @@ from train import PREFETCH, open_clips
 HEIGHT, WIDTH, FRAMES, OBJECTS = 720, 1280, 14, 6      # of a video; reach 6 sees 13 frames
 NOISE = 5.0                                            # grey levels, standard deviation
 WARM = 2                                               # batches a worker that are not counted
-# What is timed: a name, who holds the function, and its name there; indented, a part of the row
-# above.
+# Timed functions: a label, the object that has the function, and its name. Indented rows are
+# included in the row above.
 STAGES = (
     ("reading JPEGs", clips_module, "read_frame"),
     ("decoding masks", clips_module, "read_mask"),
@@ -72,7 +72,7 @@ def make_set(root: Path, videos: int) -> None:
 
 
 def describe_set(root: Path) -> dict:
-    """What a clip's reader meets in this set."""
+    """Statistics of the data set."""
     sizes = [path.stat().st_size for path in root.glob("train/JPEGImages/*/*.jpg")]
     content = json.loads((root / "train.json").read_text(encoding="utf-8"))
     areas = [area for annotation in content["annotations"] for area in annotation["areas"] if area]
@@ -103,7 +103,7 @@ class Stopwatch:
 
 
 def measure_stages(clips: ClipDataset, numbers: range) -> list[dict]:
-    """A row for every part of reading these clips in this process, and for the whole."""
+    """A row for every stage of loading these clips in this process, and for the total."""
     watch = Stopwatch()
     with ExitStack() as patches:
         for name, holder, function in STAGES:
@@ -116,7 +116,7 @@ def measure_stages(clips: ClipDataset, numbers: range) -> list[dict]:
     whole = watch.seconds.pop("whole clip")
     # A crop may not have come.
     seconds = {name: watch.seconds.get(name, 0.0) for name, *_ in STAGES}
-    seconds["rest: stacking, what is seen"] = whole - sum(
+    seconds["rest: stacking, visibility"] = whole - sum(
         value for name, value in seconds.items() if name[0] != " "
     )
     frames = len(numbers) * clips.frames
@@ -237,9 +237,9 @@ def main() -> None:
         if not (root / "train.json").exists():
             print(f"making {options.videos} videos of {FRAMES} frames in {root} ...", flush=True)
             make_set(root, options.videos)
-        found = measure(root, options)
+        results = measure(root, options)
     if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ def make_model(
 
 
 def floor(preset: str, size: tuple[int, int], args: argparse.Namespace) -> None:
-    """What a frame takes at least: its products and convolutions at the rate of large products."""
+    """A lower bound: the matrix products and convolutions of a frame at the speed of large ones."""
     model, dtype = (
         build_model(preset, 25).eval().requires_grad_(False).to(DEVICE),
         choose_amp(args.amp, DEVICE)[0],
@@ -95,7 +95,7 @@ def floor(preset: str, size: tuple[int, int], args: argparse.Namespace) -> None:
     large = torch.randn(side, side, device=DEVICE, dtype=dtype)
     rate, work = 2 * side ** 3 / seconds(lambda: large @ large, 9)[4], counter.get_total_flops()
     print(
-        f"{preset}, {size[0]}x{size[1]}: {work / 1e9:.1f} GFLOP a frame; products of {side}x{side} "
+        f"{preset}, {size[0]}x{size[1]}: {work / 1e9:.1f} GFLOP a frame; matmuls of {side}x{side} "
         f"run at {rate / 1e9:.0f} GFLOP/s in "
         f"{dtype}, so {1e3 * work / rate:.2f} ms a frame at least",
         flush=True,
@@ -152,8 +152,8 @@ def errors(preset: str, size: tuple[int, int], args: argparse.Namespace) -> None
         model, autocast = make_model(preset, args, fast)
         with autocast:
             logits.append(model.segment_video(make_video(1, *size), None, TOP_K).logits.double())
-    exact, found = logits
-    error = (found - exact).norm() / exact.norm()
+    exact, fast = logits
+    error = (fast - exact).norm() / exact.norm()
     print(
         f"{preset}, {size[0]}x{size[1]}: class logits of the fast path are {error:.1e} from "
         "float32",
@@ -269,21 +269,23 @@ def profile(function, rows: int) -> None:
         return
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    ) as found:
+    ) as profile_result:
         began = time.perf_counter()
         function()
         synchronize()
         elapsed = time.perf_counter() - began
     kernels = [
         event
-        for event in found.key_averages()
+        for event in profile_result.key_averages()
         if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
     ]
     busy, launches = (
         sum(event.self_device_time_total for event in kernels) / 1e3,
         sum(event.count for event in kernels),
     )
-    waits = sum(event.count for event in found.key_averages() if "Synchronize" in event.key)
+    waits = sum(
+        event.count for event in profile_result.key_averages() if "Synchronize" in event.key
+    )
     print(
         f"  {1e3 * elapsed:.1f} ms under the profiler, kernels {busy:.1f} ms in {launches} "
         f"launches, {waits} waits"
@@ -332,7 +334,7 @@ def others(args: argparse.Namespace, frames: int = 36) -> None:
 
 
 def main() -> None:
-    """The parts that the command line asks for."""
+    """Run the parts selected on the command line."""
     parser = argparse.ArgumentParser(
         description="Measure speed.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )

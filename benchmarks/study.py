@@ -16,8 +16,8 @@ the same name and suite.
 AP by occlusion: ground truth instances are binned by their longest gap, the number of consecutive
 frames without a mask between two frames with one (occluded, or outside the frame). In the AP of a
 bin, instances of other bins are ignored like those of other area ranges. An unmatched detection has
-no gap, so it counts as a false positive in every bin. Bins with few instances therefore have a lower
-AP; compare models, not bins. AR10 is unaffected by false positives and is comparable across bins.
+no gap, so it counts as a false positive in every bin. Bins with few instances therefore have a
+lower AP; compare models, not bins. AR10 ignores false positives and is comparable across bins.
 
 Identity switches: in each frame, tracks with a score of at least 0.3 are assigned to instances by
 mask IoU (Hungarian matching, at least 0.5, ignoring classes). An instance keeps its track of the
@@ -98,8 +98,8 @@ COMMON = (
     "100",
 )
 MAX_LONG_SIDE, TOP_K = 1333, 10
-LEAST_SCORE = 0.3                                # of a track that can be given to an instance
-LEAST_IOU = 0.5
+MIN_SCORE = 0.3                                # of a track that can be given to an instance
+MIN_IOU = 0.5
 # Frames, both ends included.
 GAPS = {"0": (0, 0), "1-3": (1, 3), "4-6": (4, 6), "7-10": (7, 10), "11+": (11, float("inf"))}
 # Lower end excluded.
@@ -124,10 +124,10 @@ def ending(running: dict[Path, tuple[subprocess.Popen, IO]]) -> Iterator[None]:
     try:
         yield
     finally:
-        for process, said in running.values():
+        for process, log in running.values():
             process.terminate()
             process.wait()
-            said.close()
+            log.close()
 
 
 def train(args: argparse.Namespace) -> None:
@@ -158,21 +158,21 @@ def train(args: argparse.Namespace) -> None:
                     str(args.iterations),
                 ]
                 device = {"CUDA_VISIBLE_DEVICES": str(number % gpus)} if gpus else {}
-                said = open(folder.with_suffix(".txt"), "w+")
+                log = open(folder.with_suffix(".txt"), "w+")
                 environment = os.environ | device | {"OMP_NUM_THREADS": "1"}
                 running[folder] = (
-                    subprocess.Popen(command, env=environment, stdout=said, stderr=said),
-                    said,
+                    subprocess.Popen(command, env=environment, stdout=log, stderr=log),
+                    log,
                 )
             time.sleep(1)
-            for folder, (process, said) in list(running.items()):
+            for folder, (process, log) in list(running.items()):
                 if process.poll() is not None:
-                    said.close()
+                    log.close()
                     del running[folder]
                     bar.update()
                     if process.returncode:
                         raise InputError(
-                            f"the run {folder} ended with {process.returncode}: see {said.name}"
+                            f"the run {folder} ended with {process.returncode}: see {log.name}"
                         )
 
 
@@ -203,8 +203,8 @@ def noisy_frames(video: Video, noise: float) -> np.ndarray:
 
 # Which track an instance has
 
-def frame_overlaps(found: EncodedVideo, tracks: list[int], video: Video) -> np.ndarray:
-    """IoU (T, G, K) of the ground truth's masks with those of some of the found instances."""
+def frame_overlaps(result: EncodedVideo, tracks: list[int], video: Video) -> np.ndarray:
+    """IoU (T, G, K) of the ground truth's masks with those of some of the predicted instances."""
     size = {"height": video.height, "width": video.width}
     actual = [track_rles(annotation, size) for annotation in video.annotations]
     overlaps = np.zeros((len(video.files), len(actual), len(tracks)))
@@ -212,7 +212,7 @@ def frame_overlaps(found: EncodedVideo, tracks: list[int], video: Video) -> np.n
         if overlap.size:
             overlap[:] = rle.iou(
                 [masks[t] for masks in actual],
-                [found.segmentations[track][t] for track in tracks],
+                [result.segmentations[track][t] for track in tracks],
                 [False] * len(tracks),
             )
     return overlaps
@@ -222,7 +222,7 @@ def assign_tracks(overlaps: np.ndarray) -> np.ndarray:
     """IoU (T, G, K) -> the track of each instance in each frame, int (T, G), -1 = none."""
     assigned = np.full(overlaps.shape[:2], -1)
     for t, overlap in enumerate(overlaps):
-        worth = np.where(overlap >= LEAST_IOU, overlap, 0.0)
+        worth = np.where(overlap >= MIN_IOU, overlap, 0.0)
         if t:
             kept = (assigned[t - 1, :, None] == np.arange(overlap.shape[1])) & (worth > 0)
             # More than the sum of all overlaps.
@@ -249,14 +249,14 @@ def scores_by_gap(results: list[dict], ground_truth: dict) -> dict[str, dict[str
     Arguments as for metric.evaluate_results.
     """
     gaps = np.array([longest_gap(annotation) for annotation in ground_truth["annotations"]])
-    found = {"AP by gap": {}, "AR10 by gap": {}, "instances by gap": {}}
+    scores = {"AP by gap": {}, "AR10 by gap": {}, "instances by gap": {}}
     for name, (fewest, most) in GAPS.items():
         inside = (gaps >= fewest) & (gaps <= most)
         precision, recall, _ = accumulate(results, ground_truth, ignored=~inside)
         metrics = summarize(precision, recall, ground_truth)
-        for key, value in zip(found, (metrics["AP"], metrics["AR10"], int(inside.sum()))):
-            found[key][name] = value
-    return found
+        for key, value in zip(scores, (metrics["AP"], metrics["AR10"], int(inside.sum()))):
+            scores[key][name] = value
+    return scores
 
 
 def frame_groups(areas: np.ndarray, noisy: np.ndarray | None) -> dict[str, np.ndarray]:
@@ -283,18 +283,18 @@ def measure_suite(
 ) -> dict[str, dict]:
     """All that TITLES names, and "instances by gap", of a model on a set of that difficulty."""
     results, switches, opened = [], 0, defaultdict(list)
-    for video, found in segment_videos(
+    for video, result in segment_videos(
         model, videos.videos, device, amp, short_side, MAX_LONG_SIDE, TOP_K
     ):
-        results += to_entries(video, found, videos.categories)
-        tracks = best_labels(found, LEAST_SCORE)
-        assigned = assign_tracks(frame_overlaps(found, tracks, video))
+        results += to_entries(video, result, videos.categories)
+        tracks = best_labels(result, MIN_SCORE)
+        assigned = assign_tracks(frame_overlaps(result, tracks, video))
         switches += count_switches(assigned)
         noisy = noisy_frames(video, difficulty.noise) if difficulty.noisy else None
         for annotation, given in zip(video.annotations, assigned.T):
             areas, times = visible_areas(annotation), np.bincount(given[given >= 0], minlength=1)
             if 2 * times.max() >= np.count_nonzero(areas):
-                gates = found.gates[tracks[times.argmax()]].numpy()              # (T, D)
+                gates = result.gates[tracks[times.argmax()]].numpy()              # (T, D)
                 for name, chosen in frame_groups(areas, noisy).items():
                     opened[name] += gates[chosen].tolist()
     metrics = evaluate_results(results, videos.ground_truth)
@@ -308,13 +308,13 @@ def open_shares(opened: dict[str, list[list[bool]]]) -> dict[str, dict[str, floa
     """D gates for each frame in every one of STATES and SHARES -> the share that is open, of all
     layers and of the last; -1 for none.
     """
-    found = {}
+    shares = {}
     for what, names in (("state", STATES), ("share", SHARES)):
-        found[f"open by {what}"] = {name: mean_defined(np.array(opened[name])) for name in names}
-        found[f"last open by {what}"] = {
+        shares[f"open by {what}"] = {name: mean_defined(np.array(opened[name])) for name in names}
+        shares[f"last open by {what}"] = {
             name: mean_defined(np.array([gates[-1:] for gates in opened[name]])) for name in names
         }
-    return found
+    return shares
 
 
 def measure(args: argparse.Namespace) -> None:
@@ -354,17 +354,18 @@ def measure(args: argparse.Namespace) -> None:
         )
         for suite, videos in sets.items():
             check_categories(model, config, videos, weights)
-            found = measure_suite(
+            measured = measure_suite(
                 model, videos, device, amp, setting["short_side"], SUITES[suite].difficulty
             )
             records.append(
                 setting
                 | {"suite": suite, "videos": len(videos), "checksum": checksum(videos.path)}
-                | found
+                | measured
             )
             save_json(output, records)
-            print(f"{weights}, {setting['name']}, {suite}: AP {100 * found['scores']['AP']:.1f}, "
-                  f"{found['scores']['switches']:.2f} identity switches a video", flush=True)
+            scores = measured["scores"]
+            print(f"{weights}, {setting['name']}, {suite}: AP {100 * scores['AP']:.1f}, "
+                  f"{scores['switches']:.2f} identity switches a video", flush=True)
 
 
 # Tables

@@ -1,22 +1,22 @@
-"""Annotation files of any tool, in one form: read, checked and completed in one place.
+"""Reads annotation files: validation, defaults, and conversion to one format.
 
     file = read_annotations("instances.json")     # YouTube-VIS, OVIS, or COCO
     file.content["videos"], file.content["categories"], file.content["annotations"]
-    file.skipped.sentences()                      # what was left out, and why
+    file.skipped.sentences()                      # what was skipped, and why
 
-The form is that of YouTube-VIS; what else an entry holds is kept:
+The format is that of YouTube-VIS. Other fields of an entry are kept.
 
-    videos       id, height, width, length, and "file_names" where the file names them
-    categories   id, name; no two have one name
-    annotations  id, video_id, category_id, iscrowd (0 or 1), segmentations (one a frame: polygons,
-                 RLE or None), areas (one a frame: pixels or None)
+    videos       id, height, width, length, and "file_names" if the file has them
+    categories   id, name (unique)
+    annotations  id, video_id, category_id, iscrowd (0 or 1), segmentations (per frame: polygons,
+                 RLE or None), areas (per frame: pixels or None)
 
-A COCO image is a video of one frame. An id is a whole number or text, and 7, 7.0 and "7" are the
-same: references are matched in any of these notations and then hold the id of the entry that they
-refer to, whole floats as int. So files are written with the ids that were read.
+A COCO image is a video of one frame. An id is an int or a str, and 7, 7.0 and "7" are the same id.
+References are replaced by the id of the entry that they refer to, so that results are written with
+the ids of the file.
 
-Annotations that refer to nothing or have no mask are left out and counted. Everything else that is
-wrong is an InputError of one sentence; with skip_bad, videos and annotations are left out instead.
+Annotations that refer to nothing or have no mask are skipped and counted. Any other error raises
+InputError or, with skip_bad, skips the video or annotation.
 """
 import unicodedata
 from collections import Counter
@@ -33,20 +33,20 @@ from reading.pictures import check_pixels
 from runtime.errors import InputError, shown
 from runtime.files import read_json
 
-LARGEST_AREA = 1e10  # pixels: the end of the metric's last range
-MOST_SUFFIXES = 5    # of a name; a checkpoint may hold any number of equal names and ids
+MAX_AREA = 1e10   # pixels: the end of the metric's last range
+MAX_SUFFIXES = 5  # of a name; a checkpoint may contain any number of equal names and ids
 
 
-# What a file becomes
+# Results
 
 class Skipped:
-    """What was left out, by reason: how many entries, and the first of them."""
+    """Skipped entries by reason: their number, and the first one as an example."""
 
-    def __init__(self, parts: Iterable["Skipped"] = ()):
-        """parts: what was left out of several files, to be told together."""
+    def __init__(self, files: Iterable["Skipped"] = ()):
+        """files: the skipped entries of several files, to be merged."""
         self.reasons: dict[str, tuple[int, str]] = {}
-        for part in parts:
-            for reason, (count, first) in part.reasons.items():
+        for file in files:
+            for reason, (count, first) in file.reasons.items():
                 self.add(reason, first, count)
 
     def add(self, reason: str, example: str, count: int = 1) -> None:
@@ -59,53 +59,56 @@ class Skipped:
         return sum(count for count, _ in self.reasons.values())
 
     def sentences(self) -> list[str]:
-        """One line a reason, however many entries there are."""
-        return [f"{reason}: {count}; the first: {first}"
-                for reason, (count, first) in self.reasons.items()]
+        """One line per reason."""
+        return [
+            f"{reason}: {count}; the first: {first}"
+            for reason, (count, first) in self.reasons.items()
+        ]
 
 
 @dataclass
 class AnnotationFile:
-    """An annotation file in the form that is described above."""
-    name: str      # for people
+    """An annotation file in the format described above."""
+    name: str      # for messages
     content: dict  # "videos", "categories", "annotations"
     skipped: Skipped = field(default_factory=Skipped)
-    left_out: list[Id] = field(default_factory=list)  # videos, by skip_bad
+    left_out: list[Id] = field(default_factory=list)  # ids of videos skipped by skip_bad
 
     @property
     def categories(self) -> list[tuple[Id, str]]:
-        """(id, name) in the order of the ids, which is the order of the 0-based labels."""
+        """(id, name), sorted by id: the order of the 0-based labels."""
         return ordered_categories(self.content["categories"])
 
     def without(self, videos: Iterable[Id]) -> "AnnotationFile":
-        """The file less some of its videos and all that belongs to them; other ids are ignored.
+        """The file without some videos and their annotations; unknown ids are ignored.
 
-        InputError if no video is left.
+        Raises InputError if no video remains.
         """
         keys = set(map(id_key, videos))
-        gone = [video["id"] for video in self.content["videos"] if id_key(video["id"]) in keys]
-        if not gone:
+        videos, annotations = self.content["videos"], self.content["annotations"]
+        removed = [video["id"] for video in videos if id_key(video["id"]) in keys]
+        if not removed:
             return self
-        if len(gone) == len(self.content["videos"]):
-            raise InputError(f"all {len(gone)} videos of {self.name} are left out")
-        names = set(gone)
+        if len(removed) == len(videos):
+            raise InputError(f"all {len(removed)} videos of {self.name} are left out")
+        ids = set(removed)
         content = self.content | {
-            "videos": [video for video in self.content["videos"] if video["id"] not in names],
-            "annotations": [annotation for annotation in self.content["annotations"]
-                            if annotation["video_id"] not in names]}
-        return AnnotationFile(self.name, content, self.skipped, self.left_out + gone)
+            "videos": [video for video in videos if video["id"] not in ids],
+            "annotations": [entry for entry in annotations if entry["video_id"] not in ids],
+        }
+        return AnnotationFile(self.name, content, self.skipped, self.left_out + removed)
 
 
 # Reading
 
 def read_annotations(path: str | Path, skip_bad: bool = False,
                      locate: Callable[[dict, EntryName], None] | None = None) -> AnnotationFile:
-    """Read, check and complete an annotation file; see `complete`."""
+    """Read an annotation file; see `complete`."""
     return complete(read_json(path), str(path), skip_bad, locate)
 
 
 def read_categories(path: str | Path) -> list[tuple[Id, str]]:
-    """(id, name) of the categories of a data set's JSON, in the order of their ids."""
+    """(id, name) of the categories of an annotation file, sorted by id."""
     content = read_json(path)
     categories = content.get("categories") if isinstance(content, dict) else None
     return ordered_categories(complete_categories(categories, str(path)))
@@ -113,13 +116,16 @@ def read_categories(path: str | Path) -> list[tuple[Id, str]]:
 
 def complete(content, name: str, skip_bad: bool = False,
              locate: Callable[[dict, EntryName], None] | None = None) -> AnnotationFile:
-    """A parsed annotation file in the one form; `content` is not changed.
+    """Convert a parsed annotation file to the format above; `content` is not modified.
 
-    name: of the file, for messages.
-    locate: called with every video and how to name it, to find its frames. It may fill in "height"
-        and "width" where neither the file nor a mask tells them (they are None then), and raise an
-        InputError. Without it nothing is known of frames.
-    InputError names the entry that is wrong, or says what was left out if nothing remains.
+    Args:
+        name: of the file, for messages.
+        skip_bad: skip invalid videos and annotations instead of raising InputError.
+        locate: called with every video and its EntryName, to find its frames. It may set "height"
+            and "width" if they are None (neither the file nor a mask defines them), and raise
+            InputError.
+
+    Raises InputError naming the invalid entry, or listing what was skipped if nothing remains.
     """
     content, what = to_videos(content, name)
     categories = complete_categories(content["categories"], name)
@@ -130,7 +136,7 @@ def complete(content, name: str, skip_bad: bool = False,
 
 
 def to_videos(content, name: str) -> tuple[dict, str]:
-    """The lists of a file under the names of YouTube-VIS, and what it calls a video."""
+    """Rename the lists of a file to those of YouTube-VIS; also returns "video" or "image"."""
     what = "video"
     if isinstance(content, dict) and content.get("images") and not content.get("videos"):
         content, what = images_to_videos(content, name), "image"
@@ -146,9 +152,9 @@ def to_videos(content, name: str) -> tuple[dict, str]:
 
 
 def images_to_videos(content: dict, name: str) -> dict:
-    """A COCO file under the names of YouTube-VIS: every image is a video of one frame.
+    """Convert a COCO file to the format of YouTube-VIS: every image is a video of one frame.
 
-    Entries that are no dicts stay as they are, to be named later.
+    Entries that are not dicts are kept, for a later error message.
     """
     def video(image):
         files = {"file_names": [image["file_name"]]} if "file_name" in image else {}
@@ -169,14 +175,14 @@ def images_to_videos(content: dict, name: str) -> dict:
 
 
 def as_dict(entry, where: EntryName) -> dict:
-    """The entry; InputError if it is none."""
+    """The entry; InputError if it is not a dict."""
     if not isinstance(entry, dict):
         raise InputError(f"{where} is {shown(entry)}, which is no entry")
     return entry
 
 
 def whole_number(entry: dict, key: str, where: EntryName) -> int | None:
-    """The whole number under a key, None where it is missing (for which pandas writes NaN)."""
+    """The integer under a key; None if it is missing (or NaN, as written by pandas)."""
     value = entry.get(key)
     if value is None or isinstance(value, float) and isnan(value):
         return None
@@ -188,7 +194,7 @@ def whole_number(entry: dict, key: str, where: EntryName) -> int | None:
 # Categories
 
 def complete_categories(entries, name: str) -> list[dict]:
-    """Categories with ids, and names that differ; InputError if there are none."""
+    """Categories with ids and unique names; InputError if there are none."""
     if not isinstance(entries, list) or not entries:
         raise InputError(f"{name} has no list of categories")
     categories = []
@@ -204,16 +210,16 @@ def complete_categories(entries, name: str) -> list[dict]:
 
 
 def one_line(text: str) -> str:
-    """A name without what would break a line or a terminal: control characters, lone surrogates."""
+    """Normalise whitespace, and replace control characters and lone surrogates."""
     text = " ".join(text.split())
     return "".join("\ufffd" if unicodedata.category(letter) in ("Cc", "Cs") else letter
                    for letter in text)
 
 
 def unique_names(categories: list[tuple[Id, str]]) -> list[str]:
-    """Their names; those that several have, with the id: "cat (id 3)"."""
+    """The names of categories; ambiguous ones with the id: "cat (id 3)"."""
     names = [name for _, name in categories]
-    for _ in range(MOST_SUFFIXES):  # "cat (id 3)" may be there already
+    for _ in range(MAX_SUFFIXES):  # "cat (id 3)" may exist already
         count = Counter(names)
         names = [f"{name} (id {category_id})" if count[name] > 1 else name
                  for name, (category_id, _) in zip(names, categories)]
@@ -221,7 +227,7 @@ def unique_names(categories: list[tuple[Id, str]]) -> list[str]:
 
 
 def ordered_categories(categories: list[dict]) -> list[tuple[Id, str]]:
-    """(id, name) in the order of the ids."""
+    """(id, name), sorted by id."""
     pairs = [(category["id"], category["name"]) for category in categories]
     return sorted(pairs, key=lambda pair: id_order(pair[0]))
 
@@ -254,7 +260,7 @@ def complete_videos(content: dict, what: str, file: AnnotationFile, skip_bad: bo
 
 
 def complete_video(entry, sizes: dict[Id, tuple[int, int]], where: EntryName) -> dict:
-    """A video with id, length, and its size as far as it is known."""
+    """A video with id, length, and size (None if unknown)."""
     length, files = whole_number(as_dict(entry, where), "length", where), entry.get("file_names")
     if files is not None:
         if not isinstance(files, list):
@@ -274,16 +280,18 @@ def complete_video(entry, sizes: dict[Id, tuple[int, int]], where: EntryName) ->
 
 
 def check_size(video: dict, where: EntryName) -> None:
-    """InputError unless the size is known and can be read."""
+    """InputError unless the size is known and valid."""
     if video["height"] is None:
         raise InputError(f"{where} has no height and width, and no mask tells them")
     check_pixels(video["height"], video["width"], where)
 
 
 def find_sizes(content: dict) -> dict[Id, tuple[int, int]]:
-    """{id_key of a video: (height, width)} of the first run-length code; unless all are stated."""
-    if all(isinstance(video, dict) and id_key(video.get("height")) and id_key(video.get("width"))
-           for video in content["videos"]):
+    """{id_key of a video: (height, width)} from its first RLE; {} if all videos have a size."""
+    if all(
+        isinstance(video, dict) and id_key(video.get("height")) and id_key(video.get("width"))
+        for video in content["videos"]
+    ):
         return {}
     sizes = {}
     for entry in content["annotations"]:
@@ -300,7 +308,7 @@ def find_sizes(content: dict) -> dict[Id, tuple[int, int]]:
 
 def complete_annotations(content: dict, what: str, file: AnnotationFile,
                          skip_bad: bool) -> list[dict]:
-    """The annotations that refer to something and have readable masks, with areas."""
+    """The annotations with valid references and masks, with areas."""
     videos = by_id(file.content["videos"], f"{what}s", file.name)
     categories = by_id(file.content["categories"], "categories", file.name)
     left_out = set(map(id_key, file.left_out))
@@ -338,18 +346,18 @@ def complete_annotations(content: dict, what: str, file: AnnotationFile,
 
 
 def reference(entry, key: str, where: EntryName) -> Id | None:
-    """The id_key of what an annotation refers to; None where it says nothing."""
+    """The id_key of what an annotation refers to; None if it is missing."""
     value = as_dict(entry, where).get(key)
-    if value is None or value != value:  # pandas writes NaN for a gap
+    if value is None or value != value:  # NaN, as written by pandas
         return None
-    found = id_key(value)
-    return id_key(read_id(entry, key, where)) if found is None else found  # None: it raises
+    value_key = id_key(value)
+    return id_key(read_id(entry, key, where)) if value_key is None else value_key
 
 
 def has_track(segmentations) -> bool:
-    """Whether an annotation has masks at all, and not a box alone.
+    """Whether an annotation has masks, not only a box.
 
-    A list of None is an object that is never seen: the official metric counts it.
+    A list of None is an object that is never visible, which counts in the official metric.
     """
     if not segmentations or not isinstance(segmentations, list):
         return bool(segmentations)
@@ -358,7 +366,7 @@ def has_track(segmentations) -> bool:
 
 def complete_annotation(entry: dict, index: int, video: dict, category: dict,
                         where: EntryName) -> dict:
-    """An annotation with the ids that it refers to; areas are None if they must be computed."""
+    """An annotation with the ids of its references; areas are None if they must be computed."""
     masks, areas, length = entry["segmentations"], entry.get("areas"), video["length"]
     crowd = entry.get("iscrowd")
     if not isinstance(masks, list) or len(masks) != length:
@@ -367,22 +375,29 @@ def complete_annotation(entry: dict, index: int, video: dict, category: dict,
     crowd = int(crowd) if isinstance(crowd, bool) else whole_number(entry, "iscrowd", where) or 0
     if crowd not in (0, 1):
         raise InputError(f"{where} has iscrowd {shown(crowd)}, which is neither 0 nor 1")
-    return entry | {"id": index if entry.get("id") is None else read_id(entry, "id", where),
-                    "video_id": video["id"], "category_id": category["id"], "iscrowd": crowd,
-                    "areas": areas if are_areas(areas, length) else None}
+    return entry | {
+        "id": index if entry.get("id") is None else read_id(entry, "id", where),
+        "video_id": video["id"],
+        "category_id": category["id"],
+        "iscrowd": crowd,
+        "areas": areas if are_areas(areas, length) else None,
+    }
 
 
 def are_areas(areas, length: int) -> bool:
-    """Whether they are stated: a number of pixels for every frame, or null for some."""
-    return isinstance(areas, list) and len(areas) == length and any(
-        area is not None for area in areas) and all(
-        area is None or isinstance(area, (int, float, np.number)) and 0 <= area <= LARGEST_AREA
-        for area in areas)
+    """Whether these are areas: pixels or None per frame, and not only None."""
+    if not isinstance(areas, list) or len(areas) != length:
+        return False
+    known = [area for area in areas if area is not None]
+    return bool(known) and all(
+        isinstance(area, (int, float, np.number)) and 0 <= area <= MAX_AREA
+        for area in known
+    )
 
 
 def with_readable_masks(annotations: list[dict], videos: dict[Id, dict], file: AnnotationFile,
                         skip_bad: bool) -> list[dict]:
-    """The annotations whose masks can be read, their areas computed where they are missing."""
+    """The annotations with valid masks; missing areas are computed."""
     tracks = []
     for annotation in annotations:
         video = videos[id_key(annotation["video_id"])]

@@ -1,11 +1,11 @@
-"""Checkpoints that nobody vouches for: read without running anything of them, in little memory.
+"""Reads untrusted checkpoints, without executing code and with bounded memory.
 
-    contents = read_file("grattvis_r50_ovis.pth")    # or a .pt, a .pkl: the content decides
+    contents = read_file("grattvis_r50_ovis.pth")  # or .pt, .pkl: detected by content
 
-containers.py finds the parts of a file, pickles.py reads its pickle as data, and CheckpointReader
-makes tensors, arrays and containers of that, in the same way for all kinds of files. All else
-becomes a Placeholder, which can do nothing. Nothing is made larger than the numbers that the file
-really holds. Tests: tests/test_reading_checkpoints.py, tests/faults.
+containers.py locates the pickle and the tensor data of a file, pickles.py reads the pickle as data,
+and CheckpointReader converts it to tensors, arrays and containers. Everything else becomes an inert
+Placeholder. Memory is bounded by the amount of data in the file. Tests:
+tests/test_reading_checkpoints.py, tests/faults.
 """
 import io
 import math
@@ -24,29 +24,29 @@ from reading.pickles import BadPickle, Damaged, Persistent, Record, arguments, r
 from reading.regular import open_regular
 from runtime.errors import InputError
 
-MOST_LEVELS = 100                      # of containers inside one another
-UNFINISHED = object()                  # what stands for itself while it is made
+MAX_DEPTH = 100           # of nested containers
+IN_PROGRESS = object()    # marks a container that is being converted
 
 
 @dataclass(frozen=True, eq=False)
 class Placeholder:
-    """Something in a file that is no tensor, array, container, number or text.
+    """Something in a file that is not a tensor, array, container, number or text.
 
-    Dates, paths, namespaces, configurations and optimizers are common next to weights. `name` says
-    what it is, such as "pathlib.PosixPath"; nothing else of it is kept.
+    Dates, paths, namespaces, configurations and optimizers are often stored with weights. `name` is
+    their type, such as "pathlib.PosixPath"; nothing else is kept.
     """
     name: str
 
 
 def name_of(record: Record) -> str:
-    """The full name of a record's class, which old protocols do not call by itself."""
+    """The full name of a record's class, also in old protocols."""
     if record.name == "copyreg._reconstructor" and record.args and isinstance(record.args[0], type):
         return record.args[0].name
     return record.name
 
 
 def hashable(key):
-    """The key of a dict or set; Damaged if it cannot be one."""
+    """The key; Damaged if it cannot be in a dict or set."""
     try:
         hash(key)
     except TypeError as error:
@@ -55,45 +55,45 @@ def hashable(key):
 
 
 class CheckpointReader:
-    """Reads one checkpoint from a stream of `size` bytes.
+    """Reads a checkpoint from a stream of `size` bytes.
 
-    What could be made many times of the same bytes is paid for from a budget, the size of the
-    file: an honest file needs no more, and a small file cannot ask for much memory.
+    Objects that could be created repeatedly from the same bytes are charged to a budget, the size
+    of the file. Valid files never exceed it, and small files cannot allocate much memory.
     """
 
     def __init__(self, stream: BinaryIO, size: int, nested: bool = False):
-        """nested: the stream is part of a checkpoint itself, and may not have parts like that."""
+        """nested: the stream is inside another checkpoint, and may not contain further ones."""
         self.container, self.nested = Container(stream, size), nested
         self.budget = size
-        self.made = {}                         # id of what the pickle holds: (that, what is made)
-        self.storages: dict[str, Tensor] = {}  # key: the numbers, one-dimensional
+        self.made = {}                         # id of a pickled object: (object, converted)
+        self.storages: dict[str, Tensor] = {}  # one-dimensional, by key
 
     def read(self):
-        """The contents: nested dicts, lists, tuples and sets; BadPickle if they cannot be read."""
+        """The contents: nested dicts, lists, tuples and sets; BadPickle if invalid."""
         return self.make(self.container.records)
 
     def spend(self, nbytes: int) -> None:
-        """Pay for memory; BadPickle where the budget is exceeded."""
+        """Charge memory to the budget; BadPickle if it is exceeded."""
         self.budget -= nbytes
         if self.budget < 0:
             raise BadPickle("it asks for more memory than it holds numbers")
 
-    # What pickles hold
+    # Containers
 
     def make(self, thing, level: int = 0):
-        """What a part of a pickle stands for: containers are copied, records are made real."""
+        """Convert a pickled object: containers are copied, records are replaced."""
         if isinstance(thing, type):
             return Placeholder(thing.name)
         if not isinstance(thing, (dict, list, tuple, set, frozenset, Record)):
             return thing
         _, made = self.made.get(id(thing), (None, None))
-        if made is UNFINISHED:
+        if made is IN_PROGRESS:
             raise BadPickle("it holds a container that holds itself")
         if made is not None:
             return made
-        if level > MOST_LEVELS:
-            raise BadPickle(f"it holds more than {MOST_LEVELS} containers inside one another")
-        self.made[id(thing)] = thing, UNFINISHED
+        if level > MAX_DEPTH:
+            raise BadPickle(f"it holds more than {MAX_DEPTH} containers inside one another")
+        self.made[id(thing)] = thing, IN_PROGRESS
         if isinstance(thing, Record):
             maker = MAKERS.get(thing.name)
             made = maker(self, thing, level + 1) if maker else Placeholder(name_of(thing))
@@ -103,11 +103,11 @@ class CheckpointReader:
             made = type(thing)(self.make_set(thing, level + 1))
         else:
             made = type(thing)(self.make(item, level + 1) for item in thing)
-        self.made[id(thing)] = thing, made  # `thing` is kept, so that nothing else gets its id
+        self.made[id(thing)] = thing, made  # keeping `thing` keeps its id unique
         return made
 
     def make_set(self, items, level: int) -> set:
-        """The set of what items stand for."""
+        """The set of the converted items."""
         return {hashable(self.make(item, level)) for item in items}
 
     def set_of(self, record: Record, level: int) -> set | frozenset:
@@ -116,18 +116,18 @@ class CheckpointReader:
         return frozenset(made) if record.name == "builtins.frozenset" else made
 
     def list_of(self, record: Record, level: int) -> list:
-        """A deque is a list here."""
+        """Convert a deque to a list."""
         return [self.make(item, level) for item in self.items_of(record)]
 
     def dict_of(self, record: Record, level: int) -> dict:
-        """OrderedDict, defaultdict (whose factory is left out) and Counter are plain dicts here."""
+        """Convert OrderedDict, defaultdict (without its factory) and Counter to dict."""
         pairs = self.items_of(record)
         if not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in pairs):
             raise Damaged(f"the items of {record.name}")
         return {hashable(key): self.make(value, level) for key, value in pairs}
 
     def items_of(self, record: Record) -> list:
-        """The items that a container was made with, and those that were added."""
+        """The items of a container: those of its constructor, and those added."""
         items = []
         for argument in record.args:
             if isinstance(argument, (dict, list, tuple, set, frozenset)):
@@ -136,11 +136,11 @@ class CheckpointReader:
         return items + record.items
 
     def first_of(self, record: Record, level: int):
-        """A Parameter is its tensor; so are tensors of other devices, in terms of those here."""
+        """The tensor of a Parameter, or of a tensor of another device."""
         return self.make(*arguments(record, Record), level)
 
     def bytes_of(self, data) -> bytes:
-        """Protocols 0 to 2 have no bytes: they hold text, and a call of _codecs.encode."""
+        """Bytes; protocols 0 to 2 store them as text with a call of _codecs.encode."""
         if isinstance(data, Record) and data.name == "_codecs.encode":
             data, = arguments(data, str)
         elif isinstance(data, Record) and data.name == "builtins.bytes" and not data.args:
@@ -155,20 +155,20 @@ class CheckpointReader:
         return data
 
     def encoded(self, record: Record, level: int) -> bytes:
-        """Bytes, paid for."""
-        found = self.bytes_of(record)
-        self.spend(len(found))
-        return found
+        """Bytes, charged to the budget."""
+        data = self.bytes_of(record)
+        self.spend(len(data))
+        return data
 
     def bytearray_of(self, record: Record, level: int) -> bytearray:
-        """A bytearray of given bytes, not of a given length."""
+        """A bytearray with contents; one of a given length is rejected."""
         if not record.args:
             return bytearray()
         if isinstance(record.args[0], int):  # so many zeros
             raise refusal(record.name)
-        found = bytearray(self.bytes_of(record.args[0]))
-        self.spend(len(found))
-        return found
+        data = bytearray(self.bytes_of(record.args[0]))
+        self.spend(len(data))
+        return data
 
     def complex_of(self, record: Record, level: int) -> complex:
         """A complex number."""
@@ -177,7 +177,7 @@ class CheckpointReader:
     # NumPy
 
     def dtype_of(self, record: Record, level: int) -> np.dtype | Placeholder:
-        """A dtype of plain numbers; what else a file says of a dtype is not believed."""
+        """A numeric dtype; other properties of a pickled dtype are ignored."""
         kind = record.args[0] if record.args else None
         if not isinstance(kind, str):  # a class of another package, such as ml_dtypes.bfloat16
             return Placeholder(f"numpy.dtype {getattr(kind, 'name', '')}")
@@ -190,21 +190,21 @@ class CheckpointReader:
             raise Damaged(str(error)) from error
 
     def array_of(self, record: Record, level: int) -> np.ndarray | Placeholder:
-        """_reconstruct makes an empty array, and the state fills it."""
-        state, record.state = record.state, None  # large, and no longer needed afterwards
+        """An array: _reconstruct creates an empty one, and the state fills it."""
+        state, record.state = record.state, None  # releases the memory
         if not isinstance(state, tuple) or len(state) != 5:
             return Placeholder("numpy.ndarray without numbers")
         _, shape, dtype, by_column, numbers = state
         return self.make_array(shape, dtype, "F" if by_column else "C", numbers, level)
 
     def array_of_buffer(self, record: Record, level: int) -> np.ndarray | Placeholder:
-        """How protocol 5 writes arrays."""
+        """An array of protocol 5."""
         numbers, dtype, shape, order = arguments(record, object, object, tuple, str)
         record.args = ()
         return self.make_array(shape, dtype, "F" if order == "F" else "C", numbers, level)
 
     def make_array(self, shape, dtype, order: str, numbers, level: int) -> np.ndarray | Placeholder:
-        """The array of these bytes; a Placeholder if they are no plain numbers."""
+        """An array from bytes; a Placeholder if the dtype is not numeric."""
         dtype = self.make(dtype, level)
         if not isinstance(dtype, np.dtype):  # text, objects, records, NumPy's dates
             kind = dtype.name if isinstance(dtype, Placeholder) else "unknown"
@@ -217,10 +217,11 @@ class CheckpointReader:
             array = np.ndarray(shape, dtype, numbers, order=order)
         except ValueError as error:  # no numbers, and too many dimensions or too large ones
             raise Damaged(str(error)) from error
-        return array.astype(dtype.newbyteorder("="))  # a copy: PyTorch wants it to be writable
+        # A copy, because PyTorch requires writable arrays.
+        return array.astype(dtype.newbyteorder("="))
 
     def scalar_of(self, record: Record, level: int) -> np.generic | Placeholder:
-        """A number of NumPy."""
+        """A NumPy scalar."""
         dtype, number = arguments(record, Record, object)
         array = self.make_array((), dtype, "C", number, level)
         return array if isinstance(array, Placeholder) else array[()]
@@ -228,7 +229,7 @@ class CheckpointReader:
     # PyTorch
 
     def storage_of(self, record: Record, level: int) -> Tensor | Placeholder:
-        """The numbers of a storage that the pickle refers to."""
+        """The data of a storage reference."""
         dtype, key, count, view = parse_reference(record)
         if str(dtype).startswith("torch.q"):
             return Placeholder("quantized storage")
@@ -243,7 +244,7 @@ class CheckpointReader:
         return numbers[first:first + count]
 
     def read_storage(self, key: str, dtype: torch.dtype, count: int) -> Tensor:
-        """The storage of that key, read where it is asked for the first time."""
+        """The storage of a key, read on first use."""
         if key not in self.storages:
             first, nbytes = self.container.find_storage(key, dtype, count)
             self.spend(nbytes)
@@ -251,16 +252,16 @@ class CheckpointReader:
         return self.storages[key]
 
     def storage_of_bytes(self, record: Record, level: int):
-        """A storage in a pickle, which is itself a file of torch.save."""
+        """A storage inside a pickle, which is itself a file of torch.save."""
         numbers = self.bytes_of(*arguments(record, object))
-        record.args = ()  # large, and no longer needed afterwards
+        record.args = ()  # releases the memory
         if self.nested:
             raise BadPickle("it holds files inside one another")
         self.spend(len(numbers))
         return CheckpointReader(io.BytesIO(numbers), len(numbers), nested=True).read()
 
     def tensor_of(self, record: Record, level: int) -> Tensor | Placeholder:
-        """A view of a storage; BadPickle where that has fewer numbers."""
+        """A view of a storage; BadPickle if it exceeds the storage."""
         storage, first, size, stride = arguments(record, Record, int, object, object)
         numbers, size, stride = (self.make(part, level) for part in (storage, size, stride))
         if isinstance(numbers, Placeholder):
@@ -284,13 +285,13 @@ class CheckpointReader:
             raise Damaged(str(error)) from error
 
     def tensor_of_subclass(self, record: Record, level: int):
-        """A tensor with attributes or of a subclass, without these."""
+        """A tensor of a subclass or with attributes, as a plain tensor."""
         function, _, args = arguments(record, type, object, tuple)
         return self.make(function(*args), level)
 
 
 def reinterpret(numbers: Tensor, dtype: torch.dtype) -> Tensor:
-    """The same bytes as numbers of another dtype; what is left at the end is left out."""
+    """View the same bytes as another dtype; remaining bytes are dropped."""
     if numbers.dtype == dtype:
         return numbers
     numbers = numbers.view(torch.uint8)
@@ -298,12 +299,14 @@ def reinterpret(numbers: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 DTYPES = {str(dtype): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
+
+
 def odd_tensor(kind: str):
-    """A maker of Placeholders for tensors that are not plain numbers."""
+    """A function that creates a Placeholder for a tensor that is not strided and numeric."""
     return lambda *_: Placeholder(f"tensor that is not plain numbers ({kind})")
 
 
-MAKERS = {  # what a record of that name stands for
+MAKERS = {  # converters of records by name
     Persistent.name: CheckpointReader.storage_of,
     "_codecs.encode": CheckpointReader.encoded,
     "builtins.bytes": CheckpointReader.encoded,
@@ -339,11 +342,11 @@ for core in ("core", "_core"):  # NumPy 1 and 2
 
 
 def read_file(path: str | Path) -> dict:
-    """The contents of a checkpoint, on the CPU: nested dicts, lists, tuples and sets of tensors,
-    arrays, numbers, text and Placeholders.
+    """Read the contents of a checkpoint on the CPU.
 
-    InputError saying why, if it cannot be opened, is damaged, is another kind of file, asks for
-    functions to be called, or holds no dict.
+    Returns nested dicts, lists, tuples and sets of tensors, arrays, numbers, text and Placeholders.
+    Raises InputError if the file cannot be opened, is damaged or of another kind, requests function
+    calls, or contains no dict.
     """
     path = Path(path)
     head = b""

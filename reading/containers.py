@@ -1,4 +1,4 @@
-"""Where the parts of a checkpoint file lie: its pickle, and the numbers of its tensors.
+"""The layout of checkpoint files: the pickle, and the data of the tensors.
 
     container = Container(stream, size)
     container.records                                  # the pickle, read as data by pickles.py
@@ -6,7 +6,7 @@
     container.read_storage(first, torch.float32, 25)   # a one-dimensional tensor
 
 A file is an archive of torch.save, the older format of torch.save (five pickles, then the numbers),
-or a single pickle. Nothing is believed that a file says of places outside of it.
+or a single pickle. Offsets are validated against the size of the file.
 """
 import io
 import re
@@ -21,7 +21,7 @@ from torch import Tensor
 from reading.pickles import BadPickle, Damaged, Record, arguments, read_pickle
 
 MAGIC_NUMBER = 0x1950a86a20f9469cfc6c  # the first pickle of torch.save's older format
-SMALL_FILE = 2 ** 26                   # bytes; read at once: pickles are read in small pieces
+SMALL_FILE = 2 ** 26                   # bytes; read at once, for speed
 STORAGE_DTYPES = {
     "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
     "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
@@ -34,10 +34,10 @@ STORAGE_DTYPES = {
 
 
 class Container:
-    """The parts of one checkpoint in a stream of `size` bytes.
+    """The layout of a checkpoint in a stream of `size` bytes.
 
-    places: {key: (first byte, bytes)} of every storage. swapped: the file was written in the other
-    byte order. Raises BadPickle if the file cannot be read.
+    places: {key: (first byte, size in bytes)} of every storage. swapped: whether the file has the
+    other byte order. Raises BadPickle if the file cannot be read.
     """
 
     def __init__(self, stream: BinaryIO, size: int):
@@ -82,7 +82,7 @@ class Container:
         return records
 
     def find_entry(self, entry: zipfile.ZipInfo) -> tuple[int, int]:
-        """First byte and bytes of an archive's entry."""
+        """First byte and size of an archive's entry."""
         if entry.compress_type != zipfile.ZIP_STORED:
             raise BadPickle("it is a ZIP archive that is packed, which torch.save never writes")
         if entry.header_offset < 0:
@@ -103,7 +103,7 @@ class Container:
         return self.stream.read(nbytes)
 
     def read_older_format(self):
-        """After the magic number: version, system, contents, keys of storages, their numbers."""
+        """Read what follows the magic number: version, system, contents, storage keys, data."""
         read_pickle(self.stream)
         read_pickle(self.stream)
         records, references = read_pickle(self.stream)
@@ -123,14 +123,14 @@ class Container:
         return records
 
     def find_storage(self, key: str, dtype: torch.dtype, count: int) -> tuple[int, int]:
-        """First byte and bytes of the storage of that key; Damaged if it has fewer numbers."""
+        """First byte and size of a storage; Damaged if it has fewer than `count` numbers."""
         first, nbytes = self.places.get(key, (0, -1))
         if count * dtype.itemsize > nbytes:
             raise Damaged(f"storage {key} is smaller than is said")
         return first, nbytes
 
     def read_storage(self, first: int, dtype: torch.dtype, count: int) -> Tensor:
-        """So many numbers from that byte on, one-dimensional."""
+        """Read `count` numbers, one-dimensional, starting at a byte."""
         numbers = torch.empty(count, dtype=dtype)
         self.stream.seek(first)
         if self.stream.readinto(numbers.view(torch.uint8).numpy()) < numbers.nbytes:
@@ -141,7 +141,7 @@ class Container:
 
 
 def parse_reference(record: Record) -> tuple[torch.dtype, str, int, object]:
-    """What torch.save says of a storage: dtype, key, count of numbers, which part of them it is."""
+    """The fields of a storage reference of torch.save: dtype, key, count, and view."""
     saved_id, = arguments(record, tuple)
     word, kind, key, _, count, view = (*saved_id, *[None] * 6)[:6]
     if word != "storage" or not isinstance(kind, type) or not isinstance(key, str):
@@ -153,6 +153,6 @@ def parse_reference(record: Record) -> tuple[torch.dtype, str, int, object]:
 
 
 def is_shape(sizes) -> bool:
-    """Whether it is a tuple of sizes that tensors can have."""
+    """Whether a value is a valid tensor shape."""
     return isinstance(sizes, tuple) and len(sizes) <= 64 and all(
         type(size) is int and 0 <= size < 2 ** 63 for size in sizes)

@@ -1,7 +1,7 @@
 """Ids of annotation files, and how messages name an entry.
 
-An id is a whole number or text; 7, 7.0 and "7" are the same id. `id_key` is equal for all notations
-of an id, `id_order` sorts ids: numbers first, then text.
+An id is an int or a str; 7, 7.0 and "7" are the same id. `id_key` is equal for all notations of an
+id. `id_order` sorts ids: numbers first, then strings.
 """
 import re
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ Id = int | str
 
 @dataclass
 class EntryName:
-    """How messages name an entry: by its id where it has one. Text is made only when needed."""
+    """The name of an entry in messages, formatted only when needed. It contains the id, if any."""
     what: str   # "video"
     index: int
     entry: object
@@ -28,7 +28,7 @@ class EntryName:
 
 
 def id_key(value) -> Id | None:
-    """What is equal for all notations of an id; None of what is no id (true, NaN, 1.5, null)."""
+    """A value equal for all notations of an id; None if it is no id (true, NaN, 1.5, null)."""
     if isinstance(value, bool):
         return None
     if isinstance(value, (int, np.integer)):
@@ -42,29 +42,29 @@ def id_key(value) -> Id | None:
 
 
 def id_order(value: Id) -> tuple:
-    """To sort ids by: numbers first, then text, in which numbers count as numbers ("v9", "v10")."""
+    """A sort key: numbers first, then strings with natural order of digits ("v9", "v10")."""
     key = id_key(value)
     if isinstance(key, int):
         return 0, key
-    parts = re.split(r"([0-9]{1,18})", key)  # text and digits in turn
-    return 1, [int(part) if place % 2 else part for place, part in enumerate(parts)], key
+    pieces = re.split(r"([0-9]{1,18})", key)  # text and digits alternate
+    return 1, [int(piece) if place % 2 else piece for place, piece in enumerate(pieces)], key
 
 
 def read_id(entry: dict, key: str, where: EntryName) -> Id:
-    """The id under a key: text as it is, numbers as int; InputError if it is none."""
-    found = id_key(entry.get(key))
-    if found is None:
+    """The id under a key, numbers as int; InputError if it is no id."""
+    value_key = id_key(entry.get(key))
+    if value_key is None:
         raise InputError(f"{where} has {key} {shown(entry.get(key))}, which is no id: "
                          "ids are whole numbers or text")
-    return entry[key] if isinstance(entry[key], str) else found
+    return entry[key] if isinstance(entry[key], str) else value_key
 
 
 def by_id(entries: list[dict], what: str, name: str) -> dict[Id, dict]:
-    """{id_key: entry}; InputError if two entries have one id."""
-    found = {}
+    """{id_key: entry}; InputError if two entries have the same id."""
+    entry_of = {}
     for entry in entries:
-        other = found.setdefault(id_key(entry["id"]), entry)
+        other = entry_of.setdefault(id_key(entry["id"]), entry)
         if other is not entry:
             raise InputError(f"{name} has two {what} of one id: "
                              f"{shown(other['id'])} and {shown(entry['id'])}")
-    return found
+    return entry_of

@@ -1,8 +1,8 @@
-"""Kinds of files that are no checkpoints, told apart by how they begin."""
+"""Recognises files that are not checkpoints, by their first bytes."""
 import re
 from pathlib import Path
 
-SIGNATURES = {  # what other kinds of files begin with
+SIGNATURES = {  # first bytes of other file formats
     b"version https://git-lfs": "a Git LFS pointer, not the file itself (git lfs pull gets it)",
     b"\x89HDF\r\n\x1a\n": "an HDF5 file, as Keras writes",
     b"model_checkpoint_path": "the list of checkpoints of TensorFlow",
@@ -26,8 +26,10 @@ FILE_NAMES = {
 
 
 def describe_kind(path: Path, head: bytes) -> str:
-    """What a file that cannot be read as a checkpoint looks like, by its first bytes and its name,
-    as the end of a sentence: "it is a web page"."""
+    """What a file that is not a checkpoint is, by its first bytes and its name.
+
+    Returns the end of a sentence: "it is ...".
+    """
     if not head:
         return "empty"
     if head.startswith((b"PK\3\4", b"\x80")):

@@ -1,9 +1,9 @@
-"""Masks as annotation files hold them: polygons, compressed and uncompressed run-length codes.
+"""Masks of annotation files: polygons, compressed and uncompressed RLE.
 
     mask = read_mask(annotation["segmentations"][0], height, width, "annotation 5, frame 0,")
 
-pycocotools trusts its input: it reads past the end of a damaged code and walks along outlines of
-any length. Everything is therefore checked here first. Shape letters: H, W of the frame.
+pycocotools does not validate its input: it reads past the end of a damaged code, and follows
+outlines of any length. Masks are therefore validated here first. Letters: H, W of the frame.
 """
 from collections.abc import Iterator
 from math import isnan
@@ -14,37 +14,36 @@ from pycocotools import mask as rle
 from evaluation.run_length import UNFILLED, find_fault
 from runtime.errors import InputError, shown
 
-LONGEST_OUTLINE = 2 ** 20  # pixels, of all polygons of one segmentation
+MAX_OUTLINE = 2 ** 20  # pixels, of all polygons of a segmentation
 FAR_AWAY = "a coordinate is no number or lies far outside of the frame"
-TRACKS_AT_ONCE = 64        # whose compressed codes are checked together, which is much faster
+TRACKS_PER_BATCH = 64  # validated together, which is much faster
 
 Segmentation = dict | list | None
 
 
 def is_polygon(coordinates: list) -> bool:
-    """Whether [x, y, x, y, ...] has an inside; Detectron2 leaves the same ones out."""
+    """Whether [x, y, x, y, ...] encloses an area; Detectron2 drops the others too."""
     return len(coordinates) % 2 == 0 and len(coordinates) >= 6
 
 
 def polygons_of(segmentation: list[list]) -> list[list]:
-    """The polygons that have an inside."""
+    """The polygons that enclose an area."""
     return [polygon for polygon in segmentation if is_polygon(polygon)]
 
 
 def has_mask(segmentation: Segmentation) -> bool:
-    """Whether there is anything to read; False of None, "", [], and points without an inside."""
+    """Whether there is a mask; False for None, "", [], and polygons without an area."""
     if not isinstance(segmentation, list):
         return bool(segmentation)
-    # what is no polygon at all is there, to be refused
-    return any(not isinstance(part, list) or is_polygon(part) for part in segmentation)
+    # Entries that are no polygons count as a mask, which is then invalid.
+    return any(not isinstance(entry, list) or is_polygon(entry) for entry in segmentation)
 
 
 def to_rle(segmentation: Segmentation, height: int, width: int, where: str,
            checked: bool = False) -> dict | None:
-    """Compressed RLE of one frame's segmentation; None where it has no mask.
+    """Convert the segmentation of one frame to compressed RLE; None if it has no mask.
 
-    where: names it in the InputError that an unreadable one gets. checked: it is known to be
-    readable.
+    where: its name in the InputError for an invalid segmentation. checked: skip validation.
     """
     if not checked and (fault := find_track_fault([([segmentation], height, width)])):
         raise InputError(f"{where} has a segmentation that cannot be read: {fault[2]}")
@@ -58,27 +57,27 @@ def to_rle(segmentation: Segmentation, height: int, width: int, where: str,
 
 def read_mask(segmentation: Segmentation, height: int, width: int, where: str,
               checked: bool = False) -> np.ndarray:
-    """bool (H, W) of one frame's segmentation; arguments and InputError as of `to_rle`."""
+    """Decode the segmentation of one frame to bool (H, W); arguments as for `to_rle`."""
     encoded = to_rle(segmentation, height, width, where, checked)
     return rle.decode(encoded).astype(bool) if encoded else np.zeros((height, width), bool)
 
 
 def mask_areas(segmentations: list[Segmentation], height: int, width: int) -> list[int | None]:
-    """Pixels of every frame's mask, None where it is empty; all are known to be readable."""
+    """Area of the mask in every frame, None if it is empty. The masks must be valid."""
     codes = [to_rle(segmentation, height, width, "", checked=True)
              for segmentation in segmentations]
     return [int(rle.area(code)) or None if code else None for code in codes]
 
 
-# Checks
+# Validation
 
-Track = tuple[list[Segmentation], int, int]  # one segmentation a frame, height, width
+Track = tuple[list[Segmentation], int, int]  # one segmentation per frame, height, width
 
 
 def find_bad_tracks(tracks: list[Track]) -> Iterator[tuple[int, int, str]]:
-    """(number of the track, frame, what is wrong) of every track with an unreadable mask."""
-    for begin in range(0, len(tracks), TRACKS_AT_ONCE):
-        block = tracks[begin:begin + TRACKS_AT_ONCE]
+    """Yield (track number, frame, reason) for every track with an invalid mask."""
+    for begin in range(0, len(tracks), TRACKS_PER_BATCH):
+        block = tracks[begin:begin + TRACKS_PER_BATCH]
         if find_track_fault(block) is None:
             continue
         for number, track in enumerate(block, begin):
@@ -88,7 +87,7 @@ def find_bad_tracks(tracks: list[Track]) -> Iterator[tuple[int, int, str]]:
 
 
 def find_track_fault(tracks: list[Track]) -> tuple[int, int, str] | None:
-    """(number of the track, frame, what is wrong) of an unreadable mask, None if there is none."""
+    """(track number, frame, reason) of an invalid mask; None if all are valid."""
     places, codes, pixels = [], [], []
     for number, (segmentations, height, width) in enumerate(tracks):
         for frame, segmentation in enumerate(segmentations):
@@ -105,7 +104,7 @@ def find_track_fault(tracks: list[Track]) -> tuple[int, int, str] | None:
 
 
 def find_mask_fault(segmentation: Segmentation, height: int, width: int) -> str | None:
-    """What is wrong with a segmentation; the characters of a compressed code are not looked at."""
+    """What is wrong with a segmentation, except for the characters of compressed codes."""
     if not segmentation:
         return None
     try:
@@ -118,8 +117,8 @@ def find_mask_fault(segmentation: Segmentation, height: int, width: int) -> str 
                     f"its video's [height, width] {[height, width]}")
         counts = segmentation["counts"]
         if isinstance(counts, list):
-            whole = all(run % 1 == 0 and run >= 0 for run in counts)
-            return None if whole and sum(counts) == height * width else UNFILLED
+            valid = all(run % 1 == 0 and run >= 0 for run in counts)
+            return None if valid and sum(counts) == height * width else UNFILLED
         return None if isinstance(counts, (str, bytes)) else f"its counts are {shown(counts)}"
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         return repr(error)
@@ -133,17 +132,17 @@ def find_outline_fault(segmentation: list) -> str | None:
     for polygon in polygons_of(segmentation):
         try:
             low, high = min(polygon), max(polygon)
-            if not (-LONGEST_OUTLINE < low and high < LONGEST_OUTLINE) or isnan(sum(polygon)):
+            if not (-MAX_OUTLINE < low and high < MAX_OUTLINE) or isnan(sum(polygon)):
                 return FAR_AWAY
         except TypeError:  # null, text
             return FAR_AWAY
         bound += len(polygon) / 2 * (high - low)  # no edge is longer than high - low
-    if bound > LONGEST_OUTLINE and outline_length(polygons_of(segmentation)) > LONGEST_OUTLINE:
-        return f"its outline is longer than {LONGEST_OUTLINE} pixels"
+    if bound > MAX_OUTLINE and outline_length(polygons_of(segmentation)) > MAX_OUTLINE:
+        return f"its outline is longer than {MAX_OUTLINE} pixels"
     return None
 
 
 def outline_length(polygons: list[list]) -> float:
-    """Pixels that pycocotools walks along all outlines."""
+    """Length of all outlines in pixels, as followed by pycocotools."""
     corners = [np.array(polygon, dtype=np.float64).reshape(-1, 2) for polygon in polygons]
     return sum(np.abs(points - np.roll(points, 1, axis=0)).max(1).sum() for points in corners)

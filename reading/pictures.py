@@ -1,4 +1,4 @@
-"""Pictures of strangers: read as RGB, refused in one sentence, never more memory than they hold.
+"""Reads untrusted image files as RGB, with bounded memory.
 
     picture = read_picture(Path("frame.jpg"))     # a Pillow image, mode RGB
     for picture in read_animation(Path("clip.webp")):
@@ -16,31 +16,31 @@ from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
 from reading.regular import read_regular
 from runtime.errors import InputError
 
-LARGEST_PICTURE = Image.MAX_IMAGE_PIXELS  # pixels; a small file can claim any number
-LARGEST_FILE = 2 ** 30  # bytes; the largest picture, uncompressed with 16 bits, has 0.7 GB
-# Formats that people store frames in. Others have decoders that are seldom tried, and PostScript
-# is a program that another program runs.
+MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # of a picture; a small file can claim any number
+MAX_FILE_SIZE = 2 ** 30  # bytes; the largest uncompressed picture of 16 bits has 0.7 GB
+# Common formats of frames. Decoders of other formats are rarely tested, and PostScript files are
+# programs.
 Image.init()
 PICTURE_FORMATS = [name for name in Image.OPEN if name in (
     "AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "QOI", "SGI",
     "TGA", "TIFF", "WEBP")]
 TIFF_BITS, TIFF_PHOTOMETRIC, TIFF_SAMPLE_FORMAT = 258, 262, 339  # tags
 WHITE_IS_ZERO, UNSIGNED = 0, 1  # their values
-# What Pillow warns about is refused by check_pixels.
+# check_pixels raises an error instead of this warning.
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
 def check_pixels(height: int, width: int, what: str) -> None:
-    """InputError unless a picture may be this large; called before memory is allocated for it."""
-    if min(height, width) < 1 or height * width > LARGEST_PICTURE:
+    """InputError if a picture is too large; called before memory is allocated."""
+    if min(height, width) < 1 or height * width > MAX_PIXELS:
         raise InputError(f"{what} is said to be {width}x{height}: at least 1x1 and at most "
-                         f"{LARGEST_PICTURE} pixels are read")
+                         f"{MAX_PIXELS} pixels are read")
 
 
 def read_picture(path: Path) -> Image.Image:
-    """An RGB picture, rotated as its EXIF data says; of an animation, the first frame.
+    """Read an RGB picture, rotated according to EXIF; the first frame of an animation.
 
-    Raises InputError if it is damaged, not a regular file, or holds numbers of an unknown range.
+    Raises InputError if it is damaged, not a regular file, or has values of an unknown range.
     """
     with open_picture(path) as file:
         check_pixels(file.height, file.width, f"frame {path}")
@@ -51,12 +51,12 @@ def read_picture(path: Path) -> Image.Image:
 
 
 def read_animation(path: Path) -> Iterator[Image.Image]:
-    """All frames of an animation, each as `read_picture` returns the first; of a picture, one."""
+    """Yield all frames of an animation or a picture, like `read_picture`."""
     with open_picture(path) as file:
         for frame in ImageSequence.Iterator(file):
             check_pixels(frame.height, frame.width, f"a frame of {path}")
             picture = to_rgb(frame)
-            if picture is frame:  # which the next frame will overwrite
+            if picture is frame:  # would be overwritten by the next frame
                 picture = frame.copy()
             ImageOps.exif_transpose(picture, in_place=True)
             yield picture
@@ -64,12 +64,12 @@ def read_animation(path: Path) -> Iterator[Image.Image]:
 
 @contextmanager
 def open_picture(path: Path) -> Iterator[Image.Image]:
-    """A picture or animation whose pixels are not decoded yet; whatever fails is an InputError.
+    """Open a picture or animation without decoding it; any failure is an InputError.
 
-    The whole file is read first: from a file, Pillow would read as many bytes as it claims.
+    The whole file is read first, because Pillow would allocate as much memory as the file claims.
     """
     try:
-        content = read_regular(path, LARGEST_FILE)
+        content = read_regular(path, MAX_FILE_SIZE)
         with Image.open(io.BytesIO(content), formats=PICTURE_FORMATS) as file:
             yield file
     except InputError:
@@ -83,14 +83,14 @@ def open_picture(path: Path) -> Iterator[Image.Image]:
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
-    """A picture as it was opened -> mode RGB, 8 bits; a picture of mode RGB is returned itself.
+    """Convert a picture to mode RGB with 8 bits; a picture of that mode is returned unchanged.
 
-    Grey of more bits is scaled by the range of its format. Pillow would clip it, so that everything
-    above 255 became white. Raises ValueError where the format states no range.
+    Grey values of more bits are scaled to 8 bits; Pillow would clip them. Raises ValueError if the
+    format does not define their range.
     """
     tags = getattr(picture, "tag_v2", {})  # of a TIFF
     signed = any(value != UNSIGNED for value in tags.get(TIFF_SAMPLE_FORMAT, ()))  # or floats
-    # Of 16-bit grey, Pillow makes 32-bit integers in PGM files, and older versions in PNG files.
+    # Pillow reads 16-bit PGM files as 32-bit integers; older versions PNG files too.
     sixteen_bit = (picture.mode.startswith("I;16")
                    or picture.mode == "I" and picture.format in ("PNG", "PPM"))
     if signed or picture.mode in ("I", "F") and not sixteen_bit:
@@ -103,7 +103,7 @@ def to_rgb(picture: Image.Image) -> Image.Image:
             grey = 255 - grey
         info = {key: value for key, value in picture.info.items() if key != "transparency"}
         picture = Image.fromarray(grey)
-        picture.info = info  # which has the EXIF data
-    elif picture.mode == "La":  # grey multiplied by its opacity, which Pillow converts in two steps
+        picture.info = info  # includes the EXIF data
+    elif picture.mode == "La":  # premultiplied alpha, which Pillow converts in two steps
         picture = picture.convert("LA")
     return picture if picture.mode == "RGB" else picture.convert("RGB")

@@ -1,11 +1,11 @@
-"""Files of strangers: regular ones only, and no more memory than they have bytes.
+"""Opens untrusted files: only regular files, with bounded memory.
 
     content = read_regular(Path("frame.jpg"), limit=2 ** 30)
     with open_regular(Path("weights.pth")) as file:
         file.read(512)
 
-A FIFO makes whoever opens it wait for a writer, /dev/zero never ends, and some devices act when
-they are opened. All of them can stand in a folder under the name of a picture.
+Opening a FIFO waits for a writer, /dev/zero never ends, and opening some devices has side effects.
+Any of them can be in a folder under the name of a picture.
 """
 import io
 import os
@@ -21,7 +21,7 @@ KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a soc
 
 
 class BoundedReader(io.BufferedReader):
-    """A file that takes no memory to read more than it has."""
+    """A file whose `read` never allocates more memory than the file has bytes."""
 
     def __init__(self, raw: io.FileIO, size: int):
         super().__init__(raw)
@@ -37,13 +37,13 @@ class BoundedReader(io.BufferedReader):
 def open_regular(path: str | Path) -> BoundedReader:
     """Open a regular file for reading; symbolic links are followed.
 
-    OSError where the system refuses; InputError if it is a folder, a FIFO, a socket or a device.
+    Raises InputError for a folder, a FIFO, a socket or a device, OSError if it cannot be opened.
     """
-    check_regular(path, os.stat(path))  # before it is opened, which can have effects
+    check_regular(path, os.stat(path))  # before opening, which can have side effects
     raw = io.FileIO(path, opener=lambda name, flags: os.open(name, flags | OPEN_FLAGS))
     try:
         status = os.fstat(raw.fileno())
-        check_regular(path, status)  # another file can have taken its place
+        check_regular(path, status)  # it may have been replaced in the meantime
     except InputError:
         raw.close()
         raise
@@ -60,15 +60,15 @@ def read_regular(path: str | Path, limit: int) -> bytes:
         with open_regular(path) as file:
             if file.size > limit:
                 raise InputError(f"{path} has {file.size} bytes, at most {limit} are read")
-            parts = [file.read()]
-            length = len(parts[0])
-            # It may have grown, or its file system states no size.
-            while part := file.read(io.DEFAULT_BUFFER_SIZE):
-                parts.append(part)
-                length += len(part)
+            chunks = [file.read()]
+            length = len(chunks[0])
+            # The file may have grown, or its file system reports no size.
+            while chunk := file.read(io.DEFAULT_BUFFER_SIZE):
+                chunks.append(chunk)
+                length += len(chunk)
                 if length > limit:
                     raise InputError(f"{path} has more than {limit} bytes, which are not read")
-            return b"".join(parts)
+            return b"".join(chunks)
     except InputError:
         raise
     except (OSError, ValueError) as error:  # ValueError: a name with a NUL
@@ -77,7 +77,7 @@ def read_regular(path: str | Path, limit: int) -> bytes:
 
 
 def check_regular(path: str | Path, status: os.stat_result) -> None:
-    """InputError unless it is the status of a regular file."""
+    """InputError unless the status is that of a regular file."""
     kind = stat.S_IFMT(status.st_mode)
     if kind != stat.S_IFREG:
         raise InputError(f"{path} is {KINDS.get(kind, 'something else')}, not a regular file")

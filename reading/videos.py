@@ -1,9 +1,9 @@
-"""Videos of strangers: ffmpeg decodes files and cameras, and hands over PPM pictures.
+"""Reads videos and cameras with ffmpeg, as a stream of PPM pictures.
 
     for picture in read_video(["-i", "file:clip.mp4"], "clip.mp4"):   # Pillow images, mode RGB
         ...
 
-Works with ffmpeg 4 and newer: where an option was renamed, ffmpeg itself is asked.
+Works with ffmpeg 4 and newer; renamed options are detected by running ffmpeg.
 """
 import math
 import re
@@ -15,46 +15,46 @@ from typing import BinaryIO
 
 from PIL import Image
 
-from reading.pictures import LARGEST_PICTURE, check_pixels
+from reading.pictures import MAX_PIXELS, check_pixels
 from runtime.errors import InputError
 
-MOST_SAID = 2 ** 16  # bytes of what ffmpeg says; the cause comes first
-LONGEST_LINE = 300  # characters
+MAX_OUTPUT = 2 ** 16  # bytes of ffmpeg's messages; the cause comes first
+MAX_LINE = 300  # characters
 # Before a line: "[mov,mp4,m4a,3gp,3g2,mj2 @ 0x5581c8b0]".
 COMPONENT = re.compile(r"(\[[^\]]* @ (0x)?[0-9a-fA-F]+\] ?)+")
-# Lines that ffmpeg adds to a line before them, and one of the dynamic linker.
+# Lines of ffmpeg that only follow from an earlier line, and one of the dynamic linker.
 UNINFORMATIVE = re.compile(r"Error |Conversion failed|Nothing was written|"
                            r".*no version information available")
 
 
 def read_video(opened: list[str], name: str) -> Iterator[Image.Image]:
-    """The frames of a video file or camera, each of them once.
+    """Yield every frame of a video file or camera once.
 
-    `opened`: the arguments that name it. Raises InputError with the cause that ffmpeg states.
+    opened: ffmpeg arguments for the input. Raises InputError with the cause reported by ffmpeg.
     """
     if not shutil.which("ffmpeg"):
         raise InputError(f"{name} is read with ffmpeg, which is not on PATH: install it, or give "
                          "a folder of pictures")
     command = ["ffmpeg", "-nostdin", "-loglevel", "error", *opened, *every_frame_once(),
                "-f", "image2pipe", "-c:v", "ppm", "-pix_fmt", "rgb24", "-"]
-    with tempfile.TemporaryFile() as said:  # a pipe would be full: damaged files have many errors
+    with tempfile.TemporaryFile() as said:  # a pipe could fill up: damaged files cause many errors
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said) as process:
             try:
                 yield from read_ppm(process.stdout, name)
-            except BaseException:  # leaving the block waits for ffmpeg, which waits for a camera
+            except BaseException:  # leaving the block would wait for ffmpeg
                 process.kill()
                 raise
         if process.returncode:
             said.seek(0)
-            reason = informative_line(said.read(MOST_SAID), process.returncode)
+            reason = informative_line(said.read(MAX_OUTPUT), process.returncode)
             raise InputError(f"ffmpeg cannot read {name}: {reason}")
 
 
 def every_frame_once() -> list[str]:
-    """The option that neither drops nor repeats frames to keep a rate.
+    """The option that neither drops nor repeats frames to keep a frame rate.
 
-    It is -fps_mode since ffmpeg 5.1, and was -vsync before, which ffmpeg 9 no longer has. Builds
-    from git have no version number, so whether the newer option exists is tried.
+    It is -fps_mode since ffmpeg 5.1, and was -vsync before, which ffmpeg 9 lacks. Builds from git
+    have no version number, so the newer option is tested.
     """
     tried = subprocess.run(["ffmpeg", "-loglevel", "quiet", "-fps_mode", "passthrough", "-version"],
                            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
@@ -63,24 +63,24 @@ def every_frame_once() -> list[str]:
 
 
 def informative_line(said: bytes, status: int) -> str:
-    """The line that states the cause, among all that ffmpeg wrote to standard error.
+    """The line of ffmpeg's error output that contains the cause.
 
-    That is the first one: those after it tell what could not be done because of it. (The last one
-    is "Error opening input files: Invalid data found when processing input" of many causes.)
+    It is the first one; later lines are consequences. (The last one is often "Error opening input
+    files: Invalid data found when processing input".)
     """
     lines = [COMPONENT.sub("", line).strip()
              for line in said.decode("utf-8", "replace").splitlines()]
     lines = [line for line in lines if line]
     informative = [line for line in lines if not UNINFORMATIVE.match(line)]
     first = (informative or lines or [f"exit status {status}"])[0]
-    return "".join(letter if letter.isprintable() else "?" for letter in first[:LONGEST_LINE])
+    return "".join(letter if letter.isprintable() else "?" for letter in first[:MAX_LINE])
 
 
 def read_ppm(stream: BinaryIO, name: str) -> Iterator[Image.Image]:
-    """Binary PPM pictures, one behind the other, until the stream ends."""
+    """Yield concatenated binary PPM pictures until the stream ends."""
     while header := stream.readline(8):
         size, depth = stream.readline(32).split(), stream.readline(8).strip()
-        sides = [int(side) for side in size if side.isdigit() and 0 < int(side) <= LARGEST_PICTURE]
+        sides = [int(side) for side in size if side.isdigit() and 0 < int(side) <= MAX_PIXELS]
         well_formed = (header.strip() == b"P6" and len(size) == 2 and len(sides) == 2
                        and depth == b"255")
         if not well_formed:

@@ -1,4 +1,4 @@
-"""Where a program computes: its device, and the dtype of autocast with the reason for it."""
+"""Selects the device and the autocast dtype of a program."""
 import os
 
 import torch
@@ -6,19 +6,20 @@ import torch
 from runtime.errors import InputError
 
 
-def choose_device(asked: str, local_rank: str | None = None) -> torch.device:
-    """The device of this process; InputError if it is not there.
+def choose_device(name: str, local_rank: str | None = None) -> torch.device:
+    """The device of this process; InputError if it is not available.
 
-    asked: "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:N". local_rank: torchrun's
-    LOCAL_RANK, the number of the GPU on this machine; None for a single process.
+    Args:
+        name: "auto" (a GPU if available), "cpu", "cuda" or "cuda:N".
+        local_rank: LOCAL_RANK of torchrun, the index of the GPU; None for a single process.
     """
-    if asked == "auto":
-        asked = "cuda" if torch.cuda.is_available() else "cpu"
-    if asked.startswith("cuda") and not torch.cuda.is_available():
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
         raise InputError("--device cuda: PyTorch sees no GPU here")
-    if asked.partition(":")[0] not in ("cpu", "cuda"):
-        raise InputError(f"--device {asked}: give auto, cpu or cuda")
-    device = torch.device(asked)
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise InputError(f"--device {name}: give auto, cpu or cuda")
+    device = torch.device(name)
     if device.type == "cuda":
         number = device.index or 0 if local_rank is None else int(local_rank)
         if number >= torch.cuda.device_count():
@@ -30,23 +31,23 @@ def choose_device(asked: str, local_rank: str | None = None) -> torch.device:
 
 
 def make_deterministic() -> None:
-    """Make GPU runs deterministic, at some cost in speed; call before anything is computed.
+    """Make GPU runs deterministic, at some cost in speed. Must be called before any computation.
 
-    The same run twice gives the same bits, on GPUs of one kind with one version of PyTorch.
+    Runs are then bitwise reproducible on the same kind of GPU and the same version of PyTorch.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
 
 
-def choose_amp(asked: str, device: torch.device, training: bool = False) -> tuple[torch.dtype, str]:
-    """The dtype of autocast (float32 = off) and the reason for it.
+def choose_amp(name: str, device: torch.device, training: bool = False) -> tuple[torch.dtype, str]:
+    """The autocast dtype (float32 = off) and the reason for it.
 
-    Of the two 16-bit types, training needs the range of bfloat16, inference the precision of
-    float16.
+    name: "auto", "bf16", "fp16" or "off". "auto" selects bfloat16 for training, which needs its
+        range, and float16 for inference, which needs its precision.
     """
-    if asked != "auto":
+    if name != "auto":
         dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
-        return dtypes[asked], "asked for"
+        return dtypes[name], "asked for"
     if device.type != "cuda":
         return torch.float32, "a CPU is not faster in 16 bit"
     if not training:

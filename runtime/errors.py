@@ -1,10 +1,9 @@
-"""Errors of the command line: one clear sentence and a non-zero exit status, never a traceback.
+"""Command-line errors: one sentence and a non-zero exit status instead of a traceback.
 
     with cli_errors():
         main(parse_arguments())
 
-Every program is wrapped like this. What a user can mend is raised as an InputError anywhere in the
-code and printed here. Anything else is a bug and keeps its traceback.
+Errors that a user can fix are raised as InputError. Anything else is a bug and keeps its traceback.
 """
 import errno
 import os
@@ -19,23 +18,23 @@ from runtime.stopping import Stopped, stop_signals
 
 
 class InputError(ValueError):
-    """Something a user gave cannot be used; the message is one clear sentence.
+    """Invalid user input. The message is one sentence.
 
-    The programs print it and exit with status 2.
+    Programs print it and exit with status 2.
     """
 
 
 def shown(value) -> str:
-    """Any value for a message: short, and on one line."""
+    """Format a value for a message: short, and on one line."""
     return " ".join(reprlib.repr(value).split())
 
 
 @contextmanager
 def cli_errors() -> Iterator[None]:
-    """Print what a user can mend as one sentence and exit with status 2.
+    """Print errors that a user can fix as one sentence, and exit with status 2.
 
-    That is an InputError, a number that is not finite, and a file that the system refuses. SIGINT
-    and SIGTERM end the program in one sentence, too, with status 130 and 143.
+    These are InputError, FloatingPointError, and OSError with a file name. SIGINT and SIGTERM also
+    print one sentence, and exit with status 130 and 143.
     """
     with open_streams():
         try:
@@ -58,18 +57,18 @@ TOO_MANY_FILES = ("too many open files: raise the limit (ulimit -n 4096), or use
 
 
 def fail(status: int, sentence: str) -> None:
-    """Exit with that status, after a sentence on stderr."""
+    """Print a sentence to stderr and exit with a status."""
     if sentence:
-        tqdm.write(sentence, file=sys.stderr)  # below a progress bar, where there is one
+        tqdm.write(sentence, file=sys.stderr)  # below a progress bar, if any
     sys.exit(status)
 
 
 @contextmanager
 def open_streams() -> Iterator[None]:
-    """Let nothing that is wrong with stdout or stderr cost any results.
+    """Ignore errors of stdout and stderr, so that they cannot lose results.
 
-    A stream that is closed, or whose reader has gone, drops what is written; characters that its
-    encoding lacks are written as \\N escapes.
+    Closed streams drop what is written. Characters that the encoding lacks are written as \\N
+    escapes.
     """
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = map(UnbreakableStream, before)
@@ -82,10 +81,10 @@ def open_streams() -> Iterator[None]:
 
 
 class UnbreakableStream:
-    """A text stream to which writing never fails; `broken` says that nobody reads it any more."""
+    """A text stream whose `write` never fails. `broken`: its reader has exited."""
 
     def __init__(self, stream):
-        self.broken = stream is None  # so Python tells of one that is closed from the start
+        self.broken = stream is None  # Python's value for a stream closed at startup
         self.stream = open(os.devnull, "w", encoding="utf-8") if self.broken else stream
         if hasattr(self.stream, "reconfigure"):
             self.stream.reconfigure(errors="backslashreplace")
@@ -103,14 +102,14 @@ class UnbreakableStream:
     def _attempt(self, action) -> None:
         try:
             action()
-        except (OSError, ValueError):  # a pipe without a reader, a full disk; a closed file
+        except (OSError, ValueError):  # broken pipe, full disk; closed file
             self._drop()
 
     def _drop(self) -> None:
-        """Send what is buffered, and all that follows, to nowhere."""
+        """Discard the buffer and all further output."""
         self.broken = True
-        nowhere = open(os.devnull, "w", encoding="utf-8")
+        devnull = open(os.devnull, "w", encoding="utf-8")
         try:
-            os.dup2(nowhere.fileno(), self.stream.fileno())
-        except (OSError, ValueError):  # it has no descriptor
-            self.stream = nowhere
+            os.dup2(devnull.fileno(), self.stream.fileno())
+        except (OSError, ValueError):  # it has no file descriptor
+            self.stream = devnull

@@ -1,9 +1,9 @@
-"""Files of our own: written whole or not at all, read as UTF-8 whatever the locale says.
+"""Reads and writes result files: atomically, and as UTF-8 regardless of the locale.
 
     save_json(path, contents)                 # atomic: a temporary name, then a rename
-    with atomic_write(path) as temporary:     # the same for any other writer
+    with atomic_write(path) as temporary:     # for other formats
         temporary.write_bytes(...)
-    with folder_lock(folder):                 # no other process may write there meanwhile
+    with folder_lock(folder):                 # excludes other processes
         ...
 """
 import errno
@@ -27,11 +27,11 @@ except ImportError:  # Windows
     fcntl = None
 
 
-LARGEST_JSON = 2 ** 33  # bytes
+MAX_JSON_SIZE = 2 ** 33  # bytes
 
 
 def first_existing(what: str, candidates: list[Path]) -> Path:
-    """The first of the candidates that exists; InputError naming all of them otherwise."""
+    """The first candidate that exists; InputError naming all of them if none does."""
     for candidate in candidates:
         if candidate.exists():
             return candidate
@@ -39,9 +39,9 @@ def first_existing(what: str, candidates: list[Path]) -> Path:
 
 
 def read_json(path: str | Path):
-    """Parsed JSON in UTF-8, with or without BOM; InputError if it is missing or malformed."""
+    """Parse a JSON file in UTF-8, with or without BOM; InputError if missing or malformed."""
     path = first_existing("file", [Path(path)])
-    content = read_regular(path, LARGEST_JSON)
+    content = read_regular(path, MAX_JSON_SIZE)
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as error:
@@ -50,10 +50,10 @@ def read_json(path: str | Path):
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """A temporary name to write to, renamed to `path` when the block ends well.
+    """A temporary path to write to, which is renamed to `path` if the block succeeds.
 
-    Otherwise `path` is as it was before, and nothing new is left. InputError where the disk is
-    full or may not be written to.
+    Otherwise `path` is unchanged and the temporary file is removed. OSError, such as that of a full
+    disk, becomes InputError.
     """
     path = Path(path)
     temporary = path.with_name(path.name + ".part")
@@ -61,7 +61,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         yield temporary
         os.replace(temporary, path)
     except BaseException as error:
-        with suppress(OSError):  # nobody may remove it either
+        with suppress(OSError):  # removing may be forbidden too
             temporary.unlink()
         if not isinstance(error, OSError):
             raise
@@ -76,18 +76,18 @@ def save_json(path: str | Path, contents, indent: int | None = 1) -> None:
 
 
 def checksum(path: str | Path) -> str:
-    """The first twelve digits of a file's SHA-256: equal annotations, equal task."""
+    """The first twelve digits of a file's SHA-256."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:12]
 
 
 @contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
-    """Hold a folder, which must exist, against other processes that ask for the same.
+    """Lock an existing folder against other processes.
 
-    InputError naming the process that holds it already. The kernel releases the lock of a process
-    that dies, so that what a dead one has left behind blocks nobody. Where the file system has no
-    locks (some network ones) or the operating system has no flock, nothing is held.
+    Raises InputError naming the process that holds the lock. The kernel releases the lock when a
+    process dies. File systems without locks (some network ones) and operating systems without flock
+    are not locked.
     """
     if fcntl is None:
         yield
@@ -106,7 +106,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
 
 
 def open_locked(path: Path) -> IO:
-    """The open lock file, which this process holds; InputError if another one does."""
+    """Open and lock a file; InputError if another process holds the lock."""
     while True:
         file = open(path, "a+", encoding="utf-8")
         try:
@@ -122,29 +122,29 @@ def open_locked(path: Path) -> IO:
                 raise
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
             return file
-        file.close()  # whoever held it has just removed it
+        file.close()  # its previous holder has just removed it
 
 
 RESERVED_NAMES = {"CON", "PRN", "AUX", "NUL", *(f"{port}{number}" for port in ("COM", "LPT")
                                                 for number in range(10))}  # on Windows
-LONGEST_FILE_NAME = 80  # bytes, so that a caller can add to it: most file systems allow 255
+MAX_FILE_NAME = 80  # bytes; most file systems allow 255, callers add a suffix
 
 
 def file_name_for(text: str) -> str:
-    """A file name that says what the text says, and is valid wherever files are written.
+    """Convert text to a file name that is valid on all systems.
 
-    Letters, digits, spaces and `_.-` stay. Where anything had to be replaced or cut off, a digest
-    is appended, so that different texts have different names.
+    Letters, digits, spaces and `_.-` are kept. If anything is replaced or truncated, a digest is
+    appended, so that different texts have different names.
     """
     encoding = sys.getfilesystemencoding()
     encodable = text.encode(encoding, "replace").decode(encoding)
     name = re.sub(r"[^\w. -]+", "_", encodable)
-    name = name.encode(encoding)[:LONGEST_FILE_NAME].decode(encoding, "ignore")
+    name = name.encode(encoding)[:MAX_FILE_NAME].decode(encoding, "ignore")
     name = name.strip(" ").rstrip(". ")
     if not name or name.startswith(".") or name.split(".")[0].upper() in RESERVED_NAMES:
         name = f"_{name}"
-    if name == text and not re.search(r"-[0-9a-f]{8}$", name):  # which looks like a digest
+    if name == text and not re.search(r"-[0-9a-f]{8}$", name):  # looks like a digest
         return name
     digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:8]
-    room = LONGEST_FILE_NAME - len(f"-{digest}")
+    room = MAX_FILE_NAME - len(f"-{digest}")
     return f"{name.encode(encoding)[:room].decode(encoding, 'ignore')}-{digest}"

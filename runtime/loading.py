@@ -1,14 +1,13 @@
-"""Batches read ahead by worker processes that can neither hang nor interrupt the program.
+"""A data loader whose worker processes can neither hang nor interrupt the program.
 
     workers = choose_workers(16, batch_bytes)           # as many as /dev/shm has room for
     for batch in read_ahead(dataset, workers, device, batch_sampler=sampler):
         ...
 
-A worker packs all tensors of a batch into one block of shared memory: one file descriptor a batch.
-Where shared memory is full, the block goes through a pipe instead, which is slower. Errors of a
-worker, also those of the background thread that sends its batches, are raised where a batch is
-asked for, and nowhere else: not in the middle of an optimizer step, nor while a checkpoint is
-written.
+A worker packs all tensors of a batch into one block of shared memory, which needs one file
+descriptor per batch. If shared memory is full, the block is sent through a pipe, which is slower.
+Errors of a worker, including those of its sender thread, are raised only where the next batch is
+requested, never during an optimizer step or while a checkpoint is written.
 """
 import io
 import math
@@ -32,13 +31,13 @@ from torch.utils.data import DataLoader, Dataset
 
 try:
     import resource
-except ImportError:  # Windows, where PyTorch neither shares file descriptors nor handles SIGCHLD
+except ImportError:  # Windows, where PyTorch does not share file descriptors or handle SIGCHLD
     resource = None
 
 from runtime.errors import TOO_MANY_FILES, InputError
 from runtime.stopping import Stopped, stop_requested
 
-ALIGNMENT = 64  # bytes, of each tensor in a block: enough for every dtype and a cache line
+ALIGNMENT = 64  # bytes, of each tensor in a block: a cache line
 SHARED_MEMORY = "/dev/shm"
 FILES_PER_WORKER, OTHER_FILES = 8, 32  # file descriptors, with a margin
 MORE_SHARED_MEMORY = ("give the container more (docker run --shm-size=8g), or use fewer loader "
@@ -48,10 +47,10 @@ MORE_SHARED_MEMORY = ("give the container more (docker run --shm-size=8g), or us
 # Packing
 
 class PackedBatch:
-    """A batch as one block of bytes, and a pickle of everything else."""
+    """A batch as one block of bytes for its tensors, and a pickle of everything else."""
 
     def __init__(self, batch, shared: bool):
-        """batch: anything that can be pickled; shared: put its tensors into shared memory."""
+        """batch: any picklable object. shared: store its tensors in shared memory."""
         buffers: list[pickle.PickleBuffer] = []
         stream = io.BytesIO()
         BatchPickler(stream, protocol=5, buffer_callback=buffers.append).dump(batch)
@@ -63,7 +62,7 @@ class PackedBatch:
             memory[start:start + view.nbytes] = view
 
     def starts(self) -> list[int]:
-        """Where each tensor begins, in bytes."""
+        """Offset of each tensor in bytes."""
         return np.cumsum([0, *map(aligned, self.sizes)])[:-1].tolist()
 
     def memory(self) -> memoryview:
@@ -72,7 +71,7 @@ class PackedBatch:
         return memoryview(block)
 
     def pin_memory(self) -> "PackedBatch":
-        """Move the block to memory that a GPU reads by itself; called by DataLoader."""
+        """Move the block to page-locked memory; called by DataLoader."""
         block = self.block if isinstance(self.block, Tensor) else torch.from_numpy(self.block)
         self.block = block.pin_memory()
         return self
@@ -80,34 +79,34 @@ class PackedBatch:
     def unpack(self):
         """The batch; its tensors are views of the block."""
         memory = self.memory()
-        parts = [memory[start:start + size] for start, size in zip(self.starts(), self.sizes)]
-        return pickle.loads(self.head, buffers=parts)
+        tensors = [memory[start:start + size] for start, size in zip(self.starts(), self.sizes)]
+        return pickle.loads(self.head, buffers=tensors)
 
 
 class BatchPickler(pickle.Pickler):
-    """Pickles tensors as NumPy arrays, whose bytes are handed to the buffer callback."""
+    """Pickles tensors as NumPy arrays, whose data goes to the buffer callback."""
 
     def reducer_override(self, thing):
-        """How to pickle a tensor: its memory in one piece, and the order of its axes."""
+        """Pickle a tensor as contiguous memory and the order of its axes."""
         if not isinstance(thing, Tensor):
             return NotImplemented
-        order = sorted(range(thing.ndim), key=thing.stride, reverse=True)  # as it lies in memory
+        order = sorted(range(thing.ndim), key=thing.stride, reverse=True)  # the order in memory
         array = thing.detach().permute(order).contiguous().numpy()
         return restore_tensor, (array, [order.index(axis) for axis in range(thing.ndim)])
 
 
 def restore_tensor(array: np.ndarray, axes: list[int]) -> Tensor:
-    """The tensor of an array whose axes were sorted by their strides."""
+    """Restore a tensor from an array whose axes were sorted by stride."""
     return torch.from_numpy(array).permute(axes)
 
 
 def aligned(size: int) -> int:
-    """A size rounded up, so that the next tensor begins at a multiple of ALIGNMENT."""
+    """A size rounded up to a multiple of ALIGNMENT."""
     return math.ceil(size / ALIGNMENT) * ALIGNMENT
 
 
 def new_block(size: int, shared: bool) -> Tensor | np.ndarray:
-    """uint8 memory of that many bytes: shared if asked for and if there is room."""
+    """uint8 memory of `size` bytes: shared if requested and available."""
     block = torch.empty(size, dtype=torch.uint8)
     if shared:
         try:
@@ -121,14 +120,16 @@ def new_block(size: int, shared: bool) -> Tensor | np.ndarray:
 # Worker processes
 
 def choose_workers(wanted: int, batch_bytes: int, prefetch: int = 2) -> int:
-    """How many loader processes to start where the user has not said it.
+    """The default number of loader processes.
 
-    wanted: at most so many. batch_bytes: of one batch; every worker holds `prefetch` of them in
-    shared memory, half of whose free space is used.
+    Args:
+        wanted: maximum number.
+        batch_bytes: size of a batch. Every worker holds `prefetch` batches in shared memory; at
+            most half of its free space is used.
     """
     if not sys.platform.startswith("linux"):
         return wanted
-    if not os.access(SHARED_MEMORY, os.W_OK):  # processes cannot even share a lock
+    if not os.access(SHARED_MEMORY, os.W_OK):  # not even a lock can be shared
         return 0
     room = shutil.disk_usage(SHARED_MEMORY).free // 2
     return min(wanted, room // max(1, batch_bytes * prefetch))
@@ -136,23 +137,29 @@ def choose_workers(wanted: int, batch_bytes: int, prefetch: int = 2) -> int:
 
 def read_ahead(dataset: Dataset, workers: int, device: torch.device, stoppable: bool = False,
                batch_sampler=None, prefetch: int = 2) -> Iterator:
-    """The batches of a dataset in order: lists of items, or single items without a batch_sampler.
+    """Yield the batches of a dataset: lists of items, or single items without a batch_sampler.
 
-    stoppable: raise Stopped at the next batch once SIGINT or SIGTERM has come. Raises InputError
-    if a worker died or cannot be started, naming the remedy; errors of the dataset as they are.
+    Args:
+        workers: loader processes; 0 loads in this process.
+        stoppable: raise Stopped at the next batch after SIGINT or SIGTERM.
+        prefetch: batches that each worker loads ahead.
+
+    Raises InputError with a remedy if a worker dies or cannot be started. Errors of the dataset are
+    raised unchanged.
     """
     if workers:
         check_limits(workers)
-    many = {"batch_size": None} if batch_sampler is None else {"batch_sampler": batch_sampler}
-    loader = DataLoader(dataset, **many, num_workers=workers, collate_fn=partial(PackedBatch, shared=workers > 0),
+    batching = {"batch_size": None} if batch_sampler is None else {"batch_sampler": batch_sampler}
+    loader = DataLoader(dataset, **batching, num_workers=workers,
+                        collate_fn=partial(PackedBatch, shared=workers > 0),
                         pin_memory=device.type == "cuda", worker_init_fn=start_worker,
                         prefetch_factor=prefetch if workers else None)
     death_of_child = getattr(signal, "SIGCHLD", None)
     before, batches = death_of_child and signal.getsignal(death_of_child), None
     try:
         batches = iter(loader)
-        # PyTorch's handler raises the death of a worker wherever the program happens to be.
-        # Without it, the death is noticed within five seconds where a batch is asked for.
+        # PyTorch's handler would raise the death of a worker anywhere in the program. Without it,
+        # the death is detected within five seconds when the next batch is requested.
         if death_of_child:
             signal.signal(death_of_child, before)
         while True:
@@ -168,31 +175,31 @@ def read_ahead(dataset: Dataset, workers: int, device: torch.device, stoppable: 
         raise
     finally:
         if batches is not None and workers:
-            batches._shutdown_workers()  # or each of them would delay the exit by five seconds
+            batches._shutdown_workers()  # otherwise each delays the exit by five seconds
 
 
 def start_worker(_worker: int) -> None:
-    """Called in every worker before it loads anything."""
-    # The main process decides what a signal to the whole group means for its workers.
+    """Initialise a worker."""
+    # Signals to the process group are handled by the main process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=leave_when_told, daemon=True).start()
+        threading.Thread(target=exit_on_sigterm_of_parent, daemon=True).start()
     multiprocessing.queues.Queue._on_queue_feeder_error = send_feeder_error
 
 
-def leave_when_told() -> None:
-    """Exit at a SIGTERM that comes from the main process; others are ignored."""
+def exit_on_sigterm_of_parent() -> None:
+    """Exit on SIGTERM from the main process; ignore those of other processes."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)
 
 
 def send_feeder_error(queue, error: Exception, item: tuple) -> None:
-    """Send an error in the place of the batch that could not be sent.
+    """Send an error instead of the batch that could not be sent.
 
-    Called in the background thread of the worker's queue. Python only prints such an error, and
-    the main process would wait for the batch forever.
+    Called in the sender thread of the worker's queue. By default, Python only prints the error, and
+    the main process waits for the batch forever.
     """
     index, _ = item
     exc_info = type(error), error, error.__traceback__
@@ -200,7 +207,7 @@ def send_feeder_error(queue, error: Exception, item: tuple) -> None:
 
 
 def check_limits(workers: int) -> None:
-    """InputError if the system cannot run so many loader processes."""
+    """InputError if the system does not allow this many loader processes."""
     if resource is None:
         return
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -210,7 +217,7 @@ def check_limits(workers: int) -> None:
         raise InputError(f"{workers} loader processes need about {needed} open files and the limit "
                          f"is {hard}: raise it (ulimit -n {needed}), or use fewer --workers")
     try:
-        [multiprocessing.Lock() for _ in range(8 + 4 * workers)]  # more than its queues hold
+        [multiprocessing.Lock() for _ in range(8 + 4 * workers)]  # more than the queues need
     except OSError as error:
         raise InputError(f"loader processes need shared memory ({SHARED_MEMORY}: {error.strerror})"
                          ": provide it, or load in the main process (--workers 0)") from error
@@ -219,17 +226,17 @@ def check_limits(workers: int) -> None:
 # Errors
 
 def is_about_shared_memory(error: Exception) -> bool:
-    """Whether PyTorch or the kernel says that shared memory is full."""
+    """Whether an error is caused by full shared memory."""
     return bool(re.search(r"shared memory|\bshm|Bus error", str(error)))
 
 
 def is_about_files(error: Exception) -> bool:
-    """Whether the process has no file descriptor left."""
+    """Whether an error is caused by too many open files."""
     return bool(re.search(r"Too many open files|items of ancdata", str(error)))
 
 
 def describe_loader_error(error: Exception, workers: int) -> str:
-    """One sentence with the remedy; empty if the error is not one of loading itself."""
+    """One sentence with a remedy; empty if the error is not caused by loading itself."""
     if isinstance(error, InputError):  # raised by the dataset, perhaps wrapped with a traceback
         return re.sub(r"^([\w.]+\.)?InputError: ", "", str(error).strip().splitlines()[-1])
     if not workers:

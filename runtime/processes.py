@@ -1,13 +1,11 @@
-"""The processes of torchrun: joining them, and agreeing before anything is computed.
+"""Distributed processes of torchrun: start, error handling and agreement.
 
     rank, world, device = start_processes("auto")
-    with errors_of_any_process():        # an InputError of one process is raised in all of them
+    with errors_of_any_process():        # an InputError in one process is raised in all
         clips = open_clips(args)
     require_agreement({"annotations": digest, ...})
 
-Rank 0 decides what only one process can decide, and broadcasts it. Nothing here needs a file
-system that the machines share. Without torchrun, every function is the trivial one of a single
-process.
+No shared file system is needed. Without torchrun, every function works for a single process.
 """
 import os
 from collections.abc import Iterator
@@ -21,30 +19,30 @@ from torch.distributed.rendezvous import rendezvous
 from runtime.device import choose_device
 from runtime.errors import InputError
 
-CONNECTING = timedelta(minutes=10)
+CONNECT_TIMEOUT = timedelta(minutes=10)
 # Long enough for one process to evaluate while the others wait.
-WAITING = timedelta(hours=3)
+WAIT_TIMEOUT = timedelta(hours=3)
 
 
-def start_processes(asked: str) -> tuple[int, int, torch.device]:
-    """(rank, number of processes, device) of this process; joins the group of torchrun.
+def start_processes(device_name: str) -> tuple[int, int, torch.device]:
+    """Join the process group of torchrun; returns (rank, number of processes, device).
 
-    asked: as for `choose_device`. InputError if torchrun's variables are incomplete.
+    device_name: see `choose_device`. Raises InputError if torchrun's variables are incomplete.
     """
     rank, world = read_rank_and_world()
-    device = choose_device(asked, os.environ.get("LOCAL_RANK") if world > 1 else None)
+    device = choose_device(device_name, os.environ.get("LOCAL_RANK") if world > 1 else None)
     if world == 1:
         return rank, world, device
     try:
-        store, *_ = next(rendezvous("env://", rank, world, timeout=CONNECTING))
-        # torchrun --max-restarts keeps the store, and in it the addresses of dead processes.
+        store, *_ = next(rendezvous("env://", rank, world, timeout=CONNECT_TIMEOUT))
+        # With torchrun --max-restarts, the store still contains addresses of dead processes.
         store = distributed.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}",
                                         store)
         check_world_size(store, rank, world)
-        # Gloo for what processes tell one another, NCCL for gradients.
+        # Gloo for objects, NCCL for gradients.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         distributed.init_process_group(backend, store=store, rank=rank, world_size=world,
-                                       timeout=WAITING)
+                                       timeout=WAIT_TIMEOUT)
     except distributed.DistError as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"process {rank} of {world} cannot join the others at "
@@ -54,9 +52,9 @@ def start_processes(asked: str) -> tuple[int, int, torch.device]:
 
 
 def read_rank_and_world() -> tuple[int, int]:
-    """RANK and WORLD_SIZE as torchrun sets them, (0, 1) without them.
+    """RANK and WORLD_SIZE of torchrun; (0, 1) without it.
 
-    InputError if variables are missing or contradict one another.
+    Raises InputError if variables are missing or contradict each other.
     """
     given = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE") if os.environ.get(name)}
     if not given:
@@ -80,8 +78,8 @@ def read_rank_and_world() -> tuple[int, int]:
 
 
 def check_world_size(store: distributed.Store, rank: int, world: int) -> None:
-    """InputError if another process was started with another WORLD_SIZE."""
-    store.set_timeout(CONNECTING)
+    """InputError if WORLD_SIZE differs between processes."""
+    store.set_timeout(CONNECT_TIMEOUT)
     store.set(f"world size {rank}", str(world))
     for other in range(world):
         theirs = int(store.get(f"world size {other}"))
@@ -96,13 +94,13 @@ def started() -> bool:
 
 
 def stop_processes() -> None:
-    """Leave the group."""
+    """Leave the process group."""
     if started():
         distributed.destroy_process_group()
 
 
 def gather(thing) -> list:
-    """What every process passes, by rank, in every process."""
+    """The arguments of all processes, in rank order, in every process."""
     if not started():
         return [thing]
     things = [None] * distributed.get_world_size()
@@ -111,7 +109,7 @@ def gather(thing) -> list:
 
 
 def gather_to_first(thing) -> list:
-    """What every process passes, by rank, in rank 0; an empty list in the others."""
+    """The arguments of all processes, in rank order, in rank 0; [] in the others."""
     if not started():
         return [thing]
     first = distributed.get_rank() == 0
@@ -121,7 +119,7 @@ def gather_to_first(thing) -> list:
 
 
 def broadcast(thing):
-    """What rank 0 passes, in every process."""
+    """The argument of rank 0, in every process."""
     if not started():
         return thing
     things = [thing]
@@ -130,7 +128,7 @@ def broadcast(thing):
 
 
 def largest(number: int) -> int:
-    """The largest number that any process passes, in every process; cheaper than `gather`."""
+    """The maximum of an integer over all processes; cheaper than `gather`."""
     if not started():
         return number
     value = torch.tensor(number)
@@ -140,9 +138,9 @@ def largest(number: int) -> int:
 
 @contextmanager
 def errors_of_any_process() -> Iterator[None]:
-    """An InputError in one process is raised in all of them at the end of the block.
+    """Raise an InputError of one process in all of them, at the end of the block.
 
-    Otherwise the others would wait for it. The block must not communicate, except by `in_turn`.
+    Otherwise the others would wait forever. The block must not communicate, except by `in_turn`.
     """
     problem = None
     try:
@@ -159,7 +157,7 @@ def errors_of_any_process() -> Iterator[None]:
 
 @contextmanager
 def in_turn(rank: int, world: int) -> Iterator[None]:
-    """The processes run the block one after another, in the order of their ranks."""
+    """Run the block in one process after the other, in rank order."""
     for _ in range(rank):
         gather(None)
     try:
@@ -170,7 +168,7 @@ def in_turn(rank: int, world: int) -> Iterator[None]:
 
 
 def require_agreement(facts: dict[str, object]) -> None:
-    """InputError, in all processes, naming what one of them sees otherwise than rank 0."""
+    """InputError in all processes if any value differs from that of rank 0."""
     everyone = gather(facts)
     for rank, theirs in enumerate(everyone):
         for name in everyone[0] | theirs:

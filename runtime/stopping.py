@@ -1,4 +1,4 @@
-"""SIGINT (Ctrl-C) and SIGTERM (schedulers) end a program in one sentence and lose nothing.
+"""Handles SIGINT (Ctrl-C) and SIGTERM (sent by schedulers) without loss of results.
 
     with stop_signals():              # every program, by runtime/errors.py
         ...                           # a signal raises Stopped here
@@ -8,7 +8,7 @@
                 if stop_requested():
                     raise Stopped(stop_requested(), "saved last.pt")
 
-A second signal exits at once. The exit status is 128 plus the signal's number, as shells expect.
+A second signal exits immediately. The exit status is 128 plus the signal number.
 """
 import os
 import signal
@@ -17,11 +17,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-TORCHRUN_GRACE = 2.0  # seconds in which torchrun may repeat the signal that the terminal has sent
+TORCHRUN_GRACE = 2.0  # seconds in which torchrun may repeat a signal of the terminal
 
 
 class Stopped(BaseException):
-    """The program was asked to stop; not an Exception, so that no handler of errors swallows it."""
+    """A signal was received. Not an Exception, so that error handlers do not catch it."""
 
     def __init__(self, number: int, detail: str = ""):
         super().__init__(detail)
@@ -33,12 +33,12 @@ class Stopped(BaseException):
 
 
 class _State:
-    """What the signal handler knows: the first signal, when it came, and whether to wait."""
+    """State of the signal handler: first signal, its time, and whether it is deferred."""
     number, received, deferred = 0, 0.0, False
 
 
 def _handle(number: int, _frame) -> None:
-    """The first signal sets the flag, and raises Stopped unless that is deferred."""
+    """Set the flag at the first signal, and raise Stopped unless deferred."""
     if _State.number:
         under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
         if not under_torchrun or time.monotonic() - _State.received > TORCHRUN_GRACE:
@@ -51,7 +51,7 @@ def _handle(number: int, _frame) -> None:
 
 @contextmanager
 def stop_signals() -> Iterator[None]:
-    """Handle SIGINT and SIGTERM as described above; a signal that is ignored stays ignored."""
+    """Handle SIGINT and SIGTERM as described above; ignored signals stay ignored."""
     _State.number, _State.deferred = 0, False
     handled = {number: signal.getsignal(number) for number in SIGNALS}
     handled = {number: handler for number, handler in handled.items() if handler != signal.SIG_IGN}
@@ -66,7 +66,7 @@ def stop_signals() -> Iterator[None]:
 
 @contextmanager
 def deferred_stop() -> Iterator[None]:
-    """Signals set the flag of `stop_requested` instead of raising Stopped."""
+    """Make signals set the flag of `stop_requested` instead of raising Stopped."""
     before, _State.deferred = _State.deferred, True
     try:
         yield
@@ -75,5 +75,5 @@ def deferred_stop() -> Iterator[None]:
 
 
 def stop_requested() -> int:
-    """The number of the signal that has come, 0 if none has."""
+    """The number of the received signal, or 0."""
     return _State.number

@@ -237,9 +237,7 @@ def make_video(rng, frames, height, width, objects, difficulty=Difficulty(), onl
     """
     check_scene(frames, height, width, objects)
     difficulty.check()
-    times = range(frames) if only is None else only
-    if not times or not 0 <= min(times) <= max(times) < frames:
-        raise ValueError(f"only must hold frame numbers from 0 to {frames - 1}, not {only}.")
+    times = chosen_times(frames, only)
     # The difficulties have a generator of their own, so that they do not change the scene.
     difficulty_rng = rng.spawn(1)[0]
     background = make_background(rng, frames, height, width)
@@ -267,14 +265,18 @@ def make_video(rng, frames, height, width, objects, difficulty=Difficulty(), onl
             visible = any_visible(things, covers, frames, height, width)
 
     degrade(images, difficulty_rng, frames, difficulty)
-    rendered = [images[time].round().clip(0, 255).astype(np.uint8) for time in times]
-    masks = np.stack([masks[time] for time in times], 1)
-    instances = [
-        (thing.category_id, track)
-        for thing, track in zip(things, masks)
-        if track.any()
-    ]
-    return np.stack(rendered), instances
+    rendered = np.stack([images[time].round().clip(0, 255).astype(np.uint8) for time in times])
+    tracks = np.stack([masks[time] for time in times], 1)
+    categories = [thing.category_id for thing in things]
+    return rendered, [pair for pair in zip(categories, tracks) if pair[1].any()]
+
+
+def chosen_times(frames, only):
+    """The frame numbers to render; ValueError if one is out of range."""
+    times = range(frames) if only is None else only
+    if not times or not 0 <= min(times) <= max(times) < frames:
+        raise ValueError(f"only must hold frame numbers from 0 to {frames - 1}, not {only}.")
+    return times
 
 
 def any_visible(things, covers, frames, height, width):

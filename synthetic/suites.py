@@ -74,24 +74,20 @@ def make_dataset(root, train_videos=240, valid_videos=24, frames=20, height=HEIG
             f"{root} exists and is not an empty folder: remove it or choose another one."
         )
 
+    def scenes(split_index, videos):
+        for index in range(videos):
+            rng = np.random.default_rng((seed, split_index, index))
+            yield make_video(rng, frames, height, width, objects, difficulty)
+
     root.parent.mkdir(parents=True, exist_ok=True)
     instances = 0
     # Written to a temporary folder and renamed, so that an interrupted run leaves no partial set.
     with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as scratch:
         draft = Path(scratch) / root.name
-        for split_index, (split, videos) in enumerate(
-            [("train", train_videos), ("valid", valid_videos)]
-        ):
-            generators = (
-                np.random.default_rng((seed, split_index, index))
-                for index in range(videos)
-            )
-            scenes = (
-                make_video(rng, frames, height, width, objects, difficulty)
-                for rng in generators
-            )
-            scenes = tqdm(scenes, desc=split, total=videos, unit="video")
-            instances += write_split(draft, split, scenes, difficulty)
+        splits = [("train", train_videos), ("valid", valid_videos)]
+        for split_index, (split, videos) in enumerate(splits):
+            bar = tqdm(scenes(split_index, videos), desc=split, total=videos, unit="video")
+            instances += write_split(draft, split, bar, difficulty)
         try:
             draft.rename(root)  # works for an empty folder too
         except OSError as error:

@@ -1,4 +1,4 @@
-"""Fixtures shared by the tests, how many threads they use, and which of them are fast."""
+"""Shared fixtures, the number of threads, and the default marker "fast"."""
 import os
 
 import processes

@@ -1,4 +1,4 @@
-"""Programs of ours that tests start as processes of their own."""
+"""Helpers to run our programs as subprocesses."""
 import os
 import socket
 import time

@@ -1,7 +1,7 @@
-"""A data set that shows when ids, labels and positions are mistaken for one another.
+"""A data set that reveals confusions of ids, labels and positions.
 
-Ids of videos, categories and annotations have gaps and stand in no order in the file; every video
-has its own size or length, and every instance its own rectangles.
+Ids of videos, categories and annotations have gaps and are unordered. Every video has its own size
+or length, and every instance its own rectangles.
 """
 import json
 from pathlib import Path

@@ -1,7 +1,7 @@
-"""Annotation files as different tools write them: one form comes out, and nothing is lost.
+"""Annotation files of different tools are converted to the same format without losses.
 
-A small set is written in the YouTube-VIS format, changed as a tool would have written it, and then
-opened, trained on and evaluated like any other. Masks are rectangles, so areas are known by hand.
+A small data set in the YouTube-VIS format is changed to imitate a tool, then opened, trained on and
+evaluated. Masks are rectangles, so that their areas are known.
 """
 
 import json
@@ -317,7 +317,7 @@ def test_ids_are_ordered_as_people_do():
     ids=repr,
 )
 def test_a_video_has_a_name_for_files(video_id, tmp_path):
-    """Other ids have other names, also where names do not tell upper from lower case."""
+    """Different ids have different names, even if case is ignored."""
     name = Video(video_id, 1, 1, [], []).name
     assert name.isascii() and name.isprintable() and len(name) < 60
     (tmp_path / f"{name}.json").touch()

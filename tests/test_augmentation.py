@@ -1,7 +1,6 @@
-"""Rotation and large-scale jitter: masks stay on the pixels they belong to, and a clip shares what
-it should share.
+"""Rotation and large-scale jitter: masks stay aligned, and frames share what they should share.
 
-Flips, resizing and crops are in test_data.py, on the same painted clip: a red and a green rectangle
+Flips, resizing and crops are tested in test_data.py on the same clip: a red and a green rectangle
 on black.
 """
 import math

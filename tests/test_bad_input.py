@@ -1,9 +1,8 @@
-"""Bad input ends in one clear sentence: every mistake below is refused, and the message names what
-is wrong.
+"""Bad input ends in one clear sentence, which names the mistake.
 
-A good data set and a good run are made once and copied; each test spoils one thing. The programs
-are called in this process, where the sentence is an InputError; three real command lines show that
-it is all that is left on stderr, with exit code 2.
+A valid data set and run are created once and copied; each test breaks one thing. Programs are
+called in this process, where the sentence is an InputError. Three real command lines check that it
+is the only output on stderr, with exit status 2.
 """
 import json
 import os
@@ -122,7 +121,7 @@ def test_evaluating_without_weights_exits_with_one_sentence(good, tmp_path):
 
 
 def test_who_reads_what_is_printed_may_leave():
-    """As head does: the program goes on to its end.
+    """Like head: the program continues to its end.
 
     A pipe to another program that breaks is an error.
     """
@@ -362,7 +361,7 @@ def test_a_picture_that_is_too_much_to_ask(tmp_path, content, expected):
 # Checkpoints
 
 class Shell:
-    """Asks whoever unpickles it to run a command."""
+    """Requests a command when unpickled."""
 
     def __init__(self, command):
         self.command = command
@@ -518,7 +517,7 @@ def test_rendered_clips_stand_alone(good, dataset, tmp_path):
         )
     assert refuse_training(
         good / "set", tmp_path, "--render", "easy", "--num-classes", "5"
-    ).endswith("have 6 categories, not 5")
+    ).endswith("has 6 categories, not 5")
     edit(dataset, "valid", put("zebra", "categories", 0, "name"))
     message = refuse_training(dataset, tmp_path, "--render", "easy", "--evaluate-every", "1")
     assert (

@@ -1,6 +1,4 @@
-"""Weights in and out: every official state dict fits, what does not fit is refused, and no file can
-run code.
-"""
+"""Loading weights: official files fit, mismatches are errors, and no file executes code."""
 import argparse
 import pickle
 import zipfile
@@ -514,7 +512,7 @@ def test_our_checkpoint_builds_its_model(tmp_path):
 
 
 def test_a_model_is_read_at_the_size_it_was_made_for(tmp_path):
-    """Ours say it; of others the preset tells the official size."""
+    """Our files contain it; for others the preset implies the official size."""
     sides = {(): 96, (("test_short_side", 128),): 128}
     for more, side in sides.items():
         config = {"preset": "toy", "propagation": "gated", "model_options": TINY} | dict(more)

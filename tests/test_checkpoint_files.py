@@ -1,6 +1,6 @@
-"""Checkpoint files of all ages: read back to the last bit, or refused where they do not fit.
+"""Checkpoint files of all versions: restored to the last bit, or rejected if they do not fit.
 
-Models are tiny and random. Pickles are written as NumPy, detectron2 and Python 2 write them.
+Models are tiny and random. Pickles are written as by NumPy, detectron2 and Python 2.
 """
 import pickle
 import signal

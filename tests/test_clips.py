@@ -1,6 +1,6 @@
-"""Sources of training clips: unreadable clips are replaced, impossible mixtures are refused.
+"""Training clips: unreadable clips are replaced, invalid mixtures are errors.
 
-Other tests of clips, beside the data sets that they come from, are in test_data.py.
+More tests of clips are in test_data.py.
 """
 import json
 import shutil

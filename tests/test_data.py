@@ -1,9 +1,8 @@
-"""Reading and clips: what a JSON says is what comes out, and masks stay on their pixels whatever is
-done to a clip.
+"""Data sets and clips: annotations are read correctly, and masks stay aligned with the pixels.
 
-Masks of all notations are compared with arrays written by hand, sizes with detectron2's rule,
-frames with Pillow. The videos are painted so that a colour tells the instance: red and green
-rectangles move over a background whose blue tells the video.
+Masks of all formats are compared with arrays written by hand, sizes with detectron2's rule, frames
+with Pillow. Colours identify the instances: red and green rectangles move over a background whose
+blue value identifies the video.
 """
 import json
 from itertools import groupby

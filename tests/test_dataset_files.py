@@ -1,6 +1,6 @@
-"""Data sets as they lie on disk: names of files, ids, COCO images, and pictures of all kinds.
+"""Data sets on disk: file names, ids, COCO images, and image formats.
 
-Sets are those of sparse_set.py, with one thing changed in each test.
+Data sets are those of sparse_set.py, with one change per test.
 """
 import copy
 import json

@@ -1,8 +1,7 @@
-"""The demo: however the frames come, they are read alike, and what it writes and prints is what the
-model found in them.
+"""The demo: all sources give the same frames, and it writes and prints what the model predicts.
 
-The model has had one training step: its tracks are bad, but they are tracks. Most tests call the
-program in this process; the live one starts it and feeds it picture by picture.
+The model has trained for one step: its tracks are bad, but they are tracks. Most tests call the
+program in this process; the live test starts it and sends it one picture at a time.
 """
 import functools
 import io
@@ -125,7 +124,7 @@ def save_animation(path, pictures, **options):
 # Frames from anywhere
 
 def test_a_folder_and_a_pattern_are_read_in_the_order_of_the_names(tmp_path, pictures):
-    """Whatever the files were written in, with other files and folders beside them."""
+    """In any order of writing, with other files and folders next to them."""
     for t in (3, 0, 2, 1):
         pictures[t].save(tmp_path / f"{t:03d}.{'PNG' if t % 2 else 'bmp'}")
     (tmp_path / "002.txt").write_text("no picture")

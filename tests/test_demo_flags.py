@@ -1,7 +1,7 @@
-"""Every flag of demo.py, set to another value than its default and found where it acts.
+"""Every flag of demo.py has an effect.
 
-One test for each flag, named after it; a flag without a test fails the first one. Most look at what
-`GRAttVIS.encode_video` or `GRAttVIS.step` is called with, and the others at what is written.
+One test per flag, named after it; a flag without a test fails the first test. Most tests check the
+arguments of `GRAttVIS.encode_video` or `GRAttVIS.step`, the others the output files.
 """
 import json
 import shutil

@@ -1,6 +1,4 @@
-"""Sources that a demo meets in the wild: each is read right, or refused with one sentence before
-anything is written.
-"""
+"""Unusual sources of the demo: read correctly, or rejected in one sentence without output."""
 import io
 import os
 import shutil
@@ -37,7 +35,7 @@ def test_numbers_without_leading_zeros_are_in_order(tmp_path):
 
 @pytest.mark.parametrize("name", ["._1.png", ".2.png", "._3.jpg", ".DS_Store"])
 def test_hidden_files_are_no_frames(tmp_path, name):
-    """macOS writes such beside every file; they are no pictures, whatever their names."""
+    """macOS writes one next to every file; they are not pictures, despite their names."""
     (tmp_path / name).write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X        ")
     for pattern in (tmp_path, tmp_path / "*", tmp_path / ".*", tmp_path / "._*"):
         with pytest.raises(InputError, match="^no frames at "):

@@ -1,4 +1,4 @@
-"""Where a program runs, and in which precision."""
+"""Selection of the device and the precision."""
 import os
 from datetime import timedelta
 
@@ -71,7 +71,7 @@ def second_of_three_starts(monkeypatch):
                         ("TORCHELASTIC_RESTART_COUNT", "2")):
         monkeypatch.setenv(name, value)
     store = distributed.HashStore()
-    monkeypatch.setattr(processes, "CONNECTING", timedelta(seconds=1), raising=False)
+    monkeypatch.setattr(processes, "CONNECT_TIMEOUT", timedelta(seconds=1), raising=False)
     monkeypatch.setattr(processes, "rendezvous", lambda *asked, **options: iter([(store, 0, 2)]))
     for name in ("world size 1", "start 0/world size 1"):  # left by nine processes
         store.set(name, "9")

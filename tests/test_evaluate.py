@@ -1,6 +1,4 @@
-"""Evaluation from the command line: a results file scored alone, and a model from frames to metrics
-and pictures.
-"""
+"""Evaluation from the command line: of a results file, and of a model."""
 import json
 
 import numpy

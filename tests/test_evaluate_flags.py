@@ -1,7 +1,7 @@
-"""Every flag of evaluate.py, set to another value than its default and found where it acts.
+"""Every flag of evaluate.py has an effect.
 
-One test for each flag, named after it; a flag without a test fails the first one. Most look at what
-`GRAttVIS.encode_video` is called with, and the others at the files that are written.
+One test per flag, named after it; a flag without a test fails the first test. Most tests check the
+arguments of `GRAttVIS.encode_video`, the others the output files.
 """
 import json
 import multiprocessing
@@ -246,7 +246,7 @@ def test_flag_top_k(run, seen, tmp_path):
 
 
 def test_flag_output(run, folder, tmp_path):
-    """A folder of any depth; beside the weights where it is not said."""
+    """A folder of any depth; next to the weights by default."""
     run("--output", tmp_path / "new/place")
     assert (tmp_path / "new/place/metrics.json").exists() and not (tmp_path / "out").exists()
     save_tiny_model(tmp_path / "last.pt")

@@ -1,4 +1,4 @@
-"""Names of files that are made of texts of strangers, such as class names."""
+"""File names made of arbitrary text, such as class names."""
 
 import os
 

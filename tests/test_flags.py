@@ -1,7 +1,7 @@
-"""Every flag of train.py, set to a value other than its default, and found where it acts.
+"""Every flag of train.py has an effect.
 
-Flags that change a step are in test_train_by_hand.py, the others here. A new flag needs a test
-with `covers`; until there is one, test_every_flag_is_tested fails.
+Flags that change a step are tested in test_train_by_hand.py, the others here. A new flag needs a
+test with `covers`; until then, test_every_flag_is_tested fails.
 """
 import json
 import shutil

@@ -1,6 +1,4 @@
-"""The same numbers on a GPU: inference in float64 against the official ones, and training steps in
-16 bit.
-"""
+"""GPU results: official numbers in float64, and training steps in 16 bit."""
 import copy
 import json
 
@@ -173,5 +171,5 @@ def test_replayed_batches_are_what_their_kernels_compute(propagation, monkeypatc
         assert torch.equal(model.segment_video(frames).logits, logits)
         monkeypatch.undo()
         torch.nn.init.normal_(model.tracker.class_embed.weight)
-    with torch.autocast("cuda", torch.bfloat16):  # anew: it keeps cast weights while it lasts
+    with torch.autocast("cuda", torch.bfloat16):  # a new context: it caches cast weights
         assert not torch.equal(model.segment_video(frames).logits, logits)

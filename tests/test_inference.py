@@ -1,8 +1,7 @@
-"""Videos of any length, shared out to processes and resumed after a kill: always what
-`segment_video` gives, in one results.json.
+"""Inference over data sets equals `segment_video`, distributed, resumed, and for any length.
 
-Results are compared byte for byte, so everything here runs with one thread: a CPU rounds
-differently with several.
+Results are compared byte by byte, so all tests use one thread: rounding on a CPU depends on the
+number of threads.
 """
 import json
 import math
@@ -322,7 +321,7 @@ def test_joined_results_are_one_list_in_the_order_of_the_videos(tmp_path, count)
 # The whole evaluation
 
 def assert_equal_results(folder, whole):
-    """The same results.json to the last byte, and nothing unfinished beside it."""
+    """The same results.json to the last byte, without unfinished results."""
     assert (folder / "results.json").read_bytes() == (whole / "results.json").read_bytes()
     assert not (folder / "unfinished").exists()
 

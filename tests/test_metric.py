@@ -1,4 +1,4 @@
-"""The metric: official numbers, small stories, and a second implementation written differently."""
+"""The metric: official numbers, small examples, and an independent implementation."""
 
 import copy
 import json

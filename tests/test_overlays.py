@@ -1,8 +1,6 @@
-"""Pictures of results: only what is masked changes, a colour stays with its track, and the files
-hold every frame.
+"""Overlays: only masked pixels change, tracks keep their colours, and files contain every frame.
 
-Of the strip of gates, cells are found where two strips that differ in nothing else are not the
-same.
+Cells of the gate strip are located by comparing two strips that differ only in that cell.
 """
 from dataclasses import replace
 
@@ -482,7 +480,7 @@ def test_who_scores_as_much_as_is_asked_for_is_shown():
     (125, 4, 240, 125, 4), (50, 6, 3, 100, 3), (40, 7, 3, 120, 3)])
 def test_an_animation_takes_as_long_as_its_video(tmp_path, monkeypatch, milliseconds, count, limit,
                                                  duration, shown):
-    """Frames that are left out make the others longer; and it begins anew for ever."""
+    """If frames are dropped, the others last longer; the animation loops forever."""
     monkeypatch.setattr(draw, "MAX_ANIMATION_FRAMES", limit)
     pictures = (Image.fromarray(numpy.full((16, 24, 3), 30 * t, numpy.uint8)) for t in range(count))
     save_pictures(tmp_path, "short", pictures, count, milliseconds)

@@ -1,7 +1,7 @@
-"""Pictures of strangers: their brightness is kept, whatever the format, or they are refused.
+"""Untrusted pictures: their brightness is preserved in every format, or they are rejected.
 
 Every picture shows the same ramp from black to white. Formats of more than 8 bits are written byte
-by byte from their definitions. Nothing but regular files is opened.
+by byte from their specifications. Only regular files are opened.
 """
 
 import io
@@ -161,7 +161,7 @@ def test_one_bit_is_black_or_white(tmp_path):
 
 
 def test_opacity_is_ignored(tmp_path):
-    """The colour of a pixel stays, however transparent it is said to be."""
+    """The colour of a pixel does not depend on its alpha."""
     picture = Image.fromarray(RAMP.astype(numpy.uint8)).convert("P")
     stream = io.BytesIO()
     picture.save(stream, "PNG", transparency=9)

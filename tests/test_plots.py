@@ -1,6 +1,4 @@
-"""Plots of an evaluation: pictures that open and show something, and a timeline that is coloured
-where a track is seen.
-"""
+"""Plots: files that open and show the data, and a timeline of visible tracks."""
 from dataclasses import replace
 
 import numpy

@@ -1,4 +1,4 @@
-"""Checkpoints of strangers: all containers hold the same things, and nothing of them is run."""
+"""Untrusted checkpoints: all containers give the same contents, and no code is executed."""
 import argparse
 import collections
 import datetime
@@ -131,7 +131,7 @@ def test_an_archive_of_a_machine_with_the_other_byte_order(tmp_path):
 # What is ignored
 
 class Unknown:
-    """Of another program: tells what is done with it."""
+    """A class of another program that records what is done with it."""
     calls = []
 
     def __init__(self, *arguments):
@@ -223,7 +223,7 @@ def test_a_whole_model_is_no_state_dict(tmp_path, container):
 # What is refused
 
 class Call:
-    """Asks whoever unpickles it to call a function."""
+    """Requests a function call when unpickled."""
 
     def __init__(self, function, *arguments):
         self.call = function, arguments

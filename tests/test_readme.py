@@ -1,6 +1,4 @@
-"""The README says what is true: its first commands are one line each, and the symbols that it
-refers to exist.
-"""
+"""The README: its first commands are one line each, and the symbols it mentions exist."""
 import re
 from pathlib import Path
 

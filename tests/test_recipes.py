@@ -1,6 +1,4 @@
-"""The official settings, and the data sets they name: every field, every layout on disk, one
-training step of each.
-"""
+"""Official settings and data sets: every field, every layout on disk, one training step each."""
 import json
 import shutil
 from pathlib import Path
@@ -419,7 +417,7 @@ def test_broken_data_is_told_by_name(broken):
     for sentence in told:
         with pytest.raises(InputError, match=sentence):
             VideoSet(root / "train.json", root / "train/JPEGImages")
-        for key in ("videos", "annotations"):                      # mended: the next fault is told
+        for key in ("videos", "annotations"):                      # fixed: the next error is reported
             wrong = 1 if "video1" in sentence else 3
             content[key] = [entry for entry in content[key] if entry["id"] != wrong]
         (root / "train.json").write_text(json.dumps(content))

@@ -1,6 +1,4 @@
-"""Run-length codes: those of pycocotools to the last character, from NumPy and PyTorch, and a check
-that lets no bad one pass.
-"""
+"""Run-length codes equal those of pycocotools; invalid codes are detected."""
 import numpy
 import pytest
 import torch
@@ -100,7 +98,7 @@ def test_a_whole_frame_in_one_run():
 def test_masks_that_touch_or_miss_the_first_pixel():
     """Background comes first, with a run of no pixels where there is none."""
     masks = torch.zeros(4, 3, 4, dtype=torch.bool)
-    # In masks[2] a run goes on in the next column.
+    # In masks[2], a run continues in the next column.
     masks[0, 0, 0] = masks[1, 2, 3] = masks[2, 2, 0] = masks[2, 0, 1] = True
     masks[3] = True
     assert encode(masks) == official(masks)
@@ -255,7 +253,7 @@ def test_a_bad_code_is_found_at_its_place(kind, place):
 @pytest.mark.parametrize("kind", ["no end", "accent", "too few", "number"])
 @pytest.mark.parametrize("at_once", [1, 3, 8])
 def test_a_bad_code_is_found_in_a_later_part(monkeypatch, kind, at_once):
-    """Its index is that in the whole list, and of several the first is told."""
+    """Its index is that in the whole list; the first of several is reported."""
     monkeypatch.setattr(run_length, "MAX_CHECKED_CODES", at_once)
     code, sentence = BAD[kind]
     codes, pixels = GOOD * 3, PIXELS * 3

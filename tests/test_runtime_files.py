@@ -1,4 +1,4 @@
-"""Files of our own, locks, streams: nothing is lost to an accident."""
+"""Result files, locks and streams: accidents lose nothing."""
 import io
 import json
 import os
@@ -63,7 +63,7 @@ def holder(tmp_path):
 
 
 def test_a_folder_has_one_holder_which_is_named(tmp_path, holder):
-    for _ in range(2):  # being refused takes the lock from nobody
+    for _ in range(2):  # a failed attempt does not release the lock
         with pytest.raises(InputError, match=f"is in use by process {holder.pid} on "):
             with folder_lock(tmp_path):
                 pass

@@ -1,4 +1,4 @@
-"""Reading ahead: the same batches as without workers, and no way to wait forever."""
+"""Loader processes: the same batches as without them, and no deadlocks."""
 import errno
 import os
 import re

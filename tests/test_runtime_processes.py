@@ -1,4 +1,4 @@
-"""Several processes: incomplete variables are named, disagreement is found, errors are shared."""
+"""Distributed processes: incomplete variables, disagreement and errors are reported by all."""
 import subprocess
 import sys
 from pathlib import Path
@@ -127,7 +127,7 @@ def datasets(tmp_path_factory):
     return folder
 
 
-DISAGREEMENTS = {  # what process 1 is told instead -> the error
+DISAGREEMENTS = {  # arguments of process 1 -> the error
     "word.replace('/one', '/two')": "the processes disagree about the contents of the annotation "
                                     "files",
     "'64' if word == '48' else word": "the processes disagree about --short-sides",

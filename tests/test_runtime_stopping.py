@@ -1,5 +1,4 @@
-"""Signals: training saves the step it is in, evaluation what is done, everything in one sentence.
-"""
+"""Signals: training saves its step, evaluation its videos, with a one-sentence message."""
 import json
 import signal
 import subprocess
@@ -101,7 +100,7 @@ with cli_errors(), deferred_stop():
 
 
 def test_an_interrupted_evaluation_of_a_run_is_repeated(dataset, tmp_path):
-    """Its line of the log, and best.pt, are those of a run that nobody has stopped."""
+    """Its line of the log and best.pt are those of an uninterrupted run."""
     options = ["--workers", 0, "--evaluate-every", 2, "--test-short-side", 48, "--iterations", 4]
     process = train(dataset, tmp_path / "run", *options)
     wait_until(lambda: 2 in steps(tmp_path / "run"), process)

@@ -1,7 +1,7 @@
-"""The synthetic scenes stay what they are: results on the suites are compared over years.
+"""The synthetic scenes do not change, because results on the suites are compared over time.
 
-The table holds a few numbers of the first held-out scenes of every suite, painted small. They are
-compared with some tolerance, as the last digits of a sine depend on the processor.
+The table contains statistics of the first held-out scenes of every suite, rendered at a small size.
+They are compared with a tolerance, because the last digits of a sine depend on the processor.
 """
 import math
 

@@ -1,6 +1,4 @@
-"""The study of the gate: switches, gaps and bins of hand-made tracks, noise in rendered frames,
-tables of hand-made records.
-"""
+"""The gate study: switches, gaps and bins of hand-made tracks, noisy frames, and tables."""
 import json
 import signal
 import subprocess
@@ -49,7 +47,7 @@ def assigned(found, *instances):
         1, 8, 8, [Path()] * len(instances[0]), [annotation(instance) for instance in instances]
     )
     return study.assign_tracks(
-        study.frame_overlaps(found, study.best_labels(found, study.LEAST_SCORE), video)
+        study.frame_overlaps(found, study.best_labels(found, study.MIN_SCORE), video)
     )
 
 
@@ -75,7 +73,7 @@ def test_coming_back_after_hidden_frames(returning, switches):
 def test_one_query_under_two_labels_is_one_track():
     found = found_of(LEFT, LEFT, RIGHT, labels=[0, 1, 0], ids=[7, 7, 3])
     given = assigned(found, LEFT, RIGHT)
-    assert study.best_labels(found, study.LEAST_SCORE) == [0, 2]
+    assert study.best_labels(found, study.MIN_SCORE) == [0, 2]
     assert given.tolist() == [[0, 1]] * 4 and study.count_switches(given) == 0
 
 

@@ -1,6 +1,4 @@
-"""Tests of the synthetic videos: reproducible, consistent with their masks, and hard enough to be
-of use.
-"""
+"""Synthetic videos: reproducible, consistent with their masks, and sufficiently hard."""
 
 import json
 from dataclasses import replace

@@ -1,6 +1,4 @@
-"""Training: an interrupted run resumes exactly, parts of a step add up, the best is kept,
-parameters are treated as upstream.
-"""
+"""Training: resumption, gradient accumulation, the best checkpoint, and parameter groups."""
 import json
 import math
 import shutil

@@ -1,7 +1,7 @@
-"""A training run compared with a plain loop: optimizer, schedule, clipping, average, log.
+"""Training compared with a plain loop: optimizer, schedule, clipping, average, log.
 
 The loop imports nothing from train.py. It takes two things from the observed run: the initial
-weights and the seed of every step. Everything is in float64, so that rounding stays small.
+weights and the seed of every step. Everything is in float64 to keep rounding errors small.
 """
 import math
 

@@ -1,6 +1,6 @@
-"""ffmpeg of every generation: an option that it knows is used, and the cause that it states shown.
+"""All versions of ffmpeg: supported options are used, and the cause of an error is shown.
 
-The ones that are not installed are shell scripts which refuse what such an ffmpeg refuses.
+Versions that are not installed are shell scripts that reject what such an ffmpeg rejects.
 """
 
 import io

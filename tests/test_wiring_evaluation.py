@@ -1,7 +1,7 @@
-"""From files to numbers with ids that have gaps and stand in no order: nothing is mistaken.
+"""From files to metrics with unordered ids that have gaps: nothing is confused.
 
-A model is trained for one step on the set of sparse_set.py and evaluated through the command line.
-What it must write is computed from `segment_video`, the ids of the JSON and the metric alone.
+A model is trained for one step on the set of sparse_set.py and evaluated from the command line.
+The expected output is computed from `segment_video`, the ids of the JSON and the metric alone.
 """
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Tiny training runs: what reaches the model, and what a run leaves on disk."""
+"""Tiny training runs that record the inputs of the model and the output files."""
 import json
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -3,9 +3,9 @@
     python tests/faults/fuzz.py annotations 10000   # or results, pth, pkl, pictures
     python tests/faults/fuzz.py pkl 1 --first 4711  # a single input; the file stays in --folder
 
-Input number i of a loader is always the same, but for the addresses that old checkpoints hold.
-Inputs run in child processes that may take 2 GB of memory and five seconds an input; anything but
-success and a clear error is a finding, which names the input and what was done to it.
+Input i of a loader is always the same, except for memory addresses in old checkpoints. Inputs run
+in child processes limited to 2 GB of memory and five seconds per input. Any other outcome than
+success or a clear error is reported with the input and its modification.
 """
 import argparse
 import contextlib
@@ -356,7 +356,7 @@ def load_annotations(base: Path, path: Path) -> None:
 
 
 def results_input(base: Path, folder: Path, random) -> tuple[Path, str]:
-    """A results file, and in a third of the cases a damaged ground truth beside it."""
+    """A results file, and in a third of the cases also a damaged ground truth."""
     results, truth = (
         json.loads((base / name).read_text()) for name in ("results.json", "annotations.json")
     )
@@ -380,7 +380,7 @@ def load_results(base: Path, path: Path) -> None:
 # Checkpoints
 
 class Call:
-    """Asks whoever unpickles it to call a function."""
+    """Requests a function call when unpickled."""
 
     def __init__(self, function: Callable, *arguments):
         self.call = function, arguments
@@ -803,7 +803,7 @@ LOADERS = {
 # Running
 
 def outcome_of(load: Callable, base: Path, path: Path) -> tuple[str, str]:
-    """"success", "refused" or "finding", and what was said."""
+    """"success", "refused" or "finding", and the message."""
     try:
         load(base, path)
     except InputError as error:

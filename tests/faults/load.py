@@ -35,7 +35,7 @@ SIDE = 64  # of frames, pixels; half as much in training
 
 
 def family(pid: int) -> list[int]:
-    """The process and all that come from it; those that ended meanwhile are left out."""
+    """The process and its running descendants."""
     found = [pid]
     for parent in found:
         try:
@@ -63,14 +63,14 @@ def usage(pid: int) -> dict[str, int]:
     grown but the copy's cost, which is bounded."""
     held = {"memory": 0, "files": 0, "on the way": 0, "processes": 0, "shared": 0}
     for path in Path("/dev/shm").glob("torch_*"):
-        with suppress(FileNotFoundError):                          # handed over and gone
+        with suppress(FileNotFoundError):                          # moved
             held["shared"] += path.stat().st_size
     for member in family(pid):
         try:
             rollup = Path(f"/proc/{member}/smaps_rollup").read_text()
             files = []
             for file in Path(f"/proc/{member}/fd").iterdir():
-                with suppress(FileNotFoundError):                  # closed meanwhile
+                with suppress(FileNotFoundError):                  # closed
                     files.append(os.readlink(file))
         except OSError:                                            # it has just ended
             continue
@@ -87,7 +87,7 @@ def usage(pid: int) -> dict[str, int]:
 
 
 def watch(command: list, log: Path, every: float = 2.0) -> list[dict[str, int]]:
-    """Run a command to its end and look at it so often, seconds; RuntimeError if it fails."""
+    """Run a command and sample its resources periodically; RuntimeError if it fails."""
     samples = []
     with open(log, "w") as said:
         process = subprocess.Popen(

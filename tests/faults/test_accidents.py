@@ -1,9 +1,8 @@
-"""What happens to a user's cluster: a full disk, a folder that may not be written, processes that
-are killed, other clocks and hashes.
+"""Accidents on a cluster: full disks, read-only folders, killed processes, wrong clocks, hashes.
 
-Each time the program ends in seconds and says in one sentence what is the matter, what was written
-before can be read, and the same command goes on to the very result that it would have had. (kill -9
-of the whole program: test_kills.py.)
+Each time, the program exits within seconds with a one-sentence error, earlier files stay readable,
+and the same command then produces the same result as without the accident. (test_kills.py covers
+kill -9 of the whole program.)
 """
 import json
 import os
@@ -23,7 +22,7 @@ from load import end, family
 from processes import ENVIRONMENT, REPOSITORY, free_port, wait_until
 from synthetic.suites import make_dataset
 
-# A shell that may mount file systems, which are gone with it; the script follows.
+# A shell that may mount file systems, which are unmounted when it exits; the script follows.
 pytestmark = pytest.mark.slow
 MOUNT = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
 STEPS = 3
@@ -129,7 +128,7 @@ def assert_same_results(folder, output):
 
 
 def test_the_disk_is_full_while_a_checkpoint_is_written(folder, tmp_path):
-    """It holds one checkpoint and a half: the first stays, whole, and the run goes on from there.
+    """It holds one and a half checkpoints: the first stays intact, and the run resumes from it.
     """
     size = (folder / "whole/last.pt").stat().st_size
     (tmp_path / "disk").mkdir()

@@ -1,6 +1,6 @@
-"""Damaged and hostile files: every loader succeeds or says in one line what is wrong.
+"""Damaged and hostile files: every loader succeeds or raises a one-line error.
 
-It never crashes, hangs, runs code or takes 2 GB.
+It never crashes, hangs, executes code or allocates 2 GB.
 """
 import pytest
 

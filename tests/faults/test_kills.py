@@ -1,8 +1,7 @@
-"""kill -9 at any moment: of training, of evaluation, in the middle of writing a checkpoint. Nothing
-is lost, nothing is done twice.
+"""kill -9 at any time, also while a checkpoint is written: nothing is lost or repeated.
 
-Twice in the usual run, twenty times in `python -m pytest -s tests/faults -m faults`, which prints
-how often what was hit.
+Twice by default, twenty times with `python -m pytest -s tests/faults -m faults`, which also prints
+when the kills happened.
 """
 import json
 import random
@@ -43,7 +42,7 @@ def data_root(tmp_path_factory):
 # A run that is killed
 
 def start(folder, *arguments):
-    """A training process that writes what it prints to printed.txt beside the run's folder."""
+    """A training process whose output goes to printed.txt next to the run's folder."""
     resume = ["--resume", str(folder / "last.pt")] if (folder / "last.pt").exists() else []
     with open(folder.parent / "printed.txt", "a") as printed:
         return subprocess.Popen(
@@ -129,14 +128,14 @@ def test_killed_runs_resume_exactly(data_root, tmp_path, kills):
             kill_somewhere(process, killed, chance, while_saving=number % 2 == 0)
         finally:
             process.kill()
-        if process.wait() == 0:                      # it was faster than its murderer: anew
+        if process.wait() == 0:                      # it finished before the kill: start again
             assert_same_training(whole, killed, iterations)
             shutil.rmtree(killed)
             continue
         assert process.returncode == -signal.SIGKILL, (tmp_path / "printed.txt").read_text()[-3000:]
         deaths, deaths_while_saving = deaths + 1, deaths_while_saving + half_written(killed)
         if not (killed / "last.pt").exists():
-            shutil.rmtree(killed)  # it died before its first checkpoint: start anew
+            shutil.rmtree(killed)  # killed before its first checkpoint: start again
     finish(start(killed, *arguments, "--save-every", "1"), killed)
     print(
         f"{deaths} kills, {deaths_while_saving} of them while a checkpoint was written, "

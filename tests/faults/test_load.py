@@ -1,7 +1,7 @@
-"""Hours of work take no more memory, files or shared memory than minutes: what a process and its
-children hold, watched from outside.
+"""Hours of work use no more memory, files or shared memory than minutes.
 
-`python -m pytest -s tests/faults/test_load.py -m faults` does the whole of it, for two hours.
+Resources of a process and its children are sampled from outside. The full test takes two hours:
+`python -m pytest -s tests/faults/test_load.py -m faults`.
 """
 import os
 import sys
