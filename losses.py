@@ -258,22 +258,23 @@ def sample_matched_masks(predictions: Predictions, targets: Targets, matches: Ma
     height, width = predictions.features.shape[-2:]
     truth = targets.masks.flatten(0, 2)[:, None]             # (B * T * I, 1, H, W)
     point_logits, point_targets = [], []
-    elements = len(truth) * max(6 * candidates, height * width)
-    for kernel in kernel.split(chunk_size(elements), 1):     # some of the R predictions
+    # some of the R predictions at once: masks are large, candidates are larger
+    for kernel in kernel.split(chunk_size(len(truth) * height * width), 1):
         masks = torch.stack([
             checkpoint(masks_of_video, kernel[:, :, video], predictions.features[video],
                        use_reentrant=False, preserve_rng_state=False)
             for video in range(batch)])                      # (B, T, R, I, h, w)
-        rows = masks.shape[:4]
-        masks = masks.flatten(0, 3)[:, None]                 # (B * T * R * I, 1, h, w)
-        with torch.no_grad():
-            at = uncertain_points(masks, points, candidates, uncertain)
-            shared = at.view(*rows, points, 2).transpose(2, 3)
-            shared = shared.reshape(len(truth), rows[2] * points, 2)
-            sampled = sample_masks(truth, shared, masks.dtype)
-            sampled = sampled.view(batch, length, instances, rows[2], points).transpose(2, 3)
-        point_targets.append(sampled)
-        point_logits.append(sample_at(masks, at).view(*rows, points))
+        for masks in masks.split(chunk_size(len(truth) * 6 * candidates), 2):
+            rows = masks.shape[:4]
+            masks = masks.flatten(0, 3)[:, None]             # (B * T * R * I, 1, h, w)
+            with torch.no_grad():
+                at = uncertain_points(masks, points, candidates, uncertain)
+                shared = at.view(*rows, points, 2).transpose(2, 3)
+                shared = shared.reshape(len(truth), rows[2] * points, 2)
+                sampled = sample_masks(truth, shared, masks.dtype)
+                sampled = sampled.view(batch, length, instances, rows[2], points).transpose(2, 3)
+            point_targets.append(sampled)
+            point_logits.append(sample_at(masks, at).view(*rows, points))
     return torch.cat(point_logits, 2), torch.cat(point_targets, 2)
 
 
