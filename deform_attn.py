@@ -97,12 +97,12 @@ def sample_points(value: Tensor, level_shapes: LevelShapes, locations: Tensor,
     queries = locations.shape[1]
     indices, shares, start = [], [], 0  # of each level, (N, queries, heads, points * 4)
     for level, (height, width) in enumerate(level_shapes):
-        x = locations[:, :, :, level, :, 0] * width - 0.5               # in pixels
-        y = locations[:, :, :, level, :, 1] * height - 0.5
+        columns = neighbours(locations[:, :, :, level, :, 0] * width - 0.5, width)
+        rows = neighbours(locations[:, :, :, level, :, 1] * height - 0.5, height)
         level_indices, level_shares = [], []
-        for row, row_share in neighbours(y, height):
+        for row, row_share in rows:
             row_start, row_share = start + row * width, weights[:, :, :, level] * row_share
-            for column, column_share in neighbours(x, width):
+            for column, column_share in columns:
                 level_indices.append(row_start + column)
                 level_shares.append(row_share * column_share)
         indices.append(torch.stack(level_indices, -1).flatten(3))
@@ -111,9 +111,9 @@ def sample_points(value: Tensor, level_shapes: LevelShapes, locations: Tensor,
 
     image = torch.arange(batch, device=value.device).view(-1, 1, 1, 1)
     head = torch.arange(heads, device=value.device).view(-1, 1)
-    rows = torch.cat(indices, -1) * heads + (image * pixels * heads + head)
-    output = F.embedding_bag(rows.flatten(0, 2), value.reshape(-1, head_channels), mode="sum",
-                             per_sample_weights=torch.cat(shares, -1).flatten(0, 2))
+    table_rows = torch.cat(indices, -1) * heads + (image * pixels * heads + head)
+    output = F.embedding_bag(table_rows.flatten(0, 2), value.reshape(-1, head_channels),
+                             per_sample_weights=torch.cat(shares, -1).flatten(0, 2), mode="sum")
     return output.view(batch, queries, heads * head_channels)
 
 
