@@ -95,23 +95,25 @@ def sample_points(value: Tensor, level_shapes: LevelShapes, locations: Tensor,
     """
     batch, pixels, heads, head_channels = value.shape
     queries = locations.shape[1]
-    image = torch.arange(batch, device=value.device)[:, None, None, None]
-    head = torch.arange(heads, device=value.device)[:, None]
-    rows, shares, start = [], [], 0  # rows of value.view(-1, C / heads)
+    indices, shares, start = [], [], 0  # of each level, (N, queries, heads, points * 4)
     for level, (height, width) in enumerate(level_shapes):
-        x, y = (locations[:, :, :, level] * locations.new_tensor((width, height)) - 0.5).unbind(-1)
-        level_rows, level_shares = [], []  # of the four pixels, each (N, queries, heads, points)
-        for row, row_share in neighbours(y, height):
-            for column, column_share in neighbours(x, width):
-                pixel = image * pixels + start + row * width + column
-                level_rows.append(pixel * heads + head)
-                level_shares.append(weights[:, :, :, level] * row_share * column_share)
-        rows.append(torch.stack(level_rows, -1).flatten(3))
+        columns = neighbours(locations[:, :, :, level, :, 0] * width - 0.5, width)
+        rows = neighbours(locations[:, :, :, level, :, 1] * height - 0.5, height)
+        level_indices, level_shares = [], []
+        for row, row_share in rows:
+            row_start, row_share = start + row * width, weights[:, :, :, level] * row_share
+            for column, column_share in columns:
+                level_indices.append(row_start + column)
+                level_shares.append(row_share * column_share)
+        indices.append(torch.stack(level_indices, -1).flatten(3))
         shares.append(torch.stack(level_shares, -1).flatten(3))
         start += height * width
-    rows, shares = torch.cat(rows, -1).flatten(0, 2), torch.cat(shares, -1).flatten(0, 2)
-    table = value.reshape(-1, head_channels)
-    output = F.embedding_bag(rows, table, per_sample_weights=shares, mode="sum")
+
+    image = torch.arange(batch, device=value.device).view(-1, 1, 1, 1)
+    head = torch.arange(heads, device=value.device).view(-1, 1)
+    table_rows = torch.cat(indices, -1) * heads + (image * pixels * heads + head)
+    output = F.embedding_bag(table_rows.flatten(0, 2), value.reshape(-1, head_channels),
+                             per_sample_weights=torch.cat(shares, -1).flatten(0, 2), mode="sum")
     return output.view(batch, queries, heads * head_channels)
 
 
