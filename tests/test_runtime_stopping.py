@@ -56,27 +56,41 @@ def last_line(text):
     return text.replace("\r", "\n").strip().splitlines()[-1]
 
 
-@pytest.mark.parametrize("number, name, workers", [
-    (signal.SIGINT, "SIGINT", 0), (signal.SIGTERM, "SIGTERM", 1)])
-def test_training_saves_the_step_and_resumes_exactly(dataset, tmp_path, number, name, workers):
-    options = ["--workers", workers, "--save-every", 1000]
-    process = train(dataset, tmp_path / "run", "--iterations", 5000, *options)
-    wait_until(lambda: len(steps(tmp_path / "run")) >= 2, process)
-    process.send_signal(number)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 128 + number and "Traceback" not in said
-    assert last_line(said).startswith(f"stopped by {name}: {tmp_path}/run/last.pt holds iteration")
-    done = torch.load(tmp_path / "run/last.pt", weights_only=True)["step"]
-    assert done == steps(tmp_path / "run")[-1]
+def test_training_saves_the_step_and_resumes_exactly(dataset, tmp_path):
+    """With SIGINT and with SIGTERM, both at once: starting takes the time."""
+    cases = {signal.SIGINT: ["--workers", 0], signal.SIGTERM: ["--workers", 1]}
+    options = ["--save-every", 1000]
+    started = {}
+    for number, workers in cases.items():
+        run = tmp_path / number.name
+        started[number] = train(dataset, run, "--iterations", 5000, *options, *workers)
+    for number, process in started.items():
+        wait_until(lambda: len(steps(tmp_path / number.name)) >= 2, process)
+        process.send_signal(number)
 
-    again = train(dataset, tmp_path / "run", "--iterations", done + 2, *options, "--resume", "auto")
-    whole = train(dataset, tmp_path / "whole", "--iterations", done + 2, *options)
-    for process in (again, whole):
+    resumed = {}
+    for number, process in started.items():
+        run = tmp_path / number.name
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == 128 + number and "Traceback" not in said
+        message = f"stopped by {number.name}: {run}/last.pt holds iteration"
+        assert last_line(said).startswith(message)
+        done = torch.load(run / "last.pt", weights_only=True)["step"]
+        assert done == steps(run)[-1]
+        resumed[number] = done + 2, train(dataset, run, "--iterations", done + 2, *options,
+                                          *cases[number], "--resume", "auto")
+    longest = max(iterations for iterations, _ in resumed.values())
+    whole = train(dataset, tmp_path / "whole", "--iterations", longest, *options, "--workers", 0)
+    for process in (*(process for _, process in resumed.values()), whole):
         _, said = process.communicate(timeout=120)
         assert process.returncode == 0, said
-    first, second = ((tmp_path / name / "log.jsonl").read_text() for name in ("run", "whole"))
-    losses = [[json.loads(line)["loss"] for line in text.splitlines()] for text in (first, second)]
-    assert losses[0] == losses[1] and len(losses[0]) == done + 2
+
+    def losses(run):
+        log = (run / "log.jsonl").read_text()
+        return [json.loads(line)["loss"] for line in log.splitlines()]
+
+    for number, (iterations, _) in resumed.items():
+        assert losses(tmp_path / number.name) == losses(tmp_path / "whole")[:iterations]
 
 
 def test_a_second_signal_exits_at_once():

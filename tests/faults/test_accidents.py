@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -172,44 +173,53 @@ def test_the_disk_is_full_while_results_are_written(folder, tmp_path):
     assert_same_results(folder, tmp_path / "out")
 
 
-@pytest.mark.parametrize("command", [training, evaluating])
-def test_a_folder_that_may_not_be_written(folder, tmp_path, command):
+def of_both_programs(attempt):
+    """attempt(command), of training and of evaluating, both at once: starting takes the time."""
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(attempt, (training, evaluating)))
+
+
+def test_a_folder_that_may_not_be_written(folder, tmp_path):
     """Said before anything is computed."""
-    (tmp_path / "disk").mkdir()
-    done = shell(
-        f"mount -t tmpfs -o size=1m,ro none {tmp_path}/disk\n"
-        f"{quoted(command(folder, tmp_path / 'disk/out'))}"
-    )
-    assert done.returncode == 2
-    assert re.fullmatch(f"{tmp_path}/disk/out.*: Read-only file system", error_line(done.stderr))
-    assert "it/s" not in done.stderr and "frame/s" not in done.stderr
+    def attempt(command):
+        disk = tmp_path / command.__name__
+        disk.mkdir()
+        return disk, shell(f"mount -t tmpfs -o size=1m,ro none {disk}\n"
+                           f"{quoted(command(folder, disk / 'out'))}")
+
+    for disk, done in of_both_programs(attempt):
+        assert done.returncode == 2
+        assert re.fullmatch(f"{disk}/out.*: Read-only file system", error_line(done.stderr))
+        assert "it/s" not in done.stderr and "frame/s" not in done.stderr
 
 
-@pytest.mark.parametrize("command", [training, evaluating])
-def test_a_loaders_process_is_killed(folder, tmp_path, command):
+def test_a_loaders_process_is_killed(folder, tmp_path):
     """As the kernel does when memory runs out."""
-    arguments = command(folder, tmp_path / "out", "--workers", "1")
-    process = subprocess.Popen(
-        arguments, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    # A step or a video is done.
-    wait_until(
-        lambda: len(family(process.pid)) > 1 and list((tmp_path / "out").glob("**/[l0-9]*")),
-        process,
-    )
-    for child in family(process.pid)[1:]:
-        os.kill(child, signal.SIGKILL)
-    began = time.perf_counter()
-    _, said = process.communicate(timeout=60)
-    assert time.perf_counter() - began < 20
-    if process.returncode:                           # else it had read all that it needed
-        assert process.returncode == 2, said[-3000:]
-        assert re.match(
-            "a loader process was killed .*try fewer --workers; the same command continues",
-            error_line(said),
-        )
-    finish([*arguments, *(["--resume", "auto"] if command is training else [])])
-    (assert_same_run if command is training else assert_same_results)(folder, tmp_path / "out")
+    def attempt(command):
+        output = tmp_path / command.__name__
+        arguments = command(folder, output, "--workers", "1")
+        process = subprocess.Popen(arguments, env=ENVIRONMENT, stdout=subprocess.PIPE,
+                                   stderr=subprocess.PIPE, text=True)
+        # A step or a video is done.
+        wait_until(lambda: len(family(process.pid)) > 1 and list(output.glob("**/[l0-9]*")),
+                   process)
+        for child in family(process.pid)[1:]:
+            os.kill(child, signal.SIGKILL)
+        began = time.perf_counter()
+        _, said = process.communicate(timeout=60)
+        assert time.perf_counter() - began < 20
+        return arguments, process.returncode, said
+
+    (trained, *of_training), (evaluated, *of_evaluating) = of_both_programs(attempt)
+    for status, said in (of_training, of_evaluating):
+        if status:                                   # else it had read all that it needed
+            assert status == 2, said[-3000:]
+            assert re.match("a loader process was killed .*try fewer --workers; the same command "
+                            "continues", error_line(said))
+    finish([*trained, "--resume", "auto"])
+    assert_same_run(folder, tmp_path / "training")
+    finish(evaluated)
+    assert_same_results(folder, tmp_path / "evaluating")
 
 
 DYING_LOADER = """
@@ -332,16 +342,14 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("command", [training, evaluating])
-def test_nothing_asks_for_the_network(folder, tmp_path, command):
-    arguments = command(folder, tmp_path / "out", "--workers", "1")
-    done = subprocess.run(
-        [sys.executable, "-c", NO_NETWORK, *arguments[1:]],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+def test_nothing_asks_for_the_network(folder, tmp_path):
+    def attempt(command):
+        arguments = command(folder, tmp_path / command.__name__, "--workers", "1")
+        return subprocess.run([sys.executable, "-c", NO_NETWORK, *arguments[1:]], env=ENVIRONMENT,
+                              capture_output=True, text=True)
+
+    for done in of_both_programs(attempt):
+        assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_the_network_guard_guards(tmp_path):
