@@ -1,4 +1,6 @@
-"""Backbones: ResNet equals torchvision's, Swin equals the detectors' (and torchvision's where the two agree)."""
+"""Backbones: ResNet equals torchvision's, Swin equals the detectors' (and torchvision's where the
+two agree).
+"""
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,10 +23,17 @@ from golden_set import make_video, meta, official_weights, read_arrays, subsampl
 def test_resnet_is_torchvisions():
     torch.manual_seed(0)
     theirs, ours = resnet50(num_classes=2).eval(), build_backbone("resnet50", "batch").eval()
-    ours.load_state_dict({name: value for name, value in theirs.state_dict().items() if not name.startswith("fc.")})
+    ours.load_state_dict(
+        {name: value for name, value in theirs.state_dict().items() if not name.startswith("fc.")}
+    )
     images = torch.randn(1, 3, 64, 96)
     maps = ours(images)
-    assert [tuple(m.shape[1:]) for m in maps] == [(256, 16, 24), (512, 8, 12), (1024, 4, 6), (2048, 2, 3)]
+    assert [tuple(m.shape[1:]) for m in maps] == [
+        (256, 16, 24),
+        (512, 8, 12),
+        (1024, 4, 6),
+        (2048, 2, 3),
+    ]
     torch.testing.assert_close(theirs.fc(maps[-1].mean((2, 3))), theirs(images))
 
 
@@ -32,41 +41,68 @@ def test_resnet_is_torchvisions():
 def test_weights_are_named_and_shaped_as_torchvisions(name):
     """So that its ImageNet weights fit, but for the classifier and, of a Swin, the last norm."""
     with torch.device("meta"):
-        theirs = {key: value.shape for key, value in get_model(name).state_dict().items() if not key.startswith(("fc.", "head.", "norm."))}
+        theirs = {
+            key: value.shape
+            for key, value in get_model(name).state_dict().items()
+            if not key.startswith(("fc.", "head.", "norm."))
+        }
         ours = build_backbone(name, "batch") if "resnet" in name else build_backbone(name)
-    assert {key: value.shape for key, value in ours.state_dict().items() if not key.startswith("norms.")} == theirs
+    assert {
+        key: value.shape for key, value in ours.state_dict().items() if not key.startswith("norms.")
+    } == theirs
 
 
 def test_the_heads_of_a_swin():
-    """Their number is in the table of relative positions, those of torchvision's sizes are compared above."""
+    """Their number is in the table of relative positions, those of torchvision's sizes are compared
+    above.
+    """
     with torch.device("meta"):
         network = build_backbone("swin_l")
-    tables = [value for key, value in network.state_dict().items() if key.endswith("relative_position_bias_table")]
+    tables = [
+        value
+        for key, value in network.state_dict().items()
+        if key.endswith("relative_position_bias_table")
+    ]
     assert [table.shape[1] for table in tables] == [6] * 2 + [12] * 2 + [24] * 18 + [48] * 2
-    assert {table.shape[0] for table in tables} == {23 ** 2}                              # windows of 12
+    # Windows of 12.
+    assert {table.shape[0] for table in tables} == {23 ** 2}
 
 
 def test_another_window():
     for window in (None, 5):
         with torch.device("meta"):
             network = build_backbone("swin_t", window=window)
-        tables = [value for key, value in network.state_dict().items() if key.endswith("relative_position_bias_table")]
+        tables = [
+            value
+            for key, value in network.state_dict().items()
+            if key.endswith("relative_position_bias_table")
+        ]
         assert {len(table) for table in tables} == {(2 * (window or 7) - 1) ** 2}
 
 
 def test_a_group_norm_has_32_groups():
     network = build_backbone("resnet10", "group")
-    groups = [module.num_groups for module in network.modules() if isinstance(module, torch.nn.GroupNorm)]
-    assert len(groups) == 12 and set(groups) == {32}                                      # 1 + 4 * 2, and 3 beside
+    groups = [
+        module.num_groups for module in network.modules() if isinstance(module, torch.nn.GroupNorm)
+    ]
+    # 1 + 4 * 2, and 3 beside.
+    assert len(groups) == 12 and set(groups) == {32}
 
 
 def test_norms():
-    """A frozen norm has no parameters and does not move; a learning one does; an unknown name is refused."""
+    """A frozen norm has no parameters and does not move.
+
+    A learning one does; an unknown name is refused.
+    """
     for norm in ("frozen", "batch", "group"):
         network = build_backbone("resnet10", norm).train()
         before = {name: value.clone() for name, value in network.state_dict().items()}
         network(torch.randn(2, 3, 64, 64))
-        moved = [name for name, value in network.state_dict().items() if not torch.equal(value, before[name])]
+        moved = [
+            name
+            for name, value in network.state_dict().items()
+            if not torch.equal(value, before[name])
+        ]
         assert bool(moved) == (norm == "batch")
         assert ("bn1.weight" in dict(network.named_parameters())) == (norm != "frozen")
     with pytest.raises(ValueError, match="frozen, batch, group"):
@@ -96,7 +132,9 @@ def test_folded_norms_change_nothing(name, norm):
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["resnet10", "resnet50"])
 def test_fused_convolutions_are_the_same(monkeypatch, name):
-    """What cuDNN's kernels are to compute, computed by PyTorch: the same maps, with the first convolution on pairs of pixels."""
+    """What cuDNN's kernels are to compute, computed by PyTorch: the same maps, with the first
+    convolution on pairs of pixels.
+    """
     def convolve(x, weight, bias, stride, padding, dilation, groups):
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups).relu()
 
@@ -136,18 +174,30 @@ def test_only_norms_are_folded_on_a_cpu():
 def test_the_thin_backbone_has_half_of_the_weights():
     """Its last stage has 256 channels instead of 512."""
     thin, whole = (build_backbone(name, "batch") for name in ("resnet10_thin", "resnet10"))
-    assert thin.channels == [64, 128, 256, 256] and [maps.shape[1] for maps in thin(torch.randn(2, 3, 64, 64))] == thin.channels
-    count = [sum(parameter.numel() for parameter in network.parameters()) for network in (thin, whole)]
+    assert thin.channels == [64, 128, 256, 256]
+    assert [maps.shape[1] for maps in thin(torch.randn(2, 3, 64, 64))] == thin.channels
+    count = [
+        sum(parameter.numel() for parameter in network.parameters()) for network in (thin, whole)
+    ]
     assert 0.5 < count[0] / count[1] < 0.52
 
 
 @torch.no_grad()
 def test_swin_is_torchvisions_where_every_map_holds_a_window():
-    """Same weights, maps larger than the window: torchvision's last stage, before its norm, equals ours, undone of its norm."""
+    """Same weights, maps larger than the window: torchvision's last stage, before its norm, equals
+    ours, undone of its norm.
+    """
     torch.manual_seed(0)
     ours = SwinBackbone(24, [2, 2, 2, 2], [1, 2, 2, 4], 2).eval()
     theirs = SwinTransformer([4, 4], 24, [2, 2, 2, 2], [1, 2, 2, 4], [2, 2], num_classes=2).eval()
-    ours.load_state_dict({name: value for name, value in theirs.state_dict().items() if name.startswith("features.")}, strict=False)
+    ours.load_state_dict(
+        {
+            name: value
+            for name, value in theirs.state_dict().items()
+            if name.startswith("features.")
+        },
+        strict=False,
+    )
     images = torch.randn(1, 3, 160, 192)
     for norm in ours.norms:
         norm.weight.copy_(torch.rand_like(norm.weight) + 0.5)
@@ -156,18 +206,28 @@ def test_swin_is_torchvisions_where_every_map_holds_a_window():
 
 
 def test_shift_mask_by_hand():
-    """One window row of two, window 2, shift 1: after the roll a window's second column or row may come from afar."""
+    """One window row of two, window 2, shift 1: after the roll a window's second column or row may
+    come from afar.
+    """
     apart = wrapped_pairs(1, 2, 2, 1, torch.device("cpu"))
-    # tokens of a window: (0,0) (0,1) / (1,0) (1,1); rows 0 and 1 never were neighbours, columns only in the first window
+    # tokens of a window: (0,0) (0,1) / (1,0) (1,1); rows 0 and 1 never were neighbours, columns
+    # only in the first window
     assert apart[0].tolist() == [[False, False, True, True], [False, False, True, True],
                                  [True, True, False, False], [True, True, False, False]]
     assert apart[1].tolist() == [[False, True, True, True], [True, False, True, True],
                                  [True, True, False, True], [True, True, True, False]]
 
 
-def swin_maps(constructor: dict, window: int, key: str, spec: dict, normalise: dict, dtype: torch.dtype):
-    backbone = SwinBackbone(constructor["embed_dim"], constructor["depths"], constructor["num_heads"], window,
-                            constructor["drop_path_rate"]).eval()
+def swin_maps(
+    constructor: dict, window: int, key: str, spec: dict, normalise: dict, dtype: torch.dtype
+):
+    backbone = SwinBackbone(
+        constructor["embed_dim"],
+        constructor["depths"],
+        constructor["num_heads"],
+        window,
+        constructor["drop_path_rate"],
+    ).eval()
     weights, _ = translate(official_weights(key))
     missing, unexpected = backbone.load_state_dict(
         {name.removeprefix("backbone."): value for name, value in weights.items()}, strict=False)
@@ -181,11 +241,22 @@ SWIN = meta()["swin"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("spec", SWIN["tiny"]["inputs"], ids=lambda spec: f"{spec['H']}x{spec['W']}")
+@pytest.mark.parametrize(
+    "spec", SWIN["tiny"]["inputs"], ids=lambda spec: f"{spec['H']}x{spec['W']}"
+)
 @pytest.mark.parametrize("window", SWIN["tiny"]["windows"])
 def test_golden_swin_tiny(window, spec, dtype):
-    """Windows larger than the map, sizes that are no multiple of anything: where torchvision's function differs."""
-    maps = swin_maps(SWIN["tiny"]["constructor"], window, SWIN["tiny"]["names_shapes"][str(window)], spec, SWIN["normalise"], dtype)
+    """Windows larger than the map, sizes that are no multiple of anything: where torchvision's
+    function differs.
+    """
+    maps = swin_maps(
+        SWIN["tiny"]["constructor"],
+        window,
+        SWIN["tiny"]["names_shapes"][str(window)],
+        spec,
+        SWIN["normalise"],
+        dtype,
+    )
     for stage, m in enumerate(maps, 2):
         key = f"tiny.w{window}.{spec['H']}x{spec['W']}.res{stage}"
         assert subsampled_error(m, read_arrays(SWIN["file"]), key) < 1e-5, key
@@ -204,7 +275,14 @@ def test_golden_swin_large():
     shapes = [{name: value.shape for name, value in network.state_dict().items()}
               for network in (ours, official)]
     assert shapes[0] == shapes[1]
-    maps = swin_maps(constructor, constructor["window_size"], large["names_shapes"], spec, SWIN["normalise"], torch.float32)
+    maps = swin_maps(
+        constructor,
+        constructor["window_size"],
+        large["names_shapes"],
+        spec,
+        SWIN["normalise"],
+        torch.float32,
+    )
     for stage, m in enumerate(maps, 2):
         key = f"large.{spec['H']}x{spec['W']}.res{stage}"
         assert subsampled_error(m, golden, key) < 1e-4, key

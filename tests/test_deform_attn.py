@@ -1,4 +1,6 @@
-"""Deformable attention: the PyTorch path against a loop over every sample, and against the official numbers."""
+"""Deformable attention: the PyTorch path against a loop over every sample, and against the official
+numbers.
+"""
 import math
 
 import pytest
@@ -17,7 +19,9 @@ from golden_set import meta, read_arrays, relative_error
 
 
 def bilinear(plane, x, y):
-    """Value of plane (H, W, D) at x, y in 0..1 over the whole plane, zero outside: one sample, by its four neighbours."""
+    """Value of plane (H, W, D) at x, y in 0..1 over the whole plane, zero outside: one sample, by
+    its four neighbours.
+    """
     height, width, channels = plane.shape
     column, row = x * width - 0.5, y * height - 0.5
     total = torch.zeros(channels, dtype=plane.dtype)
@@ -33,12 +37,18 @@ def test_equals_a_loop_over_every_sample():
     shapes, batch, heads, channels, points = [(2, 3), (4, 5)], 2, 2, 3, 2
     pixels = sum(height * width for height, width in shapes)
     value = torch.randn(batch, pixels, heads, channels, dtype=torch.float64)
-    offsets = 2 * torch.randn(batch, pixels, heads, len(shapes), points, 2, dtype=torch.float64)   # many fall outside
+    # Many fall outside.
+    offsets = 2 * torch.randn(batch, pixels, heads, len(shapes), points, 2, dtype=torch.float64)
     logits = torch.randn(batch, pixels, heads, len(shapes) * points, dtype=torch.float64)
     ours = deformable_attention(value, shapes, offsets, logits).view(batch, pixels, heads, channels)
 
-    planes = [p.view(batch, h, w, heads, channels) for p, (h, w) in zip(value.split([h * w for h, w in shapes], 1), shapes)]
-    centres = [((i + 0.5) / w, (j + 0.5) / h) for h, w in shapes for j in range(h) for i in range(w)]
+    planes = [
+        p.view(batch, h, w, heads, channels)
+        for p, (h, w) in zip(value.split([h * w for h, w in shapes], 1), shapes)
+    ]
+    centres = [
+        ((i + 0.5) / w, (j + 0.5) / h) for h, w in shapes for j in range(h) for i in range(w)
+    ]
     weights = logits.softmax(-1).view(batch, pixels, heads, len(shapes), points)
     for b in range(batch):
         for query in range(pixels):
@@ -46,43 +56,66 @@ def test_equals_a_loop_over_every_sample():
                 total = torch.zeros(channels, dtype=torch.float64)
                 for level, (height, width) in enumerate(shapes):
                     for point in range(points):
-                        x = centres[query][0] + offsets[b, query, head, level, point, 0].item() / width
-                        y = centres[query][1] + offsets[b, query, head, level, point, 1].item() / height
-                        total += weights[b, query, head, level, point] * bilinear(planes[level][b, :, :, head], x, y)
+                        x = (
+                            centres[query][0]
+                            + offsets[b, query, head, level, point, 0].item() / width
+                        )
+                        y = (
+                            centres[query][1]
+                            + offsets[b, query, head, level, point, 1].item() / height
+                        )
+                        total += weights[b, query, head, level, point] * bilinear(
+                            planes[level][b, :, :, head], x, y
+                        )
                 torch.testing.assert_close(ours[b, query, head], total)
 
 
 def test_sample_points_is_grid_sample():
-    """The form that a reader of Deformable DETR knows, with its gradients; queries are no pixels."""
+    """The form that a reader of Deformable DETR knows, with its gradients.
+
+    Queries are no pixels.
+    """
     torch.manual_seed(0)
     shapes, batch, heads, channels, queries, points = [(2, 3), (4, 5), (1, 7)], 2, 3, 4, 6, 2
     pixels = sum(height * width for height, width in shapes)
-    inputs = [torch.randn(batch, pixels, heads, channels, dtype=torch.float64),
-              torch.rand(batch, queries, heads, len(shapes), points, 2, dtype=torch.float64) * 1.6 - 0.3,
-              torch.randn(batch, queries, heads, len(shapes), points, dtype=torch.float64)]
+    inputs = [
+        torch.randn(batch, pixels, heads, channels, dtype=torch.float64),
+        torch.rand(batch, queries, heads, len(shapes), points, 2, dtype=torch.float64) * 1.6 - 0.3,
+        torch.randn(batch, queries, heads, len(shapes), points, dtype=torch.float64),
+    ]
     value, locations, weights = (tensor.requires_grad_() for tensor in inputs)
     expected, start = 0, 0
     for level, (height, width) in enumerate(shapes):
         image = value[:, start:start + height * width].permute(0, 2, 3, 1).flatten(0, 1)
-        image = image.unflatten(2, (height, width))                                     # (B heads, C / heads, height, width)
-        grid = 2 * locations[:, :, :, level].transpose(1, 2).flatten(0, 1) - 1          # (B heads, queries, points, 2)
-        samples = F.grid_sample(image, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+        # (B heads, C / heads, height, width).
+        image = image.unflatten(2, (height, width))
+        # (B heads, queries, points, 2).
+        grid = 2 * locations[:, :, :, level].transpose(1, 2).flatten(0, 1) - 1
+        samples = F.grid_sample(
+            image, grid, mode="bilinear", padding_mode="zeros", align_corners=False
+        )
         shares = weights[:, :, :, level].transpose(1, 2).flatten(0, 1)[:, None]
-        expected = expected + (samples * shares).sum(-1)                                # (B heads, C / heads, queries)
+        # (B heads, C / heads, queries).
+        expected = expected + (samples * shares).sum(-1)
         start += height * width
     expected = expected.unflatten(0, (batch, heads)).permute(0, 3, 1, 2).flatten(2)
     found = sample_points(value, shapes, locations, weights)
     torch.testing.assert_close(found, expected)
     grad = torch.randn_like(expected)
-    for one, other in zip(torch.autograd.grad(found, inputs, grad), torch.autograd.grad(expected, inputs, grad)):
+    for one, other in zip(
+        torch.autograd.grad(found, inputs, grad), torch.autograd.grad(expected, inputs, grad)
+    ):
         torch.testing.assert_close(one, other)
 
 
 def test_neighbours_by_hand():
     """Positions in a row of three pixels: between two, on one, and at both ends, half outside."""
-    (low, low_weight), (high, high_weight) = neighbours(torch.tensor([0.25, 1.0, -0.5, 2.5, 7.0]), 3)
+    (low, low_weight), (high, high_weight) = neighbours(
+        torch.tensor([0.25, 1.0, -0.5, 2.5, 7.0]), 3
+    )
     assert low.tolist() == [0, 1, 0, 2, 2] and high.tolist() == [1, 2, 0, 2, 2]
-    assert low_weight.tolist() == [0.75, 1, 0, 0.5, 0] and high_weight.tolist() == [0.25, 0, 0.5, 0, 0]
+    assert low_weight.tolist() == [0.75, 1, 0, 0.5, 0]
+    assert high_weight.tolist() == [0.25, 0, 0.5, 0, 0]
 
 
 def test_golden_values_and_gradients():
@@ -93,7 +126,10 @@ def test_golden_values_and_gradients():
     generator = torch.Generator().manual_seed(spec["seed"])
     draw = dict(generator=generator, dtype=torch.float64)
     value = torch.randn(batch, pixels, heads, channels, **draw)
-    locations = torch.rand(batch, queries, heads, len(shapes), points, 2, **draw) * spec["loc_scale"] + spec["loc_shift"]
+    locations = (
+        torch.rand(batch, queries, heads, len(shapes), points, 2, **draw) * spec["loc_scale"]
+        + spec["loc_shift"]
+    )
     weights = torch.randn(batch, queries, heads, len(shapes) * points, **draw).softmax(-1)
     weights = weights.view(batch, queries, heads, len(shapes), points)
     grad = torch.randn(batch, queries, heads * channels, **draw)
@@ -122,10 +158,15 @@ def test_float32_is_as_good_as_float32_can_be():
 
 
 def test_starts_by_looking_in_all_directions():
-    """Head h looks at angle 2 pi h / 8; its points are 1, 2, 3, 4 steps away, alike on all levels, equally weighted."""
+    """Head h looks at angle 2 pi h / 8.
+
+    Its points are 1, 2, 3, 4 steps away, alike on all levels, equally weighted.
+    """
     layer = DeformableAttention(64, levels=3, heads=8, points=4)
     start = layer.sampling_offsets.bias.detach().view(8, 3, 4, 2)
-    for head, direction in enumerate([(1, 0), (1, 1), (0, 1), (-1, 1), (-1, 0), (-1, -1), (0, -1), (1, -1)]):
+    for head, direction in enumerate(
+        [(1, 0), (1, 1), (0, 1), (-1, 1), (-1, 0), (-1, -1), (0, -1), (1, -1)]
+    ):
         for point in range(4):
             expected = (point + 1) * torch.tensor(direction, dtype=torch.float32)
             torch.testing.assert_close(start[head, :, point], expected.expand(3, 2))

@@ -115,7 +115,11 @@ def test_a_compiled_model_is_recorded(monkeypatch):
     model, frames = make_model(), make_frames(2)
     with record_attention(model) as record:
         model.segment_video(frames)
-    for owner, name in ((model.tracker, "encode"), (model.tracker, "decode_clip"), (model, "decode")):
+    for owner, name in (
+        (model.tracker, "encode"),
+        (model.tracker, "decode_clip"),
+        (model, "decode"),
+    ):
         monkeypatch.setattr(owner, name, torch.compile(getattr(owner, name), backend="eager"))
     logits = model.segment_video(frames).logits
     with record_attention(model) as compiled:

@@ -1,6 +1,8 @@
-"""The shared blocks against PyTorch's own: Attention is nn.MultiheadAttention, whose masks are named for what they do.
+"""The shared blocks against PyTorch's own: Attention is nn.MultiheadAttention, whose masks are
+named for what they do.
 
-An encoder layer made of our post-norm blocks is nn.TransformerEncoderLayer. Everything runs in float64.
+An encoder layer made of our post-norm blocks is nn.TransformerEncoderLayer. Everything runs in
+float64.
 """
 import copy
 import math
@@ -25,7 +27,9 @@ CHANNELS, HEADS = 12, 3
 
 
 def make_attention(seed: int = 0) -> tuple[Attention, nn.MultiheadAttention]:
-    """Ours, biases drawn too, and PyTorch's with the same weights: the names of the parameters are equal."""
+    """Ours, biases drawn too, and PyTorch's with the same weights: the names of the parameters are
+    equal.
+    """
     torch.manual_seed(seed)
     ours = Attention(CHANNELS, HEADS).double()
     for parameter in ours.parameters():
@@ -52,7 +56,8 @@ def test_blocked_is_a_bool_mask():
     ours, theirs = make_attention()
     inputs = random_inputs()
     blocked = torch.rand(2, HEADS, 5, 7) < 0.5
-    blocked[..., 0] = False                                             # something is left to attend to
+    # Something is left to attend to.
+    blocked[..., 0] = False
     expected = theirs(*inputs, attn_mask=blocked.flatten(0, 1))[0]
     torch.testing.assert_close(ours(*inputs, mask=blocked), expected)
     assert not torch.allclose(ours(*inputs), expected)
@@ -63,11 +68,14 @@ def test_bias_is_added_to_the_logits():
     ours, theirs = make_attention()
     inputs = random_inputs()
     bias = torch.randn(2, HEADS, 5, 7, dtype=torch.float64)
-    torch.testing.assert_close(ours(*inputs, mask=bias), theirs(*inputs, attn_mask=bias.flatten(0, 1))[0])
+    torch.testing.assert_close(
+        ours(*inputs, mask=bias), theirs(*inputs, attn_mask=bias.flatten(0, 1))[0]
+    )
     mask = torch.rand(5, 7) < 0.5
     mask[:, 0], mask[:, 1] = False, True
     assert not torch.allclose(ours(*inputs, mask=mask.double()), ours(*inputs, mask=mask))
-    torch.testing.assert_close(ours(*inputs, mask=torch.ones(5, 7)), ours(*inputs))      # ones everywhere: nothing
+    # Ones everywhere: nothing.
+    torch.testing.assert_close(ours(*inputs, mask=torch.ones(5, 7)), ours(*inputs))
 
 
 def test_masks_are_broadcast():
@@ -86,15 +94,26 @@ def test_attention_weights_are_a_softmax(kind):
     """Written out head by head; applied to the values they give the output."""
     attention, theirs = make_attention()
     query, key, value = random_inputs()
-    mask = {"none": None, "bias": torch.randn(2, 1, 5, 7, dtype=torch.float64), "blocked": torch.rand(2, 1, 5, 7) < 0.5}[kind]
+    mask = {
+        "none": None,
+        "bias": torch.randn(2, 1, 5, 7, dtype=torch.float64),
+        "blocked": torch.rand(2, 1, 5, 7) < 0.5,
+    }[kind]
     if kind == "blocked":
         mask[..., 0] = False
     weights = attention.attention_weights(query, key, mask)
     assert weights.shape == (2, HEADS, 5, 7) and not weights.requires_grad
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, HEADS, 5, dtype=torch.float64))
 
-    (q_weight, k_weight, v_weight), biases = attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3)
-    q, k, v = query @ q_weight.T + biases[0], key @ k_weight.T + biases[1], value @ v_weight.T + biases[2]
+    (q_weight, k_weight, v_weight), biases = (
+        attention.in_proj_weight.chunk(3),
+        attention.in_proj_bias.chunk(3),
+    )
+    q, k, v = (
+        query @ q_weight.T + biases[0],
+        key @ k_weight.T + biases[1],
+        value @ v_weight.T + biases[2],
+    )
     size, outputs = CHANNELS // HEADS, []
     for head in range(HEADS):
         part = slice(head * size, (head + 1) * size)
@@ -104,9 +123,13 @@ def test_attention_weights_are_a_softmax(kind):
         scores = logits.exp() * (~mask[:, 0] if kind == "blocked" else 1)
         torch.testing.assert_close(weights[:, head], scores / scores.sum(-1, keepdim=True))
         outputs.append(weights[:, head] @ v[..., part])
-    torch.testing.assert_close(attention.out_proj(torch.cat(outputs, -1)), attention(query, key, value, mask))
+    torch.testing.assert_close(
+        attention.out_proj(torch.cat(outputs, -1)), attention(query, key, value, mask)
+    )
     if kind == "none":
-        torch.testing.assert_close(weights, theirs(query, key, value, average_attn_weights=False)[1])
+        torch.testing.assert_close(
+            weights, theirs(query, key, value, average_attn_weights=False)[1]
+        )
 
 
 def test_heads_must_divide_the_channels():
@@ -123,7 +146,8 @@ def test_positions_go_to_query_and_key_not_to_value():
     block.attention = attention
     expected = block.norm(x + theirs(x + position, x + position, x)[0])
     torch.testing.assert_close(block(x, position), expected)
-    torch.testing.assert_close(block(x), block(x, torch.zeros_like(position)))           # no position is a zero one
+    # No position is a zero one.
+    torch.testing.assert_close(block(x), block(x, torch.zeros_like(position)))
 
     block = CrossAttention(CHANNELS, HEADS).double()
     block.attention = attention
@@ -135,7 +159,8 @@ def test_self_attention_and_feed_forward_are_a_transformer_encoder_layer():
     torch.manual_seed(0)
     attend, feed = SelfAttention(CHANNELS, HEADS).double(), FeedForward(CHANNELS, 20).double()
     theirs = nn.TransformerEncoderLayer(CHANNELS, HEADS, 20, dropout=0, batch_first=True).double()
-    for block in (attend, feed):                                        # all weights random, those of the norms as well
+    # All weights random, those of the norms as well.
+    for block in (attend, feed):
         for parameter in block.parameters():
             nn.init.normal_(parameter, std=0.5)
     theirs.self_attn.load_state_dict(attend.attention.state_dict())
@@ -158,9 +183,15 @@ def test_mlp_is_three_layers_with_relu_between():
 
 
 def test_a_kernel_on_features_is_an_embedding_on_convolved_ones():
-    """The convolution moved from the pixels to the queries: the same masks, of maps and of lists of pixels."""
+    """The convolution moved from the pixels to the queries: the same masks, of maps and of lists of
+    pixels.
+    """
     torch.manual_seed(0)
-    convolution, embed, features = nn.Conv2d(6, 8, 1).double(), torch.randn(2, 3, 8).double(), torch.randn(2, 6, 4, 5).double()
+    convolution, embed, features = (
+        nn.Conv2d(6, 8, 1).double(),
+        torch.randn(2, 3, 8).double(),
+        torch.randn(2, 6, 4, 5).double(),
+    )
     expected = torch.einsum("nqc,nchw->nqhw", embed, convolution(features))
     kernel = mask_kernel(embed, convolution)
     assert kernel.shape == (2, 3, 7)
@@ -168,8 +199,13 @@ def test_a_kernel_on_features_is_an_embedding_on_convolved_ones():
     torch.testing.assert_close(mask_logits(kernel, features.flatten(2)), expected.flatten(2))
 
 
-@pytest.mark.parametrize("make, names", [
-    (lambda: Attention(64, 4), ("in_proj_weight", "out_proj.weight")), (lambda: FeedForward(64, 96), ("linear1.weight", "linear2.weight"))])
+@pytest.mark.parametrize(
+    "make, names",
+    [
+        (lambda: Attention(64, 4), ("in_proj_weight", "out_proj.weight")),
+        (lambda: FeedForward(64, 96), ("linear1.weight", "linear2.weight")),
+    ],
+)
 def test_weights_start_as_xavier_says(make, names):
     """Uniform up to sqrt(6 / (inputs + outputs)); biases of attention at zero."""
     torch.manual_seed(0)
@@ -185,9 +221,18 @@ def test_weights_start_as_xavier_says(make, names):
 
 def test_weights_cast_once():
     """Those of products, in place; norms and embeddings stay as they are."""
-    block = nn.ModuleList([SelfAttention(CHANNELS, HEADS), FeedForward(CHANNELS, 8), nn.Conv2d(3, 4, 1), nn.Embedding(2, 3)])
+    block = nn.ModuleList(
+        [
+            SelfAttention(CHANNELS, HEADS),
+            FeedForward(CHANNELS, 8),
+            nn.Conv2d(3, 4, 1),
+            nn.Embedding(2, 3),
+        ]
+    )
     cast_weights(block.modules(), torch.bfloat16)
-    kept = {name for name, parameter in block.named_parameters() if parameter.dtype == torch.float32}
+    kept = {
+        name for name, parameter in block.named_parameters() if parameter.dtype == torch.float32
+    }
     assert kept == {"0.norm.weight", "0.norm.bias", "1.norm.weight", "1.norm.bias", "3.weight"}
 
 
