@@ -664,8 +664,8 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float,
                      backbone_factor: float) -> list[dict]:
     """AdamW parameter groups, as upstream.
 
-    No weight decay for norms, nn.Embedding, relative position tables and vectors other than biases, such
-    as layer scales; biases do decay.
+    No weight decay for norms, nn.Embedding, relative position tables and vectors other than biases,
+    such as layer scales; biases do decay.
     """
     norms = (nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)
     groups: dict[tuple[float, float], list] = {}

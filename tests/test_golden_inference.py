@@ -1,8 +1,10 @@
-"""Inference against the official code: stage by stage, in float64 and float32 (SPEC: sections 2 to 7 of the model).
+"""Inference against the official code: stage by stage, in float64 and float32 (SPEC: sections 2 to
+7 of the model).
 
-Hard decisions (mask < 0.5, gate >= 0) make the net chaotic, so the tight comparison is the one in float64; float32 shows
-that nothing in the model quietly needs more.
+Hard decisions (mask < 0.5, gate >= 0) make the net chaotic, so the tight comparison is the one in
+float64; float32 shows that nothing in the model quietly needs more.
 """
+
 import numpy
 import pytest
 import torch
@@ -23,11 +25,21 @@ from transformer import mask_logits
 
 VIDEOS = list(meta()["infer"]["videos"])
 MODES = [(mode, video) for mode, run in meta()["modes"]["runs"].items() for video in run["videos"]]
-FIRST = [(mode, next(iter(run["videos"]))) for mode, run in meta()["modes"]["runs"].items()]  # one video of each mode
+FIRST = [
+    (mode, next(iter(run["videos"]))) for mode, run in meta()["modes"]["runs"].items()
+]  # one video of each mode
 DTYPES = [torch.float64, torch.float32]
 # the cheapest case notices most mistakes
-STAGES = [pytest.param(dtype, name, marks=[pytest.mark.slow] if (dtype, name) != (DTYPES[0], VIDEOS[0]) else [],
-                       id=f"{str(dtype).removeprefix('torch.')}-{name}") for dtype in DTYPES for name in VIDEOS]
+STAGES = [
+    pytest.param(
+        dtype,
+        name,
+        marks=[pytest.mark.slow] if (dtype, name) != (DTYPES[0], VIDEOS[0]) else [],
+        id=f"{str(dtype).removeprefix('torch.')}-{name}",
+    )
+    for dtype in DTYPES
+    for name in VIDEOS
+]
 two_threads = fixed_threads(2)  # in float32 a last bit can decide
 
 
@@ -35,16 +47,22 @@ two_threads = fixed_threads(2)  # in float32 a last bit can decide
 def model(request):
     spec = meta()["infer"]
     propagation = PROPAGATION[spec["gated"], spec["use_mem"]]
-    return golden_model(spec["names_shapes"], "r50", spec["num_classes"], propagation, request.param).eval()
+    return golden_model(
+        spec["names_shapes"], "r50", spec["num_classes"], propagation, request.param
+    ).eval()
 
 
 @pytest.fixture
 def detections(monkeypatch):
     """Starts to record the outputs of a model's detector, so that no test has to run it twice."""
+
     def record(model):
         outputs, detect = [], model.detect
-        monkeypatch.setattr(model, "detect", lambda images: outputs.append(detect(images)) or outputs[-1])
+        monkeypatch.setattr(
+            model, "detect", lambda images: outputs.append(detect(images)) or outputs[-1]
+        )
         return outputs
+
     return record
 
 
@@ -55,14 +73,19 @@ def run_stages(model, frames):
         images = model.prepare([frame])
         maps = model.backbone(images)
         levels, features = model.pixel_decoder(maps)
-        predictions, queries = model.frame_decoder(levels, features, model.pixel_decoder.mask_features)
+        predictions, queries = model.frame_decoder(
+            levels, features, model.pixel_decoder.mask_features
+        )
         prediction, state = model.tracker(queries[:, None], state)
         stages = {f"backbone.res{i + 2}": m for i, m in enumerate(maps)}
         stages |= {f"pixdec.ms{i}": level for i, level in enumerate(levels)}
-        stages |= {"pixdec.clip_mask_features": features, "pixdec.mask_features": model.pixel_decoder.mask_features(features),
-                   "m2f.pred_logits": predictions[-1][0],
-                   "m2f.pred_masks": mask_logits(predictions[-1][1], features),
-                   "m2f.frame_queries_last": queries[-1]}
+        stages |= {
+            "pixdec.clip_mask_features": features,
+            "pixdec.mask_features": model.pixel_decoder.mask_features(features),
+            "m2f.pred_logits": predictions[-1][0],
+            "m2f.pred_masks": mask_logits(predictions[-1][1], features),
+            "m2f.frame_queries_last": queries[-1],
+        }
         yield stages, prediction, state
 
 
@@ -105,8 +128,8 @@ def test_golden_stages(model, name):
 def compare_detections(video, golden, prefix, packed=True, tolerance=1e-4, pixels=4):
     """Scores, labels and masks, matched by score: the official order is that of an unsorted top-k.
 
-    Masks: IoU 0.999 over the video, or so many wrong pixels a frame; four are about the official code's own difference
-    between float32 and float64.
+    Masks: IoU 0.999 over the video, or so many wrong pixels a frame; four are about the official
+    code's own difference between float32 and float64.
     """
     pixels *= video.masks.shape[1]
     scores = golden[f"{prefix}scores"]
@@ -134,7 +157,9 @@ def test_golden_detections(model, name, monkeypatch):
     frames = make_video(**video_spec)
     chunks = list(model.track_video(frames))
     monkeypatch.setattr(model, "track_video", lambda video: iter(chunks))
-    video = model.segment_video(frames, (video_spec["out_height"], video_spec["out_width"]), spec["topk"])
+    video = model.segment_video(
+        frames, (video_spec["out_height"], video_spec["out_width"]), spec["topk"]
+    )
     compare_detections(video, golden, "out_")
     compare_detections(model.segment_video(frames, None, spec["topk"]), golden, "same_")
     if double:
@@ -154,20 +179,33 @@ def test_golden_step_equals_segment_video(model, name):
     tolerance = 1e-12 if video.scores.dtype == torch.float64 else 1e-6
     assert relative_error(torch.stack(logits), video.logits) < tolerance
     assert abs(tracks.scores - video.scores).max() < tolerance
-    assert torch.equal(tracks.track_ids, video.track_ids) and torch.equal(tracks.labels, video.labels)
+    assert torch.equal(tracks.track_ids, video.track_ids) and torch.equal(
+        tracks.labels, video.labels
+    )
     assert torch.equal(tracks.masks, video.masks[:, -1])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode, name, dtype", [(*case, torch.float64) for case in MODES] + [(*case, torch.float32) for case in FIRST])
+@pytest.mark.parametrize(
+    "mode, name, dtype",
+    [(*case, torch.float64) for case in MODES] + [(*case, torch.float32) for case in FIRST],
+)
 def test_golden_propagation_modes(mode, name, dtype, detections):
     spec = meta()["modes"]
     run, golden = spec["runs"][mode], read_arrays(spec["file"])
-    golden = {key.removeprefix(f"{mode}.{name}."): value for key, value in golden.items()
-              if key.startswith(f"{mode}.{name}.")}
+    golden = {
+        key.removeprefix(f"{mode}.{name}."): value
+        for key, value in golden.items()
+        if key.startswith(f"{mode}.{name}.")
+    }
     double = dtype == torch.float64
-    model = golden_model(run["names_shapes"], "r50", meta()["infer"]["num_classes"],
-                         PROPAGATION[run["gated"], run["use_mem"]], dtype).eval()
+    model = golden_model(
+        run["names_shapes"],
+        "r50",
+        meta()["infer"]["num_classes"],
+        PROPAGATION[run["gated"], run["use_mem"]],
+        dtype,
+    ).eval()
     video_spec = run["videos"][name]
     size = (video_spec["out_height"], video_spec["out_width"])
     detected, state = detections(model), None
@@ -183,19 +221,38 @@ def test_golden_propagation_modes(mode, name, dtype, detections):
     assert len(detected) == len(video.logits)
     assert subsampled_error(state.query[0], golden, "prop_query_last") < 1e-3
     if "gate_open" in golden:
-        assert (torch.stack(prediction.gate_logits)[:, 0, 0].numpy() >= 0).tolist() == golden["gate_open"][-1].tolist()
+        assert (torch.stack(prediction.gate_logits)[:, 0, 0].numpy() >= 0).tolist() == golden[
+            "gate_open"
+        ][-1].tolist()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float64", "float32"])
 @pytest.mark.parametrize("name", list(meta()["vita"]["videos"]))
 def test_golden_vita(name, dtype, detections):
-    """"clip" propagation: windows of frames, plain and shifted in turn, and a video length that fills no window."""
+    """ "clip" propagation.
+
+    Windows of frames, plain and shifted in turn, and a video length that fills no window.
+    """
     spec = meta()["vita"]
-    golden, double, video_spec = read_arrays(spec["file"]), dtype == torch.float64, spec["videos"][name]
-    golden = {key.removeprefix(f"{name}."): value for key, value in golden.items() if key.startswith(f"{name}.")}
-    model = golden_model(spec["names_shapes"], "r50", golden["logits"].shape[-1] - 1, "clip", dtype,
-                         window=spec["enc_window_size"]).eval()
+    golden, double, video_spec = (
+        read_arrays(spec["file"]),
+        dtype == torch.float64,
+        spec["videos"][name],
+    )
+    golden = {
+        key.removeprefix(f"{name}."): value
+        for key, value in golden.items()
+        if key.startswith(f"{name}.")
+    }
+    model = golden_model(
+        spec["names_shapes"],
+        "r50",
+        golden["logits"].shape[-1] - 1,
+        "clip",
+        dtype,
+        window=spec["enc_window_size"],
+    ).eval()
     frames = make_video(**video_spec)
     size = video_spec["out_height"] and (video_spec["out_height"], video_spec["out_width"])
     detected = detections(model)
@@ -215,8 +272,10 @@ def test_golden_vita(name, dtype, detections):
 
 # In 16 bit, with trained weights: masks that the golden nets' chaos does not decide
 
+
 def agreement(name, dtype, device, compiled=False):
-    """IoU of the masks in 16 bit with those in float32, at the output's size, of each instance that scores more than 0.3 there."""
+    """IoU of the masks in 16 bit with those in float32, at the output's size, of each instance that
+    scores more than 0.3 there."""
     model, _ = model_from_checkpoint(SHIPPED_WEIGHTS)
     video_spec = meta()["infer"]["videos"][name]
     frames, size = make_video(**video_spec), (video_spec["out_height"], video_spec["out_width"])
@@ -224,15 +283,20 @@ def agreement(name, dtype, device, compiled=False):
     with torch.autocast(device, dtype):
         found = model.to(device).accelerate(dtype, compiled).segment_video(frames, size, top_k=20)
     of_pair = dict(zip(zip(found.track_ids.tolist(), found.labels.tolist()), found.masks.cpu()))
-    for track, label, mask in zip(exact.track_ids[exact.scores > 0.3].tolist(), exact.labels.tolist(), exact.masks):
+    for track, label, mask in zip(
+        exact.track_ids[exact.scores > 0.3].tolist(), exact.labels.tolist(), exact.masks
+    ):
         other = of_pair[track, label]
         yield (mask & other).sum().item() / max(1, (mask | other).sum().item())
 
 
 def assert_masks_in_16_bit(device, compiled=False):
-    """Float16 has eight times the digits of bfloat16, which a decision that is nearly a tie can cost half of a mask."""
-    half, brain = ([iou for name in VIDEOS for iou in agreement(name, dtype, device, compiled)]
-                   for dtype in (torch.float16, torch.bfloat16))
+    """Float16 has eight times the digits of bfloat16, which a decision that is nearly a tie can
+    cost half of a mask."""
+    half, brain = (
+        [iou for name in VIDEOS for iou in agreement(name, dtype, device, compiled)]
+        for dtype in (torch.float16, torch.bfloat16)
+    )
     if not half:
         pytest.skip("nothing in these videos scores more than 0.3")
     assert min(half) > 0.95 and numpy.mean(half) > 0.97 and numpy.mean(brain) > 0.7

@@ -1,7 +1,9 @@
-"""Training losses, matches and gradients against the official code: GRAtt-VIS, GenVIS and VITA, every run of the set.
+"""Training losses, matches and gradients against the official code: GRAtt-VIS, GenVIS and VITA,
+every run of the set.
 
 The randomness is replaced as the set's README says: points from the R2 sequence, no Gumbel noise.
 """
+
 import re
 
 import numpy
@@ -16,8 +18,15 @@ from clips import Clip
 from conftest import fixed_threads
 from golden_set import PROPAGATION, golden_model, make_video, meta, read_json
 
-SECTIONS = [section for section in ("train", "train_genvis", "train_vita", "train_vita_coco") if section in meta()]
-TOLD_APART = ("freeze_detector", "gate_weight")  # runs that differ in these alone have one output, losses and matches
+SECTIONS = [
+    section
+    for section in ("train", "train_genvis", "train_vita", "train_vita_coco")
+    if section in meta()
+]
+TOLD_APART = (
+    "freeze_detector",
+    "gate_weight",
+)  # runs that differ in these alone have one output, losses and matches
 
 
 def runs_by_output() -> list[tuple[str, list[str]]]:
@@ -25,7 +34,12 @@ def runs_by_output() -> list[tuple[str, list[str]]]:
     groups = {}
     for section in SECTIONS:
         for name, run in meta()[section]["runs"].items():
-            key = section, *sorted((field, repr(value)) for field, value in run.items() if field not in TOLD_APART)
+            key = (
+                section,
+                *sorted(
+                    (field, repr(value)) for field, value in run.items() if field not in TOLD_APART
+                ),
+            )
             groups.setdefault(key, []).append(name)
     return [(section, names) for (section, *_), names in groups.items()]
 
@@ -36,29 +50,48 @@ two_threads = fixed_threads(2)
 
 
 def r2_points(count: int, g: float) -> torch.Tensor:
-    """The first `count` points (count, 2) of the R2 sequence, in float64: the float64 runs did not round them."""
+    """The first `count` points (count, 2) of the R2 sequence, in float64.
+
+    The float64 runs did not round them.
+    """
     k = numpy.arange(1, count + 1, dtype=numpy.float64)
-    return torch.from_numpy(numpy.stack(((0.5 + k / g) % 1, (0.5 + k / g ** 2) % 1), 1))
+    return torch.from_numpy(numpy.stack(((0.5 + k / g) % 1, (0.5 + k / g**2) % 1), 1))
 
 
 @pytest.fixture(autouse=True)
 def no_randomness(monkeypatch):
     g = meta()["train"]["points"]["g"]
-    monkeypatch.setattr(matcher, "random_points", lambda rows, count, like: r2_points(count, g).to(like).expand(rows, -1, -1))
+    monkeypatch.setattr(
+        matcher,
+        "random_points",
+        lambda rows, count, like: r2_points(count, g).to(like).expand(rows, -1, -1),
+    )
     monkeypatch.setattr(tracker, "logistic_noise", torch.zeros_like)
 
 
 def make_clip(video: dict, length: int) -> Clip:
-    """Frames by the set's formula; every instance a rectangle that moves, clipped to the frame, in the frames listed."""
+    """Frames by the set's formula.
+
+    Every instance a rectangle that moves, clipped to the frame, in the frames listed.
+    """
     height, width, instances = video["H"], video["W"], video["instances"]
     masks = torch.zeros(len(instances), length, height, width, dtype=torch.bool)
     ids = torch.full((len(instances), length), -1)
     for mask, row, instance in zip(masks, ids, instances):
         for t in (t for t in instance["frames"] if t < length):
             top, left = instance["y0"] + instance["vy"] * t, instance["x0"] + instance["vx"] * t
-            mask[t, max(top, 0):max(top + instance["h"], 0), max(left, 0):max(left + instance["w"], 0)] = True
+            mask[
+                t,
+                max(top, 0) : max(top + instance["h"], 0),
+                max(left, 0) : max(left + instance["w"], 0),
+            ] = True
             row[t] = instance["id"]
-    return Clip(make_video(length, height, width, video["salt"]), torch.tensor([i["class"] for i in instances]), ids, masks)
+    return Clip(
+        make_video(length, height, width, video["salt"]),
+        torch.tensor([i["class"] for i in instances]),
+        ids,
+        masks,
+    )
 
 
 def section_model(section: str, run: dict, dtype: torch.dtype):
@@ -74,9 +107,12 @@ def section_model(section: str, run: dict, dtype: torch.dtype):
     return model, classes, [make_clip(video, length) for video in spec["videos"]]
 
 
-@pytest.mark.parametrize("section, names", RUNS, ids=lambda value: value if isinstance(value, str) else "+".join(value))
+@pytest.mark.parametrize(
+    "section, names", RUNS, ids=lambda value: value if isinstance(value, str) else "+".join(value)
+)
 def test_golden_losses_and_gradients(section, names):
-    """A frozen detector has the gradients of one that is not, in the tracker: frame losses do not reach that. Where all runs
+    """A frozen detector has the gradients of one that is not, in the tracker: frame losses do not
+    reach that. Where all runs
     are frozen, the detector is."""
     spec, runs = meta()[section], {name: meta()[section]["runs"][name] for name in names}
     golden = {name: read_json(spec["file"])[name + spec["float64_suffix"]] for name in names}
@@ -86,11 +122,15 @@ def test_golden_losses_and_gradients(section, names):
         for parameter_name, parameter in model.named_parameters():
             parameter.requires_grad_(parameter_name.startswith("tracker."))
     points = spec["points"]
-    options = dict(points=points["match"], oversample=points["candidates"] / points["match"],
-                   importance=1 - points["random_quarter"] / points["match"])
+    options = dict(
+        points=points["match"],
+        oversample=points["candidates"] / points["match"],
+        importance=1 - points["random_quarter"] / points["match"],
+    )
     output = model([clip.frames for clip in clips])
 
-    # every loss, the gate's in its released form; a frozen detector's are compared too, though they train nothing
+    # every loss, the gate's in its released form; a frozen detector's are compared too, though they
+    # train nothing
     criterion = losses_module.Criterion(classes, gate_weight=1.0, gate_loss="released", **options)
     losses, (frame_matches, track_matches) = criterion(output, clips, whole_video)
     weights = {name: weight for name, (_, weight) in criterion.clip_losses.items()}
@@ -102,10 +142,11 @@ def test_golden_losses_and_gradients(section, names):
         check_frame_matches(frame_matches.query_of, golden[name]["frame_indices"])
         check_clip_matches(track_matches.query_of, golden[name]["clips"])
 
-    # what training sums up, and its gradients: first without the loss of the gates, which most runs leave out
+    # what training sums up, and its gradients: first without the loss of the gates, which most runs
+    # leave out
     of_gates = sum(loss for key, loss in losses.items() if "gate" in key)
     by_weight = sorted(names, key=lambda name: runs[name].get("gate_weight", 0.0))
-    added = 0.0                                               # weight of the gate loss in the gradients so far
+    added = 0.0  # weight of the gate loss in the gradients so far
     others = sum(loss for key, loss in losses.items() if "gate" not in key)
     others.backward(retain_graph=runs[by_weight[-1]].get("gate_weight", 0.0) > 0)
     for name in by_weight:
@@ -113,7 +154,10 @@ def test_golden_losses_and_gradients(section, names):
         if gate_weight > added:
             (of_gates * (gate_weight - added)).backward(retain_graph=True)
             added = gate_weight
-        weighted = {key: losses[key] * (gate_weight if "gate" in key else 1.0) for key in golden[name]["losses"]}
+        weighted = {
+            key: losses[key] * (gate_weight if "gate" in key else 1.0)
+            for key in golden[name]["losses"]
+        }
         for key, value in golden[name]["losses"].items():
             assert weighted[key].item() == pytest.approx(value, rel=1e-6), key
         assert sum(weighted.values()).item() == pytest.approx(golden[name]["total"], rel=1e-6)
@@ -143,7 +187,7 @@ def check_clip_matches(query_of, golden):
     """
     for matched, clip in zip(query_of, golden, strict=True):
         official_layers = [*clip["aux"], clip["main"]]
-        layers = matched.unflatten(0, (len(official_layers), -1)).flatten(1, 2)      # (D, L * B, I)
+        layers = matched.unflatten(0, (len(official_layers), -1)).flatten(1, 2)  # (D, L * B, I)
         for layer, official in zip(layers, official_layers, strict=True):
             for stream, (queries, instances) in zip(layer.tolist(), official, strict=True):
                 for instance, query in enumerate(stream):
@@ -153,12 +197,24 @@ def check_clip_matches(query_of, golden):
 
 
 def check_gradients(model, golden, prefix):
-    """Gradient norms by the official names, of what is trained; our names follow from translating them."""
-    ours = {name: parameter.grad.norm().item() for name, parameter in model.named_parameters()
-            if parameter.grad is not None and name.startswith(prefix)}
-    renamed, _ = translate({name: torch.tensor(value, dtype=torch.float64) for name, value in golden["grad_norm"].items()})
+    """Gradient norms by the official names, of what is trained.
+
+    Our names follow from translating them.
+    """
+    ours = {
+        name: parameter.grad.norm().item()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None and name.startswith(prefix)
+    }
+    renamed, _ = translate(
+        {
+            name: torch.tensor(value, dtype=torch.float64)
+            for name, value in golden["grad_norm"].items()
+        }
+    )
     assert set(renamed) == set(ours)
     for name, value in renamed.items():
-        # a zero in theory (the softmax over the memory does not see its keys' common shift): rounding noise in both
+        # a zero in theory (the softmax over the memory does not see its keys' common shift):
+        # rounding noise in both
         noise = 1e-9 * golden["total_grad_norm"]
         assert ours[name] == pytest.approx(value.item(), rel=1e-4, abs=noise), name

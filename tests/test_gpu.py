@@ -167,7 +167,9 @@ def test_replayed_batches_are_what_their_kernels_compute(propagation, monkeypatc
             assert torch.equal(found.scores, whole.scores)
             assert found.segmentations == whole.segmentations
         logits = model.segment_video(frames).logits
-        monkeypatch.setattr(CUDAGraphCache, "__call__", lambda self, function, *inputs: function(*inputs))
+        monkeypatch.setattr(
+            CUDAGraphCache, "__call__", lambda self, function, *inputs: function(*inputs)
+        )
         assert torch.equal(model.segment_video(frames).logits, logits)
         monkeypatch.undo()
         torch.nn.init.normal_(model.tracker.class_embed.weight)

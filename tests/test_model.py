@@ -1,7 +1,10 @@
-"""The assembled model on the toy preset, untrained, in float64: shapes, scores, and `step` against `segment_video`.
+"""The assembled model on the toy preset, untrained, in float64: shapes, scores, and `step` against
+`segment_video`.
 
-Where a formula is simple it is written out again here: the position encoding, the normalisation, the mask score.
+Where a formula is simple it is written out again here: the position encoding, the normalisation,
+the mask score.
 """
+
 import contextlib
 import copy
 import gc
@@ -35,11 +38,19 @@ def make_model(propagation: str = "gated", **overrides) -> GRAttVIS:
     return build_model("toy", CLASSES, propagation, **overrides).double().eval()
 
 
-def make_frames(count: int, height: int = HEIGHT, width: int = WIDTH, seed: int = 0) -> torch.Tensor:
+def make_frames(
+    count: int, height: int = HEIGHT, width: int = WIDTH, seed: int = 0
+) -> torch.Tensor:
     """Noise in large blocks, so that masks have an inside."""
     generator = torch.Generator().manual_seed(seed)
-    blocks = torch.randint(0, 256, (count, 3, math.ceil(height / 8), math.ceil(width / 8)), generator=generator)
-    return blocks.repeat_interleave(8, 2).repeat_interleave(8, 3)[:, :, :height, :width].to(torch.uint8)
+    blocks = torch.randint(
+        0, 256, (count, 3, math.ceil(height / 8), math.ceil(width / 8)), generator=generator
+    )
+    return (
+        blocks.repeat_interleave(8, 2)
+        .repeat_interleave(8, 3)[:, :, :height, :width]
+        .to(torch.uint8)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -50,13 +61,17 @@ def model() -> GRAttVIS:
 def assert_equal(one, other) -> None:
     """Two results of one kind, tensor by tensor."""
     for name, value in vars(one).items():
-        torch.testing.assert_close(value, getattr(other, name), msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            value, getattr(other, name), msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 # Parts
 
+
 def test_prepare_normalises_then_pads(model):
-    """Padding is 0 after normalisation, the mean colour that is, at the right and bottom, to multiples of 32."""
+    """Padding is 0 after normalisation, the mean colour that is, at the right and bottom, to
+    multiples of 32."""
     frames = [make_frames(1)[0], make_frames(1, 30, 70)[0]]
     images = model.prepare(frames)
     assert images.shape == (2, 3, 64, 96)
@@ -64,14 +79,29 @@ def test_prepare_normalises_then_pads(model):
         height, width = frame.shape[1:]
         for channel in range(3):
             expected = (frame[channel].numpy() - PIXEL_MEAN[channel]) / PIXEL_STD[channel]
-            numpy.testing.assert_allclose(image[channel, :height, :width], expected, rtol=1e-5, atol=1e-5)
+            numpy.testing.assert_allclose(
+                image[channel, :height, :width], expected, rtol=1e-5, atol=1e-5
+            )
         assert not image[:, height:].any() and not image[:, :, width:].any()
-    assert model.prepare([make_frames(1, 32, 64)[0]]).shape == (1, 3, 32, 64)           # a multiple stays as it is
+    assert model.prepare([make_frames(1, 32, 64)[0]]).shape == (
+        1,
+        3,
+        32,
+        64,
+    )  # a multiple stays as it is
 
 
-@pytest.mark.parametrize("frame", [
-    torch.rand(3, HEIGHT, WIDTH), make_frames(1), make_frames(1)[0, :1], make_frames(1)[0, 0],
-    make_frames(1)[0].permute(1, 2, 0)], ids=["float", "4d", "grey", "2d", "channels last"])
+@pytest.mark.parametrize(
+    "frame",
+    [
+        torch.rand(3, HEIGHT, WIDTH),
+        make_frames(1),
+        make_frames(1)[0, :1],
+        make_frames(1)[0, 0],
+        make_frames(1)[0].permute(1, 2, 0),
+    ],
+    ids=["float", "4d", "grey", "2d", "channels last"],
+)
 def test_prepare_refuses_other_frames(model, frame):
     with pytest.raises(ValueError, match=r"uint8 of shape \(3, H, W\)"):
         model.prepare([frame])
@@ -79,14 +109,39 @@ def test_prepare_refuses_other_frames(model, frame):
 
 # A whole video
 
-@pytest.mark.parametrize("propagation, options", [
-    ("gated", {}), ("gated", {"gate_mask": "blocked"}), ("plain", {}), ("memory", {}), ("gated+memory", {"clip_length": 2}),
-    ("gated", {"clip_length": 3}), ("clip", {}), ("clip", {"window": 2})], ids=str)
+
+@pytest.mark.parametrize(
+    "propagation, options",
+    [
+        ("gated", {}),
+        ("gated", {"gate_mask": "blocked"}),
+        ("plain", {}),
+        ("memory", {}),
+        ("gated+memory", {"clip_length": 2}),
+        ("gated", {"clip_length": 3}),
+        ("clip", {}),
+        ("clip", {"window": 2}),
+    ],
+    ids=str,
+)
 @torch.no_grad()
 def test_a_video_is_segmented_as_by_plain_loops(propagation, options):
-    """From frames to masks in float64, with nothing in common but the names of the weights; the backbone is torchvision's."""
-    sizes = dict(channels=32, heads=2, queries=4, frame_queries=5, pixel_layers=1, pixel_feed_forward=24, frame_layers=3,
-                 tracker_encoder_layers=2, tracker_decoder_layers=2, feed_forward=24)
+    """From frames to masks in float64, with nothing in common but the names of the weights.
+
+    The backbone is torchvision's.
+    """
+    sizes = dict(
+        channels=32,
+        heads=2,
+        queries=4,
+        frame_queries=5,
+        pixel_layers=1,
+        pixel_feed_forward=24,
+        frame_layers=3,
+        tracker_encoder_layers=2,
+        tracker_decoder_layers=2,
+        feed_forward=24,
+    )
     model = randomised(make_model(propagation, **sizes, **options))
     frames = make_frames(4)
     backbone = ResNet(BasicBlock, [1, 1, 1, 1]).double().eval()
@@ -94,26 +149,45 @@ def test_a_video_is_segmented_as_by_plain_loops(propagation, options):
 
     def maps(image):
         x = backbone.maxpool(backbone.relu(backbone.bn1(backbone.conv1(image))))
-        return list(accumulate((backbone.layer1, backbone.layer2, backbone.layer3, backbone.layer4), lambda x, stage: stage(x),
-                               initial=x))[1:]
+        return list(
+            accumulate(
+                (backbone.layer1, backbone.layer2, backbone.layer3, backbone.layer4),
+                lambda x, stage: stage(x),
+                initial=x,
+            )
+        )[1:]
 
     torch.set_default_dtype(torch.float64)
     try:
         weights = plain_model.Weights(model.state_dict())
         clip_length = len(frames) if propagation == "clip" else options.get("clip_length", 1)
         window = options.get("window", 6 if propagation == "clip" else 0)
-        expected, logits = plain_model.segment_video(weights, 2, maps, frames, (30, 70), 7, clip_length, window=window,
-                                                     gate_mask=options.get("gate_mask", "additive"))
+        expected, logits = plain_model.segment_video(
+            weights,
+            2,
+            maps,
+            frames,
+            (30, 70),
+            7,
+            clip_length,
+            window=window,
+            gate_mask=options.get("gate_mask", "additive"),
+        )
     finally:
         torch.set_default_dtype(torch.float32)
-    found, encoded = model.segment_video(frames, (30, 70), top_k=7), model.encode_video([frames], (30, 70), top_k=7)
+    found, encoded = (
+        model.segment_video(frames, (30, 70), top_k=7),
+        model.encode_video([frames], (30, 70), top_k=7),
+    )
     torch.testing.assert_close(found.logits, logits)
     for number, (score, label, query, masks) in enumerate(expected):
         for result in (found, encoded):
             assert result.scores[number].item() == pytest.approx(score, rel=1e-6)
             assert (result.labels[number], result.track_ids[number]) == (label, query)
         assert torch.equal(found.masks[number], masks)
-        assert [rle.decode(code).tolist() for code in encoded.segmentations[number]] == masks.int().tolist()
+        assert [
+            rle.decode(code).tolist() for code in encoded.segmentations[number]
+        ] == masks.int().tolist()
 
 
 @pytest.mark.slow
@@ -136,7 +210,9 @@ def test_several_clips_at_once(monkeypatch, propagation, length):
     for one, other in zip(alone, together):
         for name in ("scores", "labels", "track_ids"):
             torch.testing.assert_close(getattr(one, name), getattr(other, name))
-    assert alone[0].segmentations == together[0].segmentations and torch.equal(alone[0].gates, together[0].gates)
+    assert alone[0].segmentations == together[0].segmentations and torch.equal(
+        alone[0].gates, together[0].gates
+    )
     assert torch.equal(alone[1].masks, together[1].masks)
 
 
@@ -148,8 +224,10 @@ def test_video_result(propagation):
     assert video.masks.any() and not video.masks.all()
     assert video.labels.dtype == video.track_ids.dtype == torch.int64
     assert ((video.scores >= 0) & (video.scores <= 1)).all() and (video.scores.diff() <= 0).all()
-    assert set(video.labels.tolist()) <= set(range(CLASSES)) and set(video.track_ids.tolist()) <= set(range(20))
-    assert len(set(zip(video.track_ids.tolist(), video.labels.tolist()))) == 15          # no pair twice
+    assert set(video.labels.tolist()) <= set(range(CLASSES)) and set(
+        video.track_ids.tolist()
+    ) <= set(range(20))
+    assert len(set(zip(video.track_ids.tolist(), video.labels.tolist()))) == 15  # no pair twice
     assert video.logits.shape == (1 if propagation == "clip" else 3, 20, CLASSES + 1)
 
 
@@ -174,14 +252,19 @@ def test_gates_of_a_video(options):
     """Those of `encode_video`, which other tests compare with the tracker's logits."""
     model, frames = make_model(**options), make_frames(3)
     gates = model.segment_video(frames, top_k=12).gates
-    assert gates.shape == (12, 3, 0 if "propagation" in options else 3) and gates.dtype == torch.bool
+    assert (
+        gates.shape == (12, 3, 0 if "propagation" in options else 3) and gates.dtype == torch.bool
+    )
     assert torch.equal(gates, model.encode_video(frames, top_k=12).gates)
 
 
 def test_a_chunk_is_tracked_beside_the_detection_of_the_next(model, monkeypatch):
     """The side stream waits for a chunk's detection, but not for the next one, launched before the
     chunk is tracked. What is handed over is joined."""
-    calls, functions = [], {name: getattr(type(model), name) for name in ("detect_queries", "track")}
+    calls, functions = (
+        [],
+        {name: getattr(type(model), name) for name in ("detect_queries", "track")},
+    )
 
     class Recorder:
         def __init__(self, device, priority):
@@ -203,8 +286,11 @@ def test_a_chunk_is_tracked_beside_the_detection_of_the_next(model, monkeypatch)
             self.record("exit")
 
     for name, function in functions.items():
-        monkeypatch.setattr(type(model), name, lambda *given, name=name, function=function:
-                            calls.append(name) or function(*given))
+        monkeypatch.setattr(
+            type(model),
+            name,
+            lambda *given, name=name, function=function: calls.append(name) or function(*given),
+        )
     monkeypatch.setattr("fast.video_pipeline.SideStream", Recorder)
     for _ in model.track_video(make_frames(3)):
         calls.append("chunk")
@@ -223,7 +309,10 @@ def test_all_pairs(model):
 def test_output_size(model):
     """The logits are resized, then cut at 0: not the masks. Scores are taken before, and stay."""
     frames = make_frames(2)
-    own, large = model.segment_video(frames), model.segment_video(frames, output_size=(2 * HEIGHT, 3 * WIDTH))
+    own, large = (
+        model.segment_video(frames),
+        model.segment_video(frames, output_size=(2 * HEIGHT, 3 * WIDTH)),
+    )
     assert large.masks.shape == (10, 2, 2 * HEIGHT, 3 * WIDTH)
     assert torch.equal(large.scores, own.scores) and torch.equal(large.track_ids, own.track_ids)
     nearest = own.masks.repeat_interleave(2, 2).repeat_interleave(3, 3)
@@ -232,11 +321,14 @@ def test_output_size(model):
 
 
 def test_scores_by_hand(model):
-    """Class score: the largest of both frames. Mask score: the mean probability inside the masks of both frames."""
+    """Class score.
+
+    The largest of both frames. Mask score: the mean probability inside the masks of both frames.
+    """
     frames = make_frames(2)
     video = model.segment_video(frames, top_k=1000)
     class_scores = numpy.exp(video.logits.numpy())
-    class_scores = (class_scores / class_scores.sum(-1, keepdims=True))[..., :-1].max(0)          # (Q, K)
+    class_scores = (class_scores / class_scores.sum(-1, keepdims=True))[..., :-1].max(0)  # (Q, K)
 
     state, inside = None, [[] for _ in range(20)]
     for t, frame in enumerate(frames):
@@ -245,11 +337,15 @@ def test_scores_by_hand(model):
             output = model.detect(images)
             prediction, state = model.tracker(output.queries[:, None], state)
             torch.testing.assert_close(prediction.logits[-1][0, 0], video.logits[t])
-            features = model.tracker.mask_features(output.features)[0]                            # as the paper has it
+            features = model.tracker.mask_features(output.features)[0]  # as the paper has it
             logits = (prediction.mask_embed[-1][0, 0] @ features.flatten(1)).view(1, 20, 16, 16)
-            logits = F.interpolate(logits, images.shape[-2:], mode="bilinear")[0, :, :HEIGHT, :WIDTH].numpy()
+            logits = F.interpolate(logits, images.shape[-2:], mode="bilinear")[
+                0, :, :HEIGHT, :WIDTH
+            ].numpy()
         for query in range(20):
-            inside[query] += [1 / (1 + math.exp(-logit)) for logit in logits[query].flatten() if logit > 0]
+            inside[query] += [
+                1 / (1 + math.exp(-logit)) for logit in logits[query].flatten() if logit > 0
+            ]
         for mask, query in zip(video.masks[:, t].numpy(), video.track_ids):
             assert (mask == (logits[query] > 0)).all()
     assert any(inside) and len({len(pixels) for pixels in inside}) > 10
@@ -259,12 +355,15 @@ def test_scores_by_hand(model):
 
 
 def test_clips_of_several_frames():
-    """Five frames in clips of three: two clips, the last one short, each with one set of queries for its frames."""
+    """Five frames in clips of three.
+
+    Two clips, the last one short, each with one set of queries for its frames.
+    """
     model = make_model(clip_length=3)
     frames = make_frames(5)
     video = model.segment_video(frames)
     assert video.logits.shape[0] == 2 and video.masks.shape[1] == 5
-    first = model.segment_video(frames[:3])                                             # the future changes nothing
+    first = model.segment_video(frames[:3])  # the future changes nothing
     torch.testing.assert_close(video.logits[:1], first.logits)
     output = model([frames])
     assert [clip.frame_embed.shape[2] for clip in output.clips] == [3, 2]
@@ -275,18 +374,25 @@ def test_what_is_no_video(model):
         model.segment_video([])
     with pytest.raises(ValueError, match="the video has no frames"):
         model.segment_video(make_frames(2)[:0])
-    with pytest.raises(ValueError, match=r"must have one size.*\(40, 50\).*\(40, 56\)"):  # though padded to one size
+    with pytest.raises(
+        ValueError, match=r"must have one size.*\(40, 50\).*\(40, 56\)"
+    ):  # though padded to one size
         model.segment_video([make_frames(1)[0], make_frames(1, 40, 50)[0]])
 
 
 @pytest.mark.slow
 def test_activations_that_float16_cannot_hold_are_told():
-    """Not for the first frame, so that no frame is overlooked; bfloat16 has the range of float32."""
+    """Not for the first frame, so that no frame is overlooked.
+
+    Bfloat16 has the range of float32.
+    """
     model, frames = build_model("toy", CLASSES, norm="group").eval(), make_frames(3)
     model.backbone.conv1.weight.data *= 1e5
-    frames[:2] = 123                              # what the mean leaves of them is nearly zero
-    for dtype, outcome in ((torch.float16, pytest.raises(FloatingPointError, match="float16: 65504")),
-                           (torch.bfloat16, contextlib.nullcontext())):
+    frames[:2] = 123  # what the mean leaves of them is nearly zero
+    for dtype, outcome in (
+        (torch.float16, pytest.raises(FloatingPointError, match="float16: 65504")),
+        (torch.bfloat16, contextlib.nullcontext()),
+    ):
         with torch.autocast("cpu", dtype):
             assert model.encode_video([frames[:2]]).scores.isfinite().all()
             with outcome:
@@ -302,13 +408,19 @@ def test_inference_needs_eval():
 
 # Step by step
 
+
 @pytest.mark.parametrize("propagation", STEPPING)
 def test_last_step_is_the_whole_video(propagation):
-    """Causal scores and labels of the last frame are those of the video; so are its masks, resized or not."""
+    """Causal scores and labels of the last frame are those of the video.
+
+    So are its masks, resized or not.
+    """
     model, frames, state = make_model(propagation), make_frames(3), None
     for count, frame in enumerate(frames, 1):
         tracks, state = model.step(frame, state, output_size=(50, 70), top_k=12)
-        video = model.segment_video(frames[:count], output_size=(50, 70), top_k=12)      # the video up to here
+        video = model.segment_video(
+            frames[:count], output_size=(50, 70), top_k=12
+        )  # the video up to here
         assert tracks.masks.shape == (12, 50, 70) and tracks.masks.dtype == torch.bool
         for name in ("scores", "labels", "track_ids"):
             torch.testing.assert_close(getattr(tracks, name), getattr(video, name))
@@ -318,7 +430,10 @@ def test_last_step_is_the_whole_video(propagation):
 
 @pytest.mark.parametrize("propagation", STEPPING)
 def test_state_over_steps(propagation):
-    """It stays as large as it was unless there is a memory; and going on from a state leaves it as it is."""
+    """It stays as large as it was unless there is a memory.
+
+    And going on from a state leaves it as it is.
+    """
     model, state, sizes = make_model(propagation), None, []
     for frame in make_frames(5):
         tracks, following = model.step(frame, state)
@@ -327,7 +442,7 @@ def test_state_over_steps(propagation):
         state = following
         tensors = [*vars(state.tracker).values(), *vars(state.scores).values()]
         sizes.append(sum(tensor.numel() for tensor in tensors if tensor is not None))
-    memory = 2 * 20 * 64 if "memory" in propagation else 0                              # key and value of 20 queries
+    memory = 2 * 20 * 64 if "memory" in propagation else 0  # key and value of 20 queries
     assert [size - sizes[0] for size in sizes] == [memory * count for count in range(5)]
 
 
@@ -339,12 +454,16 @@ def test_step_needs_a_model_that_goes_frame_by_frame(propagation, options):
 
 # Training
 
+
 def test_training_forward():
-    """Two videos of different sizes: padded to one, three detector layers as streams, a clip for each of two frames."""
+    """Two videos of different sizes.
+
+    Padded to one, three detector layers as streams, a clip for each of two frames.
+    """
     model = make_model().train()
     output = model([make_frames(2), make_frames(2, 24, 90)])
     assert output.padded_size == (64, 96)
-    assert len(output.frames.predictions) == 4                                          # before and after 3 layers
+    assert len(output.frames.predictions) == 4  # before and after 3 layers
     for logits, kernel in output.frames.predictions:
         assert logits.shape == (4, 20, CLASSES + 1) and kernel.shape == (4, 20, 64 + 1)
     assert output.frames.features.shape == (4, 64, 16, 24)
@@ -353,7 +472,10 @@ def test_training_forward():
     for clip in output.clips:
         assert [logits.shape for logits in clip.logits] == [(3, 2, 20, CLASSES + 1)] * 3
         assert clip.frame_embed.shape == (3, 2, 1, 20, 64)
-        assert all(((soft > 0) & (soft < 1)).all() for soft in clip.gate_soft) and len(clip.gate_soft) == 3
+        assert (
+            all(((soft > 0) & (soft < 1)).all() for soft in clip.gate_soft)
+            and len(clip.gate_soft) == 3
+        )
     with pytest.raises(ValueError, match=r"same number of frames, not \[2, 3\]"):
         model([make_frames(2), make_frames(3)])
 
@@ -364,7 +486,7 @@ def test_the_last_clip_of_a_training_step_may_be_shorter():
     model = make_model("plain", clip_length=2).train()
     with torch.no_grad():
         output = model([make_frames(3)])
-        queries = output.frames.queries[:, None]                         # (L, B, T, F, C)
+        queries = output.frames.queries[:, None]  # (L, B, T, F, C)
         first, state = model.tracker(queries[:, :, :2])
         last, _ = model.tracker(queries[:, :, 2:], state)
         forgetful, _ = model.tracker(queries[:, :, 2:])
@@ -376,7 +498,8 @@ def test_the_last_clip_of_a_training_step_may_be_shorter():
 @pytest.mark.parametrize("propagation", [*STEPPING, "clip"])
 @torch.no_grad()
 def test_forward_is_segment_video(propagation):
-    """Not training, the batched way of two videos goes through the same states as each video frame by frame."""
+    """Not training, the batched way of two videos goes through the same states as each video frame
+    by frame."""
     model, videos = make_model(propagation), [make_frames(2), make_frames(2, seed=1)]
     output = model(videos)
     for index, frames in enumerate(videos):
@@ -386,18 +509,34 @@ def test_forward_is_segment_video(propagation):
 
 # Construction
 
-@pytest.mark.parametrize("preset, channels", [
-    ("r50", [256, 512, 1024, 2048]), ("r101", [256, 512, 1024, 2048]), ("swin_t", [96, 192, 384, 768]),
-    ("swin_s", [96, 192, 384, 768]), ("swin_b", [128, 256, 512, 1024]), ("swin_l", [192, 384, 768, 1536]),
-    ("toy", [64, 128, 256, 512]), ("small", [64, 128, 256, 256])])
+
+@pytest.mark.parametrize(
+    "preset, channels",
+    [
+        ("r50", [256, 512, 1024, 2048]),
+        ("r101", [256, 512, 1024, 2048]),
+        ("swin_t", [96, 192, 384, 768]),
+        ("swin_s", [96, 192, 384, 768]),
+        ("swin_b", [128, 256, 512, 1024]),
+        ("swin_l", [192, 384, 768, 1536]),
+        ("toy", [64, 128, 256, 512]),
+        ("small", [64, 128, 256, 256]),
+    ],
+)
 def test_presets(preset, channels):
     """On the meta device nothing is allocated or drawn."""
     with torch.device("meta"):
         model = build_model(preset, 25)
     assert model.backbone.channels == channels
-    assert [block[0].in_channels for block in model.pixel_decoder.input_proj] == channels[:0:-1]     # res5, res4, res3
+    assert [block[0].in_channels for block in model.pixel_decoder.input_proj] == channels[
+        :0:-1
+    ]  # res5, res4, res3
     assert model.tracker.class_embed.out_features == 26 and model.training
-    assert len(model.frame_decoder.query_feat.weight) == {"swin_l": 200, "toy": 20, "small": 20}.get(preset, 100)
+    assert len(model.frame_decoder.query_feat.weight) == {
+        "swin_l": 200,
+        "toy": 20,
+        "small": 20,
+    }.get(preset, 100)
 
 
 def test_presets_are_all_tested():
@@ -406,8 +545,14 @@ def test_presets_are_all_tested():
 
 
 def test_defaults_of_the_tracker():
-    """VITA reads windows of six frames, the others whole clips; the masks of closed queries are the released ones."""
-    windows = {propagation: build_model("toy", CLASSES, propagation).tracker.window for propagation in (*STEPPING, "clip")}
+    """VITA reads windows of six frames, the others whole clips.
+
+    The masks of closed queries are the released ones.
+    """
+    windows = {
+        propagation: build_model("toy", CLASSES, propagation).tracker.window
+        for propagation in (*STEPPING, "clip")
+    }
     assert windows == {"gated": 0, "plain": 0, "memory": 0, "gated+memory": 0, "clip": 6}
     assert build_model("toy", CLASSES, "clip", window=0).tracker.window == 0
     assert build_model("toy", CLASSES).tracker.gate_mask == "additive"
@@ -415,11 +560,15 @@ def test_defaults_of_the_tracker():
 
 def test_sides_of_test_frames():
     """The official ones: 360 for a ResNet, 448 for a Swin; those of the synthetic set."""
-    assert TEST_SIDES == {name: 360 if name in ("r50", "r101") else 448 if name.startswith("swin") else 96 for name in PRESETS}
+    assert TEST_SIDES == {
+        name: 360 if name in ("r50", "r101") else 448 if name.startswith("swin") else 96
+        for name in PRESETS
+    }
 
 
 def test_options_of_the_tracker_are_passed_on(monkeypatch):
     """So a new one is declared in Tracker alone."""
+
     def __init__(self, *arguments, new_option: int = 1, **options):
         create(self, *arguments, **options)
         self.new_option = new_option
@@ -467,10 +616,15 @@ def test_requests_that_make_no_sense_are_refused():
 
 # Faster, and the same
 
+
 @pytest.mark.parametrize("frozen", [True, False])
 @torch.no_grad()
 def test_weights_cast_once_are_those_of_autocast(frozen):
-    """In 16 bit for good: the same results as autocast's, which casts at every use; what is frozen is still saved as it was."""
+    """In 16 bit for good.
+
+    The same results as autocast's, which casts at every use; what is frozen is still saved as it
+    was.
+    """
     torch.manual_seed(0)
     model, frames = build_model("toy", CLASSES, norm="group"), make_frames(2)
     for name, parameter in model.named_parameters():
@@ -485,7 +639,7 @@ def test_weights_cast_once_are_those_of_autocast(frozen):
     if frozen:
         hold_frozen(model, torch.bfloat16)
     else:
-        assert not model.train().accelerate(torch.bfloat16).training                    # it is for inference alone
+        assert not model.train().accelerate(torch.bfloat16).training  # it is for inference alone
     assert model.backbone.conv1.weight.dtype == torch.bfloat16
     assert all(map(torch.equal, run(), expected))
     after = model.state_dict()
@@ -495,9 +649,15 @@ def test_weights_cast_once_are_those_of_autocast(frozen):
 
 @pytest.mark.parametrize("norm, parts", [("group", 3), ("batch", 1)])
 def test_a_frozen_detector_looks_in_parts(monkeypatch, norm, parts):
-    """Six frames, two at a time, are what they are at once; the tracker's own map of them is still trained."""
+    """Six frames, two at a time, are what they are at once.
+
+    The tracker's own map of them is still trained.
+    """
     torch.manual_seed(0)
-    model, videos = build_model("toy", CLASSES, norm=norm).double(), [make_frames(3), make_frames(3)]
+    model, videos = (
+        build_model("toy", CLASSES, norm=norm).double(),
+        [make_frames(3), make_frames(3)],
+    )
     monkeypatch.setattr("tracker.logistic_noise", torch.zeros_like)
     whole, seen, detect = model(videos), [], model.detect
     for name, parameter in model.named_parameters():
@@ -523,20 +683,39 @@ def test_recomputed_gradients_are_the_same():
         model.zero_grad()
         output = model([make_frames(1)])
         sum(logits.sum() for logits in output.clips[0].logits).backward()
-        gradients.append([parameter.grad for parameter in (*model.backbone.parameters(), *model.pixel_decoder.layers.parameters())])
+        gradients.append(
+            [
+                parameter.grad
+                for parameter in (
+                    *model.backbone.parameters(),
+                    *model.pixel_decoder.layers.parameters(),
+                )
+            ]
+        )
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other)
 
 
 @pytest.mark.slow
 def test_the_compiled_parts_have_no_breaks(monkeypatch):
-    """Traced as a whole, in inference and in training, and then run as they are: the same results."""
+    """Traced as a whole, in inference and in training, and then run as they are.
+
+    The same results.
+    """
     monkeypatch.setattr("tracker.logistic_noise", torch.zeros_like)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager", fullgraph=True))
     torch._dynamo.reset()
     torch.manual_seed(0)
-    model, frames = build_model("toy", CLASSES, "gated+memory", norm="group", frame_layers=2, tracker_decoder_layers=2), make_frames(3)
-    expected = model.double().train()([frames]).clips[-1].logits[-1], model.eval().segment_video(frames).logits
+    model, frames = (
+        build_model(
+            "toy", CLASSES, "gated+memory", norm="group", frame_layers=2, tracker_decoder_layers=2
+        ),
+        make_frames(3),
+    )
+    expected = (
+        model.double().train()([frames]).clips[-1].logits[-1],
+        model.eval().segment_video(frames).logits,
+    )
     compile_parts(model)
     other = copy.deepcopy(model)
     assert other.decode.__self__ is other and other.tracker.decode_clip.__self__ is other.tracker
@@ -562,13 +741,18 @@ def test_graphs_are_dropped_when_the_model_changes():
         (lambda: model.eval(), True),
         (lambda: model.train().eval(), False),
         (model.float, False),
-        (lambda: setattr(tracker.class_embed, "weight",
-                         torch.nn.Parameter(torch.zeros(CLASSES + 1, 64))), False),
+        (
+            lambda: setattr(
+                tracker.class_embed, "weight", torch.nn.Parameter(torch.zeros(CLASSES + 1, 64))
+            ),
+            False,
+        ),
         (lambda: setattr(tracker, "class_embed", torch.nn.Linear(64, CLASSES + 1)), False),
         (lambda: setattr(tracker, "gate_mask", "blocked"), False),
         (lambda: setattr(tracker, "propagate", lambda gate, x, carried: x), False),
         (lambda: torch.nn.init.zeros_(tracker.class_embed.weight), True),
-        (model.half, False)]
+        (model.half, False),
+    ]
     for number, (change, kept) in enumerate(changes):
         model.cuda_graphs.check_module(model)
         model.cuda_graphs.graphs["key"] = None
@@ -587,7 +771,10 @@ def test_every_video_checks_the_graphs():
 
 
 def test_a_model_is_gone_with_its_last_name():
-    """And its memory with it: nothing in it refers back to the whole, so no garbage collection is waited for."""
+    """And its memory with it.
+
+    Nothing in it refers back to the whole, so no garbage collection is waited for.
+    """
     model = make_model()
     model.segment_video(make_frames(2))
     alive = weakref.ref(model)

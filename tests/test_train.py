@@ -98,8 +98,11 @@ def test_a_frozen_detector_does_not_move(data_root, tmp_path):
 
 
 def test_parameter_groups():
-    """A tenth of the rate for the backbone; no decay for norms, embeddings, position tables and layer
-    scales, but for biases and the weights of a gate."""
+    """A tenth of the rate for the backbone.
+
+    No decay for norms, embeddings, position tables and layer scales, but for biases and the weights
+    of a gate.
+    """
     model = nn.ModuleDict({"backbone": SwinBackbone(24, [1, 1, 1, 1], [1, 2, 4, 8], 7),
                            "query_feat": nn.Embedding(3, 4), "head": nn.Linear(4, 4),
                            "norm": nn.GroupNorm(2, 4), "gate": nn.Linear(4, 1)})
