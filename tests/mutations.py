@@ -48,7 +48,9 @@ def read_mutations(path: Path) -> list[list]:
 def choose_tests(file: str, wider: list[str]) -> list[str]:
     """Test files for a module, its own one first."""
     module = re.escape(file.removesuffix(".py").replace("/", "."))
-    imports = re.compile(rf"^(import|from) {module}\b", re.MULTILINE)
+    package, _, name = module.rpartition(r"\.")
+    imports = re.compile(rf"^(import|from) {module}\b|^from {package} import {name}\b",
+                         re.MULTILINE)
     tests = {f"tests/{path.name}": path for path in sorted(REPOSITORY.glob("tests/test_*.py"))}
     importing = [name for name, path in tests.items() if imports.search(path.read_text())]
     chosen = dict.fromkeys([f"tests/test_{Path(file).stem}.py", *importing, *wider])
