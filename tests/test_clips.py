@@ -110,6 +110,7 @@ def test_a_mixture_knows_all_of_its_sources(root, tmp_path):
                         AS_IT_IS)
     mixed = MixedClips([open_clips(root), other], [1, 3])
     assert len(mixed.videos) == 2 * VIDEOS - 1 and mixed.skipped.total == 1
+    assert MixedClips([other, open_clips(root)], [1, 3]).skipped.total == 1  # of any source
     assert mixed.paths == [root / "train.json", tmp_path / "other/train.json"]
     from_other = sum(str(tmp_path / "other") in mixed[number].source for number in range(120))
     assert 75 <= from_other <= 105  # three quarters, within three standard errors
