@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 from pycocotools import mask as rle
 
+import data
 from data import VideoSet
 from synthetic import rendering, scenes
 from synthetic import suites as synthetic
