@@ -585,3 +585,13 @@ def test_a_long_video_is_shared_against_many_short_ones(lengths, frames):
     shares = [share(blank_videos(*lengths), rank, len(frames)) for rank in range(len(frames))]
     found = [sum(len(video.files) for video in own) for own in shares]
     assert sorted(found, reverse=True) == frames
+
+
+@pytest.mark.parametrize("before, now", [
+    ({"top_k": 1}, {"top_k": 2}), ({"top_k": 1}, {}), ({}, {"top_k": 1})])
+def test_results_of_another_setting_are_refused(tmp_path, before, now):
+    """Also where a part of the setting has become known, or has gone."""
+    Unfinished(tmp_path / "unfinished", {"seed": 0} | before)
+    Unfinished(tmp_path / "unfinished", {"seed": 0} | before)  # the same setting continues
+    with pytest.raises(InputError, match=r"another setting \(top_k differ\)"):
+        Unfinished(tmp_path / "unfinished", {"seed": 0} | now)

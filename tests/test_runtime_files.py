@@ -129,3 +129,10 @@ def test_a_stream_says_that_it_is_broken():
     wrapped.write("more")
     wrapped.write("and more")
     assert wrapped.broken
+
+
+def test_json_is_written_on_one_line_or_several(tmp_path):
+    save_json(tmp_path / "a.json", {"a": [1, 2]}, indent=None)
+    assert (tmp_path / "a.json").read_text() == '{"a": [1, 2]}\n'
+    save_json(tmp_path / "a.json", {"a": 1})
+    assert (tmp_path / "a.json").read_text() == '{\n "a": 1\n}\n'
