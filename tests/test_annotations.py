@@ -1053,3 +1053,18 @@ def test_a_set_is_looked_at_again_when_it_is_opened_again(frames, tmp_path):
     file.unlink()
     with pytest.raises(InputError, match=f"frame {re.escape(str(file))} of video 1 is missing"):
         VideoSet(path, root)
+
+
+def test_all_videos_that_cannot_be_used_are_left_out():
+    content = make_content(3)
+    content["videos"][0]["length"] = content["videos"][2]["length"] = 9
+    file = complete(content, "x.json", skip_bad=True)
+    assert file.left_out == [content["videos"][0]["id"], content["videos"][2]["id"]]
+    assert [video["id"] for video in file.content["videos"]] == [content["videos"][1]["id"]]
+
+
+def test_a_video_without_frames_is_refused():
+    content = make_content(1)
+    content["videos"][0]["file_names"], content["videos"][0]["length"] = [], 0
+    with pytest.raises(InputError, match="has no frames"):
+        complete(content, "x.json")

@@ -482,6 +482,10 @@ def test_a_batch_that_cannot_be_shared(good, tmp_path, monkeypatch):
         refuse_training(good / "set", tmp_path, "--batch", "3")
         == "--batch 3 cannot be shared by 2 processes"
     )
+    assert (
+        refuse_training(good / "set", tmp_path, "--batch", "6", "--accumulate", "2")
+        == "--batch 6 cannot be shared by 2 processes in 2 parts"
+    )
 
 
 def test_a_clip_length_that_does_not_divide_the_clip(good, tmp_path):

@@ -524,3 +524,10 @@ def test_a_flip_is_shared_by_all_frames():
 def test_a_mask_of_a_turned_frame_is_refused():
     with pytest.raises(InputError, match=r"its size is \[6, 4\]"):
         read_mask({"size": [6, 4], "counts": [24]}, 4, 6, "a mask")
+
+
+@pytest.mark.parametrize("split", ["valid", "val"])
+def test_valid_and_val_are_one_split(tmp_path, split):
+    (tmp_path / "valid.json").touch()
+    (tmp_path / "val").mkdir()
+    assert find_split(tmp_path, split) == (tmp_path / "valid.json", tmp_path / "val")

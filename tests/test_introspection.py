@@ -127,3 +127,21 @@ def test_a_compiled_model_is_recorded(monkeypatch):
     assert compiled.weights.keys() == record.weights.keys()
     for name, calls in record.weights.items():
         torch.testing.assert_close(compiled.weights[name], calls)
+
+
+def test_only_modules_under_the_prefix_are_recorded():
+    """"tracker" is a prefix, and not just any part of a name."""
+    model, frames = make_model(), make_frames(1)
+    with record_attention(model, "cross_attention") as record:
+        model.segment_video(frames)
+    assert not record.weights
+
+
+def test_gates_of_one_clip():
+    """The tracker called with a single clip, as well as with several."""
+    model = make_model()
+    queries = torch.randn(1, 1, 1, 5, 32).double()                        # (L, B, T, F, C)
+    with record_attention(model, "tracker") as record:
+        prediction, _ = model.tracker(queries)
+    gates, = record.gate_logits
+    assert torch.equal(gates, torch.stack(prediction.gate_logits))

@@ -1,10 +1,13 @@
 """Errors of the command line: one sentence and the right exit status, or a traceback for a bug."""
+import argparse
 import errno
 import signal
 
+import numpy as np
 import pytest
 
 from runtime.errors import InputError, cli_errors, shown
+from runtime.flags import at_least
 from runtime.stopping import Stopped
 
 
@@ -33,4 +36,12 @@ def test_a_bug_keeps_its_traceback(error):
 
 def test_values_are_shown_briefly_on_one_line():
     assert shown("a\nb") == r"'a\nb'" and len(shown(list(range(10_000)))) < 100
-    assert "\n" not in shown({"key": ["\n"] * 100})
+    assert "\n" not in shown(np.zeros((3, 3)))  # of which repr has three lines
+
+
+def test_a_flag_below_its_minimum():
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    parser.add_argument("--workers", type=at_least(0))
+    assert parser.parse_args(["--workers", "0"]).workers == 0
+    with pytest.raises(argparse.ArgumentError, match="-1 is less than 0"):
+        parser.parse_args(["--workers", "-1"])
