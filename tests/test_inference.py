@@ -589,7 +589,7 @@ def test_a_long_video_is_shared_against_many_short_ones(lengths, frames):
 
 @pytest.mark.parametrize("before, now", [
     ({"top_k": 1}, {"top_k": 2}), ({"top_k": 1}, {}), ({}, {"top_k": 1})])
-def test_results_of_another_setting_are_refused(tmp_path, before, now):
+def test_a_setting_that_lacks_a_part_is_another(tmp_path, before, now):
     """Also where a part of the setting has become known, or has gone."""
     Unfinished(tmp_path / "unfinished", {"seed": 0} | before)
     Unfinished(tmp_path / "unfinished", {"seed": 0} | before)  # the same setting continues
