@@ -9,6 +9,7 @@ from torchvision.models.swin_transformer import SwinTransformer
 
 from backbone import (
     BACKBONES,
+    FrozenBatchNorm,
     ResNetBackbone,
     SwinBackbone,
     build_backbone,
@@ -304,3 +305,16 @@ def test_paths_are_dropped_as_often_as_asked():
     dropped = [module.p for module in backbone.modules()
                if type(module).__name__ == "StochasticDepth"]
     assert dropped[0] == 0 and dropped[-1] == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_frozen_norm_keeps_16_bit(dtype):
+    """It equals the one in float32 up to rounding, and the type stays."""
+    torch.manual_seed(0)
+    norm = FrozenBatchNorm(4)
+    for buffer in norm.buffers():
+        buffer.copy_(torch.rand(4) + 0.5)
+    x = torch.randn(2, 4, 5, 6)
+    y = norm(x.to(dtype))
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.float(), norm(x), rtol=0.02, atol=0.02)
