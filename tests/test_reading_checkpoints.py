@@ -455,3 +455,22 @@ def test_a_view_of_a_storage_begins_where_it_says(tmp_path):
     stream.write(struct.pack("<q", 10) + np.arange(10, dtype="<f4").tobytes())
     (tmp_path / "old.pth").write_bytes(stream.getvalue())
     assert read_file(tmp_path / "old.pth")["model"]["a"].tolist() == [3, 4, 5, 6, 7]
+
+
+class Saved:
+    """Pickled as torch pickles storages: as a file of torch.save inside the pickle."""
+
+    def __init__(self, contents):
+        self.contents = contents
+
+    def __reduce__(self):
+        stream = io.BytesIO()
+        torch.save(self.contents, stream, _use_new_zipfile_serialization=False)
+        return torch.storage._load_from_bytes, (stream.getvalue(),)
+
+
+def test_files_inside_one_another_are_refused(tmp_path):
+    """One level is what torch writes; more could be as deep as they like."""
+    path = tmp_path / "weights.pkl"
+    path.write_bytes(pickle.dumps({"a": Saved({"b": Saved({"c": 1})})}))
+    assert "it holds files inside one another" in refusal(path)

@@ -8,7 +8,7 @@ import pytest
 
 from runtime.errors import InputError, cli_errors, shown
 from runtime.flags import at_least
-from runtime.stopping import Stopped
+from runtime.stopping import Stopped, stop_requested, stop_signals
 
 
 @pytest.mark.parametrize("error, status, sentence", [
@@ -45,3 +45,14 @@ def test_a_flag_below_its_minimum():
     assert parser.parse_args(["--workers", "0"]).workers == 0
     with pytest.raises(argparse.ArgumentError, match="-1 is less than 0"):
         parser.parse_args(["--workers", "-1"])
+
+
+def test_a_program_that_was_stopped_does_not_stop_the_next():
+    """In the same process; handlers are what they were."""
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended, cli_errors():
+        signal.raise_signal(signal.SIGTERM)
+    assert ended.value.code == 143
+    with stop_signals():
+        assert stop_requested() == 0
+    assert signal.getsignal(signal.SIGTERM) == handler
