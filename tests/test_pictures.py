@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from data import InputError, read_picture
-from reading.pictures import read_animation, to_rgb
+from reading.pictures import check_pixels, read_animation, to_rgb
 from reading.regular import open_regular, read_regular
 
 HEIGHT, WIDTH = 3, 256
@@ -288,3 +288,8 @@ def test_reading_more_than_there_is_takes_no_memory(tmp_path):
     (tmp_path / "a").write_bytes(b"0123456789")
     with open_regular(tmp_path / "a") as file:
         assert file.read(3) == b"012" and file.read(2 ** 50) == b"3456789"
+
+
+def test_a_size_is_told_as_width_by_height():
+    with pytest.raises(InputError, match="a.png is said to be 3x100000000: at least 1x1"):
+        check_pixels(height=100_000_000, width=3, what="a.png")

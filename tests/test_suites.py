@@ -315,7 +315,8 @@ def test_speed_stretches_the_path():
     "wrong",
     [
         dict(occluded=1.5), dict(blur=-0.1), dict(occluded_frames=(3, 2)),
-        dict(occluded_frames=(0, 2)), dict(speed=0), dict(noise=-1),
+        dict(occluded_frames=(0, 2)), dict(speed=0), dict(noise=-1), dict(light=2), dict(texture=2),
+        dict(noisy=2),
     ],
 )
 def test_impossible_difficulties_are_refused(wrong):
