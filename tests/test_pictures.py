@@ -293,3 +293,7 @@ def test_reading_more_than_there_is_takes_no_memory(tmp_path):
 def test_a_size_is_told_as_width_by_height():
     with pytest.raises(InputError, match="a.png is said to be 3x100000000: at least 1x1"):
         check_pixels(height=100_000_000, width=3, what="a.png")
+    for height, width in ((10_000, 10_000), (0, 5), (5, 0)):
+        with pytest.raises(InputError):
+            check_pixels(height, width, "a.png")
+    check_pixels(1, 1, "a.png")
