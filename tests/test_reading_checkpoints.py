@@ -331,7 +331,7 @@ KINDS = {
     "keras": (b"\x89HDF\r\n\x1a\n" + bytes(50), "it is an HDF5 file"),
     "onnx": (b"\x08\x07\x12\x07pytorch\x1a\x052.1.0", "it is an ONNX model"),
     "model.ckpt.index": (b"\0\0\1\2\3" * 20, "it is a TensorFlow file"),
-    "page": (b"\xef\xbb\xbf<!doctype html><html>", "it is a web page"),
+    "page with a mark": (b"\xef\xbb\xbf<!doctype html><html>", "it is a web page"),
     "MODEL.CKPT.INDEX": (b"\0\0\1\2\3" * 20, "it is a TensorFlow file"),
     "gzip": (b"\x1f\x8b\x08\0" + bytes(20), "it is packed by gzip"),
     "text": (b"hello world\n", "it is text, beginning with 'hello world'"),
