@@ -363,3 +363,8 @@ def test_flags_of_the_program_count_more_than_the_suite(tmp_path, monkeypatch):
         assert [video["length"] for video in content["videos"]] == [frames]
         assert objects[0] <= len(content["annotations"]) <= objects[1]
     assert suite.objects == (2, 4)
+    again = tmp_path / "again"
+    monkeypatch.setattr("sys.argv", [*command, str(again), "--frames", "2", "--objects", "1", "1",
+                                     "--seed", "5"])
+    data.main()
+    assert read_json(again)["annotations"] != read_json(tmp_path / "2")["annotations"]
