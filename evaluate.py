@@ -83,6 +83,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def add_model_flags(add) -> None:
+    """Flags for the model and its weights; `add` is add_argument."""
     add("--weights", default=str(SHIPPED_WEIGHTS), help="checkpoint, ours or official")
     add("--preset", choices=PRESETS, help="of an official checkpoint (ours contain it)")
     add("--propagation", choices=PROPAGATIONS, help="if the checkpoint does not imply it")
@@ -91,6 +92,7 @@ def add_model_flags(add) -> None:
 
 
 def add_data_flags(add) -> None:
+    """Flags for the videos, and the size at which they are tested."""
     add("--data-root", help="data set")
     add("--split", default="valid", help="split of the data set")
     add("--json", help="annotation file, instead of --data-root")
@@ -108,6 +110,7 @@ def add_data_flags(add) -> None:
 
 
 def add_result_flags(add) -> None:
+    """Flags for results, pictures and metrics."""
     add("--top-k", type=at_least(1), default=10, help="instances per video (official: 10, OVIS 20)")
     add("--output",
         help="folder to write (default: evaluation/ next to the weights; for the shipped weights, "
@@ -124,6 +127,7 @@ def add_result_flags(add) -> None:
 
 
 def add_run_flags(add) -> None:
+    """Flags for device, precision and loading."""
     add("--device", default="auto", help="auto, cpu, cuda")
     add("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"),
         help="mixed precision: auto = fp16 on a GPU, off (float32) on a CPU")

@@ -233,6 +233,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def add_setting_flags(add) -> None:
+    """Flags that choose a recipe or a stage; `add` is add_argument."""
     add("--recipe", choices=RECIPES, metavar="NAME",
         help="an official setting: " + ", ".join(RECIPES))
     add("--stage", choices=STAGES, help="what is trained; sets propagation, window and freezing")
@@ -240,6 +241,7 @@ def add_setting_flags(add) -> None:
 
 
 def add_model_flags(add) -> None:
+    """Flags for the architecture."""
     add("--preset", default="toy", choices=PRESETS, help="model size")
     add("--propagation", default="gated", choices=PROPAGATIONS,
         help="how queries are propagated from clip to clip")
@@ -255,6 +257,7 @@ def add_model_flags(add) -> None:
 
 
 def add_weights_flags(add) -> None:
+    """Flags for what training starts from, and what it leaves unchanged."""
     add("--init", metavar="FILE",
         help="initialise from a checkpoint, ours or official; missing weights are random")
     add("--reset-classes", action=SWITCH, default=False,
@@ -269,6 +272,7 @@ def add_weights_flags(add) -> None:
 
 
 def add_data_flags(add) -> None:
+    """Flags for the training data and its loading."""
     add("--data-root",
         help="data set with a train split (default: datasets/synthetic); with --train-sets: the "
         "folder that contains ovis, coco, ... (default: $DETECTRON2_DATASETS or datasets)")
@@ -295,6 +299,7 @@ def add_data_flags(add) -> None:
 
 
 def add_augmentation_flags(add) -> None:
+    """Flags for `Augmentation`, of clips and of pseudo videos."""
     add("--short-sides", type=at_least(1), nargs="+", default=[80, 96],
         help="short sides to sample from, in pixels")
     add("--pseudo-short-sides", type=at_least(1), nargs="+",
@@ -317,6 +322,7 @@ def add_augmentation_flags(add) -> None:
 
 
 def add_loss_flags(add) -> None:
+    """Flags for `Criterion`."""
     add("--points", type=at_least(4), default=512, help="sampled points per mask (official: 12544)")
     add("--no-object-weight", type=float, default=0.1)
     add("--similarity-weight", type=float, default=0.5)
@@ -332,6 +338,7 @@ def add_loss_flags(add) -> None:
 
 
 def add_optimisation_flags(add) -> None:
+    """Flags for optimizer, schedule and gradients."""
     add("--iterations", type=at_least(0), default=500)
     add("--batch", type=at_least(1), default=4, help="clips per step, on all GPUs together")
     add("--accumulate", type=at_least(1), default=1,
@@ -366,6 +373,7 @@ def add_optimisation_flags(add) -> None:
 
 
 def add_evaluation_flags(add) -> None:
+    """Flags for periodic evaluation."""
     add("--evaluate-every", type=at_least(0), default=0,
         help="iterations between evaluations; 0 = never")
     add("--test-short-side", type=at_least(1), default=96, help="pixels")
@@ -374,6 +382,7 @@ def add_evaluation_flags(add) -> None:
 
 
 def add_run_flags(add) -> None:
+    """Flags for output, seed, precision, memory and checkpoints."""
     add("--output", help="folder to write (default: runs/ and the recipe's name, or runs/toy)")
     add("--seed", type=at_least(-1), default=0, help="-1 = random")
     add("--device", default="auto", help="auto, cpu, cuda")

@@ -126,6 +126,7 @@ def masks_for_matching():
 
 @torch.no_grad()
 def main() -> None:
+    """Time all rewrites and print a line for each."""
     torch.manual_seed(0)
     model = build_model("r50", 25).to(DEVICE).accelerate(DTYPE)
     frame = torch.randint(256, (3, *FRAME), dtype=torch.uint8)
