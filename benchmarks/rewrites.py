@@ -1,6 +1,6 @@
 """What the algebraic rewrites of the core files gain, each against its plain equation.
 
-    python benchmarks/rewrites.py                # R-50 at 360x640, float32 on a CPU, 16 bit on a GPU
+    python benchmarks/rewrites.py            # R-50 at 360x640, float32 on a CPU, 16 bit on a GPU
 
 Prints the time of both forms per frame (or per training video), the largest difference between
 them, and the difference as a share of a frame of inference, or of the losses of a training video.

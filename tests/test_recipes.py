@@ -417,7 +417,7 @@ def test_broken_data_is_told_by_name(broken):
     for sentence in told:
         with pytest.raises(InputError, match=sentence):
             VideoSet(root / "train.json", root / "train/JPEGImages")
-        for key in ("videos", "annotations"):                      # fixed: the next error is reported
+        for key in ("videos", "annotations"):  # fixed: the next error is reported
             wrong = 1 if "video1" in sentence else 3
             content[key] = [entry for entry in content[key] if entry["id"] != wrong]
         (root / "train.json").write_text(json.dumps(content))
