@@ -33,4 +33,4 @@ def test_every_folder_is_in_the_table_of_folders():
 def test_the_first_two_blocks_hold_one_line_each():
     blocks = re.findall(r"^```\w*\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
     assert all(len(block.splitlines()) == 1 for block in blocks[:2])
-    assert "train.py" in blocks[0] and "pytest tests" in blocks[1]
+    assert "train.py" in blocks[0] and "tests/run.py" in blocks[1]

@@ -1,0 +1,87 @@
+"""Run all tests, one process for each core.
+
+    python tests/run.py                    # as `python -m pytest tests`, on all cores
+    python tests/run.py -m fast            # arguments are passed on to pytest
+
+Each test file runs in a process of its own. The processes are forked from this one, which has
+imported torch, since that takes longer than most files. A file is printed once it is done: one line
+if it passed, everything that pytest printed if not. The last line has the totals.
+"""
+import multiprocessing
+import os
+import re
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from multiprocessing.connection import wait
+from pathlib import Path
+
+import pytest
+
+import processes
+
+os.environ |= processes.ONE_THREAD  # before torch is imported, which reads it once
+
+import scipy.optimize  # noqa: E402, F401
+import torch  # noqa: E402, F401
+import torchvision  # noqa: E402, F401
+
+FOLDER = Path(__file__).parent
+START_FIRST = ("test_golden_training.py", "test_kills.py", "test_runtime_stopping.py",
+               "test_golden_inference.py", "test_accidents.py")  # minutes each
+FORK = multiprocessing.get_context("fork" if hasattr(os, "fork") else None)
+
+
+def run_pytest(file: Path, arguments: list[str], output: int) -> None:
+    """Run the tests of a file in this process and end it. output: where everything is printed."""
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.stdout = sys.stderr = open(1, "w", encoding="utf-8", buffering=1, closefd=False)
+    sys.exit(pytest.main([str(file), "-q", "-p", "no:cacheprovider", *arguments]))
+
+
+def run_files(files: list[Path], arguments: list[str], cores: int) -> Iterator[tuple]:
+    """Run each file in a process, as many at a time as there are cores.
+
+    Yields (file, exit code, output) of each in the order in which they end.
+    """
+    waiting, running = list(files), {}
+    while waiting or running:
+        while waiting and len(running) < cores:
+            file, output = waiting.pop(0), tempfile.TemporaryFile()
+            process = FORK.Process(target=run_pytest, args=(file, arguments, output.fileno()))
+            process.start()
+            running[process.sentinel] = file, process, output
+        for sentinel in wait(list(running)):
+            file, process, output = running.pop(sentinel)
+            process.join()
+            with output:
+                output.seek(0)
+                yield file, process.exitcode, output.read().decode(errors="replace").strip()
+
+
+def main(arguments: list[str]) -> int:
+    """Run all files and print the results; 0 if all tests passed."""
+    began, totals, failed = time.monotonic(), Counter(), []
+    files = sorted(FOLDER.rglob("test_*.py"))
+    files.sort(key=lambda file: file.name not in START_FIRST)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    for file, code, output in run_files(files, arguments, cores):
+        name, summary = file.relative_to(FOLDER.parent), output.rpartition("\n")[2]
+        if code not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+            failed.append(name)
+            print(output)
+        print(f"{name}: {summary}", flush=True)
+        for count, outcome in re.findall(r"(\d+) (passed|failed|error|skipped)", summary):
+            totals[outcome] += int(count)
+    for name in failed:
+        print(f"FAILED {name}")
+    counts = ", ".join(f"{count} {outcome}" for outcome, count in totals.items())
+    print(f"{counts} in {time.monotonic() - began:.2f}s on {cores} cores")
+    return 1 if failed or not totals["passed"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
