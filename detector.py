@@ -168,6 +168,9 @@ class FrameDecoder(nn.Module):
                   for level, embed in zip(levels, self.level_embed.weight)]
         memory_pos = [to_tokens(sine_position(*level.shape[-2:], level.shape[1], level))
                       for level in levels]
+        sizes = [level.shape[-2:] for level in levels]
+        sources = mask_sources(features, sizes)
+
         x = self.query_feat.weight.expand(len(features), -1, -1)
         query_pos = self.query_embed.weight
         outputs, kernels = [], []
@@ -175,7 +178,7 @@ class FrameDecoder(nn.Module):
             level = index % len(levels)
             outputs.append(self.decoder_norm(x))
             kernels.append(mask_kernel(self.mask_embed(outputs[-1]), mask_features))
-            mask = attention_mask(kernels[-1], features, levels[level].shape[-2:])
+            mask = attention_mask(kernels[-1], sources[level], sizes[level])
             x = layer(x, query_pos, memory[level], memory_pos[level], mask)
         outputs.append(self.decoder_norm(x))
         kernels.append(mask_kernel(self.mask_embed(outputs[-1]), mask_features))
@@ -188,13 +191,29 @@ class FrameDecoder(nn.Module):
 
 
 @torch.no_grad()
-def attention_mask(kernel: Tensor, features: Tensor, size: tuple[int, int]) -> Tensor:
+def mask_sources(features: Tensor, sizes: list[tuple[int, int]]) -> list[Tensor]:
+    """Features (N, C, h, w) from which `attention_mask` computes the masks of each level.
+
+    Usually these are the features themselves: masks are computed at full size, then resized, as
+    upstream. In 16 bit the features are resized instead, once for all layers. Bilinear resizing is
+    linear, so for a mask embedding e and features f, resize(e . f) = e . resize(f) up to rounding.
+    In float32 even rounding is that of upstream, since it decides the sign of logits close to 0.
+    """
+    if features.dtype in (torch.float16, torch.bfloat16):
+        return [resize(features, size) for size in sizes]
+    return [features] * len(sizes)
+
+
+@torch.no_grad()
+def attention_mask(kernel: Tensor, source: Tensor, size: tuple[int, int]) -> Tensor:
     """Masked attention (section 3.2.1): attend to where the last mask is foreground.
 
-    kernel (N, F, C + 1), features (N, C, h, w) -> bool (N, 1, F, pixels of a level of this size),
-    True = must not attend. A query with an empty mask attends everywhere.
+    kernel (N, F, C + 1), source of `mask_sources` -> bool (N, 1, F, pixels of the level), True =
+    must not attend. A query with an empty mask attends everywhere.
     """
-    logits = resize(mask_logits(kernel, features), size)
+    logits = mask_logits(kernel, source)
+    if logits.shape[-2:] != size:
+        logits = resize(logits, size)
     background = logits.flatten(2).sigmoid() < 0.5
     is_empty = background.all(-1, keepdim=True)
     return (background & ~is_empty)[:, None]

@@ -48,7 +48,6 @@ from evaluation.postprocess import (
     instance_mask_logits,
     mask_confidence,
     resize_masks,
-    upsample_masks,
     with_mask_scores,
 )
 from fast import acceleration, video_pipeline
@@ -317,11 +316,11 @@ class GRAttVIS(nn.Module):
         queries, features = video_pipeline.detect_queries(self, frames)
         outputs, tracker_state = video_pipeline.track(self, queries, 1, state.tracker)
         logits, kernels, gates = outputs
-        masks = upsample_masks(mask_logits(kernels, features), size)        # (1, Q, H, W)
-        confidence = self.mask_confidence(masks[0])
+        masks = mask_logits(kernels, features)[0]               # (Q, h, w)
+        confidence = self.mask_confidence(resize_masks(masks, size))
         running = RunningScores(class_probabilities(logits[0]), *confidence).merge(state.scores)
         scores, labels, queries = running.best(top_k)
-        masks = resize_masks(masks[:, queries], output_size or size)[0] > 0
+        masks = resize_masks(masks[queries], size, output_size) > 0
         tracks = FrameTracks(scores, labels, masks, queries, logits[0], gates[0].T[queries])
         return tracks, StepState(size, tracker_state, running)
 

@@ -17,6 +17,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from deform_attn import sample_points, sampling_points  # noqa: E402
+from detector import attention_mask, mask_sources, resize  # noqa: E402
+from evaluation.postprocess import resize_masks  # noqa: E402
 from matcher import append_bias_channel, sample_at  # noqa: E402
 from model import build_model  # noqa: E402
 from transformer import mask_kernel, mask_logits  # noqa: E402
@@ -76,6 +78,36 @@ def masks_of_queries():
     return 2, plain, lambda: mask_logits(mask_kernel(embed, convolution), features)
 
 
+def masks_for_attention():
+    """Attention masks of nine layers: features resized once per level instead of masks."""
+    sizes = [(12, 20), (24, 40), (48, 80)] * 3
+    kernel, features = random(1, QUERIES, CHANNELS + 1), random(1, CHANNELS, *STRIDE_4)
+
+    def plain() -> Tensor:
+        masks = [resize(mask_logits(kernel, features), size) for size in sizes]
+        return torch.cat([mask.flatten(2).sigmoid() < 0.5 for mask in masks], 2)
+
+    def rewritten() -> Tensor:
+        sources = mask_sources(features, sizes[:3]) * 3
+        return torch.cat([attention_mask(kernel, source, size)[:, 0]
+                          for source, size in zip(sources, sizes)], 2)
+
+    return 1, plain, rewritten
+
+
+def masks_at_output_size():
+    """Masks of all queries, enlarged to the frame and to the output."""
+    logits = random(QUERIES, *STRIDE_4)
+    padded = 4 * STRIDE_4[0], 4 * STRIDE_4[1]
+
+    def plain() -> Tensor:
+        large = F.interpolate(logits[None], padded, mode="bilinear", align_corners=False)
+        large = large[..., :FRAME[0], :FRAME[1]]
+        return F.interpolate(large, OUTPUT, mode="bilinear", align_corners=False)[0]
+
+    return 1, plain, lambda: resize_masks(logits, FRAME, OUTPUT)
+
+
 def masks_for_matching():
     """Masks at points for the matching costs of the tracker, a training video of five frames."""
     kernel = random(5, PREDICTIONS * QUERIES, CHANNELS + 1, dtype=torch.float32)
@@ -102,7 +134,8 @@ def main() -> None:
         whole = milliseconds(lambda: model.step(frame, output_size=OUTPUT, top_k=20))
     print(f"torch {torch.__version__}, {DEVICE.type}, {torch.get_num_threads()} threads, {DTYPE}; "
           f"`step` of R-50 at {FRAME[0]}x{FRAME[1]}: {whole:.0f} ms")
-    for rewrite in (deformable_sampling, masks_of_queries, masks_for_matching):
+    for rewrite in (deformable_sampling, masks_of_queries, masks_for_attention,
+                    masks_at_output_size, masks_for_matching):
         times, plain, rewritten = rewrite()
         difference = (plain().float() - rewritten().float()).abs().max().item()
         slow, fast = times * milliseconds(plain), times * milliseconds(rewritten)

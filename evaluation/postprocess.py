@@ -8,6 +8,7 @@ Shape letters are declared in model.py; the instances of a result are counted by
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -141,16 +142,39 @@ def mask_confidence(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 # Masks
 
-def upsample_masks(logits: Tensor, frame_size: tuple[int, int]) -> Tensor:
-    """Mask logits (N, Q, h, w) of padded frames at stride 4 -> (N, Q, H, W), the padding removed."""
-    height, width = frame_size
-    padded = F.interpolate(logits, scale_factor=MASK_STRIDE, mode="bilinear", align_corners=False)
-    return padded[..., :height, :width]
+@lru_cache(maxsize=16)
+def resize_matrix(source: int, side: int, output: int, dtype: torch.dtype,
+                  device: torch.device) -> Tensor:
+    """The matrix (output, source) that resizes mask logits along one side, see `resize_masks`.
+
+    source: logits along the padded side. side: pixels of the frame. output: pixels of the mask.
+    """
+    unit = torch.eye(source, dtype=torch.float64, device=device)[None]
+    padded = F.interpolate(unit, size=MASK_STRIDE * source, mode="linear", align_corners=False)
+    resized = padded[..., :side]
+    if output != side:
+        resized = F.interpolate(resized, size=output, mode="linear", align_corners=False)
+    return resized[0].T.to(dtype)
 
 
-def resize_masks(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """Mask logits (N, Q, H, W) of frames -> (N, Q, *size)."""
-    return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+def resize_masks(logits: Tensor, frame_size: tuple[int, int],
+                 output_size: tuple[int, int] | None = None) -> Tensor:
+    """Mask logits (..., h, w) of padded frames at stride 4 -> (..., *output_size) of the frames.
+
+    Equal to two bilinear resizes, upstream's:
+
+        padded = F.interpolate(logits, scale_factor=4, mode="bilinear")
+        masks = F.interpolate(padded[..., :H, :W], size=output_size, mode="bilinear")
+
+    where (H, W) is frame_size, and output_size None means frame_size. Bilinear resizing is linear
+    and acts on rows and columns separately, so both together are one matrix product per side:
+    masks = R logits C^T. The large intermediate is never made, and a GPU multiplies matrices faster
+    than it interpolates.
+    """
+    rows, columns = (
+        resize_matrix(source, side, output, logits.dtype, logits.device)
+        for source, side, output in zip(logits.shape[-2:], frame_size, output_size or frame_size))
+    return rows @ (logits @ columns.T)
 
 
 def instance_mask_logits(chunks: list[FrameChunk], queries: Tensor,
@@ -166,7 +190,7 @@ def instance_mask_logits(chunks: list[FrameChunk], queries: Tensor,
         kernels = chunk.mask_kernel[:, queries].split(INFERENCE_CHUNK)
         for kernel, features in zip(kernels, chunk.features.split(INFERENCE_CHUNK)):
             logits.append(mask_logits(kernel, features).transpose(0, 1))
-            confidences.append(confidence(upsample_masks(logits[-1], chunk.frame_size)))
+            confidences.append(confidence(resize_masks(logits[-1], chunk.frame_size)))
     mask_sum, mask_area = (torch.cat(parts, 1).sum(1) for parts in zip(*confidences))
     return torch.cat(logits, 1), mask_sum, mask_area
 
@@ -177,8 +201,7 @@ def binary_masks(logits: Tensor, frame_size: tuple[int, int],
     shape = *logits.shape[:2], *output_size
     masks = torch.empty(shape, dtype=torch.bool, device=logits.device)
     for some_logits, some_masks in zip(logits.split(MASK_CHUNK, 1), masks.split(MASK_CHUNK, 1)):
-        frame_masks = upsample_masks(some_logits, frame_size)
-        torch.gt(resize_masks(frame_masks, output_size), 0, out=some_masks)
+        torch.gt(resize_masks(some_logits, frame_size, output_size), 0, out=some_masks)
     return masks
 
 
@@ -211,10 +234,12 @@ class MaskEncoder:
         confidences = []
         for kernel, masks in zip(mask_kernel.split(self.query_chunk),
                                  self.buffer[self.filled].split(self.query_chunk)):
-            logits = mask_logits(kernel[None], features[None])              # (1, Q, h, w)
-            frame_masks = upsample_masks(logits, self.frame_size)
-            confidences.append(self.confidence(frame_masks[0]))
-            torch.gt(resize_masks(frame_masks, self.output_size)[0], 0, out=masks)
+            logits = mask_logits(kernel[None], features[None])[0]
+            resized = resize_masks(logits, self.frame_size)
+            confidences.append(self.confidence(resized))
+            if self.output_size != self.frame_size:
+                resized = resize_masks(logits, self.frame_size, self.output_size)
+            torch.gt(resized, 0, out=masks)
         self.filled += 1
         if self.filled == len(self.buffer):
             self.flush()

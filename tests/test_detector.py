@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import plain_model
-from detector import attention_mask, sine_position
+from detector import attention_mask, mask_sources, sine_position
 from golden_set import relative_error
 from model import build_model
 from plain_model import Weights
@@ -102,17 +102,28 @@ def test_sine_position():
     assert sine_position(2, 2, 8, torch.zeros((), dtype=torch.float16)).dtype == torch.float32
 
 
+# In 16 bit
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_attention_masks(dtype):
+    """Masks are resized; in 16 bit the features are, which is the same up to rounding."""
     torch.manual_seed(0)
     features, kernel = torch.randn(2, 64, 16, 20), torch.randn(2, 3, 64 + 1)
+    sizes = [(2, 3), (4, 5), (8, 10)]
     kernel[0, 0], kernel[1, 2] = 0, 0
     kernel[0, 0, -1], kernel[1, 2, -1] = -1, 1  # an empty and a full mask
-    for size in [(2, 3), (4, 5), (8, 10)]:
+    sources = mask_sources(features.to(dtype), sizes)
+    assert all((source.shape[-2:] == size) == (dtype == torch.bfloat16)
+               for source, size in zip(sources, sizes))
+    for source, size in zip(sources, sizes):
         masks = torch.einsum("nqc,nchw->nqhw", kernel[..., :-1].double(), features.double())
         masks += kernel[:, :, -1:, None].double()
         expected = F.interpolate(masks, size, mode="bilinear", align_corners=False).flatten(2)
-        mask = attention_mask(kernel.to(dtype), features.to(dtype), size)
+        logits = mask_logits(kernel.to(dtype), source)
+        logits = F.interpolate(logits, size, mode="bilinear", align_corners=False).flatten(2)
+        assert logits.dtype == dtype and (logits - expected).norm() / expected.norm() < (
+            1e-6 if dtype == torch.float64 else 1e-2)
+        mask = attention_mask(kernel.to(dtype), source, size)
         assert mask.shape == (2, 1, 3, size[0] * size[1]) and mask.dtype == torch.bool
         blocked = expected < 0
         blocked[0, 0] = False  # an empty mask blocks nothing

@@ -1,9 +1,10 @@
-"""Scores and masks of a video."""
+"""Masks of a video: resized by one matrix product per side, equal to PyTorch's interpolation."""
 
 import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from evaluation.postprocess import (
     RunningScores,
@@ -12,22 +13,43 @@ from evaluation.postprocess import (
     class_probabilities,
     mask_confidence,
     resize_masks,
-    upsample_masks,
     with_mask_scores,
 )
 
 
-def test_masks_are_resized_by_hand():
-    """A ramp stays a ramp: pixel x of the padded frame has its centre at (x + 0.5) / 4 - 0.5."""
-    ramp = torch.arange(16, dtype=torch.float64).expand(1, 2, 12, 16)
-    upsampled = upsample_masks(ramp, (40, 56))
-    expected = ((torch.arange(56) + 0.5) / 4 - 0.5).clamp(0, 15)
-    assert upsampled.shape == (1, 2, 40, 56)
-    torch.testing.assert_close(upsampled, expected.double().expand(1, 2, 40, 56))
+@pytest.mark.parametrize(
+    "size, output",
+    [
+        ((40, 56), None),
+        ((40, 56), (40, 56)),
+        ((33, 60), (80, 112)),
+        ((40, 64), (25, 31)),
+        ((64, 64), (200, 1)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "dtype, error", [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)], ids=str
+)
+def test_resizing_is_bilinear(size, output, dtype, error):
+    """To the padded frame, of which the frame is cut out, then to the output.
 
-    resized = resize_masks(upsampled, (20, 28))             # the mean of the two central pixels
-    torch.testing.assert_close(resized[0, 0, 0], upsampled[0, 0, 0].unflatten(0, (28, 2)).mean(1))
-    assert torch.equal(resize_masks(upsampled, (40, 56)), upsampled)
+    PyTorch's own steps, in float64.
+    """
+    torch.manual_seed(0)
+    logits = torch.randn(3, 2, 16, 16, dtype=torch.float64)
+    expected = F.interpolate(logits, size=(64, 64), mode="bilinear", align_corners=False)[
+        ..., : size[0], : size[1]
+    ]
+    if output:
+        expected = F.interpolate(expected, size=output, mode="bilinear", align_corners=False)
+    found = resize_masks(logits.to(dtype), size, output)
+    assert found.dtype == dtype and found.shape == (3, 2, *(output or size))
+    assert (found - expected).norm() / expected.norm() < error
+    if dtype == torch.float64:
+        torch.testing.assert_close(
+            resize_masks(logits[1, 1], size, output), found[1, 1]
+        )  # any number of masks
 
 
 def test_mask_confidence_is_a_loop():
