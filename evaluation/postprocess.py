@@ -133,8 +133,8 @@ def mask_confidence(logits: Tensor) -> tuple[Tensor, Tensor]:
 
     Their ratio over all frames of a video is the mask score.
     """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    probabilities = F.threshold(logits.sigmoid(), 0.5, 0)
+    probabilities = logits.to(torch.promote_types(logits.dtype, torch.float32)).sigmoid()
+    probabilities = F.threshold(probabilities, 0.5, 0, inplace=True)
     mask_sum = probabilities.sum((-2, -1))
     # A sum of bools would convert them all to integers first.
     return mask_sum, probabilities.ceil_().sum((-2, -1)).long()
