@@ -2,6 +2,7 @@
 
     python data.py                              # writes datasets/synthetic (train and valid)
     python data.py --root /data/mine --videos 1000 --height 192 --width 320 --seed 7
+    python data.py --from-masks masks --images frames --root datasets/mine    # your own videos
 
 A data set is a JSON file (see reading/annotations.py) and a folder of frames. clips.py samples
 training clips from it. Upstream: vita/data/datasets/ytvis.py and convert_coco2ytvis.py.
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from augmentation import short_side_size
 from reading.annotations import read_annotations, read_categories
+from reading.id_masks import convert, read_classes
 from reading.ids import EntryName, Id, id_key, id_order
 from reading.masks import read_mask, to_rle
 from reading.pictures import read_picture
@@ -312,23 +314,51 @@ def parse_arguments() -> argparse.Namespace:
                         help="objects per video (default: the suite's, 1 4 for easy)")
     parser.add_argument("--seed", type=int, default=0,
                         help="the same seed gives the same data set, pixel by pixel")
-    return parser.parse_args()
+    own = parser.add_argument_group(
+        "your own videos", "convert frames and mask images of instance ids (reading/id_masks.py)")
+    own.add_argument("--from-masks", type=Path, metavar="FOLDER",
+                     help="one folder of mask images per video, one value per instance")
+    own.add_argument("--images", type=Path, metavar="FOLDER",
+                     help="one folder of frames, or one video file, per video")
+    own.add_argument("--classes", type=Path, metavar="CSV",
+                     help="columns video, instance and class (default: one class, --class-name)")
+    own.add_argument("--class-name", default="object", help="class of all instances")
+    own.add_argument("--valid-share", type=float, default=0.2, metavar="SHARE",
+                     help="of the videos, to be held out")
+    own.add_argument("--ignore-ids", type=int, nargs="*", default=[], metavar="ID",
+                     help="values that are no instance, beside 0")
+    args = parser.parse_args()
+    if args.from_masks and not args.images:
+        parser.error("--from-masks needs --images, the folder of the frames")
+    if not 0 <= args.valid_share <= 1:
+        parser.error("--valid-share must be between 0 and 1")
+    return args
 
 
 def main() -> None:
-    """Write the synthetic data set as the command line says."""
+    """Write the data set that the command line describes."""
+    args = parse_arguments()
+    with cli_errors():
+        if args.from_masks:
+            classes = read_classes(args.classes, args.class_name)
+            convert(args.images, args.from_masks, Path(args.root), classes, args.valid_share,
+                    args.ignore_ids, args.seed)
+        else:
+            make_synthetic(args)
+
+
+def make_synthetic(args: argparse.Namespace) -> None:
+    """Write the synthetic data set."""
     # Imported here, so that loading real data does not depend on the renderer.
     from synthetic.suites import SUITES, make_dataset
-    args = parse_arguments()
     suite = SUITES[args.suite]
     frames = suite.frames if args.frames is None else args.frames
     objects = tuple(args.objects or suite.objects)
-    with cli_errors():
-        try:
-            make_dataset(args.root, args.videos, args.valid_videos, frames, args.height, args.width,
-                         objects, args.seed, suite.difficulty)
-        except ValueError as error:
-            raise InputError(str(error)) from error
+    try:
+        make_dataset(args.root, args.videos, args.valid_videos, frames, args.height, args.width,
+                     objects, args.seed, suite.difficulty)
+    except ValueError as error:
+        raise InputError(str(error)) from error
 
 
 if __name__ == "__main__":

@@ -1,0 +1,170 @@
+"""Converts frames and one mask image per frame to a data set in the YouTube-VIS format.
+
+    python data.py --from-masks MASKS --images FRAMES --root datasets/mine --classes classes.csv
+
+    FRAMES/VIDEO/NAME.jpg        frames of a video (or FRAMES/VIDEO.mp4, read with ffmpeg)
+    MASKS/VIDEO/NAME.png         the mask image of a frame: one value per instance, 0 = background
+    classes.csv                  columns video, instance, class; without it, one class for all
+
+Values are grey values (8 or 16 bits), palette indices, or colours (each colour is an instance, with
+the number red + 256 green + 65536 blue). DAVIS, SAM 2 tools, CVAT, label editors and demo.py (ids/)
+write such images. A value is the same instance in all frames of a video. Frames without a mask
+image are left out. Writes ROOT/train.json, ROOT/train/, ROOT/valid.json and ROOT/valid/.
+"""
+import csv
+import os
+import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from pycocotools import mask as rle
+from tqdm import tqdm
+
+from reading.pictures import check_pixels, open_picture
+from reading.videos import read_video
+from runtime.errors import InputError
+from runtime.files import save_json
+
+ALL_VIDEOS = "*"  # key of the class that holds for every instance
+
+
+def convert(frames: Path, masks: Path, root: Path, classes: dict[tuple[str, int], str],
+            valid_share: float, ignored: list[int], seed: int) -> None:
+    """Write a data set to `root`, which must not exist yet. Videos are split at random by `seed`.
+
+    classes: {(video, instance): class}, or {("*", 0): class} for all. valid_share: of the videos,
+    0..1. ignored: values that are no instance, such as 255 for borders.
+    """
+    if root.exists():
+        raise InputError(f"{root} exists: choose another folder")
+    folders = sorted(masks.iterdir()) if masks.is_dir() else []
+    videos = [folder.name for folder in folders if folder.is_dir()]
+    if not videos:
+        raise InputError(f"{masks} holds no folders of mask images, one for each video")
+    valid = random.Random(seed).sample(videos, round(valid_share * len(videos)))
+    splits = {"train": [video for video in videos if video not in valid], "valid": sorted(valid)}
+    partial = root.with_name(f"{root.name}.part")
+    try:
+        for split, chosen in splits.items():
+            (partial / split).mkdir(parents=True)
+            content = {"categories": [], "videos": [], "annotations": []}
+            for number, name in enumerate(sorted(set(classes.values())), 1):
+                content["categories"].append({"id": number, "name": name})
+            for video in tqdm(chosen, desc=split, unit="video", disable=None):
+                add_video(content, video, frames, masks, partial / split, classes, ignored)
+            save_json(partial / f"{split}.json", content, indent=None)
+            print(f"{root / split}.json: {len(chosen)} videos, {len(content['annotations'])} "
+                  f"instances, {len(content['categories'])} classes")
+        partial.rename(root)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def add_video(content: dict, video: str, frames: Path, masks: Path, output: Path,
+              classes: dict[tuple[str, int], str], ignored: list[int]) -> None:
+    """Append a video and its instances to an annotation file, and put its frames into `output`."""
+    pairs = list(pair_frames(frames, masks / video, output / video))
+    instances, (height, width) = read_instances([image for _, image in pairs])
+    category_ids = {category["name"]: category["id"] for category in content["categories"]}
+    number = len(content["videos"]) + 1
+    content["videos"].append({
+        "id": number, "height": height, "width": width, "length": len(pairs),
+        "file_names": [f"{video}/{frame.name}" for frame, _ in pairs]})
+    for instance in sorted(instances.keys() - {0, *ignored}):
+        content["annotations"].append({
+            "id": len(content["annotations"]) + 1, "video_id": number,
+            "category_id": category_ids[class_of(classes, video, instance)],
+            "segmentations": instances[instance]})
+
+
+def read_classes(path: Path | None, default: str) -> dict[tuple[str, int], str]:
+    """{(video, instance): class} of a CSV file with the columns video, instance and class."""
+    if path is None:
+        return {(ALL_VIDEOS, 0): default}
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            rows = list(csv.DictReader(file))
+        return {(row["video"], int(row["instance"])): row["class"] for row in rows}
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path} is not a CSV file with the columns video, instance (a whole "
+                         f"number) and class: {error}") from error
+
+
+def class_of(classes: dict[tuple[str, int], str], video: str, instance: int) -> str:
+    """The class of an instance. InputError if none is given."""
+    try:
+        return classes.get((ALL_VIDEOS, 0)) or classes[video, instance]
+    except KeyError as error:
+        raise InputError(f"the classes do not list instance {instance} of video {video}, whose mask "
+                         "images contain it") from error
+
+
+def pair_frames(frames: Path, masks: Path, output: Path) -> Iterator[tuple[Path, Path]]:
+    """Put the frames of a video into `output`; yield (frame there, mask image) in order.
+
+    Frames are hard links if possible, else copies. Those of a video file are written as JPEG, and
+    belong to the mask images in the order of their names.
+    """
+    images = {path.stem: path for path in sorted(masks.iterdir()) if not path.name.startswith(".")}
+    output.mkdir(parents=True)
+    folder = frames / masks.name
+    if folder.is_dir():
+        found = {path.stem: path for path in sorted(folder.iterdir())}
+        pairs = [(found[stem], image) for stem, image in images.items() if stem in found]
+        if not pairs:
+            raise InputError(f"no frame in {folder} has the name of a mask image in {masks}")
+        for frame, image in pairs:
+            link_or_copy(frame, output / frame.name)
+            yield output / frame.name, image
+        return
+    files = [path for path in sorted(frames.glob(f"{masks.name}.*")) if path.is_file()]
+    if not files:
+        raise InputError(f"{frames} holds neither a folder nor a video file named {masks.name}")
+    count = 0
+    for count, picture in enumerate(read_video(["-i", f"file:{files[0]}"], str(files[0])), 1):
+        if count > len(images):
+            break
+        target = output / f"{count - 1:05d}.jpg"
+        picture.save(target, quality=95)
+        yield target, list(images.values())[count - 1]
+    if count != len(images):
+        raise InputError(f"{files[0]} has another number of frames than there are mask images in "
+                         f"{masks} ({len(images)})")
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """A hard link, which takes no space, or a copy where links are not possible."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def read_instances(images: list[Path]) -> tuple[dict[int, list], tuple[int, int]]:
+    """{value: T run-length codes, None = not in this frame} of mask images, and their size."""
+    codes, size = {}, None
+    for t, image in enumerate(images):
+        ids = read_ids(image)
+        if size not in (None, ids.shape):
+            raise InputError(f"{image} is {ids.shape[1]}x{ids.shape[0]}, the mask images before it "
+                             f"{size[1]}x{size[0]}")
+        size = ids.shape
+        for value in np.unique(ids).tolist():
+            code = rle.encode(np.asfortranarray(ids == value, dtype=np.uint8))
+            codes.setdefault(value, [None] * len(images))[t] = {
+                "size": list(size), "counts": code["counts"].decode()}
+    return codes, size
+
+
+def read_ids(path: Path) -> np.ndarray:
+    """Instance numbers (H, W) of a mask image: grey values, palette indices, or colours."""
+    with open_picture(path) as picture:
+        check_pixels(picture.height, picture.width, f"mask image {path}")
+        if picture.mode in ("1", "L", "P") or picture.mode.startswith("I"):
+            return np.asarray(picture).astype(np.int64)
+        colours = np.asarray(picture.convert("RGB")).astype(np.int64)
+        return colours @ np.array([1, 256, 65536])

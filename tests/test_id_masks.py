@@ -1,0 +1,137 @@
+"""Data sets from mask images: every format, compared with the masks that were drawn."""
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as rle
+
+from data import VideoSet, find_split
+from reading.id_masks import convert, read_classes, read_ids
+from runtime.errors import InputError
+
+SIZE = (24, 40)
+CLASSES = {("a", 3): "cat", ("a", 200): "dog", ("b", 3): "dog", ("c", 9): "cat"}
+VIDEOS = {"a": (3, 200), "b": (3,), "c": (9,)}
+
+
+def ids_of(video, t):
+    """(H, W): a square per instance, which moves; the last instance is absent in frame 1."""
+    ids = np.zeros(SIZE, dtype=np.int64)
+    for number, instance in enumerate(VIDEOS[video]):
+        if t != 1 or instance != VIDEOS[video][-1]:
+            ids[2 + 10 * number:10 + 10 * number, 4 + t:12 + t] = instance
+    return ids
+
+
+def save(ids, path, kind):
+    if kind == "grey":
+        picture = Image.fromarray(ids.astype(np.uint8))
+    elif kind == "grey, 16 bits":
+        picture = Image.fromarray(ids.astype(np.uint16))
+    elif kind == "palette":
+        picture = Image.fromarray(ids.astype(np.uint8), mode="P")
+        picture.putpalette(np.random.default_rng(0).integers(0, 256, 768).tolist())
+    else:
+        picture = Image.fromarray(np.stack((ids, 0 * ids, 0 * ids), 2).astype(np.uint8))
+    picture.save(path)
+
+
+def write(folder, kind="grey"):
+    for video in VIDEOS:
+        (folder / "frames" / video).mkdir(parents=True)
+        (folder / "masks" / video).mkdir(parents=True)
+        for t in range(3):
+            Image.new("RGB", SIZE[::-1], (90 * t, 0, 0)).save(folder / f"frames/{video}/{t:03d}.jpg")
+            save(ids_of(video, t), folder / f"masks/{video}/{t:03d}.png", kind)
+
+
+@pytest.mark.parametrize("kind", ["grey", "grey, 16 bits", "palette", "colours"])
+def test_a_data_set_has_the_masks_that_were_drawn(tmp_path, kind):
+    write(tmp_path, kind)
+    convert(tmp_path / "frames", tmp_path / "masks", tmp_path / "set", CLASSES, 0.34, [], seed=0)
+    seen = {}
+    for split in ("train", "valid"):
+        videos = VideoSet(*find_split(tmp_path / "set", split))
+        names = [name for _, name in videos.categories]
+        assert names == ["cat", "dog"]
+        for video in videos.videos:
+            name = video.files[0].parent.name
+            assert [file.name for file in video.files] == ["000.jpg", "001.jpg", "002.jpg"]
+            for entry, instance in zip(video.annotations, VIDEOS[name], strict=True):
+                assert names[entry["label"]] == CLASSES[name, instance]
+                for t, segmentation in enumerate(entry["segmentations"]):
+                    expected = ids_of(name, t) == instance
+                    if segmentation:
+                        assert np.array_equal(rle.decode(segmentation), expected)
+                    else:
+                        assert not expected.any()
+            seen[name] = split
+    assert sorted(seen) == ["a", "b", "c"] and list(seen.values()).count("valid") == 1
+
+
+def test_values_that_are_no_instances_and_frames_without_masks(tmp_path):
+    write(tmp_path)
+    (tmp_path / "masks/a/001.png").unlink()
+    classes = {key: name for key, name in CLASSES.items() if key != ("a", 200)}
+    convert(tmp_path / "frames", tmp_path / "masks", tmp_path / "set", classes, 0, [200], seed=0)
+    content = json.loads((tmp_path / "set/train.json").read_text())
+    assert [len(video["file_names"]) for video in content["videos"]] == [2, 3, 3]
+    assert len(content["annotations"]) == 3
+    assert json.loads((tmp_path / "set/valid.json").read_text())["videos"] == []
+
+
+def test_large_instance_numbers(tmp_path):
+    ids = np.array([[0, 255, 256, 65535]])
+    save(ids, tmp_path / "ids.png", "grey, 16 bits")
+    assert read_ids(tmp_path / "ids.png").tolist() == ids.tolist()
+
+
+def test_classes_of_a_csv_file(tmp_path):
+    with open(tmp_path / "classes.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("video", "instance", "class"), ("a", 3, "caf\u00e9, small")])
+    assert read_classes(tmp_path / "classes.csv", "object") == {("a", 3): "caf\u00e9, small"}
+    (tmp_path / "classes.csv").write_text("video,class\na,cat\n")
+    with pytest.raises(InputError, match="columns video, instance"):
+        read_classes(tmp_path / "classes.csv", "object")
+
+
+def break_size(folder):
+    Image.new("L", (7, 7)).save(folder / "masks/a/002.png")
+
+
+def break_frames(folder):
+    shutil.rmtree(folder / "frames/b")
+
+
+def break_names(folder):
+    for file in (folder / "frames/b").iterdir():
+        file.rename(file.with_name(f"x{file.name}"))
+
+
+def break_image(folder):
+    (folder / "masks/c/000.png").write_bytes(b"no picture")
+
+
+@pytest.mark.parametrize("damage, message", [
+    (break_size, "002.png is 7x7, the mask images before it 40x24"),
+    (break_frames, "neither a folder nor a video file named b"),
+    (break_names, "no frame in .* has the name of a mask image"),
+    (break_image, "000.png cannot be read"),
+])
+def test_errors_are_told_and_leave_nothing(tmp_path, damage, message):
+    write(tmp_path)
+    damage(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(InputError, match=message):
+        convert(tmp_path / "frames", tmp_path / "masks", tmp_path / "set", CLASSES, 0, [], seed=0)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_an_instance_without_a_class(tmp_path):
+    write(tmp_path)
+    classes = {key: name for key, name in CLASSES.items() if key[0] != "b"}
+    with pytest.raises(InputError, match="do not list instance 3 of video b"):
+        convert(tmp_path / "frames", tmp_path / "masks", tmp_path / "set", classes, 0, [], seed=0)
