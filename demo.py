@@ -10,7 +10,8 @@
 
 Video files and cameras need ffmpeg, version 4 or newer. The folder --output is created when all
 results are complete: frames/ (overlays as PNG), overlay.webp (shrunk for long and large videos),
-overlay.png (a sheet), overlay.mp4 (with ffmpeg), masks/ (a folder of PNGs per track) and
+overlay.png (a sheet), overlay.mp4 (with ffmpeg), masks/ (a folder of PNGs per track), ids/ (one
+PNG per frame, whose palette indices are track ids plus 1, as `data.py --from-masks` reads them) and
 results.json. Scores are those of the whole video; with --live, of the frames so far.
 """
 import argparse
@@ -47,7 +48,7 @@ from runtime.flags import at_least
 from synthetic.rendering import make_video
 from synthetic.suites import HEIGHT, SUITES, WIDTH
 from tracker import PROPAGATIONS
-from viewing.overlays import best_labels, name_to_draw, overlays, save_pictures
+from viewing.overlays import best_labels, colour_of, name_to_draw, overlays, save_pictures
 from viewing.plots import plot_timeline, require_matplotlib
 
 SCENES = ("occlusion:0", "occlusion:4", "occlusion:6")  # the default sources
@@ -365,6 +366,7 @@ def write(folder: Path, source: str, result: EncodedVideo, size: tuple[int, int]
             "segmentations": codes,
             "gates_open": result.gates[index].tolist(),
         })
+    write_ids(folder / "ids", tracks, size, count)
     save_json(folder / "results.json", {
         "source": source,
         "height": size[0],
@@ -394,6 +396,25 @@ def write_masks(folder: Path, codes: list[dict]) -> None:
     folder.mkdir(parents=True)
     for t, code in enumerate(codes):
         Image.fromarray(rle.decode(code) * 255).save(folder / f"{t:05d}.png")
+
+
+def write_ids(folder: Path, tracks: list[dict], size: tuple[int, int], count: int) -> None:
+    """Write one PNG per frame with track ids plus 1 as palette indices, 0 = background.
+
+    tracks: best first. Where masks overlap, the better track is visible. Ids too large for a
+    palette become grey values of 16 bits.
+    """
+    folder.mkdir()
+    large = any(track["track_id"] >= 255 for track in tracks)
+    palette = [0, 0, 0, *(value for track in range(255) for value in colour_of(track))]
+    for t in range(count):
+        ids = np.zeros(size, dtype=np.uint16 if large else np.uint8)
+        for track in reversed(tracks):
+            ids[rle.decode(track["segmentations"][t]).astype(bool)] = track["track_id"] + 1
+        picture = Image.fromarray(ids)
+        if not large:
+            picture.putpalette(palette)  # mode P
+        picture.save(folder / f"{t:05d}.png")
 
 
 def read_again(source: str, size: tuple[int, int], count: int) -> Iterator[np.ndarray]:

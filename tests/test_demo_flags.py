@@ -12,6 +12,7 @@ import numpy
 import pytest
 import torch
 from PIL import Image
+from pycocotools import mask as rle
 
 import demo
 from checkpoint import save_checkpoint
@@ -186,6 +187,14 @@ def test_flag_score(run, seen, tmp_path):
         run("--score", least, "--output", output)
         assert [track["score"] for track in read_results(output)["tracks"]] == scores[:count]
         assert len(list(output.glob("masks/*"))) == count
+    # One picture of ids per frame; the best track is on top.
+    results = read_results(tmp_path / "2")
+    for t in range(results["frames"]):
+        expected = numpy.zeros((results["height"], results["width"]), dtype=int)
+        for track in results["tracks"][::-1]:
+            expected[rle.decode(track["segmentations"][t]) > 0] = track["track_id"] + 1
+        with Image.open(tmp_path / f"2/ids/{t:05d}.png") as picture:
+            assert picture.mode == "P" and numpy.array_equal(numpy.asarray(picture), expected)
 
 
 def test_flag_output(run, tmp_path, monkeypatch, folder):
