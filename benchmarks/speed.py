@@ -90,7 +90,8 @@ def floor(preset: str, size: tuple[int, int], args: argparse.Namespace) -> None:
         choose_amp(args.amp, DEVICE)[0],
     )
     with FlopCounterMode(display=False) as counter:
-        model.tracker(model.detect(model.prepare(make_video(1, *size))).queries[:, None])
+        queries = model.detect(model.prepare(make_video(1, *size))).queries
+        model.tracker(queries[:, None, None])
     side = 8192 if CUDA else 2048
     large = torch.randn(side, side, device=DEVICE, dtype=dtype)
     rate, work = 2 * side ** 3 / seconds(lambda: large @ large, 9)[4], counter.get_total_flops()

@@ -330,15 +330,16 @@ def test_scores_by_hand(model):
     class_scores = numpy.exp(video.logits.numpy())
     class_scores = (class_scores / class_scores.sum(-1, keepdims=True))[..., :-1].max(0)  # (Q, K)
 
-    state, inside = None, [[] for _ in range(20)]
+    state, inside, embeds = None, [[] for _ in range(20)], []
+    model.tracker.mask_embed.register_forward_hook(lambda *args: embeds.append(args[-1]))
     for t, frame in enumerate(frames):
         with torch.no_grad():
             images = model.prepare([frame])
             output = model.detect(images)
-            prediction, state = model.tracker(output.queries[:, None], state)
+            (prediction,), state = model.tracker(output.queries[:, None, None], state)
             torch.testing.assert_close(prediction.logits[-1][0, 0], video.logits[t])
             features = model.tracker.mask_features(output.features)[0]  # as the paper has it
-            logits = (prediction.mask_embed[-1][0, 0] @ features.flatten(1)).view(1, 20, 16, 16)
+            logits = (embeds[-1][-1, -1, 0, 0] @ features.flatten(1)).view(1, 20, 16, 16)
             logits = F.interpolate(logits, images.shape[-2:], mode="bilinear")[
                 0, :, :HEIGHT, :WIDTH
             ].numpy()
@@ -487,9 +488,9 @@ def test_the_last_clip_of_a_training_step_may_be_shorter():
     with torch.no_grad():
         output = model([make_frames(3)])
         queries = output.frames.queries[:, None]  # (L, B, T, F, C)
-        first, state = model.tracker(queries[:, :, :2])
-        last, _ = model.tracker(queries[:, :, 2:], state)
-        forgetful, _ = model.tracker(queries[:, :, 2:])
+        (first,), state = model.tracker(queries[:, :, None, :2])
+        (last,), _ = model.tracker(queries[:, :, None, 2:], state)
+        (forgetful,), _ = model.tracker(queries[:, :, None, 2:])
     for prediction, expected in zip(output.clips, (first, last), strict=True):
         torch.testing.assert_close(prediction.logits[-1], expected.logits[-1])
     assert not torch.allclose(output.clips[1].logits[-1], forgetful.logits[-1])

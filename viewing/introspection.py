@@ -79,7 +79,7 @@ def record_sampling(record: AttentionRecord, name: str, module: DeformableAttent
 def record_gates(record: AttentionRecord, name: str, module: Tracker, inputs: tuple,
                  output: tuple) -> None:
     predictions, _ = output
-    for prediction in predictions if isinstance(predictions, list) else [predictions]:
+    for prediction in predictions:
         if prediction.gate_logits:
             record.gate_logits.append(torch.stack(prediction.gate_logits).detach().cpu())
 
