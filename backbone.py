@@ -129,7 +129,7 @@ class DetectorWindowAttention(ShiftedWindowAttention):
         x = x.reshape(batch * rows * columns, window * window, channels)
 
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)              # (N * windows, heads, tokens, C)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)         # (N * windows, heads, tokens, C')
         bias = self.get_relative_position_bias()                        # (1, heads, tokens, tokens)
         if shift:
             wrapped = wrapped_pairs(rows, columns, window, shift, x.device)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from deform_attn import sample_points, sampling_points  # noqa: E402
+from deform_attn import sampling_locations, weighted_samples  # noqa: E402
 from matcher import append_bias_channel, sample_at  # noqa: E402
 from model import build_model  # noqa: E402
 from transformer import mask_kernel, mask_logits  # noqa: E402
@@ -51,7 +51,7 @@ def deformable_sampling():
     value = random(1, pixels, heads, CHANNELS // heads, dtype=torch.float32)
     offsets = random(1, pixels, heads, 3, 4, 2, dtype=torch.float32)
     logits = random(1, pixels, heads, 12, dtype=torch.float32)
-    locations, weights = sampling_points(levels, offsets, logits)
+    locations, weights = sampling_locations(levels, offsets, logits)
 
     def plain() -> Tensor:
         total, parts = 0, value.split([height * width for height, width in levels], 1)
@@ -62,7 +62,7 @@ def deformable_sampling():
             total = total + (samples * weights[0, :, :, level].transpose(0, 1)[:, None]).sum(-1)
         return total.permute(2, 0, 1).flatten(1)[None]
 
-    return 6, plain, lambda: sample_points(value, levels, locations, weights)
+    return 6, plain, lambda: weighted_samples(value, levels, locations, weights)
 
 
 def masks_of_queries():
