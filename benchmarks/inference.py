@@ -28,7 +28,7 @@ from data import VideoSet  # noqa: E402
 from deform_attn import implementation  # noqa: E402
 from evaluation import postprocess  # noqa: E402
 from evaluation.inference import FrameBatches, segment_videos, to_entries  # noqa: E402
-from evaluation.postprocess import mask_confidence, resize_masks, upsample_masks  # noqa: E402
+from evaluation.postprocess import mask_score_parts, resize_masks, upsample_masks  # noqa: E402
 from evaluation.run_length import encode, encode_counts  # noqa: E402
 from fast import video_pipeline  # noqa: E402
 from model import build_model  # noqa: E402
@@ -226,7 +226,7 @@ def speed(videos: int, frames: int, chunk: int, workers: int) -> None:
             for kernels, feature in zip(kernel, features):
                 logits = mask_logits(kernels[None], feature[None])
                 frame_masks = upsample_masks(logits, (HEIGHT, WIDTH))
-                mask_confidence(frame_masks[0])
+                mask_score_parts(frame_masks[0])
                 encode_counts(resize_masks(frame_masks, OUTPUT)[0] > 0)
 
         stages = {

@@ -23,7 +23,7 @@ from pycocotools import mask as rle
 from torchvision.models.resnet import BasicBlock, ResNet
 
 import plain_model
-from fast.acceleration import compile_parts, hold_frozen
+from fast.acceleration import cast_frozen_weights, compile_parts
 from fast.video_pipeline import VideoPipeline
 from model import PIXEL_MEAN, PIXEL_STD, PRESETS, TEST_SIDES, GRAttVIS, build_model
 from test_detector import randomised
@@ -638,7 +638,7 @@ def test_weights_cast_once_are_those_of_autocast(frozen):
 
     expected = run()
     if frozen:
-        hold_frozen(model, torch.bfloat16)
+        cast_frozen_weights(model, torch.bfloat16)
     else:
         assert not model.train().accelerate(torch.bfloat16).training  # it is for inference alone
     assert model.backbone.conv1.weight.dtype == torch.bfloat16
