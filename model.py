@@ -186,7 +186,7 @@ class GRAttVIS(nn.Module):
     def decode(self, maps: list[Tensor]) -> tuple[list[tuple[Tensor, Tensor]], Tensor, Tensor]:
         """The backbone's feature maps -> the fields of FrameOutput.
 
-        Speed: apart from `detect`, because torch.compile takes both decoders as one unit.
+        Speed: a method of its own, because torch.compile takes both decoders as one unit.
         """
         levels, features = self.pixel_decoder(maps)
         features = acceleration.cast_for_autocast(features)   # Speed: once, as many layers read it
@@ -198,13 +198,14 @@ class GRAttVIS(nn.Module):
 
     def forward(self, videos: list[Tensor]) -> TrainingOutput:
         """Predictions for B videos, uint8 (T, 3, H, W) each; T is the same, H and W may differ."""
-        batch, length = len(videos), len(videos[0]) if videos else 0
+        batch = len(videos)
+        length = len(videos[0]) if videos else 0
         if any(len(video) != length for video in videos):
             raise ValueError("all videos of a batch need the same number of frames, not "
                              f"{[len(video) for video in videos]}")
         images = self.prepare_videos(videos)
         size = tuple(images.shape[-2:])
-        frames = acceleration.detect_in_chunks(self, images)    # Memory: a frozen one
+        frames = acceleration.detect_in_chunks(self, images)    # Memory: in chunks, if frozen
         del images                                              # Memory: before the tracker runs
         queries = frames.queries.unflatten(1, (batch, length))  # (L, B, T, F, C)
         predictions, state = [], None
@@ -260,9 +261,10 @@ class GRAttVIS(nn.Module):
         clip_length = min(clip_length, len(frame_queries))
         clips = frame_queries.unflatten(0, (-1, clip_length))   # (G, U, F, C)
         predictions, state = self.tracker(clips[None, None], state)
-        stream = (-1, 0)                                        # last detector layer, only video
-        logits = torch.stack([clip.logits[-1][stream] for clip in predictions])
-        kernels = torch.stack([clip.mask_kernel[-1][stream] for clip in predictions])
+        stream = (-1, 0)                       # of L and B: the last detector layer, the only video
+        last = -1                              # of the D decoder layers
+        logits = torch.stack([clip.logits[last][stream] for clip in predictions])
+        kernels = torch.stack([clip.mask_kernel[last][stream] for clip in predictions])
         gates = [layer[stream] for clip in predictions for layer in clip.gate_logits]
         if gates:
             gates = torch.stack(gates).unflatten(0, (len(clips), -1))   # (G, D, Q)
