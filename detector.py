@@ -24,7 +24,8 @@ def sine_position(height: int, width: int, channels: int, like: Tensor) -> Tenso
     The first half of the channels encodes y, the second half x; positions are normalised to
     (0, 2 pi]. The dtype is that of `like`, but at least float32.
     """
-    dtype, device = torch.promote_types(like.dtype, torch.float32), like.device
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    device = like.device
     half = channels // 2
     pair = torch.arange(half, dtype=dtype, device=device).div(2, rounding_mode="floor")
     wavelength = 10000 ** (2 * pair / half)
@@ -37,7 +38,8 @@ def sine_position(height: int, width: int, channels: int, like: Tensor) -> Tenso
 
     y = encode(height)[:, None].expand(height, width, half)
     x = encode(width)[None].expand(height, width, half)
-    return torch.cat((y, x), 2).permute(2, 0, 1)[None]
+    position = torch.cat((y, x), 2)                                     # (height, width, channels)
+    return position.permute(2, 0, 1)[None]
 
 
 def to_tokens(maps: Tensor) -> Tensor:
@@ -60,7 +62,8 @@ class DeformableEncoderLayer(nn.Module):
         self.feed_forward = FeedForward(channels, feed_forward)
 
     def forward(self, x: Tensor, position: Tensor, level_shapes: list[tuple[int, int]]) -> Tensor:
-        x = self.norm(x + self.attention(x + position, x, level_shapes))
+        attended = self.attention(x + position, x, level_shapes)
+        x = self.norm(x + attended)
         return self.feed_forward(x)
 
 
@@ -101,8 +104,8 @@ class PixelDecoder(nn.Module):
         dtype = torch.promote_types(res2.dtype, torch.float32)
         tokens, positions, level_shapes = [], [], []
         projections = zip((res5, res4, res3), self.input_proj, self.level_embed)
-        for features, projection, embed in projections:
-            projected = projection(features).to(dtype)
+        for backbone_map, projection, embed in projections:
+            projected = projection(backbone_map).to(dtype)
             channels, height, width = projected.shape[1:]
             sine = sine_position(height, width, channels, projected)
             tokens.append(to_tokens(projected))
@@ -112,7 +115,8 @@ class PixelDecoder(nn.Module):
         position = torch.cat(positions, 1)  # added to the queries of attention, not to the values
         for layer in self.layers:
             x = checkpointed(self.recompute, layer, x, position, level_shapes)
-        levels = x.transpose(1, 2).split([height * width for height, width in level_shapes], 2)
+        sizes = [height * width for height, width in level_shapes]
+        levels = x.transpose(1, 2).split(sizes, 2)                      # (N, C, pixels of a level)
         levels = [level.unflatten(2, shape) for level, shape in zip(levels, level_shapes)]
         return levels, checkpointed(self.recompute, self.fpn_step, levels[-1], res2)
 
@@ -165,21 +169,21 @@ class FrameDecoder(nn.Module):
         prediction is class logits (N, F, K + 1) and mask kernels (N, F, C + 1), see `mask_kernel`.
         In training there is one before the first layer and one after each, otherwise only the last.
         """
-        memory, memory_pos = [], []
+        inputs = []  # of each level: memory, its positions, size
         for level, embed in zip(levels, self.level_embed.weight):
             channels, height, width = level.shape[1:]
-            sine = sine_position(height, width, channels, level)
-            memory.append(to_tokens(level) + embed)
-            memory_pos.append(to_tokens(sine))
+            memory = to_tokens(level) + embed
+            memory_pos = to_tokens(sine_position(height, width, channels, level))
+            inputs.append((memory, memory_pos, (height, width)))
         x = self.query_feat.weight.expand(len(features), -1, -1)
         query_pos = self.query_embed.weight
-        output, kernel = self.head(x, mask_projection)
+        output, kernel = self.mask_head(x, mask_projection)
         outputs, kernels = [output], [kernel]
         for index, layer in enumerate(self.layers):
-            level = index % len(levels)
-            mask = attention_mask(kernel, features, levels[level].shape[-2:])
-            x = layer(x, query_pos, memory[level], memory_pos[level], mask)
-            output, kernel = self.head(x, mask_projection)
+            memory, memory_pos, size = inputs[index % len(inputs)]
+            mask = attention_mask(kernel, features, size)
+            x = layer(x, query_pos, memory, memory_pos, mask)
+            output, kernel = self.mask_head(x, mask_projection)
             outputs.append(output)
             kernels.append(kernel)
 
@@ -191,7 +195,7 @@ class FrameDecoder(nn.Module):
                        for output, kernel in zip(outputs, kernels)]
         return predictions, torch.stack(tracked)
 
-    def head(self, x: Tensor, mask_projection: nn.Conv2d) -> tuple[Tensor, Tensor]:
+    def mask_head(self, x: Tensor, mask_projection: nn.Conv2d) -> tuple[Tensor, Tensor]:
         """Queries x (N, F, C) -> normed queries and their mask kernels (N, F, C + 1)."""
         output = self.decoder_norm(x)
         return output, mask_kernel(self.mask_embed(output), mask_projection)

@@ -80,7 +80,8 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, query_pos: Tensor | None = None,
                 mask: Tensor | None = None) -> Tensor:
         query = x if query_pos is None else x + query_pos
-        return self.norm(x + self.attention(query, query, x, mask))
+        attended = self.attention(query, query, x, mask)
+        return self.norm(x + attended)
 
 
 class CrossAttention(nn.Module):
@@ -93,7 +94,10 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, query_pos: Tensor, memory: Tensor, memory_pos: Tensor,
                 mask: Tensor | None = None) -> Tensor:
-        return self.norm(x + self.attention(x + query_pos, memory + memory_pos, memory, mask))
+        query = x + query_pos
+        key = memory + memory_pos
+        attended = self.attention(query, key, memory, mask)
+        return self.norm(x + attended)
 
 
 class FeedForward(nn.Module):
@@ -109,7 +113,8 @@ class FeedForward(nn.Module):
         nn.init.xavier_uniform_(self.linear2.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(x + self.linear2(self.activation(self.linear1(x))))
+        hidden = self.activation(self.linear1(x))
+        return self.norm(x + self.linear2(hidden))
 
 
 class MLP(nn.Sequential):
