@@ -3,7 +3,7 @@
 Paper: VITA (2206.04403) and GenVIS (2211.08834), inference; upstream grattvis/grattvis_model.py,
 `inference`. The score of an instance is its class score (maximum over frames) times its mask score
 (mean probability inside its masks of all frames), so it is known at the end of the video only.
-Shape letters are declared in model.py; I is the instances of a result.
+Shape letters are declared in model.py.
 """
 import math
 from collections.abc import Callable
@@ -167,8 +167,7 @@ def instance_mask_logits(chunks: list[FrameChunk], queries: Tensor,
         kernels = chunk.mask_kernel[:, queries].split(LOGIT_CHUNK)
         for kernel, features in zip(kernels, chunk.features.split(LOGIT_CHUNK)):
             some_logits = mask_logits(kernel, features).transpose(0, 1)     # (I, frames, h, w)
-            frame_masks = upsample_masks(some_logits, chunk.frame_size)
-            mask_sum, mask_area = score_parts(frame_masks)                  # (I, frames)
+            mask_sum, mask_area = score_parts(upsample_masks(some_logits, chunk.frame_size))
             logits.append(some_logits)
             sums.append(mask_sum)
             areas.append(mask_area)

@@ -330,8 +330,7 @@ def test_scores_by_hand(model):
     class_scores = numpy.exp(video.logits.numpy())
     class_scores = (class_scores / class_scores.sum(-1, keepdims=True))[..., :-1].max(0)  # (Q, K)
 
-    state, inside, embeds = None, [[] for _ in range(20)], []
-    model.tracker.mask_embed.register_forward_hook(lambda *args: embeds.append(args[-1]))
+    state, inside = None, [[] for _ in range(20)]
     for t, frame in enumerate(frames):
         with torch.no_grad():
             images = model.prepare([frame])
@@ -339,7 +338,8 @@ def test_scores_by_hand(model):
             (prediction,), state = model.tracker(output.queries[:, None, None], state)
             torch.testing.assert_close(prediction.logits[-1][0, 0], video.logits[t])
             features = model.tracker.mask_features(output.features)[0]  # as the paper has it
-            logits = (embeds[-1][-1, -1, 0, 0] @ features.flatten(1)).view(1, 20, 16, 16)
+            embed = model.tracker.mask_embed(model.tracker.decoder_norm(state.query))
+            logits = (embed @ features.flatten(1)).view(1, 20, 16, 16)
             logits = F.interpolate(logits, images.shape[-2:], mode="bilinear")[
                 0, :, :HEIGHT, :WIDTH
             ].numpy()
