@@ -3,14 +3,8 @@
 `build_backbone(name)` makes a ResNet or a Swin from torchvision's classes. Source:
 torchvision.models.resnet and swin_transformer; upstream detectron2 modeling/backbone/resnet.py and
 mask2former/modeling/backbone/swin.py.
-
-Official checkpoints use Mask2Former's Swin, which differs from torchvision's:
-  * windows are shifted even if the map is smaller than a window;
-  * each output has its own LayerNorm; there is no final norm, pooling or classifier;
-  * inputs are padded to multiples of the patch size with zeros, at the right and bottom.
-As in torchvision, maps are padded after the first norm of a block, so that padding takes part in
-attention, and -100 is added to the logits of pixels that the shift moved next to each other.
 """
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -34,7 +28,7 @@ def group_norm(channels: int) -> nn.GroupNorm:
 class FrozenBatchNorm(FrozenBatchNorm2d):
     """torchvision's FrozenBatchNorm2d, except that 16-bit inputs give 16-bit outputs.
 
-    (In float32, F.batch_norm rounds differently from torchvision.)
+    float32 keeps torchvision's formula bit for bit; F.batch_norm rounds differently.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -62,14 +56,19 @@ def build_backbone(name: str, norm: str = "frozen", window: int | None = None) -
 
 
 class ResNetBackbone(nn.Module):
-    """torchvision's ResNet without classifier; Bottleneck blocks have their stride in the 3x3."""
-    recompute = False  # in training: recompute activations of res2 and res3 in backward
+    """torchvision's ResNet without classifier; Bottleneck blocks have their stride in the 3x3.
+
+    last_planes: width of res5. Preset "small" has a narrower one, since res5 holds three quarters
+        of all weights.
+    """
+    recompute = False  # Memory: recompute activations of res2 and res3 in backward
 
     def __init__(self, block, layers, norm_layer, last_planes: int = 512):
         super().__init__()
         network = ResNet(block, layers, norm_layer=norm_layer)
         planes = [64, 128, 256, last_planes]
-        if last_planes != 512:  # res5 has three quarters of all weights
+        if last_planes != 512:
+            # torchvision's own way of making a stage, which starts from `inplanes` channels.
             network.inplanes = planes[2] * block.expansion
             network.layer4 = network._make_layer(block, last_planes, layers[3], stride=2)
         for name, module in network.named_children():
@@ -85,9 +84,10 @@ class ResNetBackbone(nn.Module):
         x = self.stem(images)
         maps = []
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            # res2 and res3 hold most of the activations and do a third of the work.
+            # Memory: res2 and res3 hold most of the activations and do a third of the work.
             if self.recompute and stage in (self.layer1, self.layer2):
-                x = checkpointed(stage, x)
+                for block in stage:
+                    x = checkpointed(True, block, x)
             else:
                 x = stage(x)
             maps.append(x)
@@ -98,14 +98,19 @@ class ResNetBackbone(nn.Module):
         return self.maxpool(self.relu(self.bn1(self.conv1(images))))
 
 
-def checkpointed(stage: nn.Sequential, x: Tensor) -> Tensor:
-    """stage(x) with activation checkpointing of each block."""
-    for block in stage:
-        if x.requires_grad:
-            x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
-        else:
-            x = block(x)
-    return x
+def checkpointed(recompute: bool, function: Callable[..., Tensor], x: Tensor, *others) -> Tensor:
+    """function(x, *others); with `recompute`, backward computes its activations again."""
+    if recompute and x.requires_grad:
+        return checkpoint(function, x, *others, use_reentrant=False, preserve_rng_state=False)
+    return function(x, *others)
+
+
+# Swin. Official checkpoints use Mask2Former's, which differs from torchvision's:
+#   * windows are shifted even if the map is smaller than a window;
+#   * each output has its own LayerNorm; there is no final norm, pooling or classifier;
+#   * inputs are padded to multiples of the patch size with zeros, at the right and bottom.
+# As in torchvision, maps are padded after the first norm of a block, so that padding takes part in
+# attention, and -100 is added to the logits of pixels that the shift moved next to each other.
 
 
 class DetectorWindowAttention(ShiftedWindowAttention):
@@ -116,14 +121,15 @@ class DetectorWindowAttention(ShiftedWindowAttention):
         batch, height, width, channels = x.shape
         window, shift = self.window_size[0], self.shift_size[0]
         x = F.pad(x, (0, 0, 0, -width % window, 0, -height % window))
-        rows, columns = x.shape[1] // window, x.shape[2] // window      # of windows
+        rows = x.shape[1] // window                                     # of windows
+        columns = x.shape[2] // window
         if shift:
             x = x.roll((-shift, -shift), (1, 2))
         x = x.view(batch, rows, window, columns, window, channels).transpose(2, 3)
         x = x.reshape(batch * rows * columns, window * window, channels)
 
-        query, key, value = (
-            self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4))
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)         # (N * windows, heads, tokens, C')
         bias = self.get_relative_position_bias()                        # (1, heads, tokens, tokens)
         if shift:
             wrapped = wrapped_pairs(rows, columns, window, shift, x.device)
@@ -148,7 +154,7 @@ def wrapped_pairs(rows: int, columns: int, window: int, shift: int,
     def zones(windows: int) -> Tensor:
         zone = torch.zeros(windows * window, dtype=torch.long, device=device)
         zone[-window:] = 1  # the last window
-        zone[-shift:] = 2   # its end, moved there from the other border
+        zone[-shift:] = 2   # in it, the rows that were rolled in from the other border
         return zone
 
     region = zones(rows)[:, None] * 3 + zones(columns)

@@ -13,7 +13,7 @@ Upstream: vita/data/dataset_mapper.py and combined_loader.py.
 Shape letters: T frames, I instances, H, W.
 """
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -38,10 +38,6 @@ class Clip:
     masks: Tensor   # (I, T, H, W) bool, True = instance
     source: str = ""               # its files, for messages
     skipped: tuple[str, ...] = ()  # errors of the unreadable clips that this one replaces
-
-    def pin_memory(self) -> "Clip":
-        """A copy in page-locked memory; called by DataLoader."""
-        return replace(self, frames=self.frames.pin_memory(), masks=self.masks.pin_memory())
 
 
 def sample_frames(length: int, count: int, reach: int, generator: np.random.Generator

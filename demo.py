@@ -103,7 +103,7 @@ def main(args: argparse.Namespace) -> None:
             check_output(output)
     model, config = model_from_checkpoint(args.weights, args.preset, args.propagation)
     args.short_side = args.short_side or default_short_side(config, args.preset)
-    if args.live and (model.propagation == "clip" or model.clip_length != 1):
+    if args.live and model.frames_per_clip != 1:
         raise InputError(f"{args.weights} reads clips of several frames: it cannot follow a video "
                          "live")
     names = class_names(args, config, model.num_classes)

@@ -9,24 +9,27 @@ Paper: GRAtt-VIS (arXiv 2305.17096) on Mask2Former (2112.01527), VITA (2206.0440
     result = model.encode_video(video, (720, 1280), top_k=20)  # run-length codes: any length
     tracks, state = model.step(frame, state)                   # live, frame by frame
 
-Everything that exists only for speed is in fast/; it calls the methods that are defined here.
+fast/ holds CUDA graphs, streams, casts and fused layers; it calls the methods that are defined
+here. What the files of the paper keep for speed or memory is marked "Speed:" or "Memory:".
 
 To add a preset, add it to PRESETS and its test size to TEST_SIDES: the values are arguments of
 GRAttVIS. A new hyperparameter of the tracker is an argument of `Tracker` and nothing else; one of
 another component is also passed on in GRAttVIS.__init__. `build_model` and presets take both.
 
 Shape letters of the whole project:
-    B videos, T frames, N = B * T frames of all videos, H height, W width (h, w at stride 4)
-    Q queries of the tracker, F queries of a frame, C channels, K classes (K = "no object")
-    k instances of a result, L detector layers handed to the tracker (3 in training, else the last),
-    D decoder layers of the tracker, S = L * B streams of the tracker, layer-major
+    B videos, T frames of a video, N = B * T frames of all videos
+    G clips of a video, U frames of a clip
+    H height and W width of frames (h, w at stride 4), C channels
+    F queries of a frame, Q queries of the tracker, I instances, K classes (K = "no object")
+    L detector layers whose queries the tracker receives (3 in training, else the last)
+    D decoder layers of the tracker
+    S = L * B streams of the tracker, layer-major
 """
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import get_type_hints
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -46,25 +49,27 @@ from evaluation.postprocess import (
     check_finite,
     class_probabilities,
     instance_mask_logits,
-    mask_confidence,
+    mask_score_parts,
     resize_masks,
     with_mask_scores,
 )
 from fast import acceleration, video_pipeline
 from fast.cuda_graphs import CUDAGraphCache
+from runtime.requests import check_request
 from tracker import ClipPrediction, Tracker, TrackerState
 from transformer import mask_logits
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)   # RGB, 0..255
 PIXEL_STD = (58.395, 57.12, 57.375)
 VITA_WINDOW = 6                          # frames in an attention window of VITA's encoder
+WHOLE_VIDEO = sys.maxsize                # as a clip length: longer than any video
 
 
 @dataclass
 class FrameOutput:
     """What the detector (backbone, pixel decoder, frame decoder) predicts for N frames."""
-    # one per decoder layer (the last one unless training): logits (N, F, K + 1) and
-    # mask kernels (N, F, C + 1)
+    # Class logits (N, F, K + 1) and mask kernels (N, F, C + 1), before the first layer of the frame
+    # decoder and after each; outside of training after the last only.
     predictions: list[tuple[Tensor, Tensor]]
     queries: Tensor    # (L, N, F, C) after decoder_norm
     features: Tensor   # (N, C, h, w) of the pixel decoder: mask logits are kernels applied to them
@@ -74,7 +79,7 @@ class FrameOutput:
 class TrainingOutput:
     """The predictions of a training step; losses.py compares them with the targets."""
     frames: FrameOutput
-    clips: list[ClipPrediction]
+    clips: list[ClipPrediction]   # G
     padded_size: tuple[int, int]  # (height, width) of the padded frames, which masks refer to
 
 
@@ -109,18 +114,25 @@ class GRAttVIS(nn.Module):
                                           pixel_feed_forward)
         self.frame_decoder = FrameDecoder(num_classes, channels, frame_queries, heads,
                                           frame_layers, feed_forward)
-        self.tracker = Tracker(num_classes, channels, channels, queries, frame_queries,
-                               tracker_encoder_layers, tracker_decoder_layers, heads, feed_forward,
-                               propagation, window=window, **tracker_options)
+        self.tracker = Tracker(
+            num_classes, channels, mask_channels=channels, queries=queries,
+            frame_queries=frame_queries, encoder_layers=tracker_encoder_layers,
+            decoder_layers=tracker_decoder_layers, heads=heads, feed_forward=feed_forward,
+            propagation=propagation, window=window, **tracker_options)
         mean, std = torch.tensor(PIXEL_MEAN), torch.tensor(PIXEL_STD)
         self.register_buffer("pixel_mean", mean[:, None, None], persistent=False)
         self.register_buffer("pixel_std", std[:, None, None], persistent=False)
-        self.mask_confidence = mask_confidence  # an attribute, so that it can be compiled
-        self.cuda_graphs = CUDAGraphCache()     # of inference, see fast/
+        self.mask_score_parts = mask_score_parts  # Speed: an attribute, so that it can be compiled
+        self.cuda_graphs = CUDAGraphCache()       # Speed: of inference, see fast/
 
     @property
     def device(self) -> torch.device:
         return self.pixel_mean.device
+
+    @property
+    def frames_per_clip(self) -> int:
+        """Frames that the tracker reads at once: clip_length, or the whole video (VITA)."""
+        return WHOLE_VIDEO if self.propagation == "clip" else self.clip_length
 
     def train(self, mode: bool = True) -> "GRAttVIS":
         """Set training or evaluation mode; CUDA graphs of inference are released for training."""
@@ -137,11 +149,16 @@ class GRAttVIS(nn.Module):
     def prepare(self, frames: Tensor | list[Tensor]) -> Tensor:
         """Frames (N, 3, H, W) or a list of (3, H, W), whose sizes may differ -> detector input.
 
-        Frames are uint8 RGB. Returns images (N, 3, H', W'), normalised, then padded with zeros on
-        the right and at the bottom to multiples of 32. Raises ValueError for anything else.
+        Frames are uint8 RGB. Returns images (N, 3, H', W'), normalised, then padded on the right
+        and at the bottom to multiples of 32. Padding is 0 after normalisation; the detector is not
+        told about it.
+
+        Raises ValueError without frames, or for a frame of another dtype or shape (of a tensor of
+        frames the first is checked).
         """
-        is_batch = isinstance(frames, Tensor)
-        return self.prepare_videos([frames] if is_batch else [frame[None] for frame in frames])
+        if isinstance(frames, Tensor):
+            return self.prepare_videos([frames])
+        return self.prepare_videos([frame[None] for frame in frames])
 
     def prepare_videos(self, videos: list[Tensor]) -> Tensor:
         """`prepare` for the frames of videos (T, 3, H, W); T, H and W may differ."""
@@ -149,10 +166,12 @@ class GRAttVIS(nn.Module):
             raise ValueError("the video has no frames")
         for video in videos:
             check_frame(video[0])
-        height, width = (max(video.shape[axis] for video in videos) for axis in (2, 3))
-        shape = sum(map(len, videos)), 3, *padded_size(height, width)
-        images = acceleration.zero_images(shape, self.pixel_mean)
-        for video, image in zip(videos, images.split([len(video) for video in videos])):
+        lengths = [len(video) for video in videos]
+        height = max(video.shape[2] for video in videos)
+        width = max(video.shape[3] for video in videos)
+        shape = sum(lengths), 3, *padded_size(height, width)
+        images = acceleration.zero_images(shape, self.pixel_mean)   # Speed: its memory format
+        for video, image in zip(videos, images.split(lengths)):
             height, width = video.shape[2:]
             video = video.to(self.device, non_blocking=True)
             image[:, :, :height, :width] = (video - self.pixel_mean) / self.pixel_std
@@ -160,12 +179,16 @@ class GRAttVIS(nn.Module):
 
     def detect(self, images: Tensor) -> FrameOutput:
         """Detect instances in images (N, 3, H, W) from `prepare`, in each frame by itself."""
-        return FrameOutput(*self.decode(self.backbone(images)))
+        maps = self.backbone(images)
+        return FrameOutput(*self.decode(maps))
 
     def decode(self, maps: list[Tensor]) -> tuple[list[tuple[Tensor, Tensor]], Tensor, Tensor]:
-        """The backbone's feature maps -> the fields of FrameOutput."""
+        """The backbone's feature maps -> the fields of FrameOutput.
+
+        Speed: a method of its own, because torch.compile takes both decoders as one unit.
+        """
         levels, features = self.pixel_decoder(maps)
-        features = acceleration.cast_for_autocast(features)
+        features = acceleration.cast_for_autocast(features)   # Speed: once, as many layers read it
         predictions, queries = self.frame_decoder(levels, features,
                                                   self.pixel_decoder.mask_features)
         return predictions, queries, features
@@ -174,29 +197,32 @@ class GRAttVIS(nn.Module):
 
     def forward(self, videos: list[Tensor]) -> TrainingOutput:
         """Predictions for B videos, uint8 (T, 3, H, W) each; T is the same, H and W may differ."""
-        batch, length = len(videos), len(videos[0]) if videos else 0
+        batch = len(videos)
+        length = len(videos[0]) if videos else 0
         if any(len(video) != length for video in videos):
             raise ValueError("all videos of a batch need the same number of frames, not "
                              f"{[len(video) for video in videos]}")
         images = self.prepare_videos(videos)
         size = tuple(images.shape[-2:])
-        frames = acceleration.detect_in_chunks(self, images)
-        del images                                              # they are large
+        frames = acceleration.detect_in_chunks(self, images)    # Memory: in chunks, if frozen
+        del images                                              # Memory: before the tracker runs
         queries = frames.queries.unflatten(1, (batch, length))  # (L, B, T, F, C)
-        clips, state = [], None
-        for whole_clips in self.split_clips(queries):
-            predictions, state = self.tracker(whole_clips, state)
-            clips += predictions
-        return TrainingOutput(frames, clips, size)
+        predictions, state = [], None
+        for clips in self.split_clips(queries):
+            clip_predictions, state = self.tracker(clips, state)
+            predictions += clip_predictions
+        return TrainingOutput(frames, predictions, size)
 
-    def split_clips(self, queries: Tensor) -> list[Tensor]:
-        """Frame queries (L, B, T, F, C) -> (L, B, clips, clip length, F, C), and a shorter rest."""
-        length = queries.shape[2]
-        clip_length = length if self.propagation == "clip" else self.clip_length
+    def split_clips(self, frame_queries: Tensor) -> list[Tensor]:
+        """Frame queries (L, B, T, F, C) -> whole clips (L, B, G, U, F, C) and a shorter rest."""
+        length = frame_queries.shape[2]
+        clip_length = min(self.frames_per_clip, length)
         rest = length % clip_length
-        parts = queries.split([length - rest, rest], 2)
-        return [part.unflatten(2, (-1, min(clip_length, part.shape[2])))
-                for part in parts if part.shape[2]]
+        whole_clips, last_clip = frame_queries.split([length - rest, rest], 2)
+        parts = [whole_clips.unflatten(2, (-1, clip_length))]
+        if rest:
+            parts.append(last_clip[:, :, None])
+        return parts
 
     # Inference
 
@@ -204,14 +230,19 @@ class GRAttVIS(nn.Module):
     def track_video(self, video: Tensor | Iterable[Tensor]) -> Iterator[FrameChunk]:
         """Detect and track a video, chunk by chunk (upstream grattvis_model.py, `inference`).
 
+        Plainly, for each chunk of frames:
+
+            frame_queries, features = self.detect_queries(frames)
+            outputs, state = self.track(frame_queries, clip_length, state)
+
         video: as for `segment_video`. Nothing of earlier frames is kept but the tracker's state;
         "clip" propagation has one chunk, the whole video. How frames arrive changes no result.
         """
-        clip_length = sys.maxsize if self.propagation == "clip" else self.clip_length
-        pipeline = video_pipeline.VideoPipeline(self)
+        clip_length = self.frames_per_clip
+        pipeline = video_pipeline.VideoPipeline(self)           # Speed: graphs and streams
         state = self.tracker.initial_state(streams=1)
-        for queries, features in pipeline.detect(video, clip_length):      # self.detect_queries
-            outputs, state = pipeline.track(queries, clip_length, state)   # self.track
+        for frame_queries, features in pipeline.detect(video, clip_length):
+            outputs, state = pipeline.track(frame_queries, clip_length, state)
             yield FrameChunk(*outputs, features, pipeline.frame_size)
 
     def detect_queries(self, frames: Tensor) -> tuple[Tensor, Tensor]:
@@ -219,27 +250,30 @@ class GRAttVIS(nn.Module):
         output = self.detect(self.prepare(frames))
         return output.queries[-1], output.features
 
-    def track(self, queries: Tensor, clip_length: int, state: TrackerState
+    def track(self, frame_queries: Tensor, clip_length: int, state: TrackerState
               ) -> tuple[tuple[Tensor, Tensor, Tensor], TrackerState]:
-        """Track through frame queries (T, F, C): whole clips, or one shorter clip.
+        """Track through the frame queries (T, F, C) of T frames: G whole clips, or a shorter one.
 
-        Returns class logits (clips, Q, K + 1), mask kernels (T, Q, C + 1), and gates (T, D, Q)
-        bool, True = open; and the state after the last clip.
+        Returns class logits (G, Q, K + 1), mask kernels (T, Q, C + 1), and gates (T, D, Q) bool,
+        True = open; and the state after the last clip.
         """
-        clip_length = min(clip_length, len(queries))
-        clips = queries.unflatten(0, (-1, clip_length))
+        clip_length = min(clip_length, len(frame_queries))
+        clips = frame_queries.unflatten(0, (-1, clip_length))   # (G, U, F, C)
         predictions, state = self.tracker(clips[None, None], state)
-        logits = torch.stack([clip.logits[-1][-1, 0] for clip in predictions])
-        kernels = torch.stack([clip.mask_kernel[-1][-1, 0] for clip in predictions])
-        gates = [gate[-1, 0] for clip in predictions for gate in clip.gate_logits]
+        stream = (-1, 0)                       # of L and B: the last detector layer, the only video
+        last = -1                              # of the D decoder layers
+        logits = torch.stack([clip.logits[last][stream] for clip in predictions])
+        kernels = torch.stack([clip.mask_kernel[last][stream] for clip in predictions])
+        gates = [layer[stream] for clip in predictions for layer in clip.gate_logits]
         if gates:
-            gates = torch.stack(gates).unflatten(0, (len(clips), -1))  # (clips, D, Q)
+            gates = torch.stack(gates).unflatten(0, (len(clips), -1))   # (G, D, Q)
         else:
-            gates = logits.new_empty(len(clips), 0, logits.shape[1])
-        # The frames of a clip share its kernels and gates.
-        kernels, gates = (x[:, None].expand(-1, clip_length, -1, -1).flatten(0, 1)
-                          for x in (kernels, gates))
-        return (logits, kernels, gates >= 0), state
+            gates = logits.new_empty(len(clips), 0, logits.shape[1])    # D = 0
+
+        def for_each_frame(x: Tensor) -> Tensor:                # (G, ...) -> (T, ...)
+            return x[:, None].expand(-1, clip_length, -1, -1).flatten(0, 1)
+
+        return (logits, for_each_frame(kernels), for_each_frame(gates >= 0)), state
 
     @torch.no_grad()
     def segment_video(self, video: Tensor | Iterable[Tensor],
@@ -253,18 +287,20 @@ class GRAttVIS(nn.Module):
 
         Raises ValueError if the video is empty or not as described, RuntimeError in training mode.
         """
-        self.check_request(output_size, top_k)
+        check_request(self, output_size, top_k)
         chunks = list(self.track_video(video))
         frame_size = chunks[0].frame_size
-        logits = torch.cat([chunk.logits for chunk in chunks])  # (clips, Q, K + 1)
+        logits = torch.cat([chunk.logits for chunk in chunks])  # (G, Q, K + 1)
         gates = torch.cat([chunk.gates for chunk in chunks])    # (T, D, Q)
-        class_scores, labels, queries = best_pairs(class_probabilities(logits).amax(0), top_k)
-        masks, mask_sum, mask_area = instance_mask_logits(chunks, queries, self.mask_confidence)
+        class_scores = class_probabilities(logits).amax(0)      # (Q, K)
+        class_scores, labels, track_ids = best_pairs(class_scores, top_k)
+        instance_logits, mask_sum, mask_area = instance_mask_logits(
+            chunks, track_ids, self.mask_score_parts)           # Memory: empties the list
         scores, order = with_mask_scores(class_scores, mask_sum, mask_area)
-        queries = queries[order]
-        masks = binary_masks(masks[order], frame_size, output_size or frame_size)
-        gates = gates.permute(2, 0, 1)[queries]                 # (k, T, D)
-        return VideoResult(scores, labels[order], masks, queries, logits, gates)
+        track_ids = track_ids[order]
+        masks = binary_masks(instance_logits[order], frame_size, output_size or frame_size)
+        gates = gates.permute(2, 0, 1)[track_ids]               # (I, T, D)
+        return VideoResult(scores, labels[order], masks, track_ids, logits, gates)
 
     @torch.no_grad()
     def encode_video(self, video: Tensor | Iterable[Tensor],
@@ -274,22 +310,23 @@ class GRAttVIS(nn.Module):
         Takes the same arguments and raises the same errors; besides, FloatingPointError if scores
         are not finite. (`segment_video` and `step` do not check, which would wait for the GPU.)
         """
-        self.check_request(output_size, top_k)
-        scores, gates, encoder = None, [], None
+        check_request(self, output_size, top_k)
+        running, gates, encoder = None, [], None
         for chunk in self.track_video(video):
             if encoder is None:
                 encoder = MaskEncoder(chunk.mask_kernel.shape[1], chunk.frame_size,
                                       output_size or chunk.frame_size, self.device,
-                                      self.mask_confidence)
+                                      self.mask_score_parts)
             class_scores = class_probabilities(chunk.logits).amax(0)
             for kernel, features in zip(chunk.mask_kernel, chunk.features):
                 mask_sum, mask_area = encoder.add(kernel, features)
-                scores = RunningScores(class_scores, mask_sum, mask_area).merge(scores)
+                running = RunningScores(class_scores, mask_sum, mask_area).merge(running)
             gates.append(chunk.gates.cpu())
-        scores, labels, queries = (values.cpu() for values in scores.best(top_k))
+        scores, labels, track_ids = (values.cpu() for values in running.best(top_k))
         check_finite(scores)
-        gates = torch.cat(gates).permute(2, 0, 1)[queries]      # (k, T, D)
-        return EncodedVideo(scores, labels, queries, encoder.finish(queries.tolist()), gates)
+        gates = torch.cat(gates).permute(2, 0, 1)[track_ids]    # (I, T, D)
+        segmentations = encoder.finish(track_ids.tolist())
+        return EncodedVideo(scores, labels, track_ids, segmentations, gates)
 
     @torch.no_grad()
     def step(self, frame: Tensor, state: StepState | None = None,
@@ -300,63 +337,36 @@ class GRAttVIS(nn.Module):
         state: what the previous step returned, None at the start of a video. Scores are causal:
         those of `segment_video` for the frames so far, so at the last frame the two agree.
         """
-        self.check_request(output_size, top_k, first=state is None)
-        if self.propagation == "clip" or self.clip_length != 1:
+        check_request(self, output_size, top_k, is_first=state is None)
+        if self.frames_per_clip != 1:
             raise ValueError("step needs a model that goes frame by frame, not one that reads "
                              "clips of several frames")
         check_frame(frame)
         size = tuple(frame.shape[-2:])
         if state is None:
             self.cuda_graphs.check_module(self)
-            state = StepState(size, self.tracker.initial_state(streams=1), None)
+            state = StepState(size, self.tracker.initial_state(streams=1), scores=None)
         elif state.frame_size != size:
             raise ValueError("all frames of a video must have one size, not "
                              f"{state.frame_size} and {size}")
         frames = frame[None].to(self.device, non_blocking=True)
-        queries, features = video_pipeline.detect_queries(self, frames)
-        outputs, tracker_state = video_pipeline.track(self, queries, 1, state.tracker)
+        # Speed: detect_queries and track as CUDA graphs.
+        frame_queries, features = video_pipeline.detect_queries(self, frames)
+        outputs, tracker_state = video_pipeline.track(self, frame_queries, 1, state.tracker)
         logits, kernels, gates = outputs
         masks = mask_logits(kernels, features)[0]               # (Q, h, w)
-        confidence = self.mask_confidence(resize_masks(masks, size))
-        running = RunningScores(class_probabilities(logits[0]), *confidence).merge(state.scores)
-        scores, labels, queries = running.best(top_k)
-        masks = resize_masks(masks[queries], size, output_size) > 0
-        tracks = FrameTracks(scores, labels, masks, queries, logits[0], gates[0].T[queries])
+        mask_sum, mask_area = self.mask_score_parts(resize_masks(masks, size))
+        class_scores = class_probabilities(logits[0])
+        running = RunningScores(class_scores, mask_sum, mask_area).merge(state.scores)
+        scores, labels, track_ids = running.best(top_k)
+        masks = resize_masks(masks[track_ids], size, output_size) > 0
+        tracks = FrameTracks(scores, labels, masks, track_ids, logits[0], gates[0].T[track_ids])
         return tracks, StepState(size, tracker_state, running)
 
     @staticmethod
     def reset() -> None:
         """The state before the first frame, for `step` to start on another video."""
         return None
-
-    def check_request(self, output_size: tuple[int, int] | None, top_k: int,
-                      first: bool = True) -> None:
-        """Refuse requests that would return noise or nothing.
-
-        Raises RuntimeError if a module is in training mode (gates would be sampled, paths dropped);
-        all modules are checked at the first frame of a video. Raises ValueError unless top_k is a
-        positive int and output_size is two of them or None.
-        """
-        for name, module in self.named_modules() if first else [("", self)]:
-            if module.training:
-                raise RuntimeError(f"{name or 'the model'} is in training mode: call model.eval() "
-                                   "first")
-        if not is_positive(top_k):
-            raise ValueError(f"top_k must be an int of at least 1, not {top_k!r}")
-        if output_size is not None and not is_size(output_size):
-            raise ValueError("output_size must be (height, width), two ints of at least 1, not "
-                             f"{output_size!r}")
-
-
-def is_positive(number) -> bool:
-    """Whether it is an int of at least 1."""
-    is_int = isinstance(number, (int, np.integer)) and not isinstance(number, bool)
-    return is_int and number >= 1
-
-
-def is_size(pair) -> bool:
-    """Whether it is a tuple or list of two ints of at least 1."""
-    return isinstance(pair, (tuple, list)) and len(pair) == 2 and all(map(is_positive, pair))
 
 
 # Arguments of GRAttVIS by preset; build_model can override each of them.

@@ -36,7 +36,7 @@ from data import VideoSet, find_named_set, find_split
 from deform_attn import implementation
 from evaluation.inference import segment_videos, to_entries
 from evaluation.metric import evaluate_results
-from fast.acceleration import compile_parts, hold_frozen
+from fast.acceleration import cast_frozen_weights, compile_parts
 from losses import Criterion
 from matcher import upload
 from model import PRESETS, GRAttVIS, build_model
@@ -653,7 +653,7 @@ def set_up(model: GRAttVIS, args: argparse.Namespace, device: torch.device,
     memory_format = torch.channels_last if on_gpu else torch.contiguous_format
     model.to(device, memory_format=memory_format).train()
     if amp_dtype != torch.float32:
-        hold_frozen(model, amp_dtype)
+        cast_frozen_weights(model, amp_dtype)
     model.pixel_decoder.recompute = args.recompute != "off"
     model.backbone.recompute = args.recompute == "all"
     if args.compile != "off":

@@ -16,8 +16,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from deform_attn import sample_points, sampling_points  # noqa: E402
-from detector import attention_mask, mask_sources, resize  # noqa: E402
+from deform_attn import sampling_locations, weighted_samples  # noqa: E402
+from detector import attention_mask, features_for_masks, resize  # noqa: E402
 from evaluation.postprocess import resize_masks  # noqa: E402
 from matcher import append_bias_channel, sample_at  # noqa: E402
 from model import build_model  # noqa: E402
@@ -53,7 +53,7 @@ def deformable_sampling():
     value = random(1, pixels, heads, CHANNELS // heads, dtype=torch.float32)
     offsets = random(1, pixels, heads, 3, 4, 2, dtype=torch.float32)
     logits = random(1, pixels, heads, 12, dtype=torch.float32)
-    locations, weights = sampling_points(levels, offsets, logits)
+    locations, weights = sampling_locations(levels, offsets, logits)
 
     def plain() -> Tensor:
         total, parts = 0, value.split([height * width for height, width in levels], 1)
@@ -64,7 +64,7 @@ def deformable_sampling():
             total = total + (samples * weights[0, :, :, level].transpose(0, 1)[:, None]).sum(-1)
         return total.permute(2, 0, 1).flatten(1)[None]
 
-    return 6, plain, lambda: sample_points(value, levels, locations, weights)
+    return 6, plain, lambda: weighted_samples(value, levels, locations, weights)
 
 
 def masks_of_queries():
@@ -88,7 +88,7 @@ def masks_for_attention():
         return torch.cat([mask.flatten(2).sigmoid() < 0.5 for mask in masks], 2)
 
     def rewritten() -> Tensor:
-        sources = mask_sources(features, sizes[:3]) * 3
+        sources = features_for_masks(features, sizes[:3]) * 3
         return torch.cat([attention_mask(kernel, source, size)[:, 0]
                           for source, size in zip(sources, sizes)], 2)
 

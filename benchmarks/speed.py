@@ -17,6 +17,7 @@ run in minutes.
 import argparse
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from clips import Clip  # noqa: E402
 from deform_attn import implementation  # noqa: E402
-from fast.acceleration import compile_parts, hold_frozen  # noqa: E402
+from fast.acceleration import cast_frozen_weights, compile_parts  # noqa: E402
 from losses import Criterion  # noqa: E402
 from model import build_model  # noqa: E402
 from recipes import parse_arguments  # noqa: E402
@@ -90,7 +91,8 @@ def floor(preset: str, size: tuple[int, int], args: argparse.Namespace) -> None:
         choose_amp(args.amp, DEVICE)[0],
     )
     with FlopCounterMode(display=False) as counter:
-        model.tracker(model.detect(model.prepare(make_video(1, *size))).queries[:, None])
+        queries = model.detect(model.prepare(make_video(1, *size))).queries
+        model.tracker(queries[:, None, None])
     side = 8192 if CUDA else 2048
     large = torch.randn(side, side, device=DEVICE, dtype=dtype)
     rate, work = 2 * side ** 3 / seconds(lambda: large @ large, 9)[4], counter.get_total_flops()
@@ -213,7 +215,7 @@ def train(
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not frozen or name.startswith("tracker."))
     amp, _ = choose_amp(args.amp, DEVICE, training=True)
-    hold_frozen(model, amp)
+    cast_frozen_weights(model, amp)
     model.pixel_decoder.recompute, model.backbone.recompute = (
         args.recompute != "off",
         args.recompute == "all",
@@ -227,7 +229,10 @@ def train(
     scaler = torch.amp.GradScaler(DEVICE.type, enabled=amp == torch.float16)
     batch = [make_clip(5, *size, 6) for _ in range(clips)]
     if CUDA:
-        batch = [clip.pin_memory() for clip in batch]                    # as a loader gives them
+        batch = [                                                        # as a loader gives them
+            replace(clip, frames=clip.frames.pin_memory(), masks=clip.masks.pin_memory())
+            for clip in batch
+        ]
 
     def iterate() -> None:
         train_step(model, criterion, batch, setting, DEVICE, amp, optimizer, scaler)

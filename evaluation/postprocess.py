@@ -3,7 +3,7 @@
 Paper: VITA (2206.04403) and GenVIS (2211.08834), inference; upstream grattvis/grattvis_model.py,
 `inference`. The score of an instance is its class score (maximum over frames) times its mask score
 (mean probability inside its masks of all frames), so it is known at the end of the video only.
-Shape letters are declared in model.py; the instances of a result are counted by k.
+Shape letters are declared in model.py.
 """
 import math
 from collections.abc import Callable
@@ -15,52 +15,53 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from evaluation.run_length import PackedCodes, encode_counts
-from fast.video_pipeline import INFERENCE_CHUNK
 from tracker import TrackerState
 from transformer import mask_logits
 
 MASK_STRIDE = 4            # pixels of a padded frame per mask logit, along each side
-MASK_CHUNK = 4             # frames whose masks are made at once at output size: they are large
-MASK_PIXELS = 2 * 10 ** 8  # mask pixels that a MaskEncoder holds at once
-MaskConfidence = Callable[[Tensor], tuple[Tensor, Tensor]]
+# Memory: how much is held at once.
+LOGIT_CHUNK = 12           # frames whose mask logits are made at frame size
+MASK_CHUNK = 4             # frames whose masks are made at output size
+MASK_PIXELS = 2 * 10 ** 8  # mask pixels in a MaskEncoder
+MaskScoreParts = Callable[[Tensor], tuple[Tensor, Tensor]]  # `mask_score_parts`, maybe compiled
 
 
 @dataclass
 class VideoResult:
     """Instances of a whole video, best first."""
-    scores: Tensor      # (k,) float, 0..1: class score times mask score of the whole video
-    labels: Tensor      # (k,) int64, 0-based
-    masks: Tensor       # (k, T, H, W) bool
-    track_ids: Tensor   # (k,) int64: the query; one query may appear under several labels
-    logits: Tensor      # (clips, Q, K + 1) class logits of every query, clip by clip
-    gates: Tensor       # (k, T, D) bool, True = open in the frame's clip; D = 0 without a gate
+    scores: Tensor      # (I,) float, 0..1: class score times mask score of the whole video
+    labels: Tensor      # (I,) int64, 0-based
+    masks: Tensor       # (I, T, H, W) bool
+    track_ids: Tensor   # (I,) int64: the query; one query may appear under several labels
+    logits: Tensor      # (G, Q, K + 1) class logits of every query, clip by clip
+    gates: Tensor       # (I, T, D) bool, True = open in the frame's clip; D = 0 without a gate
 
 
 @dataclass
 class EncodedVideo:
     """Instances of a whole video, best first, with masks as run-length codes; all on the CPU."""
-    scores: Tensor                   # (k,) float, 0..1, as in VideoResult
-    labels: Tensor                   # (k,) int64, 0-based
-    track_ids: Tensor                # (k,) int64
-    segmentations: list[list[dict]]  # k times T run-length codes, see run_length.py
-    gates: Tensor                    # (k, T, D) bool, as in VideoResult
+    scores: Tensor                   # (I,) float, 0..1, as in VideoResult
+    labels: Tensor                   # (I,) int64, 0-based
+    track_ids: Tensor                # (I,) int64
+    segmentations: list[list[dict]]  # I times T run-length codes, see run_length.py
+    gates: Tensor                    # (I, T, D) bool, as in VideoResult
 
 
 @dataclass
 class FrameTracks:
     """Instances of one frame, best first by the frames so far."""
-    scores: Tensor      # (k,) float, causal: of the frames up to this one
-    labels: Tensor      # (k,) int64, 0-based
-    masks: Tensor       # (k, H, W) bool, this frame's
-    track_ids: Tensor   # (k,) int64: the query, stable over the video
+    scores: Tensor      # (I,) float, causal: of the frames up to this one
+    labels: Tensor      # (I,) int64, 0-based
+    masks: Tensor       # (I, H, W) bool, this frame's
+    track_ids: Tensor   # (I,) int64: the query, stable over the video
     logits: Tensor      # (Q, K + 1) class logits of every query in this frame
-    gates: Tensor       # (k, D) bool, True = open in this frame; D = 0 without a gate
+    gates: Tensor       # (I, D) bool, True = open in this frame; D = 0 without a gate
 
 
 @dataclass
 class FrameChunk:
-    """What the model computes for T consecutive frames of a video (whole clips), all queries."""
-    logits: Tensor               # (clips, Q, K + 1)
+    """What the model computes for T consecutive frames, which are G clips, for all queries."""
+    logits: Tensor               # (G, Q, K + 1)
     mask_kernel: Tensor          # (T, Q, C + 1)
     gates: Tensor                # (T, D, Q) bool, True = open; D = 0 without a gate
     features: Tensor             # (T, C, h, w): mask logits are kernels applied to them
@@ -94,7 +95,7 @@ class StepState:
     """What `step` carries from frame to frame; its size is constant without a memory."""
     frame_size: tuple[int, int]  # (height, width)
     tracker: TrackerState
-    scores: RunningScores
+    scores: RunningScores | None  # None before the first frame
 
 
 # Scores
@@ -108,7 +109,7 @@ def best_pairs(class_scores: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor
 
 
 def with_mask_scores(scores: Tensor, mask_sum: Tensor, mask_area: Tensor) -> tuple[Tensor, Tensor]:
-    """Class scores (k,) times mask scores, best first, and their order; a stable sort."""
+    """Class scores (I,) times mask scores, best first, and their order; a stable sort."""
     scores = scores * mask_sum / (mask_area + 1e-6)
     order = scores.argsort(descending=True, stable=True)
     return scores[order], order
@@ -128,16 +129,17 @@ def class_probabilities(logits: Tensor) -> Tensor:
     return logits.softmax(-1)[..., :-1]
 
 
-def mask_confidence(logits: Tensor) -> tuple[Tensor, Tensor]:
+def mask_score_parts(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Mask logits (..., H, W) -> sum of the probabilities above 0.5 and their number, each (...).
 
-    Their ratio over all frames of a video is the mask score.
+    The mask score is the ratio of both, each summed over all frames of a video.
     """
     probabilities = logits.to(torch.promote_types(logits.dtype, torch.float32)).sigmoid()
     probabilities = F.threshold(probabilities, 0.5, 0, inplace=True)
     mask_sum = probabilities.sum((-2, -1))
-    # A sum of bools would convert them all to integers first.
-    return mask_sum, probabilities.ceil_().sum((-2, -1)).long()
+    # Speed: a sum of bools would convert them all to integers first.
+    mask_area = probabilities.ceil_().sum((-2, -1)).long()
+    return mask_sum, mask_area
 
 
 # Masks
@@ -178,26 +180,27 @@ def resize_masks(logits: Tensor, frame_size: tuple[int, int],
 
 
 def instance_mask_logits(chunks: list[FrameChunk], queries: Tensor,
-                         confidence: MaskConfidence) -> tuple[Tensor, Tensor, Tensor]:
-    """Mask logits (k, T, h, w) of k queries in all frames, and `mask_confidence` over the video.
+                         score_parts: MaskScoreParts) -> tuple[Tensor, Tensor, Tensor]:
+    """Mask logits (I, T, h, w) of I queries in all frames, and mask sum and area over the video.
 
-    The list is emptied on the way, so that the features of each chunk are freed. confidence:
-    `mask_confidence`, possibly compiled.
+    Memory: the list is emptied on the way, so that the features of each chunk are freed.
     """
-    logits, confidences = [], []
+    logits, sums, areas = [], [], []
     while chunks:
         chunk = chunks.pop(0)
-        kernels = chunk.mask_kernel[:, queries].split(INFERENCE_CHUNK)
-        for kernel, features in zip(kernels, chunk.features.split(INFERENCE_CHUNK)):
-            logits.append(mask_logits(kernel, features).transpose(0, 1))
-            confidences.append(confidence(resize_masks(logits[-1], chunk.frame_size)))
-    mask_sum, mask_area = (torch.cat(parts, 1).sum(1) for parts in zip(*confidences))
-    return torch.cat(logits, 1), mask_sum, mask_area
+        kernels = chunk.mask_kernel[:, queries].split(LOGIT_CHUNK)
+        for kernel, features in zip(kernels, chunk.features.split(LOGIT_CHUNK)):
+            some_logits = mask_logits(kernel, features).transpose(0, 1)     # (I, frames, h, w)
+            mask_sum, mask_area = score_parts(resize_masks(some_logits, chunk.frame_size))
+            logits.append(some_logits)
+            sums.append(mask_sum)
+            areas.append(mask_area)
+    return torch.cat(logits, 1), torch.cat(sums, 1).sum(1), torch.cat(areas, 1).sum(1)
 
 
 def binary_masks(logits: Tensor, frame_size: tuple[int, int],
                  output_size: tuple[int, int]) -> Tensor:
-    """Mask logits (k, T, h, w) -> bool (k, T, *output_size), a few frames at a time."""
+    """Mask logits (I, T, h, w) -> bool (I, T, *output_size), a few frames at a time."""
     shape = *logits.shape[:2], *output_size
     masks = torch.empty(shape, dtype=torch.bool, device=logits.device)
     for some_logits, some_masks in zip(logits.split(MASK_CHUNK, 1), masks.split(MASK_CHUNK, 1)):
@@ -213,13 +216,14 @@ class MaskEncoder:
     """
 
     def __init__(self, queries: int, frame_size: tuple[int, int], output_size: tuple[int, int],
-                 device: torch.device, confidence: MaskConfidence):
-        self.frame_size, self.output_size = frame_size, tuple(output_size)
-        self.confidence = confidence
+                 device: torch.device, score_parts: MaskScoreParts):
+        self.frame_size = frame_size
+        self.output_size = tuple(output_size)
+        self.score_parts = score_parts
         pixels = math.prod(output_size)
         largest = max(pixels, math.prod(frame_size))
         self.query_chunk = max(1, MASK_PIXELS // 2 // largest)
-        # Encoding waits for the GPU: collect the masks of several frames before.
+        # Speed: encoding waits for the GPU, so collect the masks of several frames before.
         frames = min(8, max(1, MASK_PIXELS // (queries * pixels)))
         shape = frames, queries, *self.output_size
         self.buffer = torch.empty(shape, dtype=torch.bool, device=device)
@@ -229,22 +233,23 @@ class MaskEncoder:
     def add(self, mask_kernel: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
         """Take the kernels (Q, C + 1) and features (C, h, w) of the next frame.
 
-        Returns `mask_confidence` of its masks, (Q,) each.
+        Returns `mask_score_parts` of its masks, (Q,) each.
         """
-        confidences = []
+        sums, areas = [], []
         for kernel, masks in zip(mask_kernel.split(self.query_chunk),
                                  self.buffer[self.filled].split(self.query_chunk)):
-            logits = mask_logits(kernel[None], features[None])[0]
+            logits = mask_logits(kernel[None], features[None])[0]           # (Q, h, w)
             resized = resize_masks(logits, self.frame_size)
-            confidences.append(self.confidence(resized))
+            mask_sum, mask_area = self.score_parts(resized)
             if self.output_size != self.frame_size:
                 resized = resize_masks(logits, self.frame_size, self.output_size)
             torch.gt(resized, 0, out=masks)
+            sums.append(mask_sum)
+            areas.append(mask_area)
         self.filled += 1
         if self.filled == len(self.buffer):
             self.flush()
-        mask_sum, mask_area = map(torch.cat, zip(*confidences))
-        return mask_sum, mask_area
+        return torch.cat(sums), torch.cat(areas)
 
     def flush(self) -> None:
         """Encode the frames in the buffer."""

@@ -1,7 +1,7 @@
 """Making a model faster from outside: 16 bit weights, torch.compile, folded norms, memory formats.
 
     accelerate(model, torch.float16, compiled=True)   # before inference: also model.accelerate(...)
-    hold_frozen(model, torch.bfloat16)                # before training with frozen weights
+    cast_frozen_weights(model, torch.bfloat16)        # before training with frozen weights
     compile_parts(model)                              # before training or inference
 
 The functions change a model in place. Results are those of the plain model under autocast to
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from backbone import ResNetBackbone
-from evaluation.postprocess import mask_confidence
+from evaluation.postprocess import mask_score_parts
 from fast.folded_resnet import FusedResNet, fold_resnet
 from fast.half_precision import cast_weights
 
@@ -68,13 +68,13 @@ def compile_parts(model: GRAttVIS, detector: bool = True) -> None:
     for owner, name in parts:
         function = torch.compile(getattr(type(owner), name), dynamic=False)
         setattr(owner, name, MethodType(function, owner))  # a copy of the model gets its own
-    model.mask_confidence = torch.compile(mask_confidence)
+    model.mask_score_parts = torch.compile(mask_score_parts)
 
 
-def hold_frozen(model: GRAttVIS, dtype: torch.dtype) -> None:
-    """Keep the weights of modules without trained parameters in `dtype`, as autocast casts them.
+def cast_frozen_weights(model: GRAttVIS, dtype: torch.dtype) -> None:
+    """Cast the weights of modules without trained parameters once, as autocast would do each time.
 
-    `state_dict` still returns the original values.
+    In place. `state_dict` still returns the original values.
     """
     frozen_modules = [module for module in model.modules()
                       if not any(parameter.requires_grad for parameter in module.parameters())]
@@ -90,19 +90,23 @@ def hold_frozen(model: GRAttVIS, dtype: torch.dtype) -> None:
 
 
 def detect_in_chunks(model: GRAttVIS, images: Tensor) -> FrameOutput:
-    """`model.detect(images)` in training; a frozen detector takes FROZEN_CHUNK images at a time.
+    """`model.detect(images)` in training. A frozen detector takes FROZEN_CHUNK images at a time.
 
-    That needs less memory. It would change the results of batch norms that use batch statistics:
-    then, and with a trained detector, all images are taken at once.
+    This needs less memory. A frozen detector runs without gradients here. Batch norms that use
+    batch statistics would give other results for chunks: with them, and with a trained detector,
+    all images are taken at once.
     """
-    trained = any(parameter.requires_grad for name, parameter in model.named_parameters()
-                  if not name.startswith("tracker."))
-    if trained or any(isinstance(module, nn.BatchNorm2d) for module in model.backbone.modules()):
+    is_trained = any(parameter.requires_grad for name, parameter in model.named_parameters()
+                     if not name.startswith("tracker."))
+    has_batch_norm = any(isinstance(module, nn.BatchNorm2d) for module in model.backbone.modules())
+    if is_trained or has_batch_norm:
         return model.detect(images)
     with torch.no_grad():
         chunks = [model.detect(chunk) for chunk in images.split(FROZEN_CHUNK)]
-    layers = zip(*(chunk.predictions for chunk in chunks))
-    predictions = [tuple(map(torch.cat, zip(*layer))) for layer in layers]
+    predictions = []
+    for layer in zip(*(chunk.predictions for chunk in chunks)):  # (logits, kernels) of each chunk
+        logits, kernels = zip(*layer)
+        predictions.append((torch.cat(logits), torch.cat(kernels)))
     queries = torch.cat([chunk.queries for chunk in chunks], 1)
     features = torch.cat([chunk.features for chunk in chunks])
     return type(chunks[0])(predictions, queries, features)
@@ -116,6 +120,11 @@ def zero_images(shape: tuple[int, int, int, int], like: Tensor) -> Tensor:
 
 
 def cast_for_autocast(x: Tensor) -> Tensor:
-    """Cast a tensor that many layers read once, to the dtype that autocast would cast it to."""
+    """Cast a tensor once to the dtype of autocast, if that is enabled.
+
+    For a tensor that many layers read: autocast would cast it for each of them.
+    """
     device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+    if not torch.is_autocast_enabled(device):
+        return x
+    return x.to(torch.get_autocast_dtype(device))

@@ -42,10 +42,10 @@ class CapturedGraph:
 class CUDAGraphCache:
     """Calls functions from tensors to a tuple of tensors, as CUDA graphs where possible.
 
-    A function may read the weights of a module; it must not wait for the GPU. It is captured at its
-    first call with inputs of these shapes and dtypes, under this autocast dtype. It is called
-    directly on other devices, with gradients, in `disabled()`, and while the module last given
-    to `check_module` has forward hooks, which a graph would not call.
+    A function, which is known by its name, may read the weights of a module; it must not wait for
+    the GPU. It is captured at its first call with inputs of these shapes and dtypes, under this
+    autocast dtype. It is called directly on other devices, with gradients, in `disabled()`, and
+    while the module last given to `check_module` has forward hooks, which a graph would not call.
     """
 
     def __init__(self):
@@ -64,6 +64,7 @@ class CUDAGraphCache:
             return function(*inputs)
         autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
         shapes = ((tensor.shape, tensor.dtype) for tensor in inputs)
+        # By name, because `track_tensors` (video_pipeline.py) is a new closure at each call.
         key = (function.__name__, autocast, *shapes)
         captured = self.graphs.pop(key, None) or self.capture(function, inputs)
         self.graphs[key] = captured
@@ -151,7 +152,7 @@ class SideStream:
         side = SideStream(device, priority=-1)
         side.wait()        # work on the side stream starts after all that is launched so far
         with side:
-            y = f(x)       # x must be kept, and y must not be used, until
+            y = f(x)       # keep x, and do not use y, before join()
         side.join()        # all that is launched from here on starts after the side stream's work
     """
 

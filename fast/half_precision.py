@@ -2,8 +2,8 @@
 
     cast_weights(model.modules(), torch.float16)    # in place
 
-`model.accelerate` and `model.hold_frozen` call it. Results are those of autocast with float32
-weights (tests/test_model.py).
+`accelerate` and `cast_frozen_weights` (acceleration.py) call it. Results are those of autocast with
+float32 weights (tests/test_model.py).
 """
 from collections.abc import Iterable
 
@@ -38,7 +38,7 @@ def fuse_relu(feed_forward: FeedForward) -> None:
 class LinearReLU(nn.Linear):
     """relu(x W^T + b): one kernel in 16 bit on a GPU, which saves a pass over the hidden units.
 
-    The kernel has no backward; training and other devices use the plain form.
+    The kernel has no backward: the plain form is used with gradients enabled, and on other devices.
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -34,11 +34,12 @@ class VideoPipeline:
     """Detection and tracking of one video, see above."""
 
     def __init__(self, model: GRAttVIS):
-        self.model, self.device = model, model.device
+        self.model = model
+        self.device = model.device
         self.chunk_size = INFERENCE_CHUNK if self.device.type == "cuda" else 1
         self.upload_stream = SideStream(self.device, priority=-2)
         self.track_stream = SideStream(self.device, priority=-1)
-        self.frame_size = None  # (height, width), known after the first detection
+        self.frame_size = None  # (height, width) before padding, known after the first detection
         model.cuda_graphs.check_module(model)
 
     def detect(self, video: Tensor | Iterable[Tensor],
@@ -53,24 +54,28 @@ class VideoPipeline:
             if previous is not None:
                 yield previous
             previous = detection
-            self.track_stream.wait()  # for this detection, not for the one launched next
+            # track() of this detection may start when it is done. The next detection, which is
+            # launched before that, is not waited for.
+            self.track_stream.wait()
         yield previous
 
     def detect_chunks(self, video: Tensor | Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield frame queries (N, F, C) and features (N, C, h, w) of the chunks of a video."""
         for frames in split_video(video, self.chunk_size):
-            self.frame_size, count = tuple(frames.shape[-2:]), len(frames)
+            self.frame_size = tuple(frames.shape[-2:])
+            count = len(frames)
             with self.upload_stream:
                 frames = frames.to(self.device, non_blocking=True)
             self.upload_stream.join(frames)
-            queries, features = detect_queries(self.model, repeat_last(frames, self.chunk_size))
-            yield queries[:count], features[:count]
+            padded = repeat_last(frames, self.chunk_size)
+            frame_queries, features = detect_queries(self.model, padded)
+            yield frame_queries[:count], features[:count]
 
-    def track(self, queries: Tensor, clip_length: int,
+    def track(self, frame_queries: Tensor, clip_length: int,
               state: TrackerState) -> tuple[TrackOutput, TrackerState]:
         """`model.track` on a side stream; the results can be used like any others."""
         with self.track_stream:
-            result = track(self.model, queries, clip_length, state, self.chunk_size)
+            result = track(self.model, frame_queries, clip_length, state, self.chunk_size)
         self.track_stream.join()
         return result
 
@@ -80,24 +85,27 @@ def detect_queries(model: GRAttVIS, frames: Tensor) -> tuple[Tensor, Tensor]:
     return model.cuda_graphs(model.detect_queries, frames)
 
 
-def track(model: GRAttVIS, queries: Tensor, clip_length: int, state: TrackerState,
+def track(model: GRAttVIS, frame_queries: Tensor, clip_length: int, state: TrackerState,
           graph_size: int = 1) -> tuple[TrackOutput, TrackerState]:
-    """`model.track(queries, clip_length, state)`, as a CUDA graph of graph_size frames if possible.
+    """`model.track`, as a CUDA graph of graph_size frames if possible.
 
     A graph's tensors keep their sizes, so clips of several frames and a growing memory have none.
+    Most official recipes of GRAtt-VIS have a memory: their tracking runs without a graph.
+
     The state that follows a chunk shorter than graph_size must not be used: it has seen copies of
     the last frame.
     """
     if clip_length > 1 or "memory" in model.propagation:
-        return model.track(queries, clip_length, state)
+        return model.track(frame_queries, clip_length, state)
 
-    def track_tensors(queries: Tensor, query: Tensor) -> tuple[Tensor, ...]:
-        outputs, state = model.track(queries, 1, TrackerState(query))
+    def track_tensors(frame_queries: Tensor, query: Tensor) -> tuple[Tensor, ...]:
+        outputs, state = model.track(frame_queries, 1, TrackerState(query))
         return *outputs, state.query
 
-    padded = repeat_last(queries, graph_size)
+    padded = repeat_last(frame_queries, graph_size)
     *outputs, query = model.cuda_graphs(track_tensors, padded, state.query)
-    return tuple(output[:len(queries)] for output in outputs), TrackerState(query)
+    outputs = tuple(output[:len(frame_queries)] for output in outputs)  # without the copies
+    return outputs, TrackerState(query)
 
 
 def repeat_last(x: Tensor, length: int) -> Tensor:

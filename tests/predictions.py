@@ -60,7 +60,6 @@ def random_output(batch: int, frames: int, clip_length: int, layers: int = 2, de
         gates = [random(*streams, queries) for _ in range(depth)]
         return ClipPrediction(
             logits=[random(*streams, queries, CLASSES + 1) for _ in range(depth)],
-            mask_embed=[random(*streams, queries, channels) for _ in range(depth)],
             mask_kernel=[random(*streams, queries, channels + 1) for _ in range(depth)],
             clip_embed=random(*streams, queries, channels),
             frame_embed=random(*streams, length, queries, channels),
@@ -115,7 +114,7 @@ def painted_output(clip: Clip, plan: list[list[int]], queries: int = 4) -> Train
             logits[query] = 10 * F.one_hot(clip.labels[instance], CLASSES + 1)
             kernel[query, instance] = 1
         frame_logits[t], frame_kernels[t] = logits, kernel
-        clips.append(ClipPrediction([logits[None, None]], [], [kernel[None, None]],
+        clips.append(ClipPrediction([logits[None, None]], [kernel[None, None]],
                                     torch.zeros(1, 1, queries, 2),
                                     torch.zeros(1, 1, 1, queries, 2), [], []))
     detected = FrameOutput([(frame_logits, frame_kernels)], torch.zeros(1, frames, queries, 2),

@@ -13,7 +13,7 @@ from deform_attn import (
     implementation,
     neighbours,
     pixel_centres,
-    sample_points,
+    weighted_samples,
 )
 from golden_set import meta, read_arrays, relative_error
 
@@ -70,7 +70,7 @@ def test_equals_a_loop_over_every_sample():
                 torch.testing.assert_close(ours[b, query, head], total)
 
 
-def test_sample_points_is_grid_sample():
+def test_weighted_samples_are_those_of_grid_sample():
     """The form that a reader of Deformable DETR knows, with its gradients.
 
     Queries are no pixels.
@@ -99,7 +99,7 @@ def test_sample_points_is_grid_sample():
         expected = expected + (samples * shares).sum(-1)
         start += height * width
     expected = expected.unflatten(0, (batch, heads)).permute(0, 3, 1, 2).flatten(2)
-    found = sample_points(value, shapes, locations, weights)
+    found = weighted_samples(value, shapes, locations, weights)
     torch.testing.assert_close(found, expected)
     grad = torch.randn_like(expected)
     for one, other in zip(
@@ -136,7 +136,7 @@ def test_golden_values_and_gradients():
     assert relative_error(value.flatten()[:16], golden["value_first16"]) == 0
 
     inputs = [tensor.requires_grad_() for tensor in (value, locations, weights)]
-    out = sample_points(inputs[0], shapes, *inputs[1:])
+    out = weighted_samples(inputs[0], shapes, *inputs[1:])
     grads = torch.autograd.grad(out, inputs, grad)
     assert relative_error(out.detach(), golden["out"]) < 1e-12
     assert relative_error(grads[0].flatten()[::3], golden["grad_value_s3"]) < 1e-12

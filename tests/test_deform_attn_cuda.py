@@ -16,7 +16,7 @@ from deform_attn import (
     attend_in_pytorch,
     deformable_attention,
     pixel_centres,
-    sample_points,
+    weighted_samples,
 )
 from deform_attn_cuda import build
 
@@ -295,9 +295,9 @@ def test_values_and_gradients(operators, dtype, case, channels, spread):
 
 @pytest.mark.parametrize("channels", [5, 16, 32, 64])
 @pytest.mark.parametrize("dtype", BOUNDS)
-def test_sample_equals_sample_points(operators, dtype, channels):
+def test_sample_equals_weighted_samples(operators, dtype, channels):
     """Deformable-DETR's signature: locations and weights, queries that are no pixels."""
-    check(operators.sample, sample_points, draw(channels=channels, dtype=dtype, queries=50), SHAPES)
+    check(operators.sample, weighted_samples, draw(channels=channels, dtype=dtype, queries=50), SHAPES)
 
 
 @pytest.mark.parametrize("name", QUERIES)

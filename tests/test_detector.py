@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import plain_model
-from detector import attention_mask, mask_sources, sine_position
+from detector import attention_mask, features_for_masks, sine_position
 from golden_set import relative_error
 from model import build_model
 from plain_model import Weights
@@ -112,7 +112,7 @@ def test_attention_masks(dtype):
     sizes = [(2, 3), (4, 5), (8, 10)]
     kernel[0, 0], kernel[1, 2] = 0, 0
     kernel[0, 0, -1], kernel[1, 2, -1] = -1, 1  # an empty and a full mask
-    sources = mask_sources(features.to(dtype), sizes)
+    sources = features_for_masks(features.to(dtype), sizes)
     assert all((source.shape[-2:] == size) == (dtype == torch.bfloat16)
                for source, size in zip(sources, sizes))
     for source, size in zip(sources, sizes):

@@ -21,7 +21,7 @@ from golden_set import (
     subsampled_error,
     unpack_masks,
 )
-from transformer import mask_logits
+from transformer import mask_kernel, mask_logits
 
 VIDEOS = list(meta()["infer"]["videos"])
 MODES = [(mode, video) for mode, run in meta()["modes"]["runs"].items() for video in run["videos"]]
@@ -76,7 +76,7 @@ def run_stages(model, frames):
         predictions, queries = model.frame_decoder(
             levels, features, model.pixel_decoder.mask_features
         )
-        prediction, state = model.tracker(queries[:, None], state)
+        (prediction,), state = model.tracker(queries[:, None, None], state)
         stages = {f"backbone.res{i + 2}": m for i, m in enumerate(maps)}
         stages |= {f"pixdec.ms{i}": level for i, level in enumerate(levels)}
         stages |= {
@@ -89,13 +89,20 @@ def run_stages(model, frames):
         yield stages, prediction, state
 
 
+def golden_kernels(model, golden):
+    """The mask kernels of the official mask embeddings."""
+    convolution = model.tracker.mask_features
+    embed = torch.from_numpy(golden["mask_embed"]).to(convolution.weight.dtype)
+    return mask_kernel(embed, convolution).detach().numpy()
+
+
 @pytest.mark.parametrize("model, name", STAGES, indirect=["model"])
 @torch.no_grad()
 def test_golden_stages(model, name):
     spec = meta()["infer"]
     golden, frames = read_arrays(spec["files"][name]), make_video(**spec["videos"][name])
     double = next(model.parameters()).dtype == torch.float64
-    logits, embeds, gates, carried = [], [], [], []
+    logits, kernels, gates, carried = [], [], [], []
     for index, (stages, prediction, state) in enumerate(run_stages(model, frames)):
         for stage, tensor in stages.items():
             key = f"f{index}.{stage}"
@@ -107,13 +114,13 @@ def test_golden_stages(model, name):
             key = next(key for key in golden if key.startswith("f64.frame_query_last_frame0"))
             assert relative_error(ours[::stride], golden[key]) < 1e-8
         logits.append(prediction.logits[-1][0, 0])
-        embeds.append(prediction.mask_embed[-1][0, 0])
+        kernels.append(prediction.mask_kernel[-1][0, 0])
         carried.append(state.query[0])
         if prediction.gate_logits:
             gates.append(torch.stack(prediction.gate_logits)[:, 0, 0])
-    logits, embeds, carried = torch.stack(logits), torch.stack(embeds), torch.stack(carried)
+    logits, kernels, carried = torch.stack(logits), torch.stack(kernels), torch.stack(carried)
     assert relative_error(logits, golden["logits"]) < 1e-3
-    assert relative_error(embeds, golden["mask_embed"]) < 1e-3
+    assert relative_error(kernels, golden_kernels(model, golden)) < 1e-3
     assert relative_error(carried, golden["prop_query"]) < 1e-3
     if gates:
         gates = torch.stack(gates)
@@ -217,7 +224,7 @@ def test_golden_propagation_modes(mode, name, dtype, detections):
         assert abs(video.scores.numpy() - numpy.sort(golden["f64.scores"])[::-1]).max() < 1e-6
     with torch.no_grad():
         for output in detected:
-            prediction, state = model.tracker(output.queries[:, None], state)
+            (prediction,), state = model.tracker(output.queries[:, None, None], state)
     assert len(detected) == len(video.logits)
     assert subsampled_error(state.query[0], golden, "prop_query_last") < 1e-3
     if "gate_open" in golden:
@@ -263,9 +270,10 @@ def test_golden_vita(name, dtype, detections):
         assert relative_error(video.logits[0], golden["f64.logits"]) < 1e-8
     with torch.no_grad():
         queries = torch.stack([output.queries for output in detected], 2)
-        prediction, _ = model.tracker(queries)
+        (prediction,), _ = model.tracker(queries[:, :, None])
     assert subsampled_error(queries[-1, 0], golden, "frame_queries_last_layer") < 1e-3
-    assert relative_error(prediction.mask_embed[-1][0, 0], golden["mask_embed"]) < 1e-3
+    kernels = prediction.mask_kernel[-1][0, 0]
+    assert relative_error(kernels, golden_kernels(model, golden)) < 1e-3
     assert subsampled_error(prediction.frame_embed, golden, "fq_embed") < 1e-3
     assert subsampled_error(prediction.clip_embed, golden, "cq_embed") < 1e-3
 

@@ -137,11 +137,11 @@ def test_only_modules_under_the_prefix_are_recorded():
     assert not record.weights
 
 
-def test_gates_of_one_clip():
-    """The tracker called with a single clip, as well as with several."""
+def test_gates_of_several_clips():
+    """One entry for each clip of a call of the tracker."""
     model = make_model()
-    queries = torch.randn(1, 1, 1, 5, 32).double()                        # (L, B, T, F, C)
+    queries = torch.randn(1, 1, 3, 1, 5, 32).double()                  # (L, B, G, U, F, C)
     with record_attention(model, "tracker") as record:
-        prediction, _ = model.tracker(queries)
-    gates, = record.gate_logits
-    assert torch.equal(gates, torch.stack(prediction.gate_logits))
+        predictions, _ = model.tracker(queries)
+    for gates, prediction in zip(record.gate_logits, predictions, strict=True):
+        assert torch.equal(gates, torch.stack(prediction.gate_logits))

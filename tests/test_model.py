@@ -23,7 +23,7 @@ from pycocotools import mask as rle
 from torchvision.models.resnet import BasicBlock, ResNet
 
 import plain_model
-from fast.acceleration import compile_parts, hold_frozen
+from fast.acceleration import cast_frozen_weights, compile_parts
 from fast.video_pipeline import VideoPipeline
 from model import PIXEL_MEAN, PIXEL_STD, PRESETS, TEST_SIDES, GRAttVIS, build_model
 from test_detector import randomised
@@ -335,10 +335,11 @@ def test_scores_by_hand(model):
         with torch.no_grad():
             images = model.prepare([frame])
             output = model.detect(images)
-            prediction, state = model.tracker(output.queries[:, None], state)
+            (prediction,), state = model.tracker(output.queries[:, None, None], state)
             torch.testing.assert_close(prediction.logits[-1][0, 0], video.logits[t])
             features = model.tracker.mask_features(output.features)[0]  # as the paper has it
-            logits = (prediction.mask_embed[-1][0, 0] @ features.flatten(1)).view(1, 20, 16, 16)
+            embed = model.tracker.mask_embed(model.tracker.decoder_norm(state.query))
+            logits = (embed @ features.flatten(1)).view(1, 20, 16, 16)
             logits = F.interpolate(logits, images.shape[-2:], mode="bilinear")[
                 0, :, :HEIGHT, :WIDTH
             ].numpy()
@@ -487,9 +488,9 @@ def test_the_last_clip_of_a_training_step_may_be_shorter():
     with torch.no_grad():
         output = model([make_frames(3)])
         queries = output.frames.queries[:, None]  # (L, B, T, F, C)
-        first, state = model.tracker(queries[:, :, :2])
-        last, _ = model.tracker(queries[:, :, 2:], state)
-        forgetful, _ = model.tracker(queries[:, :, 2:])
+        (first,), state = model.tracker(queries[:, :, None, :2])
+        (last,), _ = model.tracker(queries[:, :, None, 2:], state)
+        (forgetful,), _ = model.tracker(queries[:, :, None, 2:])
     for prediction, expected in zip(output.clips, (first, last), strict=True):
         torch.testing.assert_close(prediction.logits[-1], expected.logits[-1])
     assert not torch.allclose(output.clips[1].logits[-1], forgetful.logits[-1])
@@ -637,7 +638,7 @@ def test_weights_cast_once_are_those_of_autocast(frozen):
 
     expected = run()
     if frozen:
-        hold_frozen(model, torch.bfloat16)
+        cast_frozen_weights(model, torch.bfloat16)
     else:
         assert not model.train().accelerate(torch.bfloat16).training  # it is for inference alone
     assert model.backbone.conv1.weight.dtype == torch.bfloat16

@@ -11,7 +11,7 @@ from evaluation.postprocess import (
     best_pairs,
     check_finite,
     class_probabilities,
-    mask_confidence,
+    mask_score_parts,
     resize_masks,
     with_mask_scores,
 )
@@ -52,9 +52,9 @@ def test_resizing_is_bilinear(size, output, dtype, error):
         )  # any number of masks
 
 
-def test_mask_confidence_is_a_loop():
+def test_mask_score_parts_is_a_loop():
     logits = torch.tensor([[[2.0, -1.0], [0.0, 0.5]], [[-3.0, -1.0], [-0.1, -9.0]]])
-    mask_sum, mask_area = mask_confidence(logits)
+    mask_sum, mask_area = mask_score_parts(logits)
     assert mask_sum.tolist() == pytest.approx(
         [sum(1 / (1 + 2.718281828459045**-logit) for logit in (2.0, 0.5)), 0]
     )
@@ -64,16 +64,16 @@ def test_mask_confidence_is_a_loop():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_large_masks_in_16_bit_have_the_confidence_of_float32(dtype):
+def test_large_masks_in_16_bit_have_the_score_of_float32(dtype):
     """A sum of 262,144 probabilities is more than float16 can hold."""
     torch.manual_seed(0)
     logits = (3 * torch.randn(2, 512, 512)).to(dtype)
     logits[0].abs_()
     for found, expected in zip(
-        mask_confidence(logits), mask_confidence(logits.float()), strict=True
+        mask_score_parts(logits), mask_score_parts(logits.float()), strict=True
     ):
         assert found.dtype == expected.dtype and torch.equal(found, expected)
-    mask_sum, mask_area = mask_confidence(logits)
+    mask_sum, mask_area = mask_score_parts(logits)
     inside = logits.double()[0].sigmoid()[logits[0] > 0]
     assert mask_area[0] == len(inside) > 2**17
     assert mask_sum[0].item() == pytest.approx(inside.sum().item(), rel=1e-5)

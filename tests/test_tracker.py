@@ -67,6 +67,12 @@ def random_frames(layers: int = 1, batch: int = 1, frames: int = 1, seed: int = 
     )
 
 
+def track_clip(tracker: Tracker, frame_queries: torch.Tensor, state: TrackerState | None = None):
+    """The prediction for one clip, frame queries (L, B, U, F, C), and the next state."""
+    (prediction,), state = tracker(frame_queries[:, :, None], state)
+    return prediction, state
+
+
 def random_queries(rows: int = 1, queries: int = QUERIES, seed: int = 2) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(rows, queries, CHANNELS, dtype=torch.float64, generator=generator)
@@ -139,7 +145,7 @@ def test_every_mode_is_a_plain_loop(propagation, gate_mask, window, training, no
 
     state, pairs, gates = None, [], []
     for clip in range(clips):
-        prediction, state = tracker(queries[:, :, clip], state)
+        prediction, state = track_clip(tracker, queries[:, :, clip], state)
         carried = state.query.unflatten(0, (layers, batch))
         gates += prediction.gate_logits
         for layer, video in itertools.product(range(layers), range(batch)):
@@ -148,7 +154,6 @@ def test_every_mode_is_a_plain_loop(propagation, gate_mask, window, training, no
             predicted = slice(None) if training else slice(-1, None)
             for name, values in (
                 ("logits", own["logits"][predicted]),
-                ("mask_embed", own["embed"][predicted]),
                 ("gate_logits", own["gate_logits"]),
                 ("gate_soft", own["gate_soft"] if training else []),
             ):
@@ -191,8 +196,8 @@ def test_open_gate_is_plain_propagation(gate_mask, training):
     assert not missing and unexpected == ["gate_proj.weight", "gate_proj.bias"]
     state = plain_state = None
     for seed in range(3):
-        prediction, state = gated(random_frames(seed=seed), state)
-        plain_prediction, plain_state = plain(random_frames(seed=seed), plain_state)
+        prediction, state = track_clip(gated, random_frames(seed=seed), state)
+        plain_prediction, plain_state = track_clip(plain, random_frames(seed=seed), plain_state)
         torch.testing.assert_close(state.query, plain_state.query)
         torch.testing.assert_close(prediction.logits, plain_prediction.logits)
     assert not plain_prediction.gate_logits and len(prediction.gate_logits) == 3
@@ -209,7 +214,7 @@ def test_closed_gate_sees_no_frame(gate_mask):
     for bias, sees in ((CLOSED, False), (OPEN, True)):
         tracker = make_tracker("gated", gate_mask, gate_bias=bias)
         (one, one_state), (other, other_state) = (
-            tracker(random_frames(seed=seed), carried) for seed in (3, 4)
+            track_clip(tracker, random_frames(seed=seed), carried) for seed in (3, 4)
         )
         assert torch.equal(one_state.query, other_state.query) != sees
         assert torch.equal(one.logits[0], other.logits[0]) != sees
@@ -225,7 +230,8 @@ def test_closed_queries_depend_on_each_other_with_the_additive_mask_alone(gate_m
     changed = carried.clone()
     changed[:, 0] += 1
     before, after = (
-        tracker(random_frames(), TrackerState(query))[1].query for query in (carried, changed)
+        track_clip(tracker, random_frames(), TrackerState(query))[1].query
+        for query in (carried, changed)
     )
     moved = (before != after).any(-1)[0].tolist()
     assert moved == [True] + [gate_mask == "additive"] * (QUERIES - 1)
@@ -252,7 +258,7 @@ def test_what_enters_self_attention(propagation):
         layer.self_attention.register_forward_pre_hook(
             lambda module, inputs: entered.append(inputs[0])
         )
-    prediction, _ = tracker(random_frames(), state)
+    prediction, _ = track_clip(tracker, random_frames(), state)
     gates = torch.stack(prediction.gate_logits)[:, 0] >= 0                              # (D, B, Q)
     assert gates.any() and not gates.all()
     for layer in range(3):
@@ -266,7 +272,7 @@ def test_the_gated_residual_interpolates():
     """x = g x + (1 - g) q, also for a gate that is neither open nor closed."""
     tracker, query, crossed, entered = make_tracker(), random_queries(), [], []
     gate = torch.tensor([0.0, 1.0, 0.25, 0.5, 0.75], dtype=torch.float64)[None, :, None]
-    tracker.gate = lambda x, layers: (gate, gate[..., 0], None)
+    tracker.gate = lambda x, detector_layers: (gate, gate[..., 0], None)
     for layer in tracker.decoder:
         layer.cross_attention.register_forward_hook(
             lambda module, inputs, output: crossed.append(output)
@@ -274,7 +280,7 @@ def test_the_gated_residual_interpolates():
         layer.self_attention.register_forward_pre_hook(
             lambda module, inputs: entered.append(inputs[0])
         )
-    tracker(random_frames(), TrackerState(query))
+    track_clip(tracker, random_frames(), TrackerState(query))
     for x, found in zip(crossed, entered, strict=True):
         for number, share in enumerate(gate.flatten().tolist()):
             torch.testing.assert_close(
@@ -342,7 +348,7 @@ def test_a_blocked_closed_query_does_not_see_the_others():
 def test_the_last_streams_hard_gate_serves_all():
     """L = 2 detector layers of B = 2 videos: streams (layer 0: a, b; layer 1: a, b)."""
     tracker = make_tracker().train()
-    gate, logits, soft = tracker.gate(random_queries(rows=4), layers=2)
+    gate, logits, soft = tracker.gate(random_queries(rows=4), detector_layers=2)
     assert gate.shape == (4, QUERIES, 1) and logits.shape == soft.shape == (4, QUERIES)
     decided = soft >= 0.5
     # The layers do not agree.
@@ -359,7 +365,7 @@ def test_inference_gate_opens_at_zero():
     torch.nn.init.zeros_(tracker.gate_proj.weight)
     for bias, expected in ((-1e-9, 0), (0.0, 1), (1e-9, 1)):
         torch.nn.init.constant_(tracker.gate_proj.bias, bias)
-        gate, _, soft = tracker.gate(random_queries(), layers=1)
+        gate, _, soft = tracker.gate(random_queries(), detector_layers=1)
         assert (gate == expected).all() and soft is None
 
 
@@ -370,7 +376,7 @@ def test_straight_through_gradient(no_noise):
     tracker, x = make_tracker().train(), random_queries(rows=4)
     weight = random_queries(rows=4, seed=5)[..., :1]
     parameters = list(tracker.gate_proj.parameters())
-    gate, logits, _ = tracker.gate(x, layers=2)
+    gate, logits, _ = tracker.gate(x, detector_layers=2)
     assert 0 < gate.sum() < gate.numel()
     got = torch.autograd.grad((gate * weight).sum(), parameters)
     soft = torch.sigmoid(tracker.gate_proj(tracker.decoder_norm(x)) / GUMBEL_TEMPERATURE)
@@ -380,7 +386,7 @@ def test_straight_through_gradient(no_noise):
     # All closed, then all open.
     for bias in (-3.0, 3.0):
         torch.nn.init.constant_(tracker.gate_proj.bias, bias)
-        prediction, state = tracker(random_frames(), TrackerState(random_queries()))
+        prediction, state = track_clip(tracker, random_frames(), TrackerState(random_queries()))
         assert all(((logits > 0) == (bias > 0)).all() for logits in prediction.gate_logits)
         assert (
             torch.autograd.grad(prediction.logits[-1].square().sum(), tracker.gate_proj.weight)[0]
@@ -396,7 +402,7 @@ def test_noise_decides_a_gate():
     torch.nn.init.zeros_(tracker.gate_proj.weight)
     torch.manual_seed(0)
     frames = random_frames().expand(1, 200, -1, -1, -1)
-    soft = torch.cat(tracker(frames)[0].gate_soft)
+    soft = torch.cat(track_clip(tracker, frames)[0].gate_soft)
     assert (soft >= 0.5).double().mean().item() == pytest.approx(0.5, abs=0.05)
     logits = torch.logit(soft) * GUMBEL_TEMPERATURE
     assert logits.var().item() == pytest.approx(math.pi ** 2 / 3, rel=0.1)
@@ -463,7 +469,7 @@ def test_state_size(propagation):
     tracker, state = make_tracker(propagation), None
     for clip in range(1, 5):
         before = state
-        _, state = tracker(random_frames(layers=2, seed=clip), state)
+        _, state = track_clip(tracker, random_frames(layers=2, seed=clip), state)
         assert state.query.shape == (2, QUERIES, CHANNELS)
         if "memory" not in propagation:
             assert state.memory_key is None and state.memory_value is None
@@ -485,8 +491,8 @@ def test_what_is_carried():
     tracker.decoder[-1].feed_forward.register_forward_hook(
         lambda module, inputs, output: raw.append(output)
     )
-    prediction, state = tracker(random_frames())
-    _, given = tracker(random_frames(), TrackerState(tracker.query_feat.weight[None]))
+    prediction, state = track_clip(tracker, random_frames())
+    _, given = track_clip(tracker, random_frames(), TrackerState(tracker.query_feat.weight[None]))
     assert torch.equal(state.query, raw[0]) and torch.equal(state.query, given.query)
     torch.testing.assert_close(
         prediction.logits[0][0], tracker.class_embed(tracker.decoder_norm(state.query))
@@ -505,7 +511,7 @@ def test_a_later_clip_teaches_an_earlier_one(propagation):
     )
     clips[0].requires_grad_()
     for clip in clips:
-        prediction, state = tracker(clip, state)
+        prediction, state = track_clip(tracker, clip, state)
     assert torch.autograd.grad(prediction.logits[-1].square().sum(), clips[0])[0].abs().sum() > 0
 
 
@@ -515,8 +521,11 @@ def test_a_clip_is_a_set_of_frames():
     changes nothing.
     """
     tracker, clip = make_tracker(), random_frames(frames=3)
-    torch.testing.assert_close(tracker(clip[:, :, [2, 0, 1]])[1].query, tracker(clip)[1].query)
-    assert not torch.allclose(tracker(clip[:, :, :, [1, 0, 2, 3]])[1].query, tracker(clip)[1].query)
+    _, state = track_clip(tracker, clip)
+    _, other_frames = track_clip(tracker, clip[:, :, [2, 0, 1]])
+    _, other_queries = track_clip(tracker, clip[:, :, :, [1, 0, 2, 3]])
+    torch.testing.assert_close(other_frames.query, state.query)
+    assert not torch.allclose(other_queries.query, state.query)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -531,13 +540,13 @@ def test_videos_of_a_batch_do_not_meet(propagation, training, no_noise):
     for video in range(2):
         own = None
         for clip in clips:
-            prediction, own = tracker(clip[:, video:video + 1], own)
+            prediction, own = track_clip(tracker, clip[:, video:video + 1], own)
         alone.append((prediction, own))
     for clip in clips:
-        together, state = tracker(clip, state)
+        together, state = track_clip(tracker, clip, state)
     for video, (prediction, own) in enumerate(alone):
         assert len(together.logits) == len(prediction.logits) == (3 if training else 1)
-        for name in ("logits", "mask_embed", "gate_logits", "gate_soft"):
+        for name in ("logits", "mask_kernel", "gate_logits", "gate_soft"):
             for ours, theirs in zip(
                 getattr(together, name), getattr(prediction, name), strict=True
             ):
@@ -644,7 +653,7 @@ def test_gate_noise_keeps_full_precision_under_autocast():
         feed_forward=32,
     ).train()
     with torch.autocast("cpu", torch.bfloat16):
-        prediction, _ = tracker(torch.randn(3, 1, 1, 4, 16))
+        prediction, _ = track_clip(tracker, torch.randn(3, 1, 1, 4, 16))
     assert prediction.gate_soft[0].dtype == torch.float32
     assert prediction.logits[0].dtype == torch.bfloat16
 
@@ -678,7 +687,10 @@ def test_noisy_queries_are_mixed_with_others_of_their_stream():
 
     calls = []
     tracker.add_query_noise = lambda query: calls.append(len(calls)) or query
-    tracker(torch.randn(1, 1, 3, 1, 4, 8))
+    _, state = tracker(torch.randn(1, 1, 3, 1, 4, 8))
     assert len(calls) == 2
-    tracker.eval()(torch.randn(1, 1, 3, 1, 4, 8))
-    assert len(calls) == 2
+    # The first clip of a second call is not the first of the video.
+    tracker(torch.randn(1, 1, 3, 1, 4, 8), state)
+    assert len(calls) == 5
+    tracker.eval()(torch.randn(1, 1, 3, 1, 4, 8), state)
+    assert len(calls) == 5

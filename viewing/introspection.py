@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from deform_attn import DeformableAttention, sampling_points
+from deform_attn import DeformableAttention, sampling_locations
 from model import GRAttVIS
 from tracker import Tracker
 from transformer import Attention
@@ -31,7 +31,7 @@ class AttentionRecord:
     to fill up a batch: entries past the last frame are such copies.
     """
     weights: dict[str, list[Tensor]]  # of Attention: (N, heads, queries, keys); rows sum to 1
-    sampling: dict[str, list[tuple[Tensor, Tensor]]]  # of DeformableAttention: `sampling_points`
+    sampling: dict[str, list[tuple[Tensor, Tensor]]]  # of DeformableAttention: `sampling_locations`
     gate_logits: list[Tensor]  # of each clip: (D, L, B, Q), open where >= 0; empty without gates
 
 
@@ -72,14 +72,14 @@ def record_sampling(record: AttentionRecord, name: str, module: DeformableAttent
     query, _, level_shapes = inputs
     offsets, logits = module.project(query)
     dtype = torch.promote_types(offsets.dtype, torch.float32)
-    locations, weights = sampling_points(level_shapes, offsets.to(dtype), logits.to(dtype))
+    locations, weights = sampling_locations(level_shapes, offsets.to(dtype), logits.to(dtype))
     record.sampling[name].append((locations.cpu(), weights.cpu()))
 
 
 def record_gates(record: AttentionRecord, name: str, module: Tracker, inputs: tuple,
                  output: tuple) -> None:
     predictions, _ = output
-    for prediction in predictions if isinstance(predictions, list) else [predictions]:
+    for prediction in predictions:
         if prediction.gate_logits:
             record.gate_logits.append(torch.stack(prediction.gate_logits).detach().cpu())
 
