@@ -3,8 +3,9 @@
     python benchmarks/rewrites.py            # R-50 at 360x640, float32 on a CPU, 16 bit on a GPU
 
 Prints the time of both forms per frame (or per training video), the largest difference between
-them, and the difference as a share of a frame of inference, or of the losses of a training video.
-docs/performance.md has the table.
+them, and the difference as a share of a frame of inference. On a GPU, times are those of the kernels
+alone, replayed as a CUDA graph for a chunk of frames, as in inference. docs/performance.md has the
+table.
 """
 import sys
 import time
@@ -19,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from deform_attn import sampling_locations, weighted_samples  # noqa: E402
 from detector import attention_mask, features_for_masks, resize  # noqa: E402
 from evaluation.postprocess import resize_masks  # noqa: E402
+from fast.video_pipeline import INFERENCE_CHUNK  # noqa: E402
 from matcher import append_bias_channel, sample_at  # noqa: E402
 from model import build_model  # noqa: E402
 from transformer import mask_kernel, mask_logits  # noqa: E402
@@ -28,6 +30,7 @@ DEVICE = torch.device("cuda" if CUDA else "cpu")
 DTYPE = torch.float16 if CUDA else torch.float32
 FRAME, STRIDE_4, OUTPUT = (360, 640), (96, 160), (720, 1280)   # frames are padded to 384x640
 QUERIES, CHANNELS, POINTS, PREDICTIONS = 100, 256, 12544, 9
+CHUNK = INFERENCE_CHUNK if CUDA else 1  # frames together
 
 
 def random(*shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
@@ -44,6 +47,24 @@ def milliseconds(function, repeat: int = 5) -> float:
             torch.cuda.synchronize()
         times.append(1e3 * (time.perf_counter() - began))
     return sorted(times[1:])[repeat // 2]
+
+
+def kernel_milliseconds(function, calls: int = 20) -> float:
+    """Time of a call; on a GPU, of its kernels alone."""
+    if not CUDA:
+        return milliseconds(function)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        function()  # libraries set themselves up
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+
+    def replay() -> None:
+        for _ in range(calls):
+            graph.replay()
+
+    return milliseconds(replay) / calls
 
 
 def deformable_sampling():
@@ -70,18 +91,19 @@ def deformable_sampling():
 def masks_of_queries():
     """Masks of the frame decoder (ten times) or the tracker: kernels on unprojected features."""
     convolution = torch.nn.Conv2d(CHANNELS, CHANNELS, 1).to(DEVICE, DTYPE)
-    embed, features = random(1, QUERIES, CHANNELS), random(1, CHANNELS, *STRIDE_4)
+    embed, features = random(CHUNK, QUERIES, CHANNELS), random(CHUNK, CHANNELS, *STRIDE_4)
 
     def plain() -> Tensor:
         return torch.einsum("nqc,nchw->nqhw", embed, convolution(features))
 
-    return 2, plain, lambda: mask_logits(mask_kernel(embed, convolution), features)
+    return 2 / CHUNK, plain, lambda: mask_logits(mask_kernel(embed, convolution), features)
 
 
 def masks_for_attention():
     """Attention masks of nine layers: features resized once per level instead of masks."""
     sizes = [(12, 20), (24, 40), (48, 80)] * 3
-    kernel, features = random(1, QUERIES, CHANNELS + 1), random(1, CHANNELS, *STRIDE_4)
+    kernel = random(CHUNK, QUERIES, CHANNELS + 1)
+    features = random(CHUNK, CHANNELS, *STRIDE_4)
 
     def plain() -> Tensor:
         masks = [resize(mask_logits(kernel, features), size) for size in sizes]
@@ -92,7 +114,7 @@ def masks_for_attention():
         return torch.cat([attention_mask(kernel, source, size)[:, 0]
                           for source, size in zip(sources, sizes)], 2)
 
-    return 1, plain, rewritten
+    return 1 / CHUNK, plain, rewritten
 
 
 def masks_at_output_size():
@@ -129,19 +151,19 @@ def main() -> None:
     """Time all rewrites and print a line for each."""
     torch.manual_seed(0)
     model = build_model("r50", 25).to(DEVICE).accelerate(DTYPE)
-    frame = torch.randint(256, (3, *FRAME), dtype=torch.uint8)
+    video = torch.randint(256, (36 if CUDA else 2, 3, *FRAME), dtype=torch.uint8)
     with torch.autocast(DEVICE.type, DTYPE, enabled=DTYPE != torch.float32):
-        whole = milliseconds(lambda: model.step(frame, output_size=OUTPUT, top_k=20))
+        whole = milliseconds(lambda: model.segment_video(video, OUTPUT, top_k=20)) / len(video)
     print(f"torch {torch.__version__}, {DEVICE.type}, {torch.get_num_threads()} threads, {DTYPE}; "
-          f"`step` of R-50 at {FRAME[0]}x{FRAME[1]}: {whole:.0f} ms")
+          f"a frame of R-50 at {FRAME[0]}x{FRAME[1]}: {whole:.2f} ms")
     for rewrite in (deformable_sampling, masks_of_queries, masks_for_attention,
                     masks_at_output_size, masks_for_matching):
         times, plain, rewritten = rewrite()
         difference = (plain().float() - rewritten().float()).abs().max().item()
-        slow, fast = times * milliseconds(plain), times * milliseconds(rewritten)
+        slow, fast = times * kernel_milliseconds(plain), times * kernel_milliseconds(rewritten)
         share = "" if rewrite is masks_for_matching else (
-            f", {(slow - fast) / whole:+.1%} of a step")
-        print(f"{rewrite.__name__}: plain {slow:.1f} ms, rewritten {fast:.1f} ms{share}; "
+            f", {(slow - fast) / whole:+.1%} of a frame")
+        print(f"{rewrite.__name__}: plain {slow:.2f} ms, rewritten {fast:.2f} ms{share}; "
               f"largest difference {difference:.1e}", flush=True)
 
 
