@@ -95,7 +95,8 @@ class ResNetBackbone(nn.Module):
 
     def stem(self, images: Tensor) -> Tensor:
         """images -> (N, 64, H / 4, W / 4)."""
-        return self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        x = self.relu(self.bn1(self.conv1(images)))
+        return self.maxpool(x)
 
 
 def checkpointed(recompute: bool, function: Callable[..., Tensor], x: Tensor, *others) -> Tensor:
@@ -125,21 +126,21 @@ class DetectorWindowAttention(ShiftedWindowAttention):
         columns = x.shape[2] // window
         if shift:
             x = x.roll((-shift, -shift), (1, 2))
-        x = x.view(batch, rows, window, columns, window, channels).transpose(2, 3)
-        x = x.reshape(batch * rows * columns, window * window, channels)
+        x = x.view(batch, rows, window, columns, window, channels)
+        x = x.transpose(2, 3).reshape(-1, window * window, channels)    # (N * windows, tokens, C)
 
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)         # (N * windows, heads, tokens, C')
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # (N * windows, heads, tokens, C / heads)
         bias = self.get_relative_position_bias()                        # (1, heads, tokens, tokens)
         if shift:
             wrapped = wrapped_pairs(rows, columns, window, shift, x.device)
             bias = bias + wrapped[None, :, None].to(bias.dtype) * -100.0
-            bias = bias.expand(batch, -1, -1, -1, -1).flatten(0, 1)
+            bias = bias.expand(batch, -1, -1, -1, -1).flatten(0, 1)     # for each window
         x = F.scaled_dot_product_attention(query, key, value, attn_mask=bias.to(query.dtype))
-        x = self.proj(x.transpose(1, 2).flatten(2))
+        x = self.proj(x.transpose(1, 2).flatten(2))                     # (N * windows, tokens, C)
 
-        x = x.view(batch, rows, columns, window, window, channels).transpose(2, 3)
-        x = x.reshape(batch, rows * window, columns * window, channels)
+        x = x.view(batch, rows, columns, window, window, channels)
+        x = x.transpose(2, 3).reshape(batch, rows * window, columns * window, channels)
         if shift:
             x = x.roll((shift, shift), (1, 2))
         return x[:, :height, :width].contiguous()
@@ -182,13 +183,15 @@ class SwinBackbone(nn.Module):
         Map i has shape (N, channels[i], H / stride, W / stride) with strides 4, 8, 16, 32.
         """
         height, width = images.shape[-2:]
-        x = self.features[0](F.pad(images, (0, -width % 4, 0, -height % 4)))  # (N, H/4, W/4, C)
+        x = F.pad(images, (0, -width % 4, 0, -height % 4))
+        x = self.features[0](x)                                         # patches (N, H/4, W/4, C)
         maps = []
         for stage, norm in enumerate(self.norms):
             if stage:
                 x = self.features[2 * stage](x)                         # patch merging
             x = self.features[2 * stage + 1](x)
-            maps.append(norm(x).permute(0, 3, 1, 2).contiguous())
+            output = norm(x).permute(0, 3, 1, 2)
+            maps.append(output.contiguous())
         return maps
 
 

@@ -62,7 +62,7 @@ def merge_to_multiples(batches: Iterable[tuple[Tensor, ...]],
 
     A batch is a tuple of tensors of one length, concatenated along the first dimension.
     """
-    held, count = [], 0
+    held, count = [], 0  # batches not yet yielded, and their total length
     for batch in batches:
         held.append(batch)
         count += len(batch[0])
@@ -70,11 +70,13 @@ def merge_to_multiples(batches: Iterable[tuple[Tensor, ...]],
         if count == rest:
             continue
         merged = concatenate(held)
-        held = [tuple(tensor[count - rest:] for tensor in merged)] if rest else []
-        yield tuple(tensor[:count - rest] for tensor in merged)
+        whole = count - rest
+        held = [tuple(tensor[whole:] for tensor in merged)] if rest else []
+        yield tuple(tensor[:whole] for tensor in merged)
         count = rest
     if held:
-        merged, held = concatenate(held), []  # frees the parts, which can be large
+        merged = concatenate(held)
+        held.clear()  # Memory: the parts can be large
         yield merged
 
 

@@ -64,7 +64,7 @@ def make_clip(pictures: np.ndarray, masks: np.ndarray, labels: list[int],
     masks = tv_tensors.Mask(torch.from_numpy(masks))
     frames, masks = augmentation(frames, masks, generator)
     masks = masks.as_subclass(Tensor)
-    is_visible = torch.from_numpy(masks.numpy().any((2, 3)))  # (I, T); faster than in PyTorch
+    is_visible = torch.from_numpy(masks.numpy().any((2, 3)))  # (I, T). Speed: in NumPy
     numbers = torch.arange(len(masks))[:, None].expand(-1, len(frames))
     ids = torch.where(is_visible, numbers, -1)
     kept = is_visible.any(1)
