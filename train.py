@@ -38,11 +38,10 @@ from evaluation.inference import segment_videos, to_entries
 from evaluation.metric import evaluate_results
 from fast.acceleration import compile_parts, hold_frozen
 from losses import Criterion
-from matcher import upload
 from model import PRESETS, GRAttVIS, build_model
 from reading.ids import id_key
 from recipes import RECIPES, official_setting, parse_arguments
-from runtime.device import choose_amp, make_deterministic
+from runtime.device import choose_amp, make_deterministic, upload
 from runtime.errors import InputError, cli_errors
 from runtime.files import atomic_write, checksum, folder_lock, save_json
 from runtime.loading import choose_workers, read_ahead
