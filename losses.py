@@ -9,7 +9,8 @@ weight * total / count, and what is minimised is the plain sum over clips, layer
 
 Counts are averaged over processes, as DDP averages the gradients: the loss is then the mean over
 the instances of all processes. As upstream, a mean count below 1 is taken as 1: without instances a
-loss is 0, and with fewer than processes / L instances it is less than their mean.
+loss is 0, and with fewer instances than processes (for clips, processes / L) it is less than their
+mean.
 
 Paper: Mask2Former (2112.01527) section 3.3, GenVIS (2211.08834) section 3.3, VITA (2206.04403)
 section 3.3 for the similarity loss. Upstream: mask2former/modeling/criterion.py,
@@ -37,10 +38,10 @@ from matcher import (
     full_precision,
     match,
     matching_costs,
-    mean_over_clips,
+    mean_per_clip,
     pad_targets,
     sample_at,
-    sum_over_clips,
+    sum_per_clip,
     uncertain_points,
 )
 from model import TrainingOutput
@@ -252,7 +253,7 @@ def mask_loss(predictions: Predictions, targets: Targets, matches: SampledMatche
     """BCE at points, the mean over the frames of a clip, summed over matched instances."""
     bce = F.binary_cross_entropy_with_logits(matches.point_logits, matches.point_targets,
                                              reduction="none")
-    bce = mean_over_clips(predictions.membership, bce.mean(-1))                # (G, R, B, I)
+    bce = mean_per_clip(predictions.membership, bce.mean(-1))                  # (G, R, B, I)
     return (bce * matches.matched).sum((2, 3)), count_visible(predictions, matches)
 
 
@@ -263,8 +264,9 @@ def dice_loss(predictions: Predictions, targets: Targets, matches: SampledMatche
     truth = matches.point_targets
     overlap = torch.einsum("trbip,trbip->trbi", probability, truth)
     area = probability.sum(-1) + truth.sum(-1)
-    loss = dice(sum_over_clips(predictions.membership, overlap),
-                sum_over_clips(predictions.membership, area))                  # (G, R, B, I)
+    overlap = sum_per_clip(predictions.membership, overlap)
+    area = sum_per_clip(predictions.membership, area)
+    loss = dice(overlap, area)                                                 # (G, R, B, I)
     return (loss * matches.matched).sum((2, 3)), count_visible(predictions, matches)
 
 

@@ -179,7 +179,9 @@ def gather_at(maps: Tensor, points: Tensor) -> Tensor:
         x, y = pixel.unbind(-1)
         inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
         weight = (1 - (position - pixel).abs()).prod(-1) * inside
-        index = (y.clamp(0, height - 1) * width + x.clamp(0, width - 1)).long()
+        row = y.clamp(0, height - 1)
+        column = x.clamp(0, width - 1)
+        index = (row * width + column).long()
         index = index[:, None].expand(-1, maps.shape[1], -1)
         values = values + maps.flatten(2).gather(2, index) * weight[:, None]
     return values
@@ -195,7 +197,8 @@ def uncertain_points(logits: Tensor, count: int, candidates: int, uncertain: int
     certainty = sample_at(logits, points)[:, 0].abs()                          # (N, candidates)
     index = certainty.topk(uncertain, 1, largest=False).indices
     chosen = points.gather(1, index[..., None].expand(-1, -1, 2))
-    return torch.cat((chosen, random_points(len(logits), count - uncertain, logits)), 1)
+    others = random_points(len(logits), count - uncertain, logits)
+    return torch.cat((chosen, others), 1)
 
 
 # Costs
@@ -208,17 +211,24 @@ def matching_costs(predictions: Predictions, targets: Targets, count: int, weigh
     Equal to sampling the mask logits e . f of every query. Sampling is linear, so the features f
     are sampled instead, once for all R predictions. One video at a time, to save memory.
     """
+    clip_of = predictions.clip_of
     costs = []
     for video in range(len(targets.labels)):
-        features = append_bias_channel(full_precision(predictions.features[video]))
-        points = random_points(len(predictions.logits), count, features)       # one set per clip,
-        points = points[predictions.clip_of]                                   # for all its frames
-        truth = sample_at(targets.masks[video].to(features.dtype), points)     # (T, I, P)
+        features = full_precision(predictions.features[video])
+        features = append_bias_channel(features)
+        # All frames of a clip have the same points.
+        points = random_points(len(predictions.logits), count, features)
+        points = points[clip_of]                                               # (T, P, 2)
+        truth = targets.masks[video].to(features.dtype)
+        truth = sample_at(truth, points)                                       # (T, I, P)
         sampled = sample_at(features, points)                                  # (T, C + 1, P)
-        kernel = predictions.mask_kernel[:, :, video][predictions.clip_of]     # (T, R, Q, C + 1)
+        kernel = predictions.mask_kernel[:, :, video]
+        kernel = kernel[clip_of]                                               # (T, R, Q, C + 1)
         masks = torch.einsum("trqc,tcp->trqp", kernel, sampled)
-        costs.append(match_cost(predictions.logits[:, :, video], masks, targets.labels[video],
-                                truth, predictions.membership, weights))
+        logits = predictions.logits[:, :, video]
+        labels = targets.labels[video]
+        cost = match_cost(logits, masks, labels, truth, predictions.membership, weights)
+        costs.append(cost)
     return torch.stack(costs, 2)
 
 
@@ -234,25 +244,28 @@ def match_cost(logits: Tensor, masks: Tensor, labels: Tensor, target_masks: Tens
     # BCE(x, t) = softplus(x) - x t, the mean over points and the frames of the clip
     bce = F.softplus(masks).sum(-1, keepdim=True)
     bce = bce - torch.einsum("trqp,tip->trqi", masks, target_masks)
-    cost_mask = mean_over_clips(membership, bce) / masks.shape[-1]
+    cost_mask = mean_per_clip(membership, bce) / masks.shape[-1]
 
     probability = masks.sigmoid()
     overlap = torch.einsum("trqp,tip->trqi", probability, target_masks)
+    overlap = sum_per_clip(membership, overlap)
     area = probability.sum(-1, keepdim=True) + target_masks.sum(-1)[:, None, None]
-    cost_dice = dice(sum_over_clips(membership, overlap), sum_over_clips(membership, area))
+    area = sum_per_clip(membership, area)
+    cost_dice = dice(overlap, area)
 
     return (weights["class"] * cost_class + weights["mask"] * cost_mask
             + weights["dice"] * cost_dice)
 
 
-def sum_over_clips(membership: Tensor, values: Tensor) -> Tensor:
+def sum_per_clip(membership: Tensor, values: Tensor) -> Tensor:
     """Sum values (T, ...) over the frames of each clip: (G, ...)."""
     return torch.einsum("gt,t...->g...", membership, values)
 
 
-def mean_over_clips(membership: Tensor, values: Tensor) -> Tensor:
+def mean_per_clip(membership: Tensor, values: Tensor) -> Tensor:
     """Average values (T, ...) over the frames of each clip: (G, ...)."""
-    return sum_over_clips(membership / membership.sum(1, keepdim=True), values)
+    lengths = membership.sum(1, keepdim=True)
+    return sum_per_clip(membership / lengths, values)
 
 
 def dice(overlap: Tensor, area: Tensor) -> Tensor:
@@ -277,8 +290,9 @@ def costs_to_cpu(costs: list[Tensor]) -> list[np.ndarray]:
     Costs that are not finite become high ones. The losses will not be finite either, and training
     then stops with a message.
     """
-    flat = torch.cat([cost.flatten() for cost in costs]).cpu().numpy()
-    flat = np.nan_to_num(flat, nan=FORBIDDEN_COST, posinf=FORBIDDEN_COST, neginf=FORBIDDEN_COST)
+    flat = torch.cat([cost.flatten() for cost in costs])
+    flat = flat.cpu().numpy()
+    flat = np.where(np.isfinite(flat), flat, flat.dtype.type(FORBIDDEN_COST))
     ends = np.cumsum([cost.numel() for cost in costs])[:-1]
     return [array.reshape(cost.shape) for array, cost in zip(np.split(flat, ends), costs)]
 
@@ -316,6 +330,7 @@ def match(costs: np.ndarray, predictions: Predictions, targets: Targets, keep_id
     clips, rows, batch, queries, instances = costs.shape
     visible = visible_in_clips(targets.visible_cpu, predictions.clip_length)   # (G, B, I)
     first_seen = visible & (visible.cumsum(0) == 1)
+    # The instances that are assigned a query.
     new = first_seen if keep_identities else visible
     query_of = np.full((clips, rows, batch, instances), -1)
     for video in range(batch):
@@ -325,7 +340,8 @@ def match(costs: np.ndarray, predictions: Predictions, targets: Targets, keep_id
                 matched = match_clip(costs[clip, row, video], new[clip, video],
                                      visible[clip, video], previous)
                 query_of[clip, row, video] = matched
-                previous = matched if keep_identities else previous
+                if keep_identities:
+                    previous = matched
 
     no_object = predictions.logits.shape[-1] - 1
     classes = np.full((clips, rows, batch, queries), no_object)
