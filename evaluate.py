@@ -14,14 +14,13 @@ Writes to --output: results.json, results.json.zip (for the benchmark's server),
 there are annotations, and overlays/ and plots/ of the first --draw and --plot videos. Each suite
 has a folder. After an interruption, the same command continues with the remaining videos.
 
-The metric is in evaluation/metric.py, inference over a data set in evaluation/inference.py.
-Upstream: vita/data/ytvis_eval.py.
+evaluation/inference.py runs a model over a data set, evaluation/scoring.py scores the results, and
+the metric is in evaluation/metric.py. Upstream: vita/data/ytvis_eval.py.
 """
 import argparse
 import math
 import os
 import time
-import zipfile
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 
@@ -33,15 +32,16 @@ from augmentation import short_side_size
 from checkpoint import SHIPPED_WEIGHTS, default_short_side, model_from_checkpoint
 from data import Video, VideoSet, find_split, read_frame
 from deform_attn import implementation
-from evaluation.inference import Unfinished, segment_videos, share
-from evaluation.metric import accumulate, check_predictions, format_table, mean_metrics, summarize
+from evaluation.inference import segment_videos, share
 from evaluation.postprocess import EncodedVideo
+from evaluation.scoring import read_parts, score_results
+from evaluation.unfinished import Unfinished
 from model import PRESETS, GRAttVIS
-from reading.annotations import AnnotationFile, Skipped, one_line, read_annotations, unique_names
+from reading.annotations import AnnotationFile, one_line, unique_names
 from reading.ids import Id
 from runtime.device import choose_amp
-from runtime.errors import InputError, cli_errors, shown
-from runtime.files import atomic_write, checksum, folder_lock, read_json, save_json
+from runtime.errors import InputError, cli_errors
+from runtime.files import checksum, folder_lock
 from runtime.flags import at_least
 from runtime.loading import choose_workers
 from runtime.processes import (
@@ -56,16 +56,10 @@ from runtime.stopping import Stopped, deferred_stop
 from synthetic.suites import SUITES, make_dataset
 from tracker import PROPAGATIONS
 from viewing.overlays import overlays, save_pictures
-from viewing.plots import plot_classes, plot_precision, plot_timeline, require_matplotlib
+from viewing.plots import plot_timeline, require_matplotlib
 
 MIN_DRAWN_SCORE = 0.3
 HELD_OUT = 24  # videos of a suite, if it has to be written
-SERVERS = {    # a class that only this benchmark has, in lower case: its name and submission page
-    "vehical": "OVIS: https://codalab.lisn.upsaclay.fr/competitions/4763",
-    "ape": "YouTube-VIS 2019: https://codalab.lisn.upsaclay.fr/competitions/6064",
-    "flying_disc": "YouTube-VIS 2021: https://codalab.lisn.upsaclay.fr/competitions/7680, "
-                   "2022: https://codalab.lisn.upsaclay.fr/competitions/3410",
-}
 DATA_PATHS = ("data_root", "split", "json", "images", "sets")
 
 
@@ -365,98 +359,6 @@ def annotations_of(videos: VideoSet, paths: list[str] | None, skipped: list[Id],
     parts = read_parts(paths, skip_bad) if paths else {videos.path.stem: videos.file}
     left_out = skipped + videos.file.left_out
     return {name: part.without(left_out) for name, part in parts.items()}
-
-
-def read_parts(paths: list[str | Path], skip_bad: bool) -> dict[str, AnnotationFile]:
-    """The annotation files of the parts of a data set, by name; all have the same categories."""
-    parts = [read_annotations(path, skip_bad) for path in paths]
-    for part in parts:
-        if part.categories != parts[0].categories:
-            raise InputError(f"{part.name} has other categories than {parts[0].name}: "
-                             "they are not parts of one set")
-    names = [Path(path).stem for path in paths]
-    if len(set(names)) < len(names):
-        names = [str(path) for path in paths]
-    return dict(zip(names, parts))
-
-
-def score_results(results_path: Path, parts: dict[str, AnnotationFile], output: Path,
-                  plot: bool) -> dict | None:
-    """Validate a results file, zip it for the server, and score it if there are annotations.
-
-    parts: the ground truth by name. Each part is scored; metrics.json starts with the mean.
-
-    All files are written before anything is printed, so that no error of the terminal loses them.
-    Returns the contents of metrics.json, None without annotations.
-    """
-    first, *_ = parts.values()
-    ground_truth = {"categories": first.content["categories"]}
-    for key in ("videos", "annotations"):
-        ground_truth[key] = [entry for part in parts.values() for entry in part.content[key]]
-    left_out = [video for part in parts.values() for video in part.left_out]
-    results = check_predictions(read_json(results_path), ground_truth, left_out)
-    output.mkdir(parents=True, exist_ok=True)
-    zip_results(results_path, output / "results.json.zip")
-    skipped = Skipped(part.skipped for part in parts.values())
-    lines = [f"skipped: {sentence}" for sentence in skipped.sentences()]
-    if left_out:
-        total = len(left_out) + len(ground_truth["videos"])
-        lines.append(f"{len(left_out)} of {total} videos are left out of the metric, the first: "
-                     f"{shown(left_out[0])}")
-    if not ground_truth["annotations"]:
-        lines.append(f"{first.name} has no annotations: submit {output / 'results.json.zip'} to "
-                     f"{server_of(ground_truth['categories'])}")
-        print(*lines, sep="\n")
-        return None
-
-    metrics, precision = {}, {}
-    for name, part in parts.items():
-        metrics[name], precision[name] = score_part(results, part)
-        if len(parts) > 1:
-            lines.append(f"{name}, {len(part.content['videos'])} videos")
-        lines.append(format_table(metrics[name]))
-    total = metrics[name]
-    if len(parts) > 1:
-        total = mean_metrics(list(metrics.values())) | {"parts": metrics}
-        lines += ["mean", format_table(total)]
-    save_json(output / "metrics.json", total)
-    if plot:
-        plot_metrics(output / "plots", metrics, precision)
-    print(*lines, sep="\n")
-    return total
-
-
-def score_part(results: list[dict], part: AnnotationFile) -> tuple[dict, np.ndarray]:
-    """The metrics and the precision array of one part of the ground truth."""
-    videos = {video["id"] for video in part.content["videos"]}
-    results = [entry for entry in results if entry["video_id"] in videos]
-    precision, recall, _ = accumulate(results, part.content)
-    return summarize(precision, recall, part.content), precision
-
-
-def plot_metrics(folder: Path, metrics: dict[str, dict], precision: dict[str, np.ndarray]) -> None:
-    """Plot the precision and the classes of each part."""
-    folder.mkdir(exist_ok=True)
-    for name in metrics:
-        file_name = name.replace(os.sep, "-") + ".png"
-        plot_precision(folder / f"precision_{file_name}", precision[name])
-        plot_classes(folder / f"classes_{file_name}", metrics[name]["per_class"])
-
-
-def server_of(categories: list[dict]) -> str:
-    """Where results of these categories are submitted."""
-    classes = {category["name"].lower() for category in categories}
-    for name, server in SERVERS.items():
-        if name in classes:
-            return server
-    return "the benchmark's server"
-
-
-def zip_results(path: Path, target: Path) -> None:
-    """Write an archive that contains the file as results.json, atomically."""
-    with atomic_write(target) as temporary:
-        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
-            archive.write(path, "results.json")
 
 
 def check_categories(model: GRAttVIS, config: dict, videos: VideoSet, weights: str) -> None:

@@ -4,16 +4,21 @@ A matched query learns the class and the mask of its instance. Every other query
 instance while it is invisible, learns "no object".
 
 To add a loss, write a function (predictions, targets, matches) -> (total, count), both of shape
-(G, R), and give it a name and a weight in the table of `Criterion.__init__`. What is minimised is
-total / count, where counts are averaged over processes first, so that a loss is the mean over the
-instances of all processes.
+(G, R), and give it a name and a weight in the table of `Criterion.__init__`. The loss is
+weight * total / count, and what is minimised is the plain sum over clips, layers and losses.
+
+Counts are averaged over processes, as DDP averages the gradients: the loss is then the mean over
+the instances of all processes. As upstream, a mean count below 1 is taken as 1: without instances a
+loss is 0, and with fewer instances than processes (for clips, processes / L) it is less than their
+mean.
 
 Paper: Mask2Former (2112.01527) section 3.3, GenVIS (2211.08834) section 3.3, VITA (2206.04403)
 section 3.3 for the similarity loss. Upstream: mask2former/modeling/criterion.py,
 grattvis/modeling/grattvis_criterion.py, vita/modeling/vita_criterion.py. Shape letters are declared
 in model.py and matcher.py.
 """
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.distributed
@@ -28,22 +33,44 @@ from matcher import (
     Targets,
     clip_predictions,
     costs_to_cpu,
+    dice,
     frame_predictions,
     full_precision,
     match,
     matching_costs,
+    mean_per_clip,
     pad_targets,
     sample_at,
+    sum_per_clip,
     uncertain_points,
 )
 from model import TrainingOutput
 from transformer import mask_logits
 
-LossFunction = Callable[[Predictions, Targets, Matches], tuple[Tensor, Tensor]]
-
 GATE_LOSSES = ("logits", "released")
 SIMILARITY_SPANS = ("clip", "video")
 MAX_ELEMENTS = 2 ** 26  # of one tensor; more points or masks are processed in chunks
+
+
+@dataclass(frozen=True)
+class SampledMatches(Matches):
+    """Matches, and what only the losses need of them."""
+    point_logits: Tensor    # (T, R, B, I, P), masks of the matched queries at points
+    point_targets: Tensor   # (T, R, B, I, P) in 0..1, their instances' masks there
+    frames: Matches | None  # for clips: the matches of their frames
+
+
+LossFunction = Callable[[Predictions, Targets, SampledMatches], tuple[Tensor, Tensor]]
+
+
+@dataclass
+class LossSum:
+    """One loss, before it is divided by its count."""
+    name: str
+    suffix: str     # "{}" is the number of the clip
+    weight: float
+    total: Tensor   # (clips, layers)
+    count: Tensor   # (clips, layers)
 
 
 class Criterion:
@@ -73,10 +100,13 @@ class Criterion:
         if gate_loss not in GATE_LOSSES:
             raise ValueError(f"unknown gate loss {gate_loss!r}: choose one of "
                              f"{', '.join(GATE_LOSSES)}")
-        self.num_classes, self.no_object_weight = num_classes, no_object_weight
-        self.freeze_detector, self.similarity_span = freeze_detector, similarity_span
+        self.num_classes = num_classes
+        self.no_object_weight = no_object_weight
+        self.freeze_detector = freeze_detector
+        self.similarity_span = similarity_span
         self.gates = "gate_soft" if gate_loss == "released" else "gate_logits"
-        self.points, self.candidates = points, int(points * oversample)
+        self.points = points
+        self.candidates = int(points * oversample)
         self.uncertain = int(importance * points)
         self.matching_weights = {"class": class_weight, "mask": mask_weight, "dice": dice_weight}
 
@@ -94,132 +124,150 @@ class Criterion:
 
     @torch.autocast("cuda", enabled=False)
     @torch.autocast("cpu", enabled=False)
-    def __call__(self, output: TrainingOutput, clips: list[Clip], whole_video: bool = False
+    def __call__(self, output: TrainingOutput, videos: list[Clip], whole_video: bool = False
                  ) -> tuple[dict[str, Tensor], tuple[Matches, Matches]]:
         """Losses {name: scalar}, and the matches of frames and clips behind them.
 
-        clips: the ground truth of the B videos. whole_video: the output is one clip, as with "clip"
-        propagation. Costs and losses are computed in float32 or better.
+        videos: the ground truth. whole_video: only chooses the names of VITA, whose one clip is the
+        whole video. Costs and losses are computed in float32 or better.
         """
-        batch, levels = len(clips), len(output.frames.queries)
-        layers = levels if self.freeze_detector else len(output.frames.predictions)
-        targets = pad_targets(clips, output.padded_size, output.frames.features.device)
-        frames = frame_predictions(output, batch, layers)
-        tracks = clip_predictions(output, batch, self.gates)
+        batch = len(videos)
+        detector_layers = len(output.frames.queries)
+        all_layers = len(output.frames.predictions)
+        # With a frozen detector, only those that the similarity loss needs are matched.
+        frame_layers = detector_layers if self.freeze_detector else all_layers
+        targets = pad_targets(videos, output.padded_size, output.frames.features.device)
+        frames = frame_predictions(output, batch, frame_layers)
+        clips = clip_predictions(output, batch, self.gates)
 
         costs = [matching_costs(predictions, targets, self.points, self.matching_weights)
-                 for predictions in (frames, tracks)]
-        frame_costs, track_costs = costs_to_cpu(costs)
+                 for predictions in (frames, clips)]
+        frame_costs, clip_costs = costs_to_cpu(costs)
         frame_matches = match(frame_costs, frames, targets, keep_identities=False)
-        track_matches = match(track_costs, tracks, targets, keep_identities=True)
-        track_matches.frame_query_of = frame_matches.query_of[:, -levels:]
+        clip_matches = match(clip_costs, clips, targets, keep_identities=True)
 
-        prefix, suffix = ("loss_vita", "") if whole_video else ("loss_genvis", "_clip{}")
-        computed = []                                        # (name, suffix, weight, total, count)
-        if not self.freeze_detector:                         # all frames of a batch share one mean
-            for name, weight, *sums in self.sums(self.frame_losses, frames, targets,
-                                                 frame_matches):
-                sums = [value.sum(0, keepdim=True) for value in sums]          # (1, R)
-                computed.append((f"loss_{name}", "", weight, *sums))
-        clip_losses = dict(self.clip_losses)
-        if tracks.gates is None:                             # a mode without gates
-            clip_losses.pop("gate", None)
-        for name, weight, *sums in self.sums(clip_losses, tracks, targets, track_matches):
-            # the D * L predictions are D-major; the levels of the detector share one mean
-            sums = [value.unflatten(1, (-1, levels)).sum(2) for value in sums]  # (G, D)
-            computed.append((f"{prefix}_{name}", suffix, weight, *sums))
+        sums = []
+        if not self.freeze_detector:
+            sampled = self.sample(frames, targets, frame_matches)
+            sums += self.frame_sums(frames, targets, sampled)
+        sampled = self.sample(clips, targets, clip_matches, frame_matches)
+        sums += self.clip_sums(clips, targets, sampled, detector_layers, whole_video)
 
-        counts = average_over_processes([count for *_, count in computed])
+        counts = average_over_processes([loss.count for loss in sums])
         losses = {}
-        for (name, suffix, weight, total, _), count in zip(computed, counts):
-            # without any instance a loss is 0, not 0 / 0
-            losses |= named(weight * total / count.clamp(min=1), name, suffix)
-        return losses, (frame_matches, track_matches)
+        for loss, count in zip(sums, counts):
+            mean = loss.weight * loss.total / count.clamp(min=1)
+            losses |= named(mean, loss.name, loss.suffix)
+        return losses, (frame_matches, clip_matches)
 
-    def sums(self, table: dict, predictions: Predictions, targets: Targets, matches: Matches
-             ) -> list[tuple[str, float, Tensor, Tensor]]:
-        """(name, weight, total, count) of all losses of a table, with total and count (G, R).
-
-        Mask and dice loss share their points.
-        """
-        matches.point_logits, matches.point_targets = sample_matched_masks(
+    def sample(self, predictions: Predictions, targets: Targets, matches: Matches,
+               frame_matches: Matches | None = None) -> SampledMatches:
+        """Sample the masks at points, which mask and dice loss share."""
+        point_logits, point_targets = sample_matched_masks(
             predictions, targets, matches, self.points, self.candidates, self.uncertain)
-        return [(name, weight, *function(predictions, targets, matches))
-                for name, (function, weight) in table.items()]
+        return SampledMatches(**vars(matches), point_logits=point_logits,
+                              point_targets=point_targets, frames=frame_matches)
 
-    def class_loss(self, predictions: Predictions, targets: Targets, matches: Matches
+    def frame_sums(self, predictions: Predictions, targets: Targets, matches: SampledMatches
+                   ) -> list[LossSum]:
+        """The losses of all decoder layers; all frames of a batch share one mean."""
+        sums = []
+        for name, (function, weight) in self.frame_losses.items():
+            total, count = function(predictions, targets, matches)             # (T, R)
+            sums.append(LossSum(f"loss_{name}", "", weight, total.sum(0, keepdim=True),
+                                count.sum(0, keepdim=True)))
+        return sums
+
+    def clip_sums(self, predictions: Predictions, targets: Targets, matches: SampledMatches,
+                  detector_layers: int, whole_video: bool) -> list[LossSum]:
+        """The losses of all clips and decoder layers; the L detector layers share one mean."""
+        prefix, suffix = ("loss_vita", "") if whole_video else ("loss_genvis", "_clip{}")
+        sums = []
+        for name, (function, weight) in self.clip_losses.items():
+            if name == "gate" and predictions.gates is None:                   # a mode without
+                continue
+            total, count = function(predictions, targets, matches)             # (G, D * L)
+            total = total.unflatten(1, (-1, detector_layers)).sum(2)           # (G, D)
+            count = count.unflatten(1, (-1, detector_layers)).sum(2)
+            sums.append(LossSum(f"{prefix}_{name}", suffix, weight, total, count))
+        return sums
+
+    def class_loss(self, predictions: Predictions, targets: Targets, matches: SampledMatches
                    ) -> tuple[Tensor, Tensor]:
         """Cross-entropy of all queries; "no object" counts less, in the total and in the count.
 
         Upstream's mean is over the queries of a process, this one over those of all processes.
         """
-        weight = predictions.logits.new_ones(self.num_classes + 1)
-        weight[-1:].fill_(self.no_object_weight)             # assigning an item would synchronize
+        no_object = matches.classes == self.num_classes                        # (G, R, B, Q)
+        weight = predictions.logits.new_ones(no_object.shape)
+        weight = weight.masked_fill(no_object, self.no_object_weight)
         loss = F.cross_entropy(predictions.logits.flatten(0, 3), matches.classes.flatten(),
-                               weight, reduction="none")
-        loss = loss.view(matches.classes.shape)              # (G, R, B, Q)
-        return loss.sum((2, 3)), weight[matches.classes].sum((2, 3))
+                               reduction="none")
+        loss = weight * loss.view(weight.shape)
+        return loss.sum((2, 3)), weight.sum((2, 3))
 
-    def similarity_loss(self, predictions: Predictions, targets: Targets, matches: Matches
+    def similarity_loss(self, predictions: Predictions, targets: Targets, matches: SampledMatches
                         ) -> tuple[Tensor, Tensor]:
         """Do two embeddings belong to one instance? BCE over all pairs of matched queries.
 
-        The embeddings are those of the matched frame queries of a clip and of its matched clip
-        queries (last layer). Pairs are within a stream (one level of the detector, one video).
+        The queries are those of the frames of a clip and of the clip itself (last layer). Pairs are
+        within a stream (one detector layer, one video). They are ordered, and each query is also
+        paired with itself.
         """
-        levels = predictions.clip_embed.shape[1]
-        query_of = matches.query_of[:, -levels:]
-        embed = torch.cat((gather_queries(predictions.frame_embed, matches.frame_query_of),
-                           gather_queries(predictions.clip_embed, query_of)))
-        valid = torch.cat((matches.frame_query_of >= 0, matches.matched[:, -levels:]))
-        # members of a stream: the I queries of each of T frames and G clips
-        times, instances = len(embed), embed.shape[3]
-        embed = embed.permute(1, 2, 0, 3, 4).flatten(2, 3)   # (L, B, (T + G) * I, C)
-        valid = valid.permute(1, 2, 0, 3).flatten(2)         # (L, B, (T + G) * I)
+        detector_layers = predictions.clip_embed.shape[1]
+        frame_query_of = matches.frames.query_of[:, -detector_layers:]
+        clip_query_of = matches.query_of[:, -detector_layers:]
+        embed = torch.cat((gather_queries(predictions.frame_embed, frame_query_of),
+                           gather_queries(predictions.clip_embed, clip_query_of)))
+        matched = torch.cat((matches.frames.matched[:, -detector_layers:],
+                             matches.matched[:, -detector_layers:]))
+        # A stream has M = (T + G) * I embeddings, one per frame or clip and instance.
+        frames_and_clips, instances = len(embed), embed.shape[3]
+        embed = embed.permute(1, 2, 0, 3, 4).flatten(2, 3)                     # (L, B, M, C)
+        matched = matched.permute(1, 2, 0, 3).flatten(2)                       # (L, B, M)
 
         device = embed.device
-        instance = torch.arange(instances, device=device).repeat(times)        # of each member
-        clips = torch.arange(len(predictions.logits), device=device)
-        clip = torch.cat((predictions.clip_of, clips))[:, None].expand(-1, instances).flatten()
-        same_instance = instance[:, None] == instance
-        compared = valid[..., None] & valid[:, :, None]
+        instance = torch.arange(instances, device=device).repeat(frames_and_clips)          # (M,)
+        clips = torch.arange(len(predictions.logits), device=device)           # (G,)
+        clip = torch.cat((predictions.clip_of, clips))                         # (T + G,)
+        clip = clip[:, None].expand(-1, instances).flatten()                   # (M,)
+        compared = matched[..., None] & matched[:, :, None]                    # (L, B, M, M)
         if self.similarity_span == "clip":
             compared = compared & (clip[:, None] == clip)
 
         logits = embed @ embed.transpose(2, 3)
-        target = same_instance.to(logits.dtype).expand_as(logits)
+        target = (instance[:, None] == instance).to(logits.dtype).expand_as(logits)
         loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none") * compared
-        in_clip = (clips[:, None] == clip).to(logits.dtype)  # (G, members)
+        in_clip = (clips[:, None] == clip).to(logits.dtype)                    # (G, M)
         total = torch.einsum("gm,lbm->gl", in_clip, loss.sum(-1))
         count = torch.einsum("gm,lbm->gl", in_clip, compared.sum(-1).to(logits.dtype))
-        if self.similarity_span == "video":                  # as large as that of all clips
+        if self.similarity_span == "video":  # one loss instead of G: weighted G times
             return len(clips) * total.sum(0, keepdim=True), count.sum(0, keepdim=True)
         return total, count
 
 
 # Losses of masks and gates
 
-def mask_loss(predictions: Predictions, targets: Targets, matches: Matches
+def mask_loss(predictions: Predictions, targets: Targets, matches: SampledMatches
               ) -> tuple[Tensor, Tensor]:
     """BCE at points, the mean over the frames of a clip, summed over matched instances."""
     bce = F.binary_cross_entropy_with_logits(matches.point_logits, matches.point_targets,
-                                             reduction="none").mean(-1)        # (B, T, R, I)
-    frame_in_clip = predictions.frame_in_clip
-    mean_over_frames = frame_in_clip / frame_in_clip.sum(1, keepdim=True)
-    bce = torch.einsum("gt,btri->grbi", mean_over_frames, bce)
+                                             reduction="none")
+    bce = mean_per_clip(predictions.membership, bce.mean(-1))                  # (G, R, B, I)
     return (bce * matches.matched).sum((2, 3)), count_visible(predictions, matches)
 
 
-def dice_loss(predictions: Predictions, targets: Targets, matches: Matches
+def dice_loss(predictions: Predictions, targets: Targets, matches: SampledMatches
               ) -> tuple[Tensor, Tensor]:
-    """1 - (2 overlap + 1) / (area + 1) at the points of all frames of a clip together."""
-    probability, truth = matches.point_logits.sigmoid(), matches.point_targets
-    overlap = torch.einsum("btrip,btrip->btri", probability, truth)
+    """Dice loss at the points of all frames of a clip together, summed over matched instances."""
+    probability = matches.point_logits.sigmoid()
+    truth = matches.point_targets
+    overlap = torch.einsum("trbip,trbip->trbi", probability, truth)
     area = probability.sum(-1) + truth.sum(-1)
-    overlap = torch.einsum("gt,btri->grbi", predictions.frame_in_clip, overlap)
-    area = torch.einsum("gt,btri->grbi", predictions.frame_in_clip, area)
-    dice = 1 - (2 * overlap + 1) / (area + 1)
-    return (dice * matches.matched).sum((2, 3)), count_visible(predictions, matches)
+    overlap = sum_per_clip(predictions.membership, overlap)
+    area = sum_per_clip(predictions.membership, area)
+    loss = dice(overlap, area)                                                 # (G, R, B, I)
+    return (loss * matches.matched).sum((2, 3)), count_visible(predictions, matches)
 
 
 def count_visible(predictions: Predictions, matches: Matches) -> Tensor:
@@ -229,19 +277,20 @@ def count_visible(predictions: Predictions, matches: Matches) -> Tensor:
     return count[:, None].expand(clips, layers)
 
 
-def gate_bce(predictions: Predictions, targets: Targets, matches: Matches
+def gate_bce(predictions: Predictions, targets: Targets, matches: SampledMatches
              ) -> tuple[Tensor, Tensor]:
     """BCE of the gates: open (1) for queries that show an instance in the clip, else closed (0).
 
-    Not in the paper. The released code has it with weight 0 and applies a second sigmoid to the
-    already sigmoided soft gate (grattvis_criterion.py:301), so that it cannot reach 0: "released"
-    (predictions.gates are soft gates). "logits" is the same loss on the gate's logits.
+    Not in the paper; the released code has it with weight 0 (grattvis_criterion.py:301).
+    "logits": BCE of sigmoid(gate logit). "released": as there, BCE of sigmoid(soft gate), a second
+    sigmoid; that lies in 0.5..0.73, so the loss has a floor above 0.
     """
     no_object = predictions.logits.shape[-1] - 1
     target = (matches.classes != no_object).to(predictions.gates.dtype)
     loss = F.binary_cross_entropy_with_logits(predictions.gates, target, reduction="none")
     total = loss.sum((2, 3))
-    return total, torch.full_like(total, loss[0, 0].numel())
+    queries_of_batch = loss.shape[2] * loss.shape[3]
+    return total, torch.full_like(total, queries_of_batch)
 
 
 # Masks at points
@@ -250,32 +299,37 @@ def sample_matched_masks(predictions: Predictions, targets: Targets, matches: Ma
                          candidates: int, uncertain: int) -> tuple[Tensor, Tensor]:
     """Logits of the masks of matched queries and their instances' masks at points, in every frame.
 
-    Both are (B, T, R, I, P): point_logits and point_targets of Matches. Every mask has points of
-    its own, see `uncertain_points`. Only the logits have a gradient.
+    Both are (T, R, B, I, P). Every mask has its own points, see `uncertain_points`. Only the logits
+    have a gradient.
     """
-    kernel = gather_queries(predictions.mask_kernel, matches.query_of)[predictions.clip_of]
     batch, length, instances, *_ = targets.masks.shape
-    height, width = predictions.features.shape[-2:]
-    truth = targets.masks.flatten(0, 2)[:, None]             # (B * T * I, 1, H, W)
+    elements = 6 * candidates * batch * length * instances   # about 6 numbers per candidate
     point_logits, point_targets = [], []
-    # some of the R predictions at once: masks are large, candidates are larger
-    for kernel in kernel.split(chunk_size(len(truth) * height * width), 1):
-        masks = torch.stack([
-            checkpoint(masks_of_video, kernel[:, :, video], predictions.features[video],
-                       use_reentrant=False, preserve_rng_state=False)
-            for video in range(batch)])                      # (B, T, R, I, h, w)
-        for masks in masks.split(chunk_size(len(truth) * 6 * candidates), 2):
-            rows = masks.shape[:4]
+    for some_layers in matched_masks(predictions, matches):
+        for masks in some_layers.split(chunk_size(elements), 2):
+            shape = masks.shape[:4]                          # (B, T, some of R, I)
             masks = masks.flatten(0, 3)[:, None]             # (B * T * R * I, 1, h, w)
             with torch.no_grad():
-                at = uncertain_points(masks, points, candidates, uncertain)
-                shared = at.view(*rows, points, 2).transpose(2, 3)
-                shared = shared.reshape(len(truth), rows[2] * points, 2)
-                sampled = sample_masks(truth, shared, masks.dtype)
-                sampled = sampled.view(batch, length, instances, rows[2], points).transpose(2, 3)
-            point_targets.append(sampled)
-            point_logits.append(sample_at(masks, at).view(*rows, points))
-    return torch.cat(point_logits, 2), torch.cat(point_targets, 2)
+                positions = uncertain_points(masks, points, candidates, uncertain)
+                positions_of_layer = positions.view(*shape, points, 2)
+                point_targets.append(sample_targets(targets, positions_of_layer, masks.dtype))
+            point_logits.append(sample_at(masks, positions).view(*shape, points))
+    return (torch.cat(point_logits, 2).permute(1, 2, 0, 3, 4),
+            torch.cat(point_targets, 2).permute(1, 2, 0, 3, 4))
+
+
+def matched_masks(predictions: Predictions, matches: Matches) -> Iterator[Tensor]:
+    """Mask logits (B, T, some of R, I, h, w) of the matched queries; all at once are too large."""
+    kernels = gather_queries(predictions.mask_kernel, matches.query_of)
+    kernels = kernels[predictions.clip_of]                   # (T, R, B, I, C + 1)
+    batch, length, _, height, width = predictions.features.shape
+    instances = kernels.shape[3]
+    for some_kernels in kernels.split(chunk_size(batch * length * instances * height * width), 1):
+        yield torch.stack([
+            checkpoint(masks_of_video, some_kernels[:, :, video], predictions.features[video],
+                       use_reentrant=False, preserve_rng_state=False)
+            for video in range(batch)
+        ])
 
 
 def masks_of_video(kernel: Tensor, features: Tensor) -> Tensor:
@@ -288,11 +342,16 @@ def masks_of_video(kernel: Tensor, features: Tensor) -> Tensor:
     return masks.unflatten(1, kernel.shape[1:3])
 
 
-def sample_masks(masks: Tensor, points: Tensor, dtype: torch.dtype) -> Tensor:
-    """Values (N, P) in 0..1 of bool masks (N, 1, H, W) at points (N, P, 2)."""
-    size = chunk_size(masks[:1].numel())                     # as numbers, masks are large
-    chunks = zip(masks.split(size), points.split(size))
-    return torch.cat([sample_at(mask.to(dtype), at)[:, 0] for mask, at in chunks])
+def sample_targets(targets: Targets, positions: Tensor, dtype: torch.dtype) -> Tensor:
+    """Values (B, T, R, I, P) in 0..1 of the instances' masks at positions (B, T, R, I, P, 2)."""
+    batch, length, layers, instances, points, _ = positions.shape
+    masks = targets.masks.flatten(0, 2)[:, None]             # (B * T * I, 1, H, W)
+    # Targets do not depend on R: all R sets of points are sampled from one mask.
+    positions = positions.transpose(2, 3).reshape(len(masks), layers * points, 2)
+    size = chunk_size(masks[0].numel())                      # as numbers, masks are large
+    chunks = zip(masks.split(size), positions.split(size))
+    sampled = torch.cat([sample_at(some.to(dtype), at)[:, 0] for some, at in chunks])
+    return sampled.view(batch, length, instances, layers, points).transpose(2, 3)
 
 
 def gather_queries(values: Tensor, query_of: Tensor) -> Tensor:
@@ -312,10 +371,7 @@ def chunk_size(elements: int) -> int:
 # Means and names
 
 def average_over_processes(counts: list[Tensor]) -> list[Tensor]:
-    """Means of counts over all processes, in one exchange, which all of them take part in.
-
-    Gradients are averaged over processes too, so total / mean count is the quotient of the sums.
-    """
+    """Means of counts over all processes, in one exchange, which all of them take part in."""
     mean = torch.cat([count.flatten() for count in counts])
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(mean)

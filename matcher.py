@@ -1,22 +1,28 @@
 """Matching: which query answers for which instance.
 
-Frames are matched one by one (Mask2Former). Clips are matched with identities kept (GenVIS): an
-instance is matched in the clip in which it first appears, and keeps that query to the end of the
-video. A video read as one clip (VITA) is the special case of a single clip. A frame is treated as
-a clip of one frame, so that one function serves both.
+The queries of a frame are matched for every frame anew (Mask2Former). Those of the tracker are
+matched with identities kept (GenVIS): an instance is matched in the clip in which it first appears,
+and keeps that query to the end of the video. A video read as one clip (VITA) is the special case of
+a single clip.
 
-    targets = pad_targets(clips, size, device)
+One function serves both, with the shape letters of model.py and
+
+                                            frames              clips
+    G  what is matched at once              T, each by itself   clips of a video
+    R  predictions of each of them          decoder layers      D * L, D-major
+    I  instances, padded to the most of any video of the batch
+    P  points at which masks are compared
+
+The R predictions are matched independently: an instance may have another query in each layer.
+
+    targets = pad_targets(videos, size, device)
     costs = matching_costs(predictions, targets, points, weights)      # on the GPU
-    costs, = costs_to_cpu([costs])                                     # the one synchronization
+    costs, = costs_to_cpu([costs])
     matches = match(costs, predictions, targets, keep_identities=True)
 
 Paper: Mask2Former (2112.01527) section 3.3 for point sampling, GenVIS (2211.08834) section 3.2 for
 identities over clips. Upstream: mask2former/modeling/matcher.py, grattvis/modeling/
-grattvis_matcher.py, vita/modeling/vita_matcher.py. Shape letters as in model.py; here also
-    I  instances, padded to the most of any video of the batch
-    G  clips of a video (for frame predictions: its frames)
-    R  predictions of a clip: D * L of the tracker (D-major), or the layers of the frame decoder
-    P  points at which masks are compared
+grattvis_matcher.py, vita/modeling/vita_matcher.py.
 """
 from dataclasses import dataclass
 
@@ -28,8 +34,11 @@ from torch import Tensor
 
 from clips import Clip
 from model import TrainingOutput
+from runtime.device import upload
+from tracker import ClipPrediction
 
-FORBIDDEN_COST = 1e6  # of giving a new instance the query of a visible one
+# Of giving a new instance the query of a visible one; also for costs that are not finite.
+FORBIDDEN_COST = 1e6
 
 
 @dataclass
@@ -44,14 +53,14 @@ class Targets:
 
 @dataclass
 class Predictions:
-    """What is matched with the instances: the clips of a batch, or its frames as clips."""
+    """What is matched with the instances: the clips of a batch, or its frames (clip_length 1)."""
     logits: Tensor              # (G, R, B, Q, K + 1)
     mask_kernel: Tensor         # (G, R, B, Q, C + 1), see transformer.mask_kernel
     features: Tensor            # (B, T, C, h, w)
     clip_length: int            # frames of a clip; the last clip may be shorter
     clip_embed: Tensor | None = None   # (G, L, B, Q, C), similarity embeddings; tracker only
     frame_embed: Tensor | None = None  # (T, L, B, F, C)
-    gates: Tensor | None = None        # (G, R, B, Q) logits, or what the released gate loss reads
+    gates: Tensor | None = None        # (G, R, B, Q), gate logits or sampled soft gates
 
     @property
     def clip_of(self) -> Tensor:
@@ -60,22 +69,21 @@ class Predictions:
         return torch.arange(length, device=device) // self.clip_length
 
     @property
-    def frame_in_clip(self) -> Tensor:
-        """(G, T), 1 where a frame belongs to a clip: sums over frames become sums over clips."""
+    def membership(self) -> Tensor:
+        """(G, T), 1.0 where a frame belongs to a clip, else 0.0."""
         clips = torch.arange(len(self.logits), device=self.features.device)
         return (clips[:, None] == self.clip_of).to(self.logits.dtype)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Matches:
     """The query of every instance in every prediction, and what follows from it."""
-    query_of: Tensor            # (G, R, B, I) int64, -1 = none (not seen so far, too few queries)
+    # (G, R, B, I) int64, other queries in other layers. -1 = none: an instance that was not visible
+    # so far, or more instances than queries. Clips keep a query while the instance is invisible,
+    # frames do not.
+    query_of: Tensor
     visible: Tensor             # (G, B, I) bool, True = visible in some frame of the clip
     classes: Tensor             # (G, R, B, Q) int64, what each query has to predict; K = no object
-    # filled in by losses.py
-    frame_query_of: Tensor | None = None  # (T, L, B, I), the matches of the frame queries
-    point_logits: Tensor | None = None    # (B, T, R, I, P), masks of matched queries at points
-    point_targets: Tensor | None = None   # (B, T, R, I, P) in 0..1, their instances' masks there
 
     @property
     def matched(self) -> Tensor:
@@ -85,52 +93,64 @@ class Matches:
 
 # Targets and predictions in one form
 
-def pad_targets(clips: list[Clip], size: tuple[int, int], device: torch.device) -> Targets:
-    """Pad the ground truth of B clips to the most instances, and masks right and bottom to `size`.
+def pad_targets(videos: list[Clip], size: tuple[int, int], device: torch.device) -> Targets:
+    """Pad the ground truth of B videos to the most instances, and masks right and bottom to `size`.
 
     An instance whose mask is empty in a frame is not visible there.
     """
-    batch, length = len(clips), clips[0].masks.shape[1]
-    most = max(1, *(len(clip.labels) for clip in clips))         # at least 1, so nothing is empty
+    batch = len(videos)
+    length = videos[0].masks.shape[1]
+    most = max(1, *(len(video.labels) for video in videos))      # at least 1, so nothing is empty
     labels = np.zeros((batch, most), dtype=np.int64)
     visible = np.zeros((batch, length, most), dtype=bool)
     masks = torch.zeros(batch, length, most, *size, dtype=torch.bool, device=device)
-    for video, clip in enumerate(clips):
-        count, _, height, width = clip.masks.shape
-        labels[video, :count] = clip.labels.numpy()
-        shown = (clip.ids != -1).numpy() & clip.masks.numpy().any((2, 3))      # (count, T)
-        visible[video, :, :count] = shown.T
-        masks[video, :, :count, :height, :width] = upload(clip.masks, device).transpose(0, 1)
+    for number, video in enumerate(videos):
+        count, _, height, width = video.masks.shape
+        labels[number, :count] = video.labels.numpy()
+        visible[number, :, :count] = video.masks.numpy().any((2, 3)).T
+        masks[number, :, :count, :height, :width] = upload(video.masks, device).transpose(0, 1)
     return Targets(*to_device([labels, visible], device), masks, labels, visible)
 
 
 def frame_predictions(output: TrainingOutput, batch: int, layers: int) -> Predictions:
-    """The last `layers` predictions of the frame decoder: every frame is a clip, G = T."""
-    def stack_layers(values) -> Tensor:  # (B * T, F, ...) of each layer -> (T, layers, B, F, ...)
-        stacked = torch.stack(values).unflatten(1, (batch, -1))
-        return full_precision(stacked.permute(2, 0, 1, 3, 4))
+    """The last `layers` predictions of the frame decoder, G = T."""
+    logits, kernels = zip(*output.frames.predictions[-layers:])
+    return Predictions(
+        logits=stack_frame_layers(logits, batch),
+        mask_kernel=stack_frame_layers(kernels, batch),
+        features=output.frames.features.unflatten(0, (batch, -1)),
+        clip_length=1,
+    )
 
-    logits, kernel = map(stack_layers, zip(*output.frames.predictions[-layers:]))
-    features = output.frames.features.unflatten(0, (batch, -1))
-    return Predictions(logits, kernel, features, clip_length=1)
+
+def stack_frame_layers(layers: tuple[Tensor, ...], batch: int) -> Tensor:
+    """(B * T, F, ...) of each layer -> (T, R, B, F, ...)."""
+    stacked = torch.stack(layers).unflatten(1, (batch, -1))
+    return full_precision(stacked.permute(2, 0, 1, 3, 4))
 
 
 def clip_predictions(output: TrainingOutput, batch: int, gates: str = "gate_logits"
                      ) -> Predictions:
     """All predictions of the tracker. gates: which field of ClipPrediction the gate loss reads."""
     clips = output.clips
-
-    def stack_layers(name: str) -> Tensor:  # D of (L, B, Q, ...) a clip -> (G, D * L, B, Q, ...)
-        values = torch.stack([torch.stack(getattr(clip, name)) for clip in clips])
-        return full_precision(values.flatten(1, 2))
-
-    features = output.frames.features.unflatten(0, (batch, -1))
-    clip_length = clips[0].frame_embed.shape[2]
-    frame_embed = torch.cat([clip.frame_embed for clip in clips], 2).permute(2, 0, 1, 3, 4)
+    frame_embed = torch.cat([clip.frame_embed for clip in clips], 2)           # (L, B, T, F, C)
     clip_embed = torch.stack([clip.clip_embed for clip in clips])
-    return Predictions(stack_layers("logits"), stack_layers("mask_kernel"), features, clip_length,
-                       full_precision(clip_embed), full_precision(frame_embed),
-                       stack_layers(gates) if getattr(clips[0], gates) else None)
+    has_gates = bool(getattr(clips[0], gates))
+    return Predictions(
+        logits=stack_clip_layers(clips, "logits"),
+        mask_kernel=stack_clip_layers(clips, "mask_kernel"),
+        features=output.frames.features.unflatten(0, (batch, -1)),
+        clip_length=clips[0].frame_embed.shape[2],
+        clip_embed=full_precision(clip_embed),
+        frame_embed=full_precision(frame_embed.permute(2, 0, 1, 3, 4)),
+        gates=stack_clip_layers(clips, gates) if has_gates else None,
+    )
+
+
+def stack_clip_layers(clips: list[ClipPrediction], name: str) -> Tensor:
+    """A field of each clip, a list of D tensors (L, B, Q, ...) -> (G, D * L, B, Q, ...)."""
+    values = torch.stack([torch.stack(getattr(clip, name)) for clip in clips])
+    return full_precision(values.flatten(1, 2))
 
 
 # Points
@@ -159,7 +179,9 @@ def gather_at(maps: Tensor, points: Tensor) -> Tensor:
         x, y = pixel.unbind(-1)
         inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
         weight = (1 - (position - pixel).abs()).prod(-1) * inside
-        index = (y.clamp(0, height - 1) * width + x.clamp(0, width - 1)).long()
+        row = y.clamp(0, height - 1)
+        column = x.clamp(0, width - 1)
+        index = (row * width + column).long()
         index = index[:, None].expand(-1, maps.shape[1], -1)
         values = values + maps.flatten(2).gather(2, index) * weight[:, None]
     return values
@@ -175,7 +197,8 @@ def uncertain_points(logits: Tensor, count: int, candidates: int, uncertain: int
     certainty = sample_at(logits, points)[:, 0].abs()                          # (N, candidates)
     index = certainty.topk(uncertain, 1, largest=False).indices
     chosen = points.gather(1, index[..., None].expand(-1, -1, 2))
-    return torch.cat((chosen, random_points(len(logits), count - uncertain, logits)), 1)
+    others = random_points(len(logits), count - uncertain, logits)
+    return torch.cat((chosen, others), 1)
 
 
 # Costs
@@ -185,47 +208,69 @@ def matching_costs(predictions: Predictions, targets: Targets, count: int, weigh
                    ) -> Tensor:
     """Costs (G, R, B, Q, I) of giving a query to an instance, from masks at `count` points.
 
-    A clip of a video has one set of points for all its frames. Plain equation: sample the mask
-    logits e . f of every query. Sampling is linear, so here the features f are sampled once, and
-    e . sample(f) serves the queries of all R predictions. One video at a time, to save memory.
+    Equal to sampling the mask logits e . f of every query. Sampling is linear, so the features f
+    are sampled instead, once for all R predictions. One video at a time, to save memory.
     """
+    clip_of = predictions.clip_of
     costs = []
     for video in range(len(targets.labels)):
-        features = append_bias_channel(full_precision(predictions.features[video]))
-        points = random_points(len(predictions.logits), count, features)[predictions.clip_of]
-        truth = sample_at(targets.masks[video].to(features.dtype), points)     # (T, I, P)
+        features = full_precision(predictions.features[video])
+        features = append_bias_channel(features)
+        # All frames of a clip have the same points.
+        points = random_points(len(predictions.logits), count, features)
+        points = points[clip_of]                                               # (T, P, 2)
+        truth = targets.masks[video].to(features.dtype)
+        truth = sample_at(truth, points)                                       # (T, I, P)
         sampled = sample_at(features, points)                                  # (T, C + 1, P)
-        kernel = predictions.mask_kernel[:, :, video][predictions.clip_of]     # (T, R, Q, C + 1)
+        kernel = predictions.mask_kernel[:, :, video]
+        kernel = kernel[clip_of]                                               # (T, R, Q, C + 1)
         masks = torch.einsum("trqc,tcp->trqp", kernel, sampled)
-        costs.append(match_cost(predictions.logits[:, :, video], masks, targets.labels[video],
-                                truth, predictions.frame_in_clip, weights))
+        logits = predictions.logits[:, :, video]
+        labels = targets.labels[video]
+        cost = match_cost(logits, masks, labels, truth, predictions.membership, weights)
+        costs.append(cost)
     return torch.stack(costs, 2)
 
 
 def match_cost(logits: Tensor, masks: Tensor, labels: Tensor, target_masks: Tensor,
-               frame_in_clip: Tensor, weights: dict[str, float]) -> Tensor:
+               membership: Tensor, weights: dict[str, float]) -> Tensor:
     """Cost (G, R, Q, I) for one video: class probability, point BCE and dice over each clip.
 
     logits (G, R, Q, K + 1), labels (I,); mask logits (T, R, Q, P) and target_masks (T, I, P) in
-    0..1 at the same points; frame_in_clip (G, T).
+    0..1 at the same points; membership (G, T).
     """
     cost_class = -logits.softmax(-1)[..., labels]
 
     # BCE(x, t) = softplus(x) - x t, the mean over points and the frames of the clip
     bce = F.softplus(masks).sum(-1, keepdim=True)
     bce = bce - torch.einsum("trqp,tip->trqi", masks, target_masks)
-    mean_over_frames = frame_in_clip / frame_in_clip.sum(1, keepdim=True)
-    cost_mask = torch.einsum("gt,trqi->grqi", mean_over_frames, bce) / masks.shape[-1]
+    cost_mask = mean_per_clip(membership, bce) / masks.shape[-1]
 
     probability = masks.sigmoid()
     overlap = torch.einsum("trqp,tip->trqi", probability, target_masks)
+    overlap = sum_per_clip(membership, overlap)
     area = probability.sum(-1, keepdim=True) + target_masks.sum(-1)[:, None, None]
-    overlap = torch.einsum("gt,trqi->grqi", frame_in_clip, overlap)
-    area = torch.einsum("gt,trqi->grqi", frame_in_clip, area)
-    cost_dice = 1 - (2 * overlap + 1) / (area + 1)
+    area = sum_per_clip(membership, area)
+    cost_dice = dice(overlap, area)
 
     return (weights["class"] * cost_class + weights["mask"] * cost_mask
             + weights["dice"] * cost_dice)
+
+
+def sum_per_clip(membership: Tensor, values: Tensor) -> Tensor:
+    """Sum values (T, ...) over the frames of each clip: (G, ...)."""
+    return torch.einsum("gt,t...->g...", membership, values)
+
+
+def mean_per_clip(membership: Tensor, values: Tensor) -> Tensor:
+    """Average values (T, ...) over the frames of each clip: (G, ...)."""
+    lengths = membership.sum(1, keepdim=True)
+    return sum_per_clip(membership / lengths, values)
+
+
+def dice(overlap: Tensor, area: Tensor) -> Tensor:
+    """Dice loss from the overlap of two masks and the sum of their areas."""
+    return 1 - (2 * overlap + 1) / (area + 1)
 
 
 def append_bias_channel(features: Tensor) -> Tensor:
@@ -237,13 +282,17 @@ def append_bias_channel(features: Tensor) -> Tensor:
 
 
 def costs_to_cpu(costs: list[Tensor]) -> list[np.ndarray]:
-    """All costs as arrays: the one point of a training step at which the CPU waits for the GPU.
+    """All costs as arrays, in one copy.
+
+    This is the first of two waits for the GPU in a training step. The other is at the end of
+    `train_step`; with fp16, the gradient scaler adds one.
 
     Costs that are not finite become high ones. The losses will not be finite either, and training
     then stops with a message.
     """
-    flat = torch.cat([cost.flatten() for cost in costs]).cpu().numpy()
-    flat = np.nan_to_num(flat, nan=FORBIDDEN_COST, posinf=FORBIDDEN_COST, neginf=FORBIDDEN_COST)
+    flat = torch.cat([cost.flatten() for cost in costs])
+    flat = flat.cpu().numpy()
+    flat = np.where(np.isfinite(flat), flat, flat.dtype.type(FORBIDDEN_COST))
     ends = np.cumsum([cost.numel() for cost in costs])[:-1]
     return [array.reshape(cost.shape) for array, cost in zip(np.split(flat, ends), costs)]
 
@@ -278,38 +327,41 @@ def match_clip(cost: np.ndarray, new: np.ndarray, visible: np.ndarray, previous:
 def match(costs: np.ndarray, predictions: Predictions, targets: Targets, keep_identities: bool
           ) -> Matches:
     """Match by costs (G, R, B, Q, I): with identities kept over clips, or every clip anew."""
-    clips, layers, batch, queries, instances = costs.shape
-    length, clip_length = targets.visible_cpu.shape[1], predictions.clip_length
-    visible = np.stack([targets.visible_cpu[:, first:first + clip_length].any(1)
-                        for first in range(0, length, clip_length)])           # (G, B, I)
+    clips, rows, batch, queries, instances = costs.shape
+    visible = visible_in_clips(targets.visible_cpu, predictions.clip_length)   # (G, B, I)
     first_seen = visible & (visible.cumsum(0) == 1)
+    # The instances that are assigned a query.
     new = first_seen if keep_identities else visible
-    query_of = np.full((clips, layers, batch, instances), -1)
+    query_of = np.full((clips, rows, batch, instances), -1)
     for video in range(batch):
-        for layer in range(layers):
+        for row in range(rows):
             previous = np.full(instances, -1)
             for clip in range(clips):
-                matched = match_clip(costs[clip, layer, video], new[clip, video],
+                matched = match_clip(costs[clip, row, video], new[clip, video],
                                      visible[clip, video], previous)
-                query_of[clip, layer, video] = matched
-                previous = matched if keep_identities else previous
+                query_of[clip, row, video] = matched
+                if keep_identities:
+                    previous = matched
 
     no_object = predictions.logits.shape[-1] - 1
-    classes = np.full((clips, layers, batch, queries), no_object)
-    for instance in range(instances):                  # two may share a query after an occlusion
+    classes = np.full((clips, rows, batch, queries), no_object)
+    # One instance after another: if two share a query after an occlusion, the later one's class
+    # stands.
+    for instance in range(instances):
         matched = (query_of[..., instance] >= 0) & visible[:, None, :, instance]
-        clip, layer, video = np.nonzero(matched)
-        query = query_of[clip, layer, video, instance]
-        classes[clip, layer, video, query] = targets.labels_cpu[video, instance]
+        clip, row, video = np.nonzero(matched)
+        query = query_of[clip, row, video, instance]
+        classes[clip, row, video, query] = targets.labels_cpu[video, instance]
     return Matches(*to_device([query_of, visible, classes], targets.masks.device))
 
 
+def visible_in_clips(visible: np.ndarray, clip_length: int) -> np.ndarray:
+    """Visible in frames (B, T, I) -> visible in some frame of each clip (G, B, I)."""
+    first_frames = range(0, visible.shape[1], clip_length)
+    return np.stack([visible[:, first:first + clip_length].any(1) for first in first_frames])
+
+
 # Between CPU and GPU
-
-def upload(x: Tensor, device: torch.device) -> Tensor:
-    """A CPU tensor on the device, from pinned memory, so that nothing waits for the copy."""
-    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
-
 
 def to_device(arrays: list[np.ndarray], device: torch.device) -> list[Tensor]:
     """Arrays as tensors on the device."""

@@ -37,12 +37,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import clips as clips_module
 from augmentation import Augmentation, transforms
 from clips import ClipDataset, StepSampler
-from recipes import parse_arguments
 from runtime.loading import read_ahead
 from synthetic.rendering import make_video
 from synthetic.scenes import CATEGORIES
 from synthetic.suites import write_split
-from train import PREFETCH, open_clips
+from train import PREFETCH
+from trainer.datasets import open_clips
+from trainer.flags import parse_arguments
 
 HEIGHT, WIDTH, FRAMES, OBJECTS = 720, 1280, 14, 6      # of a video; reach 6 sees 13 frames
 NOISE = 5.0                                            # grey levels, standard deviation

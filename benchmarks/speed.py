@@ -31,9 +31,9 @@ from deform_attn import implementation  # noqa: E402
 from fast.acceleration import cast_frozen_weights, compile_parts  # noqa: E402
 from losses import Criterion  # noqa: E402
 from model import build_model  # noqa: E402
-from recipes import parse_arguments  # noqa: E402
 from runtime.device import choose_amp  # noqa: E402
 from train import parameter_groups, train_step  # noqa: E402
+from trainer.flags import parse_arguments  # noqa: E402
 from transformer import mask_logits  # noqa: E402
 
 CUDA = torch.cuda.is_available()

@@ -1,7 +1,8 @@
-"""Selects the device and the autocast dtype of a program."""
+"""Selects the device and the autocast dtype of a program, and copies tensors to the device."""
 import os
 
 import torch
+from torch import Tensor
 
 from runtime.errors import InputError
 
@@ -55,3 +56,8 @@ def choose_amp(name: str, device: torch.device, training: bool = False) -> tuple
     if torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.bfloat16, "the GPU has it"
     return torch.float16, "the GPU has no bf16"
+
+
+def upload(x: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on the device, from pinned memory, so that nothing waits for the copy."""
+    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)

@@ -21,6 +21,7 @@ from pycocotools import mask as rle
 import evaluate
 import train
 from data import InputError, Video, VideoSet
+from evaluation import scoring
 from evaluation.metric import evaluate_results
 from reading.annotations import Skipped, complete, read_categories, unique_names
 from reading.ids import id_order
@@ -870,7 +871,7 @@ def test_metrics_and_plots_are_saved_before_anything_is_printed(tmp_path, monkey
     """No terminal, closed pipe or encoding can lose them."""
     monkeypatch.setattr(evaluate, "require_matplotlib", lambda: None)
     for name in ("plot_precision", "plot_classes"):
-        monkeypatch.setattr(evaluate, name, lambda path, values: path.touch())
+        monkeypatch.setattr(scoring, name, lambda path, values: path.touch())
     content = make_content()
     given = [
         "--results",

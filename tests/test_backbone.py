@@ -15,9 +15,9 @@ from backbone import (
     build_backbone,
     wrapped_pairs,
 )
-from checkpoint import translate
 from fast.folded_resnet import fold_norms, fold_resnet, fuse_blocks, stem_convolution
 from golden_set import make_video, meta, official_weights, read_arrays, subsampled_error
+from reading.translation import translate
 
 
 @torch.no_grad()

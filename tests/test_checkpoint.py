@@ -19,11 +19,11 @@ from checkpoint import (
     read_run,
     save_checkpoint,
     save_weights,
-    translate,
 )
 from data import InputError
 from golden_set import meta, names_shapes
 from model import PRESETS, TEST_SIDES, build_model
+from reading.translation import translate
 
 TINY = dict(channels=32, heads=2, feed_forward=32, pixel_feed_forward=32)
 

@@ -13,10 +13,10 @@ import torch
 import losses as losses_module
 import matcher
 import tracker
-from checkpoint import translate
 from clips import Clip
 from conftest import fixed_threads
 from golden_set import PROPAGATION, golden_model, make_video, meta, read_json
+from reading.translation import translate
 
 SECTIONS = [
     section

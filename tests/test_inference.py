@@ -22,9 +22,10 @@ import train
 from conftest import fixed_threads
 from data import InputError, Video, VideoSet, frames_at_test_size
 from evaluation import postprocess
-from evaluation.inference import FrameBatches, Unfinished, share
+from evaluation.inference import FrameBatches, share
 from evaluation.metric import evaluate_results
 from evaluation.postprocess import EncodedVideo
+from evaluation.unfinished import Unfinished
 from processes import ENVIRONMENT, REPOSITORY, free_port, wait_until
 from synthetic.suites import make_dataset
 from test_model import HEIGHT, WIDTH, make_frames, make_model

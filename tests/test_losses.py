@@ -17,11 +17,11 @@ from clips import Clip
 from losses import (
     GATE_LOSSES,
     Criterion,
+    SampledMatches,
     average_over_processes,
     dice_loss,
     gate_bce,
     mask_loss,
-    sample_matched_masks,
 )
 from matcher import (
     Matches,
@@ -148,9 +148,7 @@ def test_mask_losses_are_a_loop(no_chance, monkeypatch, max_elements):
     query_of = numpy.random.default_rng(0).integers(0, 6, (2, 4, 2, 2))  # (G, R, B, I)
     query_of[0, 2, 0, 0] = query_of[0, 1, 1, 0] = -1
     matches = make_matches(query_of, targets, predictions)
-    matches.point_logits, matches.point_targets = sample_matched_masks(
-        predictions, targets, matches, criterion.points, criterion.candidates, criterion.uncertain
-    )
+    matches = criterion.sample(predictions, targets, matches)
     (bce, count), (dice, _) = (
         loss(predictions, targets, matches) for loss in (mask_loss, dice_loss)
     )
@@ -203,13 +201,16 @@ def test_similarity_loss_is_a_loop_over_pairs(span):
         [[[4, 1], [2, -1]], [[5, -1], [3, -1]]],
     ]
     matches = make_matches(query_of, targets, predictions)
-    matches.frame_query_of = torch.tensor(
+    frame_query_of = torch.tensor(
         [
             [[[0, 1], [-1, -1]], [[1, 0], [-1, -1]]],
             [[[2, -1], [4, -1]], [[3, -1], [5, -1]]],
             [[[-1, 3], [5, -1]], [[-1, 2], [-1, -1]]],
         ]
     )  # (T, L, B, I)
+    frame_matches = Matches(frame_query_of, targets.visible.transpose(0, 1), None)
+    matches = SampledMatches(**vars(matches), point_logits=None, point_targets=None,
+                             frames=frame_matches)
     criterion = Criterion(CLASSES, similarity_span=span)
     total, count = criterion.similarity_loss(predictions, targets, matches)
 
@@ -221,7 +222,7 @@ def test_similarity_loss_is_a_loop_over_pairs(span):
                 members = []  # (instance, embedding)
                 for clip, instance in itertools.product(compared, range(len(clips[video].labels))):
                     for offset, t in enumerate(([0, 1], [2])[clip]):
-                        query = matches.frame_query_of[t, level, video, instance]
+                        query = frame_query_of[t, level, video, instance]
                         if query >= 0:
                             embed = output.clips[clip].frame_embed[level, video, offset, query]
                             members.append((instance, embed))

@@ -51,9 +51,9 @@ def test_match_cost_is_a_loop():
     torch.manual_seed(0)
     logits, masks = torch.randn(2, 2, 4, CLASSES + 1), torch.randn(3, 2, 4, 6)
     labels, truth = torch.tensor([0, 2, 2]), torch.rand(3, 3, 6)
-    frame_in_clip = torch.tensor([[1.0, 1, 0], [0, 0, 1]])
+    membership = torch.tensor([[1.0, 1, 0], [0, 0, 1]])
     weights = {"class": 2.0, "mask": 3.0, "dice": 7.0}
-    cost = match_cost(logits, masks, labels, truth, frame_in_clip, weights)
+    cost = match_cost(logits, masks, labels, truth, membership, weights)
     assert cost.shape == (2, 2, 4, 3)
     for clip, layer, query, instance in itertools.product(range(2), range(2), range(4), range(3)):
         frames = ([0, 1], [2])[clip]
@@ -231,7 +231,7 @@ def test_the_last_clip_may_be_shorter():
         [True, False],
         [True, True],
     ]
-    assert predictions.frame_in_clip.tolist() == [
+    assert predictions.membership.tolist() == [
         [1, 1, 1, 1, 0, 0, 0, 0, 0],
         [0, 0, 0, 0, 1, 1, 1, 1, 0],
         [0, 0, 0, 0, 0, 0, 0, 0, 1],

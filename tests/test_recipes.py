@@ -12,7 +12,10 @@ from pycocotools import mask as rle
 import train
 from augmentation import Augmentation
 from data import COCO_MAPS, InputError, VideoSet, find_named_set
-from recipes import RECIPES, official_setting, parse_arguments
+from recipes import RECIPES
+from trainer import datasets
+from trainer.flags import parse_arguments
+from trainer.official_names import official_setting
 
 # Of the official repository's 17 configurations.
 OFFICIAL = json.loads((Path(__file__).parent / "recipes.json").read_text())
@@ -223,7 +226,7 @@ def test_a_set_that_is_not_there_or_not_known(tmp_path):
 
 
 def open_clips(root, *more):
-    return train.open_clips(
+    return datasets.open_clips(
         parse_arguments(["--recipe", "grattvis/ovis/r50", "--data-root", str(root), *SMALL, *more])
     )
 
@@ -295,7 +298,7 @@ def test_every_category_of_coco_becomes_the_official_one(target, tmp_path):
 @pytest.mark.parametrize("name", DIFFERENT.values())
 def test_every_source_of_a_recipe_is_augmented_as_officially(name, data_sets):
     official = OFFICIAL["common"] | OFFICIAL["recipes"][RECIPES[name][0]]
-    clips = train.open_clips(parse_arguments(["--recipe", name, "--data-root", str(data_sets)]))
+    clips = datasets.open_clips(parse_arguments(["--recipe", name, "--data-root", str(data_sets)]))
     *images, videos = getattr(clips, "sources", [clips])
     common = dict(
         max_long_side=official["max_long_side"],
@@ -421,7 +424,7 @@ def test_broken_data_is_told_by_name(broken):
             wrong = 1 if "video1" in sentence else 3
             content[key] = [entry for entry in content[key] if entry["id"] != wrong]
         (root / "train.json").write_text(json.dumps(content))
-    clips = train.open_clips(parse_arguments(["--data-root", str(root), *SMALL]))
+    clips = datasets.open_clips(parse_arguments(["--data-root", str(root), *SMALL]))
     assert clips.skipped.sentences() == [
         "annotations of categories that do not exist: 1; the first: annotation 4 of "
         f"{root / 'train.json'}, of category 77"
@@ -461,7 +464,7 @@ def test_a_stage_counts_more_than_that_of_the_recipe():
 
 def test_rendered_clips_have_the_seed_and_the_suites_in_turn():
     arguments = ["--render", "easy", "occlusion", "--frames", "2", "--short-sides", "48"]
-    first, second = (train.open_clips(parse_arguments([*arguments, "--seed", seed]))
+    first, second = (datasets.open_clips(parse_arguments([*arguments, "--seed", seed]))
                      for seed in ("5", "6"))
     assert not torch.equal(first[0].frames, second[0].frames)
     assert [first[number].source.split()[-1] for number in range(4)] == ["easy", "occlusion"] * 2

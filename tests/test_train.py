@@ -15,6 +15,9 @@ from data import InputError
 from processes import ENVIRONMENT, free_port
 from synthetic.suites import make_dataset
 from train import learning_rate_factor, parameter_groups, parse_arguments
+from trainer import held_out
+from trainer.datasets import open_clips
+from trainer.folder import trim_log
 
 pytestmark = pytest.mark.slow  # whole programs
 
@@ -145,7 +148,7 @@ def test_parts_of_a_step_add_up(data_root, monkeypatch):
             "plain", *TINY, "--clip-gradient", "0",
         ]
     )
-    clips = train.open_clips(args)
+    clips = open_clips(args)
     model, _ = train.make_model(args, clips.categories, None, print)
     model.double()
     scaler = torch.amp.GradScaler("cpu", enabled=False)
@@ -180,7 +183,7 @@ def test_evaluation_keeps_the_best(data_root, tmp_path, monkeypatch):
     """
     found = iter([1.0, 3.0, 2.0])
     monkeypatch.setattr(
-        train, "evaluate_results", lambda results, truth: {"AP": next(found), "per_class": {}}
+        held_out, "evaluate_results", lambda results, truth: {"AP": next(found), "per_class": {}}
     )
     last = run(
         data_root, tmp_path, "--iterations", "3", "--batch", "1", "--evaluate-every", "1",
@@ -199,7 +202,7 @@ def test_evaluation_keeps_the_best(data_root, tmp_path, monkeypatch):
 def test_the_best_so_far_is_known_after_resuming(data_root, tmp_path, monkeypatch):
     found = iter([3.0, 2.0])
     monkeypatch.setattr(
-        train, "evaluate_results", lambda results, truth: {"AP": next(found), "per_class": {}}
+        held_out, "evaluate_results", lambda results, truth: {"AP": next(found), "per_class": {}}
     )
     evaluating = ["--batch", "1", "--evaluate-every", "1", "--test-short-side", "32"]
     run(data_root, tmp_path, "--iterations", "1", *evaluating)
@@ -251,11 +254,11 @@ def test_a_resumed_log_has_every_step_once(tmp_path):
     log.write_text(
         "".join(json.dumps({"step": step}) + "\n" for step in (1, 2, 3, 4)) + '{"step": 5, "lo'
     )
-    train.trim_log(log, 2)
+    trim_log(log, 2)
     assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [1, 2]
     log.write_text("a note of mine\n")
     with pytest.raises(InputError, match="log.jsonl holds a line that training did not write"):
-        train.trim_log(log, 2)
+        trim_log(log, 2)
     assert log.read_text() == "a note of mine\n"
 
 

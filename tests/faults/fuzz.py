@@ -40,9 +40,9 @@ from pycocotools import mask as rle
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import demo
-import evaluate
 from checkpoint import model_from_checkpoint
 from data import InputError, VideoSet, read_frame, read_mask
+from evaluation import scoring
 from evaluation.metric import evaluate_results
 from model import build_model
 from synthetic import suites as synthetic
@@ -373,8 +373,8 @@ def results_input(base: Path, folder: Path, random) -> tuple[Path, str]:
 def load_results(base: Path, path: Path) -> None:
     """evaluate.py --results."""
     with contextlib.redirect_stdout(io.StringIO()):
-        truth = evaluate.read_parts([path.with_name("truth.json")], skip_bad=False)
-        evaluate.score_results(path, truth, path.parent / "scores", False)
+        truth = scoring.read_parts([path.with_name("truth.json")], skip_bad=False)
+        scoring.score_results(path, truth, path.parent / "scores", False)
 
 
 # Checkpoints

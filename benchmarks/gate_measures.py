@@ -1,0 +1,217 @@
+"""What the gate study measures: AP by occlusion, identity switches, and when gates are open.
+
+AP by occlusion: ground truth instances are binned by their longest gap, the number of consecutive
+frames without a mask between two frames with one (occluded, or outside the frame). In the AP of a
+bin, instances of other bins are ignored like those of other area ranges. An unmatched detection has
+no gap, so it counts as a false positive in every bin. Bins with few instances therefore have a
+lower AP; compare models, not bins. AR10 ignores false positives and is comparable across bins.
+
+Identity switches: in each frame, tracks with a score of at least 0.3 are assigned to instances by
+mask IoU (Hungarian matching, at least 0.5, ignoring classes). An instance keeps its track of the
+previous frame if possible, as in CLEAR-MOT (Bernardin and Stiefelhagen 2008). A switch is an
+instance whose track differs from its last one, possibly after an occlusion. A query with several
+labels is one track. Losing a track without getting another is not a switch; AP covers it.
+
+Gates: the share of open gates, over frames and decoder layers, of the track that an instance has
+most often, if it has it in at least half of its visible frames. A closed gate resets the query to
+the one propagated from the previous frame, so the gate of the last layer decides whether anything
+from this frame is kept; it is also listed separately. An object is visible where it has a mask,
+hidden between two frames with a mask, and outside before the first and after the last. Its visible
+share is relative to its largest area in the video.
+
+Letters: T frames, G ground truth instances, K tracks, D decoder layers.
+"""
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from pycocotools import mask as rle
+from scipy.optimize import linear_sum_assignment
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from data import Video, VideoSet, read_frame  # noqa: E402
+from evaluation.inference import segment_videos, to_entries  # noqa: E402
+from evaluation.metric import (  # noqa: E402
+    accumulate,
+    evaluate_results,
+    mean_defined,
+    summarize,
+    track_rles,
+)
+from evaluation.postprocess import EncodedVideo  # noqa: E402
+from model import GRAttVIS  # noqa: E402
+from synthetic.scenes import Difficulty  # noqa: E402
+from viewing.overlays import best_labels  # noqa: E402
+
+MAX_LONG_SIDE = 1333  # pixels
+TOP_K = 10            # instances per video
+MIN_SCORE = 0.3       # of a track that can be given to an instance
+MIN_IOU = 0.5
+# Frames, both ends included.
+GAPS = {"0": (0, 0), "1-3": (1, 3), "4-6": (4, 6), "7-10": (7, 10), "11+": (11, float("inf"))}
+# Lower end excluded.
+SHARES = ("0", "0-25 %", "25-50 %", "50-75 %", "75-100 %")
+STATES = ("visible", "hidden", "outside", "visible, clean frame", "visible, noisy frame")
+
+
+def measure_suite(model: GRAttVIS, videos: VideoSet, device: torch.device, amp_dtype: torch.dtype,
+                  short_side: int, difficulty: Difficulty) -> dict[str, dict]:
+    """All that gate_tables.TITLES names, and "instances by gap", of a model on a suite."""
+    results = []
+    switches = 0
+    opened = defaultdict(list)  # gates (D,) by name of STATES and SHARES
+    segmented = segment_videos(model, videos.videos, device, amp_dtype, short_side, MAX_LONG_SIDE,
+                               TOP_K)
+    for video, result in segmented:
+        results += to_entries(video, result, videos.categories)
+        tracks = best_labels(result, MIN_SCORE)
+        assigned = assign_tracks(frame_overlaps(result, tracks, video))
+        switches += count_switches(assigned)
+        noisy = noisy_frames(video, difficulty.noise) if difficulty.noisy else None
+        for annotation, track_of in zip(video.annotations, assigned.T):
+            areas = visible_areas(annotation)
+            usual = usual_track(track_of, areas)
+            if usual is None:
+                continue
+            gates = result.gates[tracks[usual]].numpy()      # (T, D)
+            for name, chosen in frame_groups(areas, noisy).items():
+                opened[name] += gates[chosen].tolist()
+    metrics = evaluate_results(results, videos.ground_truth)
+    scores = {name: metrics[name] for name in ("AP", "AP50", "AR10")}
+    scores["switches"] = switches / len(videos)
+    return {"scores": scores} | scores_by_gap(results, videos.ground_truth) | open_shares(opened)
+
+
+# The ground truth
+
+def visible_areas(annotation: dict) -> np.ndarray:
+    """(T,) pixels, 0 where the instance has no mask."""
+    return np.array([area or 0 for area in annotation["areas"]])
+
+
+def longest_gap(annotation: dict) -> int:
+    """The most frames in a row without a mask between two frames with one."""
+    return int((np.diff(visible_areas(annotation).nonzero()[0]) - 1).max(initial=0))
+
+
+def noisy_frames(video: Video, noise: float) -> np.ndarray:
+    """bool (T,): the frames that are lost in noise of so many grey levels.
+
+    No annotation tells them, but the pictures do: in noise of 70, the difference of neighbouring
+    pixels has a standard deviation of 27 to 62, else of 1 to 12 (40 videos).
+    """
+    noisy = []
+    for file in video.files:
+        picture = read_frame(file, video.height, video.width).convert("L")
+        differences = np.diff(np.asarray(picture, np.float32), axis=1)
+        noisy.append(differences.std() > noise / 4)
+    return np.array(noisy)
+
+
+def frame_groups(areas: np.ndarray, noisy: np.ndarray | None) -> dict[str, np.ndarray]:
+    """Sort the frames of an instance: bool (T,) for every name of STATES and SHARES.
+
+    areas: its visible pixels (T,). noisy: bool (T,), None where no frame ever is.
+    """
+    visible = areas > 0
+    frames = np.arange(len(areas))
+    first = visible.argmax()
+    last = len(areas) - 1 - visible[::-1].argmax()
+    present = (frames >= first) & (frames <= last)
+    groups = {
+        "visible": visible,
+        "hidden": present & ~visible,
+        "outside": ~present,
+        "visible, clean frame": np.zeros_like(visible),
+        "visible, noisy frame": np.zeros_like(visible),
+    }
+    if noisy is not None:
+        groups["visible, clean frame"] = visible & ~noisy
+        groups["visible, noisy frame"] = visible & noisy
+    quarters = np.ceil(4 * areas / areas.max())
+    for number, name in enumerate(SHARES):
+        groups[name] = present & (quarters == number)
+    return groups
+
+
+# Which track an instance has
+
+def frame_overlaps(result: EncodedVideo, tracks: list[int], video: Video) -> np.ndarray:
+    """IoU (T, G, K) of the ground truth's masks with those of some of the predicted instances."""
+    size = {"height": video.height, "width": video.width}
+    actual = [track_rles(annotation, size) for annotation in video.annotations]
+    overlaps = np.zeros((len(video.files), len(actual), len(tracks)))
+    for t, overlap in enumerate(overlaps):
+        if overlap.size:
+            overlap[:] = rle.iou(
+                [masks[t] for masks in actual],
+                [result.segmentations[track][t] for track in tracks],
+                [False] * len(tracks),
+            )
+    return overlaps
+
+
+def assign_tracks(overlaps: np.ndarray) -> np.ndarray:
+    """IoU (T, G, K) -> the track of each instance in each frame, int (T, G), -1 = none."""
+    assigned = np.full(overlaps.shape[:2], -1)
+    for t, overlap in enumerate(overlaps):
+        worth = np.where(overlap >= MIN_IOU, overlap, 0.0)
+        if t:
+            kept = (assigned[t - 1, :, None] == np.arange(overlap.shape[1])) & (worth > 0)
+            worth += len(worth) * kept  # more than the sum of all overlaps
+        instances, tracks = linear_sum_assignment(worth, maximize=True)
+        matched = worth[instances, tracks] > 0
+        assigned[t, instances[matched]] = tracks[matched]
+    return assigned
+
+
+def count_switches(assigned: np.ndarray) -> int:
+    """How often an instance has another track than the last it had; `assigned` as assign_tracks."""
+    switches = 0
+    for track_of in assigned.T:
+        known = track_of[track_of >= 0]
+        switches += int(np.count_nonzero(np.diff(known)))
+    return switches
+
+
+def usual_track(track_of: np.ndarray, areas: np.ndarray) -> int | None:
+    """The most frequent track of an instance, if it has it in half of its visible frames."""
+    times = np.bincount(track_of[track_of >= 0], minlength=1)
+    if 2 * times.max() < np.count_nonzero(areas):
+        return None
+    return int(times.argmax())
+
+
+# Numbers
+
+def scores_by_gap(results: list[dict], ground_truth: dict) -> dict[str, dict[str, float]]:
+    """AP and AR10 of the instances in each bin of GAPS, and their number.
+
+    Arguments as for metric.evaluate_results.
+    """
+    gaps = np.array([longest_gap(annotation) for annotation in ground_truth["annotations"]])
+    scores = {"AP by gap": {}, "AR10 by gap": {}, "instances by gap": {}}
+    for name, (fewest, most) in GAPS.items():
+        inside = (gaps >= fewest) & (gaps <= most)
+        precision, recall, _ = accumulate(results, ground_truth, ignored=~inside)
+        metrics = summarize(precision, recall, ground_truth)
+        for key, value in zip(scores, (metrics["AP"], metrics["AR10"], int(inside.sum()))):
+            scores[key][name] = value
+    return scores
+
+
+def open_shares(opened: dict[str, list[list[bool]]]) -> dict[str, dict[str, float]]:
+    """The share of gates that are open, of all layers and of the last; -1 for none.
+
+    opened: D gates for each frame, by name of STATES and SHARES.
+    """
+    shares = {}
+    for what, names in (("state", STATES), ("share", SHARES)):
+        shares[f"open by {what}"] = {name: mean_defined(np.array(opened[name])) for name in names}
+        last = {name: [gates[-1:] for gates in opened[name]] for name in names}
+        shares[f"last open by {what}"] = {name: mean_defined(np.array(last[name]))
+                                          for name in names}
+    return shares

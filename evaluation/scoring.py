@@ -1,0 +1,136 @@
+"""Scores a results file against annotations, and packs it for a benchmark's server.
+
+    parts = read_parts(["gt_short.json", "gt_long.json"], skip_bad=False)
+    metrics = score_results(Path("results.json"), parts, output=Path("scores"), plot=False)
+
+The ground truth may have several parts (YouTube-VIS 2022), which are scored one by one and then
+averaged. The metric itself is in metric.py.
+"""
+import os
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from evaluation.metric import accumulate, check_predictions, format_table, mean_metrics, summarize
+from reading.annotations import AnnotationFile, Skipped, read_annotations
+from runtime.errors import InputError, shown
+from runtime.files import atomic_write, read_json, save_json
+from viewing.plots import plot_classes, plot_precision
+
+# A class that only this benchmark has, in lower case: its name and submission page.
+SERVERS = {
+    "vehical": "OVIS: https://codalab.lisn.upsaclay.fr/competitions/4763",
+    "ape": "YouTube-VIS 2019: https://codalab.lisn.upsaclay.fr/competitions/6064",
+    "flying_disc": "YouTube-VIS 2021: https://codalab.lisn.upsaclay.fr/competitions/7680, "
+                   "2022: https://codalab.lisn.upsaclay.fr/competitions/3410",
+}
+
+
+def read_parts(paths: list[str | Path], skip_bad: bool) -> dict[str, AnnotationFile]:
+    """The annotation files of the parts of a data set, by name; all have the same categories."""
+    parts = [read_annotations(path, skip_bad) for path in paths]
+    for part in parts:
+        if part.categories != parts[0].categories:
+            raise InputError(f"{part.name} has other categories than {parts[0].name}: "
+                             "they are not parts of one set")
+    names = [Path(path).stem for path in paths]
+    if len(set(names)) < len(names):
+        names = [str(path) for path in paths]
+    return dict(zip(names, parts))
+
+
+def score_results(results_path: Path, parts: dict[str, AnnotationFile], output: Path,
+                  plot: bool) -> dict | None:
+    """Validate a results file, zip it for the server, and score it if there are annotations.
+
+    parts: the ground truth by name. Each part is scored; metrics.json starts with the mean.
+
+    All files are written before anything is printed, so that no error of the terminal loses them.
+    Returns the contents of metrics.json, None without annotations.
+    """
+    whole = join_parts(parts)
+    left_out = [video for part in parts.values() for video in part.left_out]
+    results = check_predictions(read_json(results_path), whole, left_out)
+    output.mkdir(parents=True, exist_ok=True)
+    archive = output / "results.json.zip"
+    zip_results(results_path, archive)
+    lines = describe_skipped(parts)
+    if not whole["annotations"]:
+        first, *_ = parts.values()
+        print(*lines, f"{first.name} has no annotations: submit {archive} to "
+              f"{server_of(whole['categories'])}", sep="\n")
+        return None
+
+    metrics = {}
+    precision = {}
+    for name, part in parts.items():
+        metrics[name], precision[name] = score_part(results, part)
+        if len(parts) > 1:
+            lines.append(f"{name}, {len(part.content['videos'])} videos")
+        lines.append(format_table(metrics[name]))
+    total = metrics[name]
+    if len(parts) > 1:
+        total = mean_metrics(list(metrics.values())) | {"parts": metrics}
+        lines += ["mean", format_table(total)]
+    save_json(output / "metrics.json", total)
+    if plot:
+        plot_metrics(output / "plots", metrics, precision)
+    print(*lines, sep="\n")
+    return total
+
+
+def score_part(results: list[dict], part: AnnotationFile) -> tuple[dict, np.ndarray]:
+    """The metrics and the precision array of one part of the ground truth."""
+    videos = {video["id"] for video in part.content["videos"]}
+    results = [entry for entry in results if entry["video_id"] in videos]
+    precision, recall, _ = accumulate(results, part.content)
+    return summarize(precision, recall, part.content), precision
+
+
+def join_parts(parts: dict[str, AnnotationFile]) -> dict:
+    """The content of one annotation file with the videos of all parts."""
+    contents = [part.content for part in parts.values()]
+    whole = {"categories": contents[0]["categories"]}
+    for key in ("videos", "annotations"):
+        whole[key] = [entry for content in contents for entry in content[key]]
+    return whole
+
+
+def describe_skipped(parts: dict[str, AnnotationFile]) -> list[str]:
+    """What was skipped in the annotations, and how many videos are left out."""
+    skipped = Skipped(part.skipped for part in parts.values())
+    lines = [f"skipped: {sentence}" for sentence in skipped.sentences()]
+    left_out = [video for part in parts.values() for video in part.left_out]
+    if left_out:
+        total = len(left_out) + sum(len(part.content["videos"]) for part in parts.values())
+        lines.append(f"{len(left_out)} of {total} videos are left out of the metric, the first: "
+                     f"{shown(left_out[0])}")
+    return lines
+
+
+def plot_metrics(folder: Path, metrics: dict[str, dict], precision: dict[str, np.ndarray]) -> None:
+    """Plot the precision and the classes of each part."""
+    folder.mkdir(exist_ok=True)
+    for name in metrics:
+        file_name = name.replace(os.sep, "-") + ".png"
+        plot_precision(folder / f"precision_{file_name}", precision[name])
+        plot_classes(folder / f"classes_{file_name}", metrics[name]["per_class"])
+
+
+def server_of(categories: list[dict]) -> str:
+    """Where results of these categories are submitted."""
+    classes = {category["name"].lower() for category in categories}
+    for name, server in SERVERS.items():
+        if name in classes:
+            return server
+    return "the benchmark's server"
+
+
+def zip_results(path: Path, target: Path) -> None:
+    """Write an archive that contains the file as results.json, atomically."""
+    with (
+        atomic_write(target) as temporary,
+        zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive,
+    ):
+        archive.write(path, "results.json")

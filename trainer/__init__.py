@@ -1,0 +1,1 @@
+"""What train.py needs around a step: flags, data, checks, checkpoints, evaluation."""
