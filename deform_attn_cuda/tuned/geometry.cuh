@@ -10,9 +10,9 @@
 #include <cfloat>
 #include <type_traits>
 
-#include "deform_attn.h"
+#include "layout.h"
 
-namespace deform_attn {
+namespace deform_attn::tuned {
 namespace {
 
 constexpr int THREADS = 256;
@@ -73,7 +73,7 @@ struct Pixel {
 struct Cut { int left, top, width, height; };
 
 // Fills `cuts`, which the block shares; returns the region's number of pixels.
-__device__ int cut_region(const Problem& p, int region, Cut* cuts) {
+__device__ int cut_region(const Layout& p, int region, Cut* cuts) {
     for (int level = threadIdx.x; level < p.levels; level += blockDim.x) {
         const int i = region % p.across, j = region / p.across;
         const int left = i * p.width[level] / p.across, top = j * p.height[level] / p.down;
@@ -86,7 +86,7 @@ __device__ int cut_region(const Problem& p, int region, Cut* cuts) {
 }
 
 // Pixel number `place` of a region, or the first of pair number `place` (STEP 2).
-template <int STEP = 1> __device__ Pixel pixel_of(const Problem& p, const Cut* cuts, int place) {
+template <int STEP = 1> __device__ Pixel pixel_of(const Layout& p, const Cut* cuts, int place) {
     Pixel pixel{};
     int width;
     while (true) {
@@ -108,7 +108,7 @@ template <typename R, bool FUSED> struct Query {
     int twice_x, twice_y, twice_width, twice_height;
     R inverse_width, inverse_height;
 
-    __device__ Query(const Problem& p, int region, const Cut* cuts, int place) {
+    __device__ Query(const Layout& p, int region, const Cut* cuts, int place) {
         if (FUSED) {
             const Pixel pixel = pixel_of(p, cuts, place);
             index = pixel.index;
@@ -124,7 +124,7 @@ template <typename R, bool FUSED> struct Query {
     }
 };
 
-template <bool FUSED> __device__ int cut_queries(const Problem& p, int region, Cut* cuts) {
+template <bool FUSED> __device__ int cut_queries(const Layout& p, int region, Cut* cuts) {
     return FUSED ? cut_region(p, region, cuts) : min(p.queries - region * QUERIES_OF_A_REGION, QUERIES_OF_A_REGION);
 }
 
@@ -217,9 +217,9 @@ struct Part {
 __device__ int first_warp() { return blockIdx.y * (THREADS / 32) + threadIdx.x / 32; }
 __device__ int all_warps() { return gridDim.y * (THREADS / 32); }
 
-__host__ __device__ int regions_of(const Problem& p) {
+__host__ __device__ int regions_of(const Layout& p) {
     return p.fused ? p.across * p.down : (p.queries + QUERIES_OF_A_REGION - 1) / QUERIES_OF_A_REGION;
 }
 
 }  // namespace
-}  // namespace deform_attn
+}  // namespace deform_attn::tuned

@@ -8,14 +8,14 @@
 // takes a square region of the picture. In 16 bit, converting the rows and adding them one channel at a time would bind even
 // then: the kernel of forward_window.cuh keeps the region in shared memory and adds on tensor cores.
 #include "forward_window.cuh"
-#include "instances.cuh"
+#include "launch.cuh"
 
-namespace deform_attn {
+namespace deform_attn::tuned {
 namespace {
 
 template <typename T, int D, bool FUSED>
 __global__ void __launch_bounds__(THREADS, 4)
-forward_kernel(const Problem p, const T* __restrict__ value, const T* __restrict__ points, const T* __restrict__ scores,
+forward_kernel(const Layout p, const T* __restrict__ value, const T* __restrict__ points, const T* __restrict__ scores,
                T* __restrict__ out) {
     using S = Shape<T, D>;
     using R = typename Computed<T>::type;
@@ -89,8 +89,9 @@ forward_kernel(const Problem p, const T* __restrict__ value, const T* __restrict
 
 }  // namespace
 
-cudaError_t forward(const Problem& p, Type type, const void* value, const void* points, const void* scores, void* out,
-                    cudaStream_t stream) {
+cudaError_t forward(const Problem& problem, Type type, const void* value, const void* points,
+                    const void* scores, void* out, cudaStream_t stream) {
+    const Layout p = make_layout(problem, false);
     return choose(type, p.channels, [&](auto instance) {
         using T = typename decltype(instance)::Stored;
         constexpr int D = decltype(instance)::CHANNELS;
@@ -111,4 +112,4 @@ cudaError_t forward(const Problem& p, Type type, const void* value, const void* 
     });
 }
 
-}  // namespace deform_attn
+}  // namespace deform_attn::tuned

@@ -7,7 +7,7 @@
 
 #include "windows.cuh"
 
-namespace deform_attn {
+namespace deform_attn::tuned {
 namespace {
 
 template <typename R> struct alignas(4 * sizeof(R)) Entry {
@@ -15,19 +15,19 @@ template <typename R> struct alignas(4 * sizeof(R)) Entry {
     R weight, x, y;
 };
 
-__device__ int* bin_row(const Problem& p, int* bins, int image, int head, int level, int row) {
+__device__ int* bin_row(const Layout& p, int* bins, int image, int head, int level, int row) {
     return bins + (int64_t(image) * p.heads + head) * p.bins + p.bins_start[level] + row * (p.width[level] + 2);
 }
 
 template <typename R>
-__device__ int* bin_of(const Problem& p, int* bins, int image, int head, int level, const Point<R>& point) {
+__device__ int* bin_of(const Layout& p, int* bins, int image, int head, int level, const Point<R>& point) {
     return bin_row(p, bins, image, head, level, point.row + 1) + point.column + 2;
 }
 
 // One thread for all points of a (query, level), a block for a head of a region.
 template <typename T, bool FUSED>
 __global__ void __launch_bounds__(THREADS)
-count_kernel(const Problem p, const T* __restrict__ points, int* __restrict__ bins) {
+count_kernel(const Layout p, const T* __restrict__ points, int* __restrict__ bins) {
     using R = typename Computed<T>::type;
     __shared__ Cut cuts[MAX_LEVELS];
     const Part part(regions_of(p), p.heads, 1);
@@ -47,7 +47,7 @@ count_kernel(const Problem p, const T* __restrict__ points, int* __restrict__ bi
 
 // Counts the points of a region by the pixel of the windows they are found at; the others are counted in `bins`, if given.
 template <typename T>
-__device__ void count_in_windows(const Problem& p, const Part& part, const Cut* cuts, const Corner* corners, int queries,
+__device__ void count_in_windows(const Layout& p, const Part& part, const Cut* cuts, const Corner* corners, int queries,
                                  const T* points, int* counts, int* bins) {
     using R = typename Computed<T>::type;
     for (int i = threadIdx.x; i < p.window_pixels; i += BACKWARD_WINDOW_THREADS) counts[i] = 0;
@@ -78,7 +78,7 @@ __device__ void count_in_windows(const Problem& p, const Part& part, const Cut* 
 }
 
 // Adds what was counted to the bins, and leaves in place of each count where its bin stood before.
-__device__ void add_to_bins(const Problem& p, const Part& part, const Corner* corners, int* counts, int* bins) {
+__device__ void add_to_bins(const Layout& p, const Part& part, const Corner* corners, int* counts, int* bins) {
     for (int level = 0; level < p.levels; level++) {
         const Window window = window_of(p, corners, level);
         for (int y = threadIdx.x / 32; y < window.height - 1; y += blockDim.x / 32)
@@ -92,7 +92,7 @@ __device__ void add_to_bins(const Problem& p, const Part& part, const Corner* co
 
 template <typename T>
 __global__ void __launch_bounds__(BACKWARD_WINDOW_THREADS)
-count_window_kernel(const Problem p, const T* __restrict__ points, int* __restrict__ bins) {
+count_window_kernel(const Layout p, const T* __restrict__ points, int* __restrict__ bins) {
     extern __shared__ __align__(16) char memory[];
     __shared__ Cut cuts[MAX_LEVELS];
     __shared__ Corner corners[MAX_LEVELS];
@@ -104,7 +104,7 @@ count_window_kernel(const Problem p, const T* __restrict__ points, int* __restri
 }
 
 // One warp for a row of bins; `used` counts the entries given away.
-__global__ void __launch_bounds__(THREADS) allocate_kernel(const Problem p, int images, int* bins, int* used) {
+__global__ void __launch_bounds__(THREADS) allocate_kernel(const Layout p, int images, int* bins, int* used) {
     const int lane = threadIdx.x % 32;
     int bin_rows = 0;
     for (int level = 0; level < p.levels; level++) bin_rows += p.height[level] + 1;
@@ -135,4 +135,4 @@ __global__ void __launch_bounds__(THREADS) allocate_kernel(const Problem p, int 
 }
 
 }  // namespace
-}  // namespace deform_attn
+}  // namespace deform_attn::tuned

@@ -3,7 +3,7 @@
 
 #include "bins.cuh"
 
-namespace deform_attn {
+namespace deform_attn::tuned {
 namespace {
 
 // What one point gets from `corner`, the products of the four rows around it with the output's gradient.
@@ -23,7 +23,7 @@ template <typename R> struct PointGradient {
 
 template <typename T, int D, bool FUSED>
 __global__ void __launch_bounds__(THREADS, 3)
-points_kernel(const Problem p, const T* __restrict__ grad, const T* __restrict__ value, const T* __restrict__ points,
+points_kernel(const Layout p, const T* __restrict__ grad, const T* __restrict__ value, const T* __restrict__ points,
               const T* __restrict__ scores, T* __restrict__ grad_points, T* __restrict__ grad_scores,
               int* __restrict__ bins, Entry<typename Computed<T>::type>* __restrict__ entries) {
     using S = Shape<T, D>;
@@ -152,7 +152,7 @@ __device__ void read_corners(unsigned place, unsigned memory, const T* image, in
 // query's points, of which it placed one and the lane that reads the other side the other. They swap.
 template <typename T, int LEVELS>
 __global__ void __launch_bounds__(BACKWARD_WINDOW_THREADS, 2)
-points_window_kernel(const Problem p, const T* __restrict__ grad, const T* __restrict__ value, const T* __restrict__ points,
+points_window_kernel(const Layout p, const T* __restrict__ grad, const T* __restrict__ value, const T* __restrict__ points,
                      const T* __restrict__ scores, T* __restrict__ grad_points, T* __restrict__ grad_scores,
                      int* __restrict__ bins, Entry<float>* __restrict__ entries) {
     using Words = Vector<unsigned, 4>;                             // 8 channels
@@ -292,4 +292,4 @@ points_window_kernel(const Problem p, const T* __restrict__ grad, const T* __res
 }
 
 }  // namespace
-}  // namespace deform_attn
+}  // namespace deform_attn::tuned

@@ -3,7 +3,7 @@
 
 #include "bins.cuh"
 
-namespace deform_attn {
+namespace deform_attn::tuned {
 namespace {
 
 // The entries that one or two neighbouring pixels gather from: two or three bins in the row of bins above them, then below.
@@ -11,7 +11,7 @@ struct Lists {
     int begin_above, second_above, third_above, size_above;       // where bins begin
     int begin_below, second_below, third_below, size;
 
-    __device__ Lists(const Problem& p, int* bins, int image, int head, const Pixel& pixel, int pixels) {
+    __device__ Lists(const Layout& p, int* bins, int image, int head, const Pixel& pixel, int pixels) {
         const int* above = bin_row(p, bins, image, head, pixel.level, pixel.row) + pixel.column;
         const int* below = above + p.width[pixel.level] + 2;
         begin_above = above[0];
@@ -40,7 +40,7 @@ struct Lists {
     }
 };
 
-__device__ int pairs_of(const Problem& p, const Cut* cuts) {
+__device__ int pairs_of(const Layout& p, const Cut* cuts) {
     int pairs = 0;
     for (int level = 0; level < p.levels; level++) pairs += (cuts[level].width + 1) / 2 * cuts[level].height;
     return pairs;
@@ -50,7 +50,7 @@ __device__ int pairs_of(const Problem& p, const Cut* cuts) {
 // entries at once; then groups of LANES lanes take turns at the rows of those.
 template <typename T, int D>
 __global__ void __launch_bounds__(THREADS, 4)
-value_kernel(const Problem p, const T* __restrict__ grad, int* __restrict__ bins,
+value_kernel(const Layout p, const T* __restrict__ grad, int* __restrict__ bins,
              const Entry<typename Computed<T>::type>* __restrict__ entries, T* __restrict__ grad_value) {
     using S = Shape<T, D>;
     using R = typename Computed<T>::type;
@@ -113,7 +113,7 @@ value_kernel(const Problem p, const T* __restrict__ grad, int* __restrict__ bins
 //   columns of B  {first, second pixel} x {first, second head} x {even, odd channel}; once the weights, once what was rounded off
 template <typename T, int D>
 __global__ void __launch_bounds__(THREADS, D == 32 ? 4 : 2)
-value_tensor_kernel(const Problem p, const T* __restrict__ grad, int* __restrict__ bins, const Entry<float>* __restrict__ entries,
+value_tensor_kernel(const Layout p, const T* __restrict__ grad, int* __restrict__ bins, const Entry<float>* __restrict__ entries,
                     T* __restrict__ grad_value) {
     constexpr int BLOCKS = D / 32;
     using Words = Vector<unsigned, 2 * BLOCKS>;
@@ -177,4 +177,4 @@ value_tensor_kernel(const Problem p, const T* __restrict__ grad, int* __restrict
 }
 
 }  // namespace
-}  // namespace deform_attn
+}  // namespace deform_attn::tuned

@@ -7,13 +7,13 @@
 
 #include "geometry.cuh"
 
-namespace deform_attn {
+namespace deform_attn::tuned {
 namespace {
 
 constexpr int ROW_BYTES = 64;                   // of a pixel's 32 channels
 constexpr int FORWARD_WINDOW_PIXELS = 1650, BACKWARD_WINDOW_PIXELS = 1440;    // two blocks of a Hopper multiprocessor then have room
 constexpr int FORWARD_WINDOW_THREADS = 448, BACKWARD_WINDOW_THREADS = 384;
-constexpr int ASKED_BYTES = FORWARD_WINDOW_THREADS / 4 * 72;               // at most, see forward_window_kernel
+constexpr int PREFETCH_BYTES = FORWARD_WINDOW_THREADS / 4 * 72;               // at most, see forward_window_kernel
 
 // Where a window of a block begins, in pixels of its level.
 struct Corner { int left, top; };
@@ -29,7 +29,7 @@ __device__ int window_begin(int begin, int cut, int window, int size) {
 }
 
 // Fills `corners`, which the block shares.
-__device__ void place_windows(const Problem& p, const Cut* cuts, Corner* corners) {
+__device__ void place_windows(const Layout& p, const Cut* cuts, Corner* corners) {
     for (int level = threadIdx.x; level < p.levels; level += blockDim.x)
         corners[level] = {window_begin(cuts[level].left, cuts[level].width, p.window_width[level], p.width[level]),
                           window_begin(cuts[level].top, cuts[level].height, p.window_height[level], p.height[level])};
@@ -37,7 +37,7 @@ __device__ void place_windows(const Problem& p, const Cut* cuts, Corner* corners
 }
 
 // What does not depend on the block comes from constant memory, which costs shared memory's pipe nothing.
-__device__ Window window_of(const Problem& p, const Corner* corners, int level) {
+__device__ Window window_of(const Layout& p, const Corner* corners, int level) {
     return {corners[level].left, corners[level].top, p.window_width[level], p.window_height[level], p.window_start[level],
             p.width[level], p.height[level], p.start[level]};
 }
@@ -56,7 +56,7 @@ template <int BYTES> __device__ void copy_in_background(void* to, const void* fr
 // Starts copying; `image` is the head's row of the first pixel, `row` what lies between pixels. Each thread copies the same 16
 // bytes of a line and walks down the lines: windows are less than 90 pixels wide (see cut_regions).
 template <typename T>
-__device__ void fill_windows(const Problem& p, const Corner* corners, const T* image, int row, char* memory) {
+__device__ void fill_windows(const Layout& p, const Corner* corners, const T* image, int row, char* memory) {
     for (int level = 0; level < p.levels; level++) {
         const Window window = window_of(p, corners, level);
         const int pieces = window.width * (ROW_BYTES / 16);
@@ -147,4 +147,4 @@ template <typename T> __device__ float2 unpack(unsigned pair) {
 }
 
 }  // namespace
-}  // namespace deform_attn
+}  // namespace deform_attn::tuned

@@ -15,7 +15,7 @@
 
 #include "windows.cuh"
 
-namespace deform_attn {
+namespace deform_attn::tuned {
 namespace {
 
 // A query's index and centre, 0..1 of the picture.
@@ -24,7 +24,7 @@ struct Centre {
     float x, y;
 };
 
-__device__ Centre centre_of(const Problem& p, const Cut* cuts, int place) {
+__device__ Centre centre_of(const Layout& p, const Cut* cuts, int place) {
     const Pixel pixel = pixel_of(p, cuts, place);
     return {pixel.index, (2 * pixel.column + 1) * inverse(float(2 * p.width[pixel.level])),
             (2 * pixel.row + 1) * inverse(float(2 * p.height[pixel.level]))};
@@ -44,7 +44,7 @@ __device__ float sum_over_query(float x) {
 // memory ahead of their turn.
 template <typename T, int LEVELS>
 __global__ void __launch_bounds__(FORWARD_WINDOW_THREADS, 2)
-forward_window_kernel(const Problem p, const T* __restrict__ value, const T* __restrict__ points, const T* __restrict__ scores,
+forward_window_kernel(const Layout p, const T* __restrict__ value, const T* __restrict__ points, const T* __restrict__ scores,
                       T* __restrict__ out) {
     constexpr int D = ROW_BYTES / sizeof(T), TURN = FORWARD_WINDOW_THREADS / 4, UNROLL = LEVELS ? LEVELS : 1;
     extern __shared__ __align__(128) char memory[];
@@ -204,4 +204,4 @@ forward_window_kernel(const Problem p, const T* __restrict__ value, const T* __r
 }
 
 }  // namespace
-}  // namespace deform_attn
+}  // namespace deform_attn::tuned

@@ -4,41 +4,44 @@
 // also files every point under the pixel to its upper left; the lists were sized and laid out before (bins.cuh). Then each pixel
 // gathers its gradient from the points in the four bins around it, in float32 (value_gradient.cuh). Scattering would move
 // 128 bytes of atomics for every 64 bytes read here, and need a float32 copy of the value to add to.
-#include "instances.cuh"
+#include "launch.cuh"
 #include "point_gradients.cuh"
 #include "value_gradient.cuh"
 
-namespace deform_attn {
+namespace deform_attn::tuned {
 
 namespace {
 
-// What points_window_kernel keeps of each point, see there.
-size_t kept_bytes(const Problem& p) {
-    return size_t(p.levels) * ((p.points + 3) / 4) * BACKWARD_WINDOW_THREADS * sizeof(float2);
-}
+constexpr int64_t MAX_ENTRY_BYTES = 256 << 20;  // images are taken in groups whose lists fit
 
-}  // namespace
-
-int window_pixels_that_fit(const Problem& p, bool backward) {
-    int device = 0, available = 0;
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&available, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    const int64_t tables = MAX_LEVELS * (sizeof(Cut) + sizeof(Corner));
-    return backward ? std::clamp<int64_t>((available - tables - int64_t(kept_bytes(p)) - 8) / int64_t(ROW_BYTES + sizeof(int)),
-                                          0, BACKWARD_WINDOW_PIXELS)
-                    : std::clamp<int64_t>((available - tables - ASKED_BYTES) / ROW_BYTES, 0, FORWARD_WINDOW_PIXELS);
-}
-
-size_t bins_bytes(const Problem& p, int images) { return (size_t(images) * p.heads * p.bins + 1) * sizeof(int); }
-
-size_t entry_bytes(const Problem& p, Type type, int images) {
+// Memory that the lists of some images take.
+size_t entry_bytes(const Problem& p, Type type, int64_t images) {
     const size_t entry = type == Type::float64 ? sizeof(Entry<double>) : sizeof(Entry<float>);
     return entry * images * p.queries * p.heads * p.levels * p.points;
 }
 
-cudaError_t backward(const Problem& p, Type type, const void* grad, const void* value, const void* points, const void* scores,
-                     void* grad_value, void* grad_points, void* grad_scores, int images_at_once, int* bins, void* entries,
-                     cudaStream_t stream) {
+size_t bins_bytes(const Layout& p, int64_t images) {
+    return (size_t(images) * p.heads * p.bins + 1) * sizeof(int);
+}
+
+int count_images_at_once(const Problem& p, Type type) {
+    return int(std::clamp<int64_t>(MAX_ENTRY_BYTES / entry_bytes(p, type, 1), 1, p.images));
+}
+
+// The workspace holds entries, then bins.
+size_t workspace_bytes(const Problem& p, Type type) {
+    const int images = count_images_at_once(p, type);
+    return entry_bytes(p, type, images) + bins_bytes(make_layout(p, true), images);
+}
+
+cudaError_t backward(const Problem& problem, Type type, const void* grad, const void* value,
+                     const void* points, const void* scores, void* grad_value, void* grad_points,
+                     void* grad_scores, void* workspace, cudaStream_t stream) {
+    const Layout p = make_layout(problem, true);
+    const int images_at_once = count_images_at_once(p, type);
+    void* entries = workspace;
+    int* bins = reinterpret_cast<int*>(static_cast<char*>(workspace)
+                                       + entry_bytes(p, type, images_at_once));
     return choose(type, p.channels, [&](auto instance) {
         using T = typename decltype(instance)::Stored;
         using R = typename Computed<T>::type;
@@ -98,4 +101,8 @@ cudaError_t backward(const Problem& p, Type type, const void* grad, const void* 
     });
 }
 
-}  // namespace deform_attn
+}  // namespace
+
+const Kernel kernel{forward, workspace_bytes, backward};
+
+}  // namespace deform_attn::tuned
