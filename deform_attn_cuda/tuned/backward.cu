@@ -1,20 +1,22 @@
-// Backward, without floating-point atomics.
+// The backward pass of the tuned kernel, without floating-point atomics, in four steps:
 //
-// The points are placed again. Gradients of offsets and logits come with the same gather as forward (point_gradients.cuh), which
-// also files every point under the pixel to its upper left; the lists were sized and laid out before (bins.cuh). Then each pixel
-// gathers its gradient from the points in the four bins around it, in float32 (value_gradient.cuh). Scattering would move
-// 128 bytes of atomics for every 64 bytes read here, and need a float32 copy of the value to add to.
+//     1. count the points in each bin                                          bins.cuh
+//     2. allocate a list of points for each bin                                bins.cuh
+//     3. gradients of offsets and logits; every point enters its bin's list    point_gradients.cuh
+//     4. gradient of the value: each pixel adds the points in four bins        value_gradient.cuh
+//
+// Atomic additions would move 128 bytes for every 64 bytes that are read here, and need a float32
+// copy of the value's gradient to add to.
 #include "launch.cuh"
 #include "point_gradients.cuh"
 #include "value_gradient.cuh"
 
 namespace deform_attn::tuned {
-
 namespace {
 
 constexpr int64_t MAX_ENTRY_BYTES = 256 << 20;  // images are taken in groups whose lists fit
 
-// Memory that the lists of some images take.
+// Memory for the lists of some images.
 size_t entry_bytes(const Problem& p, Type type, int64_t images) {
     const size_t entry = type == Type::float64 ? sizeof(Entry<double>) : sizeof(Entry<float>);
     return entry * images * p.queries * p.heads * p.levels * p.points;
@@ -24,78 +26,139 @@ size_t bins_bytes(const Layout& p, int64_t images) {
     return (size_t(images) * p.heads * p.bins + 1) * sizeof(int);
 }
 
-int count_images_at_once(const Problem& p, Type type) {
+int group_size(const Problem& p, Type type) {
     return int(std::clamp<int64_t>(MAX_ENTRY_BYTES / entry_bytes(p, type, 1), 1, p.images));
 }
 
-// The workspace holds entries, then bins.
+// The workspace holds the lists of a group of images, then its bins.
 size_t workspace_bytes(const Problem& p, Type type) {
-    const int images = count_images_at_once(p, type);
+    const int images = group_size(p, type);
     return entry_bytes(p, type, images) + bins_bytes(make_layout(p, true), images);
+}
+
+// The tensors of a group of images.
+template <typename scalar_t> struct Group {
+    using acc_t = accumulator<scalar_t>;
+    int images;
+    const scalar_t *grad, *value, *points, *scores;
+    scalar_t *grad_value, *grad_points, *grad_scores;
+    int* bins;
+    Entry<acc_t>* entries;
+    cudaStream_t stream;
+};
+
+// The window kernels need 16 bit, 32 channels per head, tensor cores, and windows that fit.
+template <typename scalar_t, int CHANNELS> bool use_windows(const Layout& p) {
+    return sizeof(scalar_t) == 2 && CHANNELS == 32 && p.fused && p.window_pixels
+           && has_tensor_cores();
+}
+
+template <typename scalar_t>
+cudaError_t count_points(const Layout& p, const Group<scalar_t>& group) {
+    const unsigned blocks = count_blocks(count_regions(p), p.heads, 1, group.images);
+    if (p.fused && p.window_pixels) {
+        const size_t shared = p.window_pixels * sizeof(int);
+        const auto kernel = count_window_kernel<scalar_t>;
+        kernel<<<blocks, BACKWARD_WINDOW_THREADS, shared, group.stream>>>(p, group.points,
+                                                                          group.bins);
+        return cudaGetLastError();
+    }
+    const auto kernel = p.fused ? count_kernel<scalar_t, true> : count_kernel<scalar_t, false>;
+    kernel<<<blocks, THREADS, 0, group.stream>>>(p, group.points, group.bins);
+    return cudaGetLastError();
+}
+
+cudaError_t allocate_lists(const Layout& p, int images, int* bins, cudaStream_t stream) {
+    int bin_rows = 0;
+    for (int level = 0; level < p.levels; level++) bin_rows += p.height[level] + 1;
+    const int64_t threads = int64_t(images) * p.heads * bin_rows * 32;
+    int* used = bins + size_t(images) * p.heads * p.bins;
+    allocate_kernel<<<unsigned((threads + THREADS - 1) / THREADS), THREADS, 0, stream>>>(
+        p, images, bins, used);
+    return cudaGetLastError();
+}
+
+template <typename scalar_t, int CHANNELS>
+cudaError_t differentiate_points(const Layout& p, const Group<scalar_t>& group) {
+    using acc_t = accumulator<scalar_t>;
+    const auto launch = [&](auto kernel, dim3 grid, int threads, size_t shared) {
+        if (const cudaError_t error = allow_shared(kernel, shared)) return error;
+        kernel<<<grid, threads, shared, group.stream>>>(
+            p, group.grad, group.value, group.points, group.scores, group.grad_points,
+            group.grad_scores, group.bins, group.entries);
+        return cudaGetLastError();
+    };
+    if constexpr (sizeof(scalar_t) == 2 && CHANNELS == 32)
+        if (use_windows<scalar_t, CHANNELS>(p)) {
+            const auto kernel = p.levels == 3 && p.points == 4 ? points_window_kernel<scalar_t, 3>
+                                                               : points_window_kernel<scalar_t, 0>;
+            const size_t shared =
+                size_t(p.window_pixels) * (ROW_BYTES + sizeof(int)) + sizeof(int) + kept_bytes(p);
+            return launch(kernel, count_blocks(count_regions(p), p.heads, 1, group.images),
+                          BACKWARD_WINDOW_THREADS, shared);
+        }
+    using Shape = WarpShape<scalar_t, CHANNELS>;
+    const auto kernel = p.fused ? points_kernel<scalar_t, CHANNELS, true>
+                                : points_kernel<scalar_t, CHANNELS, false>;
+    const size_t kept = size_t(p.levels) * ((p.points + Shape::LANES - 1) / Shape::LANES);
+    const unsigned blocks = count_blocks(count_regions(p), p.heads, Shape::HEADS, group.images);
+    return launch(kernel, share_regions(blocks), THREADS, kept * THREADS * sizeof(acc_t));
+}
+
+template <typename scalar_t, int CHANNELS>
+cudaError_t differentiate_value(const Layout& p, const Group<scalar_t>& group) {
+    const auto launch = [&](auto kernel, int heads) {
+        const unsigned blocks = count_blocks(p.across * p.down, p.heads, heads, group.images);
+        kernel<<<share_regions(blocks), THREADS, 0, group.stream>>>(
+            p, group.grad, group.bins, group.entries, group.grad_value);
+        return cudaGetLastError();
+    };
+    if constexpr (sizeof(scalar_t) == 2 && CHANNELS >= 32)
+        if (has_tensor_cores()) return launch(value_tensor_kernel<scalar_t, CHANNELS>, 2);
+    return launch(value_kernel<scalar_t, CHANNELS>, WarpShape<scalar_t, CHANNELS>::HEADS);
 }
 
 cudaError_t backward(const Problem& problem, Type type, const void* grad, const void* value,
                      const void* points, const void* scores, void* grad_value, void* grad_points,
                      void* grad_scores, void* workspace, cudaStream_t stream) {
     const Layout p = make_layout(problem, true);
-    const int images_at_once = count_images_at_once(p, type);
-    void* entries = workspace;
-    int* bins = reinterpret_cast<int*>(static_cast<char*>(workspace)
-                                       + entry_bytes(p, type, images_at_once));
-    return choose(type, p.channels, [&](auto instance) {
-        using T = typename decltype(instance)::Stored;
-        using R = typename Computed<T>::type;
-        constexpr int D = decltype(instance)::CHANNELS;
-        const int count = p.levels * p.points;
-        auto count_points = p.fused ? count_kernel<T, true> : count_kernel<T, false>;
-        auto differentiate = p.fused ? points_kernel<T, D, true> : points_kernel<T, D, false>;
-        auto gather = value_kernel<T, D>;
-        constexpr int lanes = Shape<T, D>::LANES;
-        int heads_at_once = Shape<T, D>::HEADS, gather_heads = heads_at_once;
-        int count_threads = THREADS, threads = THREADS;
-        bool in_windows = false;
-        size_t count_shared = 0, shared = size_t(p.levels) * ((p.points + lanes - 1) / lanes) * THREADS * sizeof(R);
-        if (p.fused && p.window_pixels) {
-            count_points = count_window_kernel<T>;
-            count_threads = BACKWARD_WINDOW_THREADS;
-            count_shared = p.window_pixels * sizeof(int);
-        }
-        if constexpr (sizeof(T) == 2 && D >= 32)
-            if (has_tensor_cores()) {
-                gather = value_tensor_kernel<T, D>;
-                gather_heads = 2;
-            }
-        if constexpr (sizeof(T) == 2 && D == 32)
-            if (p.fused && p.window_pixels && has_tensor_cores()) {
-                differentiate = p.levels == 3 && p.points == 4 ? points_window_kernel<T, 3> : points_window_kernel<T, 0>;
-                in_windows = true;
-                heads_at_once = 1;
-                threads = BACKWARD_WINDOW_THREADS;
-                shared = size_t(p.window_pixels) * (ROW_BYTES + sizeof(int)) + sizeof(int) + kept_bytes(p);
-            }
-        if (const cudaError_t error = allow_shared(differentiate, shared)) return error;
-        int bin_rows = 0;
-        for (int level = 0; level < p.levels; level++) bin_rows += p.height[level] + 1;
-
-        for (int first = 0; first < p.images; first += images_at_once) {
-            const int images = p.images - first < images_at_once ? p.images - first : images_at_once;
-            const int64_t queries = int64_t(first) * p.queries * p.heads, pixels = int64_t(first) * p.pixels * p.heads;
-            const T* grads = static_cast<const T*>(grad) + queries * p.channels;
-            const T* some_points = static_cast<const T*>(points) + queries * count * 2;
-            Entry<R>* lists = static_cast<Entry<R>*>(entries);
-            int* used = bins + size_t(images) * p.heads * p.bins;
-            if (const cudaError_t error = cudaMemsetAsync(bins, 0, bins_bytes(p, images), stream)) return error;
-            count_points<<<parts(regions_of(p), p.heads, 1, images), count_threads, count_shared, stream>>>(p, some_points, bins);
-            const int64_t lists_of_rows = int64_t(images) * p.heads * bin_rows * 32;
-            allocate_kernel<<<unsigned((lists_of_rows + THREADS - 1) / THREADS), THREADS, 0, stream>>>(p, images, bins, used);
-            const unsigned some_parts = parts(regions_of(p), p.heads, heads_at_once, images);
-            differentiate<<<in_windows ? dim3(some_parts) : shared_parts(some_parts), threads, shared, stream>>>(
-                p, grads, static_cast<const T*>(value) + pixels * p.channels, some_points,
-                static_cast<const T*>(scores) + queries * count, static_cast<T*>(grad_points) + queries * count * 2,
-                static_cast<T*>(grad_scores) + queries * count, bins, lists);
-            gather<<<shared_parts(parts(p.across * p.down, p.heads, gather_heads, images)), THREADS, 0, stream>>>(
-                p, grads, bins, lists, static_cast<T*>(grad_value) + pixels * p.channels);
-            if (const cudaError_t error = cudaGetLastError()) return error;
+    const int max_images = group_size(p, type);
+    char* const memory = static_cast<char*>(workspace);
+    int* const bins = reinterpret_cast<int*>(memory + entry_bytes(p, type, max_images));
+    return dispatch(type, p.channels, [&](auto instance) {
+        using scalar_t = typename decltype(instance)::Scalar;
+        using acc_t = accumulator<scalar_t>;
+        constexpr int CHANNELS = decltype(instance)::CHANNELS;
+        const auto input = [](const void* tensor, int64_t index) {
+            return static_cast<const scalar_t*>(tensor) + index;
+        };
+        const auto output = [](void* tensor, int64_t index) {
+            return static_cast<scalar_t*>(tensor) + index;
+        };
+        for (int first = 0; first < p.images; first += max_images) {
+            const int images = std::min(p.images - first, max_images);
+            const int64_t query = int64_t(first) * p.queries * p.heads;
+            const int64_t pixel = int64_t(first) * p.pixels * p.heads;
+            const int64_t point = query * p.levels * p.points;
+            const Group<scalar_t> group{
+                images,
+                input(grad, query * p.channels),
+                input(value, pixel * p.channels),
+                input(points, point * 2),
+                input(scores, point),
+                output(grad_value, pixel * p.channels),
+                output(grad_points, point * 2),
+                output(grad_scores, point),
+                bins,
+                reinterpret_cast<Entry<acc_t>*>(memory),
+                stream,
+            };
+            cudaError_t error = cudaMemsetAsync(bins, 0, bins_bytes(p, images), stream);
+            if (error == cudaSuccess) error = count_points(p, group);
+            if (error == cudaSuccess) error = allocate_lists(p, images, bins, stream);
+            if (error == cudaSuccess) error = differentiate_points<scalar_t, CHANNELS>(p, group);
+            if (error == cudaSuccess) error = differentiate_value<scalar_t, CHANNELS>(p, group);
+            if (error != cudaSuccess) return error;
         }
         return cudaSuccess;
     });

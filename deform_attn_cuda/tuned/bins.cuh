@@ -10,67 +10,75 @@
 namespace deform_attn::tuned {
 namespace {
 
-template <typename R> struct alignas(4 * sizeof(R)) Entry {
+template <typename acc_t> struct alignas(4 * sizeof(acc_t)) Entry {
     int query;
-    R weight, x, y;
+    acc_t weight, x, y;
 };
 
 __device__ int* bin_row(const Layout& p, int* bins, int image, int head, int level, int row) {
-    return bins + (int64_t(image) * p.heads + head) * p.bins + p.bins_start[level] + row * (p.width[level] + 2);
+    return bins + (int64_t(image) * p.heads + head) * p.bins + p.bins_start[level]
+           + row * (p.width[level] + 2);
 }
 
-template <typename R>
-__device__ int* bin_of(const Layout& p, int* bins, int image, int head, int level, const Point<R>& point) {
+template <typename acc_t>
+__device__ int* bin_of(const Layout& p, int* bins, int image, int head, int level,
+                       const Point<acc_t>& point) {
     return bin_row(p, bins, image, head, level, point.row + 1) + point.column + 2;
 }
 
 // One thread for all points of a (query, level), a block for a head of a region.
-template <typename T, bool FUSED>
+template <typename scalar_t, bool FUSED>
 __global__ void __launch_bounds__(THREADS)
-count_kernel(const Layout p, const T* __restrict__ points, int* __restrict__ bins) {
-    using R = typename Computed<T>::type;
-    __shared__ Cut cuts[MAX_LEVELS];
-    const Part part(regions_of(p), p.heads, 1);
-    const int tasks = cut_queries<FUSED>(p, part.region, cuts) * p.levels;
+    count_kernel(const Layout p, const scalar_t* __restrict__ points, int* __restrict__ bins) {
+    using acc_t = accumulator<scalar_t>;
+    __shared__ Area areas[MAX_LEVELS];
+    const BlockWork work(count_regions(p), p.heads, 1);
+    const int tasks = load_queries<FUSED>(p, work.region, areas) * p.levels;
     for (int task = threadIdx.x; task < tasks; task += THREADS) {
         const int level = task % p.levels;
-        const Query<R, FUSED> query(p, part.region, cuts, task / p.levels);
-        const int64_t list = ((int64_t(part.image) * p.queries + query.index) * p.heads + part.head) * p.levels + level;
+        const Query<acc_t, FUSED> query(p, work.region, areas, task / p.levels);
+        const int64_t list =
+            ((int64_t(work.image) * p.queries + query.index) * p.heads + work.head) * p.levels
+            + level;
         const int height = p.height[level], width = p.width[level];
         for (int i = 0; i < p.points; i++) {
-            const auto point = place_point<T>(query, height, width, read_pair(points + (list * p.points + i) * 2));
-            if (touches(point, height, width))
-                atomicAdd(bin_of(p, bins, part.image, part.head, level, point), 1);
+            const auto point = locate_point<scalar_t>(
+                query, height, width, read_pair(points + (list * p.points + i) * 2));
+            if (is_inside(point, height, width))
+                atomicAdd(bin_of(p, bins, work.image, work.head, level, point), 1);
         }
     }
 }
 
 // Counts the points of a region by the pixel of the windows they are found at; the others are counted in `bins`, if given.
-template <typename T>
-__device__ void count_in_windows(const Layout& p, const Part& part, const Cut* cuts, const Corner* corners, int queries,
-                                 const T* points, int* counts, int* bins) {
-    using R = typename Computed<T>::type;
+template <typename scalar_t>
+__device__ void count_in_windows(const Layout& p, const BlockWork& work, const Area* areas,
+                                 const Origin* origins, int queries, const scalar_t* points,
+                                 int* counts, int* bins) {
+    using acc_t = accumulator<scalar_t>;
     for (int i = threadIdx.x; i < p.window_pixels; i += BACKWARD_WINDOW_THREADS) counts[i] = 0;
     __syncthreads();
     for (int place = threadIdx.x; place < queries; place += BACKWARD_WINDOW_THREADS) {
-        const Query<R, true> query(p, part.region, cuts, place);
-        const int64_t item = (int64_t(part.image) * p.queries + query.index) * p.heads + part.head;
-        const T* its_points = points + item * p.levels * p.points * 2;
-        for (int level = 0; level < p.levels; level++, its_points += p.points * 2) {
-            const Window window = window_of(p, corners, level);
-            const auto count = [&](Vector<T, 2> pair) {
-                const auto point = place_point<T>(query, window.level_height, window.level_width, pair);
+        const Query<acc_t, true> query(p, work.region, areas, place);
+        const int64_t item = (int64_t(work.image) * p.queries + query.index) * p.heads + work.head;
+        const scalar_t* query_points = points + item * p.levels * p.points * 2;
+        for (int level = 0; level < p.levels; level++, query_points += p.points * 2) {
+            const Window window = window_of(p, origins, level);
+            const auto count = [&](Vector<scalar_t, 2> pair) {
+                const auto point =
+                    locate_point<scalar_t>(query, window.level_height, window.level_width, pair);
                 const int found = find_in_window(window, point);
-                if (found >= 0) atomicAdd(counts + found, 1);
-                else if (bins && touches(point, window.level_height, window.level_width))
-                    atomicAdd(bin_of(p, bins, part.image, part.head, level, point), 1);
+                if (found >= 0)
+                    atomicAdd(counts + found, 1);
+                else if (bins && is_inside(point, window.level_height, window.level_width))
+                    atomicAdd(bin_of(p, bins, work.image, work.head, level, point), 1);
             };
             if (p.points == 4) {
-                const auto four = *reinterpret_cast<const Vector<T, 8>*>(its_points);
-                #pragma unroll
+                const auto four = *reinterpret_cast<const Vector<scalar_t, 8>*>(query_points);
+#pragma unroll
                 for (int i = 0; i < 4; i++) count({four.at[2 * i], four.at[2 * i + 1]});
             } else {
-                for (int i = 0; i < p.points; i++) count(read_pair(its_points + i * 2));
+                for (int i = 0; i < p.points; i++) count(read_pair(query_points + i * 2));
             }
         }
     }
@@ -78,33 +86,39 @@ __device__ void count_in_windows(const Layout& p, const Part& part, const Cut* c
 }
 
 // Adds what was counted to the bins, and leaves in place of each count where its bin stood before.
-__device__ void add_to_bins(const Layout& p, const Part& part, const Corner* corners, int* counts, int* bins) {
+__device__ void add_to_bins(const Layout& p, const BlockWork& work, const Origin* origins,
+                            int* counts, int* bins) {
     for (int level = 0; level < p.levels; level++) {
-        const Window window = window_of(p, corners, level);
+        const Window window = window_of(p, origins, level);
         for (int y = threadIdx.x / 32; y < window.height - 1; y += blockDim.x / 32)
             for (int x = threadIdx.x % 32; x < window.width - 1; x += 32) {
                 int& counted = counts[window.first + y * window.width + x];
                 const Point<float> point{window.left + x, window.top + y, 0, 0};
-                if (counted) counted = atomicAdd(bin_of(p, bins, part.image, part.head, level, point), counted);
+                if (counted)
+                    counted =
+                        atomicAdd(bin_of(p, bins, work.image, work.head, level, point), counted);
             }
     }
 }
 
-template <typename T>
+template <typename scalar_t>
 __global__ void __launch_bounds__(BACKWARD_WINDOW_THREADS)
-count_window_kernel(const Layout p, const T* __restrict__ points, int* __restrict__ bins) {
+    count_window_kernel(const Layout p, const scalar_t* __restrict__ points,
+                        int* __restrict__ bins) {
     extern __shared__ __align__(16) char memory[];
-    __shared__ Cut cuts[MAX_LEVELS];
-    __shared__ Corner corners[MAX_LEVELS];
-    const Part part(p.across * p.down, p.heads, 1);
-    const int queries = cut_region(p, part.region, cuts);
-    place_windows(p, cuts, corners);
-    count_in_windows(p, part, cuts, corners, queries, points, reinterpret_cast<int*>(memory), bins);
-    add_to_bins(p, part, corners, reinterpret_cast<int*>(memory), bins);
+    __shared__ Area areas[MAX_LEVELS];
+    __shared__ Origin origins[MAX_LEVELS];
+    const BlockWork work(p.across * p.down, p.heads, 1);
+    const int queries = load_region(p, work.region, areas);
+    place_windows(p, areas, origins);
+    count_in_windows(p, work, areas, origins, queries, points, reinterpret_cast<int*>(memory),
+                     bins);
+    add_to_bins(p, work, origins, reinterpret_cast<int*>(memory), bins);
 }
 
 // One warp for a row of bins; `used` counts the entries given away.
-__global__ void __launch_bounds__(THREADS) allocate_kernel(const Layout p, int images, int* bins, int* used) {
+__global__ void __launch_bounds__(THREADS)
+    allocate_kernel(const Layout p, int images, int* bins, int* used) {
     const int lane = threadIdx.x % 32;
     int bin_rows = 0;
     for (int level = 0; level < p.levels; level++) bin_rows += p.height[level] + 1;
@@ -114,7 +128,7 @@ __global__ void __launch_bounds__(THREADS) allocate_kernel(const Layout p, int i
     while (row > p.height[level]) row -= p.height[level++] + 1;
     const int64_t list = warp / bin_rows;
     int* ends = bin_row(p, bins, list / p.heads, list % p.heads, level, row);
-    const int size = p.width[level] + 2;                       // [0] was never counted in: 0
+    const int size = p.width[level] + 2;  // [0] was never counted in: 0
 
     int total = 0;
     for (int k = lane; k < size; k += 32) total += ends[k];

@@ -10,7 +10,7 @@ namespace deform_attn::tuned {
 namespace {
 
 constexpr int64_t ENOUGH_BLOCKS = 200;  // more than one for each multiprocessor
-constexpr int WINDOW_MARGIN = 6;        // pixels around a region
+constexpr int WINDOW_MARGIN = 6;  // pixels around a region
 
 // Per point and thread, points_window_kernel keeps a weight and a sample.
 size_t kept_bytes(const Problem& p) {
@@ -22,7 +22,7 @@ int max_window_pixels(const Problem& p, bool backward) {
     int device = 0, available = 0;
     cudaGetDevice(&device);
     cudaDeviceGetAttribute(&available, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    available -= MAX_LEVELS * int(sizeof(Cut) + sizeof(Corner));
+    available -= MAX_LEVELS * int(sizeof(Area) + sizeof(Origin));
     if (!backward)
         return std::clamp((available - PREFETCH_BYTES) / ROW_BYTES, 0, FORWARD_WINDOW_PIXELS);
     available -= int(std::min<size_t>(kept_bytes(p) + 8, available));
@@ -63,41 +63,51 @@ Layout make_layout(const Problem& problem, bool backward) {
     return p;
 }
 
-template <typename T, int D> struct Instance {
-    using Stored = T;
-    static constexpr int CHANNELS = D;
+// A choice of template arguments.
+template <typename T, int N>
+struct Instance {
+    using Scalar = T;
+    static constexpr int CHANNELS = N;  // 0 = any number
 };
 
-template <typename T, typename Body> cudaError_t choose_channels(int channels, Body body) {
+template <typename scalar_t, typename Body> cudaError_t dispatch_channels(int channels, Body body) {
     switch (channels) {
-        case 16: return body(Instance<T, 16>());
-        case 32: return body(Instance<T, 32>());
-        case 64: return body(Instance<T, 64>());
-        default: return body(Instance<T, 0>());
+        case 16:
+            return body(Instance<scalar_t, 16>());
+        case 32:
+            return body(Instance<scalar_t, 32>());
+        case 64:
+            return body(Instance<scalar_t, 64>());
+        default:
+            return body(Instance<scalar_t, 0>());
     }
 }
 
-template <typename Body> cudaError_t choose(Type type, int channels, Body body) {
+template <typename Body> cudaError_t dispatch(Type type, int channels, Body body) {
     switch (type) {
-        case Type::float32: return choose_channels<float>(channels, body);
-        case Type::float16: return choose_channels<__half>(channels, body);
-        case Type::bfloat16: return choose_channels<__nv_bfloat16>(channels, body);
-        default: return body(Instance<double, 0>());
+        case Type::float32:
+            return dispatch_channels<float>(channels, body);
+        case Type::float16:
+            return dispatch_channels<__half>(channels, body);
+        case Type::bfloat16:
+            return dispatch_channels<__nv_bfloat16>(channels, body);
+        default:
+            return body(Instance<double, 0>());
     }
 }
 
-// Parts of the work, see Part: a block for each,
-unsigned parts(int64_t regions, int heads, int heads_at_once, int images) {
+// Blocks for all work, see BlockWork.
+unsigned count_blocks(int64_t regions, int heads, int heads_at_once, int images) {
     return unsigned(regions * ((heads + heads_at_once - 1) / heads_at_once) * images);
 }
 
-// or, where there are few, several blocks for each: as many as keep the largest GPUs busy.
-dim3 shared_parts(unsigned parts) {
-    constexpr unsigned ENOUGH = 1024, MOST = 8;
-    return dim3(parts, std::clamp(ENOUGH / parts, 1u, MOST));
+// If there are few blocks, several share each piece of work: as many as fill the largest GPUs.
+dim3 share_regions(unsigned blocks) {
+    constexpr unsigned ENOUGH = 1024, MAX_SHARING = 8;
+    return dim3(blocks, std::clamp(ENOUGH / blocks, 1u, MAX_SHARING));
 }
 
-bool has_tensor_cores() {                                          // of the shape that `multiply` asks for
+bool has_tensor_cores() {  // of the shape that `multiply` asks for
     int device = 0, major = 0;
     cudaGetDevice(&device);
     cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);

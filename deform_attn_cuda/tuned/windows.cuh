@@ -10,17 +10,22 @@
 namespace deform_attn::tuned {
 namespace {
 
-constexpr int ROW_BYTES = 64;                   // of a pixel's 32 channels
-constexpr int FORWARD_WINDOW_PIXELS = 1650, BACKWARD_WINDOW_PIXELS = 1440;    // two blocks of a Hopper multiprocessor then have room
+constexpr int ROW_BYTES = 64;  // of a pixel's 32 channels
+constexpr int FORWARD_WINDOW_PIXELS = 1650,
+              BACKWARD_WINDOW_PIXELS =
+                  1440;  // two blocks of a Hopper multiprocessor then have room
 constexpr int FORWARD_WINDOW_THREADS = 448, BACKWARD_WINDOW_THREADS = 384;
-constexpr int PREFETCH_BYTES = FORWARD_WINDOW_THREADS / 4 * 72;               // at most, see forward_window_kernel
+constexpr int PREFETCH_BYTES =
+    FORWARD_WINDOW_THREADS / 4 * 72;  // at most, see forward_window_kernel
 
 // Where a window of a block begins, in pixels of its level.
-struct Corner { int left, top; };
+struct Origin {
+    int left, top;
+};
 
 struct Window {
     int left, top, width, height;
-    int first;                                   // pixel of the windows
+    int first;  // pixel of the windows
     int level_width, level_height, level_start;
 };
 
@@ -29,44 +34,56 @@ __device__ int window_begin(int begin, int cut, int window, int size) {
 }
 
 // Fills `corners`, which the block shares.
-__device__ void place_windows(const Layout& p, const Cut* cuts, Corner* corners) {
+__device__ void place_windows(const Layout& p, const Area* areas, Origin* origins) {
     for (int level = threadIdx.x; level < p.levels; level += blockDim.x)
-        corners[level] = {window_begin(cuts[level].left, cuts[level].width, p.window_width[level], p.width[level]),
-                          window_begin(cuts[level].top, cuts[level].height, p.window_height[level], p.height[level])};
+        origins[level] = {window_begin(areas[level].left, areas[level].width, p.window_width[level],
+                                       p.width[level]),
+                          window_begin(areas[level].top, areas[level].height,
+                                       p.window_height[level], p.height[level])};
     __syncthreads();
 }
 
 // What does not depend on the block comes from constant memory, which costs shared memory's pipe nothing.
-__device__ Window window_of(const Layout& p, const Corner* corners, int level) {
-    return {corners[level].left, corners[level].top, p.window_width[level], p.window_height[level], p.window_start[level],
-            p.width[level], p.height[level], p.start[level]};
+__device__ Window window_of(const Layout& p, const Origin* origins, int level) {
+    return {origins[level].left,    origins[level].top,    p.window_width[level],
+            p.window_height[level], p.window_start[level], p.width[level],
+            p.height[level],        p.start[level]};
 }
 
 // Copies, in the background; `from` is not read if `zero`: zeros are written.
-template <int BYTES> __device__ void copy_in_background(void* to, const void* from, bool zero = false) {
+template <int BYTES>
+__device__ void copy_in_background(void* to, const void* from, bool zero = false) {
 #if __CUDA_ARCH__ >= 800
     const unsigned target = unsigned(__cvta_generic_to_shared(to));
     if constexpr (BYTES == 16)
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(target), "l"(from), "r"(zero ? 0 : 16));
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(from),
+                     "r"(zero ? 0 : 16));
     else
-        asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" :: "r"(target), "l"(from), "n"(BYTES));
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(target), "l"(from),
+                     "n"(BYTES));
 #endif
 }
 
 // Starts copying; `image` is the head's row of the first pixel, `row` what lies between pixels. Each thread copies the same 16
 // bytes of a line and walks down the lines: windows are less than 90 pixels wide (see cut_regions).
-template <typename T>
-__device__ void fill_windows(const Layout& p, const Corner* corners, const T* image, int row, char* memory) {
+template <typename scalar_t>
+__device__ void fill_windows(const Layout& p, const Origin* origins, const scalar_t* image, int row,
+                             char* memory) {
     for (int level = 0; level < p.levels; level++) {
-        const Window window = window_of(p, corners, level);
+        const Window window = window_of(p, origins, level);
         const int pieces = window.width * (ROW_BYTES / 16);
-        const float lines_a_piece = inverse(float(pieces));        // divides small integers well enough, half a unit aside
-        const int lines = int((blockDim.x + 0.5f) * lines_a_piece), y = int((threadIdx.x + 0.5f) * lines_a_piece);
+        const float lines_a_piece =
+            inverse(float(pieces));  // divides small integers well enough, half a unit aside
+        const int lines = int((blockDim.x + 0.5f) * lines_a_piece),
+                  y = int((threadIdx.x + 0.5f) * lines_a_piece);
         const int piece = threadIdx.x - y * pieces;
         if (y >= lines) continue;
         const int column = window.left + piece / 4;
         const bool beyond = unsigned(column) >= unsigned(window.level_width);
-        const T* from = image + (window.level_start + int64_t(window.top + y) * window.level_width + column) * row + piece % 4 * 8;
+        const scalar_t* from =
+            image
+            + (window.level_start + int64_t(window.top + y) * window.level_width + column) * row
+            + piece % 4 * 8;
         char* to = memory + (window.first + y * window.width) * ROW_BYTES + piece * 16;
         for (int line = window.top + y; line < window.top + window.height; line += lines) {
             const bool zero = beyond || unsigned(line) >= unsigned(window.level_height);
@@ -89,23 +106,28 @@ __device__ void wait_for_windows() {
 }
 
 // The pixel of the windows to the upper left of a point, or -1 if not all four around it are there.
-template <typename R> __device__ int find_in_window(const Window& window, const Point<R>& point) {
+template <typename acc_t>
+__device__ int find_in_window(const Window& window, const Point<acc_t>& point) {
     const int column = point.column - window.left, line = point.row - window.top;
-    return unsigned(column) < unsigned(window.width - 1) && unsigned(line) < unsigned(window.height - 1)
-           ? window.first + line * window.width + column : -1;
+    return unsigned(column) < unsigned(window.width - 1)
+                   && unsigned(line) < unsigned(window.height - 1)
+               ? window.first + line * window.width + column
+               : -1;
 }
 
 // Outside the windows: the upper left pixel of the level among those always read (see Pair).
 __device__ int find_in_level(const Window& window, const Point<float>& point) {
-    return window.level_start + Pair<float>(point.row, window.level_height, 0, 0).first * window.level_width
-           + Pair<float>(point.column, window.level_width, 0, 0).first;
+    return window.level_start
+           + Neighbours<float>(point.row, window.level_height, 0, 0).first * window.level_width
+           + Neighbours<float>(point.column, window.level_width, 0, 0).first;
 }
 
 // Four matrices of 8 x 8 numbers of 16 bit, each transposed; lane l says where row l % 8 of matrix l / 8 is, 16 bytes.
 __device__ Vector<unsigned, 4> load_transposed(unsigned at) {
     Vector<unsigned, 4> words;
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(words.at[0]), "=r"(words.at[1]), "=r"(words.at[2]), "=r"(words.at[3]) : "r"(at));
+                 : "=r"(words.at[0]), "=r"(words.at[1]), "=r"(words.at[2]), "=r"(words.at[3])
+                 : "r"(at));
     return words;
 }
 
@@ -119,14 +141,17 @@ __device__ unsigned transpose(unsigned word) {
 // ---- products ---------------------------------------------------------------------------------------------------------
 
 // sum += a * b, for a 16 x 16 and b 16 x 8 of 16 bit, sum 16 x 8 in float32
-template <typename T> __device__ void multiply(float (&sum)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+template <typename scalar_t>
+__device__ void multiply_matrices(float (&sum)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
 #if __CUDA_ARCH__ >= 800
-    if constexpr (std::is_same_v<T, __half>)
-        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+    if constexpr (std::is_same_v<scalar_t, __half>)
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+            "{%8,%9}, {%0,%1,%2,%3};"
             : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
     else
-        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+            "{%8,%9}, {%0,%1,%2,%3};"
             : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #else
@@ -135,15 +160,19 @@ template <typename T> __device__ void multiply(float (&sum)[4], const unsigned (
 }
 
 // Two numbers as 16 bit, `low` in the low half, and back.
-template <typename T> __device__ unsigned pack(float low, float high) {
+template <typename scalar_t> __device__ unsigned pack(float low, float high) {
     unsigned pair;
-    if constexpr (std::is_same_v<T, __half>) reinterpret_cast<__half2&>(pair) = __floats2half2_rn(low, high);
-    else reinterpret_cast<__nv_bfloat162&>(pair) = __floats2bfloat162_rn(low, high);
+    if constexpr (std::is_same_v<scalar_t, __half>)
+        reinterpret_cast<__half2&>(pair) = __floats2half2_rn(low, high);
+    else
+        reinterpret_cast<__nv_bfloat162&>(pair) = __floats2bfloat162_rn(low, high);
     return pair;
 }
-template <typename T> __device__ float2 unpack(unsigned pair) {
-    if constexpr (std::is_same_v<T, __half>) return __half22float2(reinterpret_cast<__half2&>(pair));
-    else return __bfloat1622float2(reinterpret_cast<__nv_bfloat162&>(pair));
+template <typename scalar_t> __device__ float2 unpack(unsigned pair) {
+    if constexpr (std::is_same_v<scalar_t, __half>)
+        return __half22float2(reinterpret_cast<__half2&>(pair));
+    else
+        return __bfloat1622float2(reinterpret_cast<__nv_bfloat162&>(pair));
 }
 
 }  // namespace
