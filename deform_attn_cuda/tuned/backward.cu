@@ -47,12 +47,6 @@ template <typename scalar_t> struct Group {
     cudaStream_t stream;
 };
 
-// The window kernels need 16 bit, 32 channels per head, tensor cores, and windows that fit.
-template <typename scalar_t, int CHANNELS> bool use_windows(const Layout& p) {
-    return sizeof(scalar_t) == 2 && CHANNELS == 32 && p.fused && p.window_pixels
-           && has_tensor_cores();
-}
-
 template <typename scalar_t>
 cudaError_t count_points(const Layout& p, const Group<scalar_t>& group) {
     const unsigned blocks = count_blocks(count_regions(p), p.heads, 1, group.images);
@@ -89,7 +83,7 @@ cudaError_t differentiate_points(const Layout& p, const Group<scalar_t>& group) 
         return cudaGetLastError();
     };
     if constexpr (sizeof(scalar_t) == 2 && CHANNELS == 32)
-        if (use_windows<scalar_t, CHANNELS>(p)) {
+        if (p.fused && p.window_pixels && has_tensor_cores()) {
             const auto kernel = p.levels == 3 && p.points == 4 ? points_window_kernel<scalar_t, 3>
                                                                : points_window_kernel<scalar_t, 0>;
             const size_t shared =

@@ -1,8 +1,9 @@
-// Backward, first part: bins of points, a counting sort.
+// Steps 1 and 2 of the backward pass: a counting sort of the sampling points by bins.
 //
-// Bins: a point between columns k - 1 and k, rows j - 1 and j of a level (k = 0..width, j = 0..height) is in bin (j, k). A row
-// of bins has width + 2 ints: [0] where its list begins, [k + 1] where bin k ends. While it is filled, [k + 1] is where the
-// next point of bin k goes, so filling leaves the ends behind.
+// Points between columns k - 1 and k and between rows j - 1 and j of a level are in its bin (j, k),
+// with k = 0..width and j = 0..height. A row of bins is stored as width + 2 ints: [0] is the index
+// of the first entry, [k + 1] the end of bin k. While the lists are filled, [k + 1] is the index of
+// the next entry of bin k; when all are filled, this is its end.
 #pragma once
 
 #include "windows.cuh"
@@ -10,6 +11,7 @@
 namespace deform_attn::tuned {
 namespace {
 
+// A sampling point in the list of its bin. x and y are the fractions of its position.
 template <typename acc_t> struct alignas(4 * sizeof(acc_t)) Entry {
     int query;
     acc_t weight, x, y;
@@ -26,7 +28,7 @@ __device__ int* bin_of(const Layout& p, int* bins, int image, int head, int leve
     return bin_row(p, bins, image, head, level, point.row + 1) + point.column + 2;
 }
 
-// One thread for all points of a (query, level), a block for a head of a region.
+// A thread counts the points of one query on one level; a block, those of one head of a region.
 template <typename scalar_t, bool FUSED>
 __global__ void __launch_bounds__(THREADS)
     count_kernel(const Layout p, const scalar_t* __restrict__ points, int* __restrict__ bins) {
@@ -50,7 +52,8 @@ __global__ void __launch_bounds__(THREADS)
     }
 }
 
-// Counts the points of a region by the pixel of the windows they are found at; the others are counted in `bins`, if given.
+// Counts the points of a region in the windows, by the pixel to their upper left. Points outside
+// the windows are counted in `bins`, unless it is null.
 template <typename scalar_t>
 __device__ void count_in_windows(const Layout& p, const BlockWork& work, const Area* areas,
                                  const Origin* origins, int queries, const scalar_t* points,
@@ -85,7 +88,7 @@ __device__ void count_in_windows(const Layout& p, const BlockWork& work, const A
     __syncthreads();
 }
 
-// Adds what was counted to the bins, and leaves in place of each count where its bin stood before.
+// Adds the counts to the bins, and replaces each count with what its bin was before.
 __device__ void add_to_bins(const Layout& p, const BlockWork& work, const Origin* origins,
                             int* counts, int* bins) {
     for (int level = 0; level < p.levels; level++) {
@@ -116,7 +119,8 @@ __global__ void __launch_bounds__(BACKWARD_WINDOW_THREADS)
     add_to_bins(p, work, origins, reinterpret_cast<int*>(memory), bins);
 }
 
-// One warp for a row of bins; `used` counts the entries given away.
+// One warp allocates the lists of a row of bins: prefix sums of their counts. `used` is the number
+// of entries allocated so far.
 __global__ void __launch_bounds__(THREADS)
     allocate_kernel(const Layout p, int images, int* bins, int* used) {
     const int lane = threadIdx.x % 32;
@@ -128,23 +132,23 @@ __global__ void __launch_bounds__(THREADS)
     while (row > p.height[level]) row -= p.height[level++] + 1;
     const int64_t list = warp / bin_rows;
     int* ends = bin_row(p, bins, list / p.heads, list % p.heads, level, row);
-    const int size = p.width[level] + 2;  // [0] was never counted in: 0
+    const int size = p.width[level] + 2;  // [0] is zero: no bin counts there
 
     int total = 0;
     for (int k = lane; k < size; k += 32) total += ends[k];
     total = sum_over<31>(total);
     int begin = 0;
     if (lane == 0) begin = atomicAdd(used, total);
-    begin = __shfl_sync(WARP, begin, 0);
+    begin = __shfl_sync(ALL_LANES, begin, 0);
     for (int k = lane; k - lane < size; k += 32) {
         const int counted = k < size ? ends[k] : 0;
         int before = counted;
         for (int step = 1; step < 32; step *= 2) {
-            const int other = __shfl_up_sync(WARP, before, step);
+            const int other = __shfl_up_sync(ALL_LANES, before, step);
             if (lane >= step) before += other;
         }
         if (k < size) ends[k] = begin + before - counted;
-        begin += __shfl_sync(WARP, before, 31);
+        begin += __shfl_sync(ALL_LANES, before, 31);
     }
 }
 

@@ -1,12 +1,14 @@
-// Forward: reference points, locations, softmax, bilinear gather and weighted sum in one pass over the raw inputs
-// (Deformable DETR, arXiv 2010.04159, eq. 3). Written from the formula; upstream's op (mask2former/modeling/pixel_decoder/ops)
-// takes locations and weights that others computed, in float32.
+// The forward pass of the tuned kernel: positions, softmax, sampling and weighted sum in one pass
+// over the raw inputs.
 //
-// A group of lanes shares a row: the channels of one head at one pixel. For each level every lane of the group places one
-// sampling point, then all of them walk over the points placed and read the four rows around each. 48 rows are read for each
-// one written, so rows must come from close by: a warp's groups take neighbouring heads, which share cache lines, and a block
-// takes a square region of the picture. In 16 bit, converting the rows and adding them one channel at a time would bind even
-// then: the kernel of forward_window.cuh keeps the region in shared memory and adds on tensor cores.
+// A group of lanes shares a row, the channels of one head at one pixel. For each level, every lane
+// of the group computes the position of one sampling point. Then all of them go through these
+// points together and read the four rows around each.
+//
+// With 12 points, 48 rows are read for each row of the output, so they must come from a cache. The
+// groups of a warp take neighbouring heads, which share cache lines, and a block takes a square
+// region. In 16 bit, converting the rows and adding channel by channel would still be the
+// bottleneck; the kernel of forward_window.cuh adds on tensor cores instead.
 #include "forward_window.cuh"
 #include "launch.cuh"
 
@@ -47,8 +49,8 @@ __global__ void __launch_bounds__(THREADS, 4)
                 const unsigned bytes = row * sizeof(scalar_t), right = width > 1 ? bytes : 0,
                                down = height > 1 ? width * bytes : 0;
                 for (int first = 0; first < p.points; first += Shape::LANES) {
-                    unsigned at =
-                        p.start[level] * bytes;  // lanes without a point read a pixel with weight 0
+                    // Lanes without a point read the first pixel, with weight 0.
+                    unsigned at = p.start[level] * bytes;
                     acc_t corner[4] = {};
                     if (first + lane < p.points) {
                         const int i = level * p.points + first + lane;
@@ -66,7 +68,7 @@ __global__ void __launch_bounds__(THREADS, 4)
 #pragma unroll
                         for (int u = 0; u < Shape::UNROLL; u++) {
                             const char* upper =
-                                rows + __shfl_sync(WARP, at, next + u, Shape::LANES);
+                                rows + __shfl_sync(ALL_LANES, at, next + u, Shape::LANES);
                             const char* lower = upper + down;
                             read[u][0] = *reinterpret_cast<const typename Shape::Row*>(upper);
                             read[u][1] =
@@ -80,7 +82,7 @@ __global__ void __launch_bounds__(THREADS, 4)
 #pragma unroll
                             for (int k = 0; k < 4; k++) {
                                 const acc_t weight =
-                                    __shfl_sync(WARP, corner[k], next + u, Shape::LANES);
+                                    __shfl_sync(ALL_LANES, corner[k], next + u, Shape::LANES);
 #pragma unroll
                                 for (int c = 0; c < Shape::WIDTH; c++)
                                     sum[c] += weight * acc_t(read[u][k].at[c]);

@@ -1,7 +1,10 @@
-// Where points fall: lanes of a warp, regions of the picture and their pixels, queries, sampling points, their weights.
+// Regions, queries, the positions of sampling points, and their weights: what all kernels share.
 //
-// Types: T what is stored, R what is computed in (float; double for double). D = 0 stands for any number of channels, FUSED for
-// raw offsets and logits (locations in 0..1 and weights otherwise).
+// Template parameters:
+//     scalar_t   the dtype of all tensors
+//     acc_t      the dtype of all computations: float, or double for double
+//     CHANNELS   per head, if the compiler is to know it, else 0
+//     FUSED      raw offsets and logits, or else locations in 0..1 and weights
 #pragma once
 
 #include <cuda_bf16.h>
@@ -16,8 +19,8 @@ namespace deform_attn::tuned {
 namespace {
 
 constexpr int THREADS = 256;
-constexpr unsigned WARP = 0xffffffffu;
-constexpr int QUERIES_OF_A_REGION = 256;  // where queries are no pixels
+constexpr unsigned ALL_LANES = 0xffffffffu;
+constexpr int QUERIES_OF_A_REGION = 256;  // if queries are not pixels
 
 template <typename scalar_t>
 using accumulator = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
@@ -28,30 +31,31 @@ template <typename scalar_t, int N> struct alignas(N * sizeof(scalar_t)) Vector 
 
 // How a warp is cut into groups of lanes.
 template <typename scalar_t, int CHANNELS> struct WarpShape {
-    static constexpr int WIDTH =
-        CHANNELS ? 16 / sizeof(scalar_t) : 1;  // channels that a lane reads at once
-    static constexpr int LANES = CHANNELS ? CHANNELS / WIDTH : 32;  // of a group
-    static constexpr int HEADS = CHANNELS * sizeof(scalar_t) < 128 && CHANNELS
-                                     ? 128 / (CHANNELS * sizeof(scalar_t))
-                                     : 1;  // side by side, one cache line
-    static constexpr int QUERIES = 32 / LANES / HEADS;  // of a warp at once
-    static constexpr int UNROLL = 2;  // points whose rows are in flight together
+    // Channels that a lane reads at once.
+    static constexpr int WIDTH = CHANNELS ? 16 / sizeof(scalar_t) : 1;
+    // Lanes of a group, which share a row: the channels of one head at one pixel.
+    static constexpr int LANES = CHANNELS ? CHANNELS / WIDTH : 32;
+    // Neighbouring heads of a warp, so that rows fill a cache line of 128 bytes.
+    static constexpr int HEADS =
+        CHANNELS * sizeof(scalar_t) < 128 && CHANNELS ? 128 / (CHANNELS * sizeof(scalar_t)) : 1;
+    static constexpr int QUERIES = 32 / LANES / HEADS;  // of a warp at a time
+    static constexpr int UNROLL = 2;  // points that are loaded together
     using Row = Vector<scalar_t, WIDTH>;
 };
 
-// Over the lanes whose numbers differ in these bits alone.
+// Reductions over the lanes whose indices differ only in BITS.
 template <unsigned BITS, typename acc_t> __device__ acc_t sum_over(acc_t x) {
     for (unsigned bit = 1; bit < 32; bit *= 2)
-        if (BITS & bit) x += __shfl_xor_sync(WARP, x, bit);
+        if (BITS & bit) x += __shfl_xor_sync(ALL_LANES, x, bit);
     return x;
 }
 template <unsigned BITS, typename acc_t> __device__ acc_t maximum_over(acc_t x) {
     for (unsigned bit = 1; bit < 32; bit *= 2)
-        if (BITS & bit) x = max(x, __shfl_xor_sync(WARP, x, bit));
+        if (BITS & bit) x = max(x, __shfl_xor_sync(ALL_LANES, x, bit));
     return x;
 }
 
-// Rounded once, whatever the compiler thinks: all kernels that place a point must place it alike.
+// Explicitly fused, because all kernels must round the position of a point in the same way.
 __device__ float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 __device__ double multiply_add(double a, double b, double c) { return __fma_rn(a, b, c); }
 __device__ float exponential(float x) { return __expf(x); }
@@ -67,19 +71,19 @@ __device__ double inverse(double x) { return 1 / x; }
 __device__ int floor_to_int(float x) { return __float2int_rd(x); }
 __device__ int floor_to_int(double x) { return __double2int_rd(x); }
 
-// ---- which pixel, which query ---------------------------------------------------------------------------------------
+// ---- regions and queries ------------------------------------------------------------------------
 
 struct Pixel {
     int index;  // among all levels of the image
     int level, column, row;
 };
 
-// What a region is on one level.
+// The pixels of a region on one level.
 struct Area {
     int left, top, width, height;
 };
 
-// Fills `cuts`, which the block shares; returns the region's number of pixels.
+// Computes a region's area on every level, in shared memory; returns its number of pixels.
 __device__ int load_region(const Layout& p, int region, Area* areas) {
     for (int level = threadIdx.x; level < p.levels; level += blockDim.x) {
         const int i = region % p.across, j = region / p.across;
@@ -94,7 +98,7 @@ __device__ int load_region(const Layout& p, int region, Area* areas) {
     return pixels;
 }
 
-// Pixel number `place` of a region, or the first of pair number `place` (STEP 2).
+// Pixel `place` of a region; with STEP 2, the left pixel of horizontal pair `place`.
 template <int STEP = 1> __device__ Pixel pixel_of(const Layout& p, const Area* areas, int place) {
     Pixel pixel{};
     int width;
@@ -103,16 +107,17 @@ template <int STEP = 1> __device__ Pixel pixel_of(const Layout& p, const Area* a
         if (place < width * areas[pixel.level].height) break;
         place -= width * areas[pixel.level++].height;
     }
-    const int row =
-        int((place + 0.5f) * inverse(float(width)));  // right for small integers, as these are
+    // place / width, exact for integers as small as these.
+    const int row = int((place + 0.5f) * inverse(float(width)));
     pixel.row = areas[pixel.level].top + row;
     pixel.column = areas[pixel.level].left + (place - row * width) * STEP;
     pixel.index = p.start[pixel.level] + pixel.row * p.width[pixel.level] + pixel.column;
     return pixel;
 }
 
-// A query and, if it is a pixel, the terms of its centre. The centre in pixels of another level, (2 column + 1) / (2 width)
-// times that level's width, is split into a whole and a small part in integers: float32 would lose the fraction's last digits.
+// A query, and if it is a pixel, its centre. Among the pixels of another level, the centre is at
+// (2 column + 1) * (width of that level) / (2 width). This is split in integers into a whole number
+// and a rest, because float32 would lose the last digits of the fraction.
 template <typename acc_t, bool FUSED> struct Query {
     int index;
     int twice_x, twice_y, twice_width, twice_height;
@@ -139,12 +144,11 @@ template <bool FUSED> __device__ int load_queries(const Layout& p, int region, A
                  : min(p.queries - region * QUERIES_OF_A_REGION, QUERIES_OF_A_REGION);
 }
 
-// ---- where a point falls --------------------------------------------------------------------------------------------
+// ---- sampling points ----------------------------------------------------------------------------
 
 template <typename acc_t> struct Point {
-    int column,
-        row;  // of the pixel to its upper left, -1 .. size - 1 if any of the four around it is inside
-    acc_t x, y;  // from that pixel's centre, 0..1
+    int column, row;  // of the pixel to its upper left, which can be outside the level
+    acc_t x, y;  // from the centre of that pixel, 0..1
 };
 
 template <typename acc_t>
@@ -157,8 +161,8 @@ __device__ void split(acc_t position, int whole, int& cell, acc_t& fraction) {
 template <typename acc_t>
 __device__ void locate_axis(int twice, int twice_size, acc_t inverse, int size, acc_t offset,
                             int& cell, acc_t& fraction) {
-    const int whole =
-        floor_to_int(acc_t(twice * size) * inverse);  // one too many or too few does no harm
+    // May be off by one, which `rest` then corrects.
+    const int whole = floor_to_int(acc_t(twice * size) * inverse);
     const int rest = twice * size - whole * twice_size;
     split(offset + multiply_add(acc_t(rest), inverse, acc_t(-0.5)), whole, cell, fraction);
 }
@@ -183,13 +187,15 @@ __device__ Point<acc_t> locate_point(const Query<acc_t, FUSED>& query, int heigh
     return point;
 }
 
+// Whether any of the four pixels around a point is inside the level.
 template <typename acc_t>
 __device__ bool is_inside(const Point<acc_t>& point, int height, int width) {
     return point.column >= -1 && point.column < width && point.row >= -1 && point.row < height;
 }
 
-// The two neighbours along one axis that are always read: `first` and the one after it (or itself, in a level of size 1), and
-// what the pixels at cell and cell + 1 with weights `low` and `high` come to there. Neighbours outside get nothing.
+// Two adjacent pixels along one axis that can be read, `first` and the next (the same one again in
+// a level of size 1), and their shares `at`. The pixels `cell` and `cell` + 1 have the shares `low`
+// and `high`; a pixel outside the level has none.
 template <typename acc_t> struct Neighbours {
     int first;
     acc_t at[2];
@@ -200,12 +206,13 @@ template <typename acc_t> struct Neighbours {
     }
 };
 
-// Scores to weights: softmax over all points of a (query, head); the identity if the scores are weights already.
+// Weights from scores: a softmax over all points of one head of a query, if FUSED.
 template <typename scalar_t, typename acc_t, bool FUSED> struct Weights {
     const scalar_t* scores;
     acc_t maximum, scale;
 
-    // The lanes that differ in BITS share a (query, head); `lane` counts them.
+    // For one head of a query that the lanes differing in BITS share; `lane` is the index among
+    // them.
     template <unsigned BITS>
     __device__ static Weights of(const scalar_t* scores, int count, int lane) {
         constexpr int LANES = 1 << __builtin_popcount(BITS);
@@ -225,8 +232,9 @@ template <typename scalar_t, typename acc_t, bool FUSED> struct Weights {
     }
 };
 
-// The part of the work that a block has: blocks run over regions, then sets of HEADS heads, then images. Where these are few,
-// blocks of the same x share one part: their warps take turns at it, see first_warp.
+// What a block computes: a region, for `heads_at_once` heads of an image. blockIdx.x runs over
+// regions, then heads, then images. Blocks with the same blockIdx.x share the work: their warps
+// take alternate queries, starting with first_warp().
 struct BlockWork {
     int region, head, image;
     __device__ BlockWork(int regions, int heads, int heads_at_once) {

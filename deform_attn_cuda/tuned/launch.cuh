@@ -64,8 +64,7 @@ Layout make_layout(const Problem& problem, bool backward) {
 }
 
 // A choice of template arguments.
-template <typename T, int N>
-struct Instance {
+template <typename T, int N> struct Instance {
     using Scalar = T;
     static constexpr int CHANNELS = N;  // 0 = any number
 };
@@ -107,14 +106,15 @@ dim3 share_regions(unsigned blocks) {
     return dim3(blocks, std::clamp(ENOUGH / blocks, 1u, MAX_SHARING));
 }
 
-bool has_tensor_cores() {  // of the shape that `multiply` asks for
+// Whether the GPU has the matrix products of multiply_matrices.
+bool has_tensor_cores() {
     int device = 0, major = 0;
     cudaGetDevice(&device);
     cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
     return major >= 8;
 }
 
-// More than 48 KB of shared memory, those of a kernel's own variables counted in, have to be asked for.
+// A kernel must request shared memory beyond 48 KB.
 template <typename Kernel> cudaError_t allow_shared(Kernel* kernel, size_t bytes) {
     if (bytes == 0) return cudaSuccess;
     return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));

@@ -1,4 +1,5 @@
-// Backward, second part: gradients of offsets and logits (or locations and weights); files every point under its bin.
+// Step 3 of the backward pass: gradients of offsets and logits, or of locations and weights. Every
+// point is also entered in the list of its bin.
 #pragma once
 
 #include "bins.cuh"
@@ -6,9 +7,10 @@
 namespace deform_attn::tuned {
 namespace {
 
-// What one point gets from `corner`, the products of the four rows around it with the output's gradient.
+// From the products `corner` of the output's gradient with the four rows around a point.
 template <typename acc_t> struct PointGradient {
-    acc_t sample, along_x, along_y;  // the gradient times its sample; derivatives of that
+    acc_t sample;  // the gradient times the sample
+    acc_t along_x, along_y;  // derivatives of that by the position
     __device__ PointGradient(const Point<acc_t>& point, int height, int width,
                              const acc_t (&corner)[4]) {
         const Neighbours<acc_t> x(point.column, width, 1 - point.x, point.x),
@@ -69,7 +71,7 @@ __global__ void __launch_bounds__(THREADS, 3)
                 const bool placing = first + lane < p.points;
                 Point<acc_t> point{-2, -2, acc_t(0), acc_t(0)};
                 acc_t weight = 0;
-                int slot = -1;  // its place among the entries: asked for early, used late
+                int slot = -1;  // its entry; requested early because atomics take long
                 unsigned at = p.start[level] * bytes;
                 if (placing) {
                     point = locate_point<scalar_t>(query, height, width,
@@ -88,7 +90,7 @@ __global__ void __launch_bounds__(THREADS, 3)
                     const char* from[Shape::UNROLL];
 #pragma unroll
                     for (int u = 0; u < Shape::UNROLL; u++)
-                        from[u] = rows + __shfl_sync(WARP, at, next + u, Shape::LANES);
+                        from[u] = rows + __shfl_sync(ALL_LANES, at, next + u, Shape::LANES);
                     for (int channel = lane * Shape::WIDTH; channel < channels;
                          channel += Shape::LANES * Shape::WIDTH) {
                         const auto gradient =
@@ -153,8 +155,9 @@ __device__ Vector<unsigned, 4> load_shared(unsigned at) {
     return words;
 }
 
-// Rows of a point's left or right corners, one above the other. `place` is even: 2 * pixel of the windows, or odd:
-// 2 * pixel of the image + 1. `memory` and `image` point to this lane's channels in the first row of each.
+// Loads the upper and lower row of a point's left or right corners. `place` is 2 * (pixel of the
+// windows) if even, 2 * (pixel of the image) + 1 if odd. `memory` and `image` point to this lane's
+// channels in the first row of each.
 template <typename scalar_t>
 __device__ void read_corners(unsigned place, unsigned memory, const scalar_t* image, int row,
                              const Window& window, bool any_far, Vector<unsigned, 4>& upper,
@@ -170,13 +173,17 @@ __device__ void read_corners(unsigned place, unsigned memory, const scalar_t* im
     }
 }
 
-// The same with windows, and the products on tensor cores. A warp takes eight queries; each product multiplies the corners of
-// two points of two queries with both queries' gradients:
-//   rows of A     {left, right} x {first, second query} x {one point, another}, rows g above, rows g + 8 below
-//   columns of A  channels, in the order in which lanes t = 0..3 read 16 bytes each
-//   columns of B  even: the first query's gradient, odd: the second's
-// Lane 4 g + t reads what g stands for of each pair of queries, and keeps the products of pair t: of one side of two of its own
-// query's points, of which it placed one and the lane that reads the other side the other. They swap.
+// The same with windows and tensor cores. A warp takes eight queries at a time. One matrix product
+// multiplies the corners of two points of each of two queries with the gradients of both queries:
+//
+//     rows of A       {left, right} x {first, second query} x {one point, the other}: rows g are
+//                     the upper corners, rows g + 8 the lower ones
+//     columns of A    channels, in the order in which lanes t = 0..3 read 16 bytes each
+//     columns of B    even: gradient of the first query, odd: of the second
+//
+// Lane 4 g + t loads the corners of row g for each pair of queries and keeps the products of pair
+// t. These are left or right corners of two points of its query. It computed the position of one of
+// these points, and the lane that loads the other side that of the other, so both swap products.
 template <typename scalar_t, int LEVELS>
 __global__ void __launch_bounds__(BACKWARD_WINDOW_THREADS, 2)
     points_window_kernel(const Layout p, const scalar_t* __restrict__ grad,
@@ -191,7 +198,8 @@ __global__ void __launch_bounds__(BACKWARD_WINDOW_THREADS, 2)
     __shared__ Origin origins[MAX_LEVELS];
     int* next =
         reinterpret_cast<int*>(memory + p.window_pixels * ROW_BYTES);  // entry of each pixel's bin
-    // of each point that this thread placed, BACKWARD_WINDOW_THREADS apart: its weight, its sample times the output's gradient
+    // For each point of this thread, BACKWARD_WINDOW_THREADS apart: its weight, and the output's
+    // gradient times its sample.
     float2* kept = reinterpret_cast<float2*>(next + (p.window_pixels + 1) / 2 * 2) + threadIdx.x;
     const int row = p.heads * CHANNELS, count = p.levels * p.points;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, t = lane % 4, g = lane / 4;
@@ -230,11 +238,11 @@ __global__ void __launch_bounds__(BACKWARD_WINDOW_THREADS, 2)
         for (int i = 0; !LEVELS && i < count - lane_index; i += 4)
             total += exponential(float(lane_scores[i]) - maximum);
         const float scale = 1 / sum_over<4 | 16>(total);
-        Words gradient[4];  // of the query of each pair that column g stands for
+        Words gradient[4];  // for each pair, of the query of column g
 #pragma unroll
         for (int pair = 0; pair < 4; pair++)
             gradient[pair] = *reinterpret_cast<const Words*>(
-                grad + __shfl_sync(WARP, item, g % 2 * 8 + pair) * CHANNELS + t * 8);
+                grad + __shfl_sync(ALL_LANES, item, g % 2 * 8 + pair) * CHANNELS + t * 8);
         float weighted = 0;
         int kept_count = 0;
 
@@ -266,15 +274,15 @@ __global__ void __launch_bounds__(BACKWARD_WINDOW_THREADS, 2)
                                 atomicAdd(bin_of(p, bins, work.image, work.head, level, point), 1);
                     }
                 }
-                const unsigned far = __ballot_sync(WARP, place % 2);
-                float above[2], below[2];  // this lane's side, of points g / 4 and g / 4 + 2
+                const unsigned far = __ballot_sync(ALL_LANES, place % 2);
+                float above[2], below[2];  // on this lane's side, of points g / 4 and g / 4 + 2
 #pragma unroll
                 for (int pair = 0; pair < 4; pair++) {
                     Words upper[2], lower[2];
                     unsigned places[2];
 #pragma unroll
                     for (int half = 0; half < 2; half++)
-                        places[half] = __shfl_sync(WARP, place, ((g & 6) | half) * 4 + pair);
+                        places[half] = __shfl_sync(ALL_LANES, place, ((g & 6) | half) * 4 + pair);
                     if (!(far & 0x11111111 << pair)) {
 #pragma unroll
                         for (int half = 0; half < 2; half++)
@@ -304,15 +312,15 @@ __global__ void __launch_bounds__(BACKWARD_WINDOW_THREADS, 2)
                         }
                     }
                 }
-                const float other_above = __shfl_xor_sync(WARP, side ? above[0] : above[1], 4);
-                const float other_below = __shfl_xor_sync(WARP, side ? below[0] : below[1], 4);
+                const float other_above = __shfl_xor_sync(ALL_LANES, side ? above[0] : above[1], 4);
+                const float other_below = __shfl_xor_sync(ALL_LANES, side ? below[0] : below[1], 4);
                 if (placing) {
                     const float corner[4] = {
                         side ? other_above : above[0], side ? above[1] : other_above,
                         side ? other_below : below[0], side ? below[1] : other_below};
                     if (slot >= 0) entries[slot] = {query.index, weight, point.x, point.y};
                     if (found >= 0)
-                        point.column = point.row = 0;  // windows need no care of borders
+                        point.column = point.row = 0;  // inside a window, no border is near
                     const PointGradient<float> result(point, found >= 0 ? 2 : window.level_height,
                                                       found >= 0 ? 2 : window.level_width, corner);
                     kept[kept_count++ * BACKWARD_WINDOW_THREADS] = {weight, result.sample};

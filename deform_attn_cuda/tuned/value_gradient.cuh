@@ -1,4 +1,5 @@
-// Backward, third part: the value's gradient, gathered by each pixel from the points in the bins around it.
+// Step 4 of the backward pass: the gradient of the value. Each pixel adds the points in the four
+// bins around it.
 #pragma once
 
 #include "bins.cuh"
@@ -6,7 +7,8 @@
 namespace deform_attn::tuned {
 namespace {
 
-// The entries that one or two neighbouring pixels gather from: two or three bins in the row of bins above them, then below.
+// The entries that one or two horizontally adjacent pixels add: those of two or three bins in the
+// row of bins above them, then those below.
 struct Lists {
     int begin_above, second_above, third_above, size_above;  // where bins begin
     int begin_below, second_below, third_below, size;
@@ -19,29 +21,28 @@ struct Lists {
         second_above = above[1];
         third_above = above[2];
         size_above = above[pixels + 1] - begin_above;
-        begin_below = below[0] - size_above;  // counting goes on
+        begin_below = below[0] - size_above;  // entries below are numbered after those above
         second_below = below[1];
         third_below = below[2];
         size = size_above + below[pixels + 1] - below[0];
     }
 
-    __device__ int place(int i) const {
-        return (i >= size_above ? begin_below : begin_above) + i;
-    }  // of number i
+    // Index of entry number i.
+    __device__ int place(int i) const { return (i >= size_above ? begin_below : begin_above) + i; }
 
     template <typename acc_t>
     __device__ Entry<acc_t> read(const Entry<acc_t>* entries, int i) const {
         return i < size ? entries[place(i)] : Entry<acc_t>{0, 0, 0, 0};
     }
 
-    // What number i gives the first and the second pixel.
+    // Weights of entry number i for the first and the second pixel.
     template <typename acc_t>
     __device__ Vector<acc_t, 2> weights(const Entry<acc_t>& entry, int i) const {
         const bool below = i >= size_above;
         const bool right = place(i) >= (below ? second_below : second_above);
         const bool beyond = place(i) >= (below ? third_below : third_above);
-        const acc_t weight = entry.weight * (below ? 1 - entry.y : entry.y),
-                    near = weight * entry.x, far = weight - near;
+        const acc_t weight = entry.weight * (below ? 1 - entry.y : entry.y);
+        const acc_t near = weight * entry.x, far = weight - near;
         return {right ? (beyond ? acc_t(0) : far) : near, right ? (beyond ? far : near) : acc_t(0)};
     }
 };
@@ -53,8 +54,8 @@ __device__ int pairs_of(const Layout& p, const Area* areas) {
     return pairs;
 }
 
-// A warp for two neighbouring pixels, which share two thirds of their entries, one head after the other. Its lanes read 32
-// entries at once; then groups of LANES lanes take turns at the rows of those.
+// A warp computes two adjacent pixels, which share two thirds of their entries, one head after the
+// other. Its lanes read 32 entries at a time; then groups of LANES lanes take their rows in turn.
 template <typename scalar_t, int CHANNELS>
 __global__ void __launch_bounds__(THREADS, 4)
     value_kernel(const Layout p, const scalar_t* __restrict__ grad, int* __restrict__ bins,
@@ -90,14 +91,15 @@ __global__ void __launch_bounds__(THREADS, 4)
                         for (int k = 0; k < BATCH; k++)
                             read[k] = *reinterpret_cast<const typename Shape::Row*>(
                                 rows
-                                + int64_t(__shfl_sync(WARP, lane_entry.query, i + k * TURNS + turn))
+                                + int64_t(__shfl_sync(ALL_LANES, lane_entry.query,
+                                                      i + k * TURNS + turn))
                                       * row);
 #pragma unroll
                         for (int k = 0; k < BATCH; k++) {
                             const acc_t left =
-                                __shfl_sync(WARP, weights.at[0], i + k * TURNS + turn);
+                                __shfl_sync(ALL_LANES, weights.at[0], i + k * TURNS + turn);
                             const acc_t right =
-                                __shfl_sync(WARP, weights.at[1], i + k * TURNS + turn);
+                                __shfl_sync(ALL_LANES, weights.at[1], i + k * TURNS + turn);
 #pragma unroll
                             for (int c = 0; c < Shape::WIDTH; c++) {
                                 sum[0][c] += left * acc_t(read[k].at[c]);
@@ -123,11 +125,14 @@ __global__ void __launch_bounds__(THREADS, 4)
     }
 }
 
-// The same for 16 bit and 32 or 64 channels, on tensor cores, for two heads and two neighbouring pixels, which share two thirds
-// of their entries. Sixteen lanes read the entries of each head; a product takes four of each:
-//   rows of A     16 pairs of channels
-//   columns of A  4 entries of each head times the two channels of a pair
-//   columns of B  {first, second pixel} x {first, second head} x {even, odd channel}; once the weights, once what was rounded off
+// The same on tensor cores, for 16 bit and 32 or 64 channels: two adjacent pixels and two heads at
+// a time. Sixteen lanes read the entries of each head, and a matrix product takes four of each:
+//
+//     rows of A       16 pairs of channels
+//     columns of A    4 entries of each head x the two channels of a pair
+//     columns of B    {first, second pixel} x {first, second head} x {even, odd channel}
+//
+// B holds the weights rounded to 16 bit; a second product adds the rounding errors.
 template <typename scalar_t, int CHANNELS>
 __global__ void __launch_bounds__(THREADS, CHANNELS == 32 ? 4 : 2)
     value_tensor_kernel(const Layout p, const scalar_t* __restrict__ grad, int* __restrict__ bins,
@@ -141,14 +146,10 @@ __global__ void __launch_bounds__(THREADS, CHANNELS == 32 ? 4 : 2)
     load_region(p, work.region, areas);
     const int pairs = pairs_of(p, areas);
     const bool wanted = g / 2 % 2 == t / 2;
-    const unsigned select = !wanted ? 0x4444
-                            : g % 2 ? 0x1044
-                                    : 0x4410,
-                   select_rest = !wanted ? 0x4444
-                                 : g % 2 ? 0x3244
-                                         : 0x4432;
-    const int lane_head = work.head + lane / 16;  // as one who reads entries
-    const int head = min(work.head + t / 2, p.heads - 1);  // as one who reads rows
+    const unsigned select = !wanted ? 0x4444 : (g % 2 ? 0x1044 : 0x4410);
+    const unsigned select_rest = !wanted ? 0x4444 : (g % 2 ? 0x3244 : 0x4432);
+    const int lane_head = work.head + lane / 16;  // whose entries this lane reads
+    const int head = min(work.head + t / 2, p.heads - 1);  // whose rows this lane reads
     const scalar_t* rows =
         grad + (int64_t(work.image) * p.queries * p.heads + head) * CHANNELS + g * 4 * BLOCKS;
 
@@ -174,13 +175,13 @@ __global__ void __launch_bounds__(THREADS, CHANNELS == 32 ? 4 : 2)
             for (int k = 0; k < 4; k++) {
                 const int reader = t / 2 * 16 + k * 4 + t % 2;
                 front[k] = *reinterpret_cast<const Words*>(
-                    rows + int64_t(__shfl_sync(WARP, lane_entry.query, reader)) * row);
+                    rows + int64_t(__shfl_sync(ALL_LANES, lane_entry.query, reader)) * row);
                 back[k] = *reinterpret_cast<const Words*>(
-                    rows + int64_t(__shfl_sync(WARP, lane_entry.query, reader + 2)) * row);
+                    rows + int64_t(__shfl_sync(ALL_LANES, lane_entry.query, reader + 2)) * row);
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
-                    const unsigned left = __shfl_sync(WARP, words[0], reader + half * 2);
-                    const unsigned right = __shfl_sync(WARP, words[1], reader + half * 2);
+                    const unsigned left = __shfl_sync(ALL_LANES, words[0], reader + half * 2);
+                    const unsigned right = __shfl_sync(ALL_LANES, words[1], reader + half * 2);
                     entry_words[k][half] = g < 4 ? left : right;
                 }
             }

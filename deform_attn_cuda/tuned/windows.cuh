@@ -1,8 +1,10 @@
-// Windows of shared memory, and products on tensor cores: for 16 bit, raw offsets, and windows of 32 channels a head.
+// Windows in shared memory, and matrix products on tensor cores. For 16 bit, 32 channels per head,
+// and raw offsets.
 //
-// A block takes one head of a region and copies what its points will read, the region's windows on all levels, to shared
-// memory: there the rows of neighbouring pixels lie in different banks, so that a gather runs at full rate. Windows reach over
-// the border of a level by one pixel, which is zero. Points outside the windows are read from global memory.
+// A block computes one head of a region. It first copies what its points are likely to read into
+// shared memory: a window around the region on every level. There, rows of adjacent pixels are in
+// different banks, so that any rows can be read at full speed. Windows can extend beyond the border
+// of a level by one pixel, which is zero. Points outside the windows are read from global memory.
 #pragma once
 
 #include "geometry.cuh"
@@ -11,21 +13,19 @@ namespace deform_attn::tuned {
 namespace {
 
 constexpr int ROW_BYTES = 64;  // of a pixel's 32 channels
-constexpr int FORWARD_WINDOW_PIXELS = 1650,
-              BACKWARD_WINDOW_PIXELS =
-                  1440;  // two blocks of a Hopper multiprocessor then have room
+// At most so many pixels, so that a multiprocessor of Hopper has room for two blocks.
+constexpr int FORWARD_WINDOW_PIXELS = 1650, BACKWARD_WINDOW_PIXELS = 1440;
 constexpr int FORWARD_WINDOW_THREADS = 448, BACKWARD_WINDOW_THREADS = 384;
-constexpr int PREFETCH_BYTES =
-    FORWARD_WINDOW_THREADS / 4 * 72;  // at most, see forward_window_kernel
+constexpr int PREFETCH_BYTES = FORWARD_WINDOW_THREADS / 4 * 72;  // of forward_window_kernel
 
-// Where a window of a block begins, in pixels of its level.
+// Upper left pixel of a window on its level.
 struct Origin {
     int left, top;
 };
 
 struct Window {
     int left, top, width, height;
-    int first;  // pixel of the windows
+    int first;  // its first pixel among those of all windows
     int level_width, level_height, level_start;
 };
 
@@ -43,14 +43,15 @@ __device__ void place_windows(const Layout& p, const Area* areas, Origin* origin
     __syncthreads();
 }
 
-// What does not depend on the block comes from constant memory, which costs shared memory's pipe nothing.
+// Only the origin depends on the block. The rest is read from constant memory, because shared
+// memory is the bottleneck.
 __device__ Window window_of(const Layout& p, const Origin* origins, int level) {
     return {origins[level].left,    origins[level].top,    p.window_width[level],
             p.window_height[level], p.window_start[level], p.width[level],
             p.height[level],        p.start[level]};
 }
 
-// Copies, in the background; `from` is not read if `zero`: zeros are written.
+// Asynchronous copy to shared memory; if `zero`, it writes zeros and does not read `from`.
 template <int BYTES>
 __device__ void copy_in_background(void* to, const void* from, bool zero = false) {
 #if __CUDA_ARCH__ >= 800
@@ -64,18 +65,19 @@ __device__ void copy_in_background(void* to, const void* from, bool zero = false
 #endif
 }
 
-// Starts copying; `image` is the head's row of the first pixel, `row` what lies between pixels. Each thread copies the same 16
-// bytes of a line and walks down the lines: windows are less than 90 pixels wide (see cut_regions).
+// Starts copying the windows. `image` is the head's row of the first pixel, `row` the distance to
+// the next pixel's. Each thread copies one piece of 16 bytes of a line, then of lines below; a line
+// has fewer pieces than there are threads, because windows are less than 90 pixels wide.
 template <typename scalar_t>
 __device__ void fill_windows(const Layout& p, const Origin* origins, const scalar_t* image, int row,
                              char* memory) {
     for (int level = 0; level < p.levels; level++) {
         const Window window = window_of(p, origins, level);
         const int pieces = window.width * (ROW_BYTES / 16);
-        const float lines_a_piece =
-            inverse(float(pieces));  // divides small integers well enough, half a unit aside
-        const int lines = int((blockDim.x + 0.5f) * lines_a_piece),
-                  y = int((threadIdx.x + 0.5f) * lines_a_piece);
+        // Divisions by `pieces`, exact for integers as small as these.
+        const float lines_a_piece = inverse(float(pieces));
+        const int lines = int((blockDim.x + 0.5f) * lines_a_piece);
+        const int y = int((threadIdx.x + 0.5f) * lines_a_piece);
         const int piece = threadIdx.x - y * pieces;
         if (y >= lines) continue;
         const int column = window.left + piece / 4;
@@ -105,7 +107,8 @@ __device__ void wait_for_windows() {
     __syncthreads();
 }
 
-// The pixel of the windows to the upper left of a point, or -1 if not all four around it are there.
+// Index in the windows of the pixel to the upper left of a point, or -1 if any of the four pixels
+// around the point is missing.
 template <typename acc_t>
 __device__ int find_in_window(const Window& window, const Point<acc_t>& point) {
     const int column = point.column - window.left, line = point.row - window.top;
@@ -115,14 +118,15 @@ __device__ int find_in_window(const Window& window, const Point<acc_t>& point) {
                : -1;
 }
 
-// Outside the windows: the upper left pixel of the level among those always read (see Pair).
+// For points outside the windows: index in the image of the upper left pixel to read.
 __device__ int find_in_level(const Window& window, const Point<float>& point) {
     return window.level_start
            + Neighbours<float>(point.row, window.level_height, 0, 0).first * window.level_width
            + Neighbours<float>(point.column, window.level_width, 0, 0).first;
 }
 
-// Four matrices of 8 x 8 numbers of 16 bit, each transposed; lane l says where row l % 8 of matrix l / 8 is, 16 bytes.
+// Loads four 8 x 8 matrices of 16 bit, transposed. Lane l passes the address of row l % 8 (16
+// bytes) of matrix l / 8.
 __device__ Vector<unsigned, 4> load_transposed(unsigned at) {
     Vector<unsigned, 4> words;
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -131,16 +135,17 @@ __device__ Vector<unsigned, 4> load_transposed(unsigned at) {
     return words;
 }
 
-// A matrix of 8 x 8 numbers of 16 bit: lane 4 g + t holds columns 2 t and 2 t + 1 of row g, before and after.
+// Transposes an 8 x 8 matrix of 16 bit. Lane 4 g + t holds columns 2 t and 2 t + 1 of row g, before
+// and after.
 __device__ unsigned transpose(unsigned word) {
     unsigned transposed;
     asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(word));
     return transposed;
 }
 
-// ---- products ---------------------------------------------------------------------------------------------------------
+// ---- matrix products ----------------------------------------------------------------------------
 
-// sum += a * b, for a 16 x 16 and b 16 x 8 of 16 bit, sum 16 x 8 in float32
+// sum += a * b, with a (16 x 16) and b (16 x 8) in 16 bit, sum (16 x 8) in float32.
 template <typename scalar_t>
 __device__ void multiply_matrices(float (&sum)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
 #if __CUDA_ARCH__ >= 800
@@ -155,11 +160,11 @@ __device__ void multiply_matrices(float (&sum)[4], const unsigned (&a)[4], const
             : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #else
-    __trap();  // kernels that use this are not chosen there
+    __trap();  // not selected on older GPUs, see has_tensor_cores
 #endif
 }
 
-// Two numbers as 16 bit, `low` in the low half, and back.
+// Two numbers in 16 bit, `low` in the low half of the word; unpack is the inverse.
 template <typename scalar_t> __device__ unsigned pack(float low, float high) {
     unsigned pair;
     if constexpr (std::is_same_v<scalar_t, __half>)
