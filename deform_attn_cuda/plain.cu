@@ -113,18 +113,18 @@ __device__ void for_each_point(const Problem& p, const Item& item, const scalar_
     for (int i = 0; p.fused && i < count; i++) maximum = fmax(maximum, acc_t(scores[i]));
     for (int i = 0; p.fused && i < count; i++) total += exp(acc_t(scores[i]) - maximum);
 
-    int own = 0, column = 0, row = 0;  // level and place of the pixel that the query is
+    int query_level = 0, column = 0, row = 0;  // of the pixel that the query is
     if (p.fused) {
-        while (own + 1 < p.levels && item.query >= p.start[own + 1]) own++;
-        column = (item.query - p.start[own]) % p.width[own];
-        row = (item.query - p.start[own]) / p.width[own];
+        while (query_level + 1 < p.levels && item.query >= p.start[query_level + 1]) query_level++;
+        column = (item.query - p.start[query_level]) % p.width[query_level];
+        row = (item.query - p.start[query_level]) / p.width[query_level];
     }
     for (int level = 0; level < p.levels; level++) {
         const int width = p.width[level], height = p.height[level];
         Origin<acc_t> x{0, acc_t(-0.5)}, y{0, acc_t(-0.5)};
         if (p.fused) {
-            x = centre<acc_t>(column, p.width[own], width);
-            y = centre<acc_t>(row, p.height[own], height);
+            x = centre<acc_t>(column, p.width[query_level], width);
+            y = centre<acc_t>(row, p.height[query_level], height);
         }
         for (int i = level * p.points; i < (level + 1) * p.points; i++) {
             const acc_t position_x = x.rest + acc_t(points[2 * i]) * unit_x(p, level);
