@@ -2,6 +2,7 @@
 
 Every test of results runs on both kernels, plain.cu and tuned/.
 """
+import re
 import shutil
 import subprocess
 import sys
@@ -111,6 +112,12 @@ def test_every_source_changes_the_name_of_the_library(monkeypatch, tmp_path, nam
     assert build.library_name(["9.0"]) == before != build.library_name(["8.0"])
     (tmp_path / name).write_text((tmp_path / name).read_text() + "// changed\n")
     assert build.library_name(["9.0"]) != before
+
+
+def test_the_page_of_the_kernels_names_every_file_of_the_tuned_one():
+    page = (FOLDER.parent / "docs/kernel.md").read_text(encoding="utf-8")
+    files = re.findall(r"^\| `([\w.]+)` \|", page, re.MULTILINE)
+    assert sorted(files) == sorted(path.name for path in (FOLDER / "tuned").iterdir())
 
 
 @pytest.mark.parametrize("step", [*build.SOURCES, "-shared"])
