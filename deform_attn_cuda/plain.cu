@@ -147,30 +147,22 @@ __device__ int64_t value_index(const Problem& p, const Item& item, const Point<a
     return first + int64_t(pixel) * (p.heads * p.channels) + channel;
 }
 
-// One channel of the output of an item.
-template <typename scalar_t>
-__device__ accumulator<scalar_t> attend(const Problem& p, const Item& item, const scalar_t* value,
-                                        const scalar_t* points, const scalar_t* scores,
-                                        int channel) {
-    using acc_t = accumulator<scalar_t>;
-    acc_t sum = 0;
-    for_each_point(p, item, points, scores, [&](const Point<acc_t>& point) {
-        for (int j = 0; j < 2; j++)
-            for (int i = 0; i < 2; i++)
-                sum += point.weight * point.y.weight[j] * point.x.weight[i]
-                       * acc_t(value[value_index(p, item, point, j, i, channel)]);
-    });
-    return sum;
-}
-
 template <typename scalar_t>
 __global__ void forward_kernel(const Problem p, const scalar_t* value, const scalar_t* points,
                                const scalar_t* scores, scalar_t* output) {
+    using acc_t = accumulator<scalar_t>;
     const Item item(p);
     if (item.index >= count_items(p)) return;
-    for (int channel = threadIdx.x % WARP_SIZE; channel < p.channels; channel += WARP_SIZE)
-        output[item.index * p.channels + channel] =
-            scalar_t(attend(p, item, value, points, scores, channel));
+    for (int channel = threadIdx.x % WARP_SIZE; channel < p.channels; channel += WARP_SIZE) {
+        acc_t sum = 0;
+        for_each_point(p, item, points, scores, [&](const Point<acc_t>& point) {
+            for (int j = 0; j < 2; j++)
+                for (int i = 0; i < 2; i++)
+                    sum += point.weight * point.y.weight[j] * point.x.weight[i]
+                           * acc_t(value[value_index(p, item, point, j, i, channel)]);
+        });
+        output[item.index * p.channels + channel] = scalar_t(sum);
+    }
 }
 
 template <typename acc_t> __device__ acc_t sum_over_lanes(acc_t x) {
@@ -178,11 +170,32 @@ template <typename acc_t> __device__ acc_t sum_over_lanes(acc_t x) {
     return x;
 }
 
-// With g the gradient of the output, and every product of two vectors over the channels:
+// g . sample and g . (derivatives of the sample by the position), over the channels of a lane.
+template <typename acc_t> struct Products { acc_t sample, along_x, along_y; };
+
+template <typename scalar_t, typename acc_t>
+__device__ Products<acc_t> multiply(const Problem& p, const Item& item, const Point<acc_t>& point,
+                                    const scalar_t* grad, const scalar_t* value) {
+    Products<acc_t> sums{0, 0, 0};
+    for (int channel = threadIdx.x % WARP_SIZE; channel < p.channels; channel += WARP_SIZE)
+        for (int j = 0; j < 2; j++)
+            for (int i = 0; i < 2; i++) {
+                const acc_t product = acc_t(grad[channel])
+                                      * acc_t(value[value_index(p, item, point, j, i, channel)]);
+                sums.sample += point.y.weight[j] * point.x.weight[i] * product;
+                sums.along_x += point.y.weight[j] * point.x.slope[i] * product;
+                sums.along_y += point.y.slope[j] * point.x.weight[i] * product;
+            }
+    return sums;
+}
+
+// With g the gradient of the output, and "." a sum over the channels, the gradients are
+//
 //     of the value      weight * bilinear weight * g, added by all items that read the pixel
 //     of a position     weight * (g . derivative of the sample by the position)
 //     of a weight       g . sample
-//     of a logit        weight * (g . sample - g . output), through the softmax
+//     of a logit        weight * (g . sample - sum over all points of weight * (g . sample))
+//
 // Items share pixels, so gradients of the value are added atomically, in acc_t.
 template <typename scalar_t, typename acc_t>
 __global__ void backward_kernel(const Problem p, const scalar_t* grad, const scalar_t* value,
@@ -195,33 +208,32 @@ __global__ void backward_kernel(const Problem p, const scalar_t* grad, const sca
     grad_points += item.index * count * 2;
     grad_scores += item.index * count;
 
-    acc_t grad_dot_output = 0;
-    for (int channel = lane; p.fused && channel < p.channels; channel += WARP_SIZE)
-        grad_dot_output += acc_t(grad[channel])
-                           * attend(p, item, value, points, scores, channel);
-    grad_dot_output = sum_over_lanes(grad_dot_output);
+    // The sum over all points in the gradient of a logit. multiply() computes both terms of the
+    // difference, so that they cancel exactly if there is only one point.
+    acc_t mean = 0;
+    if (p.fused)
+        for_each_point(p, item, points, scores, [&](const Point<acc_t>& point) {
+            mean += point.weight * multiply(p, item, point, grad, value).sample;
+        });
+    mean = sum_over_lanes(mean);
 
     for_each_point(p, item, points, scores, [&](const Point<acc_t>& point) {
-        acc_t along_x = 0, along_y = 0, grad_dot_sample = 0;
         for (int channel = lane; channel < p.channels; channel += WARP_SIZE)
             for (int j = 0; j < 2; j++)
                 for (int i = 0; i < 2; i++) {
-                    const int64_t index = value_index(p, item, point, j, i, channel);
-                    const acc_t g = acc_t(grad[channel]), product = g * acc_t(value[index]);
-                    const acc_t bilinear = point.y.weight[j] * point.x.weight[i];
-                    along_x += point.y.weight[j] * point.x.slope[i] * product;
-                    along_y += point.y.slope[j] * point.x.weight[i] * product;
-                    grad_dot_sample += bilinear * product;
-                    if (bilinear != 0) atomicAdd(grad_value + index, point.weight * bilinear * g);
+                    const acc_t share = point.weight * point.y.weight[j] * point.x.weight[i];
+                    if (share != 0)
+                        atomicAdd(grad_value + value_index(p, item, point, j, i, channel),
+                                  share * acc_t(grad[channel]));
                 }
-        along_x = sum_over_lanes(along_x) * unit_x(p, point.level);
-        along_y = sum_over_lanes(along_y) * unit_y(p, point.level);
-        grad_dot_sample = sum_over_lanes(grad_dot_sample);
+        const Products<acc_t> sums = multiply(p, item, point, grad, value);
+        const acc_t sample = sum_over_lanes(sums.sample);
+        const acc_t along_x = sum_over_lanes(sums.along_x) * unit_x(p, point.level);
+        const acc_t along_y = sum_over_lanes(sums.along_y) * unit_y(p, point.level);
         if (lane == 0) {
             grad_points[2 * point.index] = scalar_t(point.weight * along_x);
             grad_points[2 * point.index + 1] = scalar_t(point.weight * along_y);
-            grad_scores[point.index] = scalar_t(
-                p.fused ? point.weight * (grad_dot_sample - grad_dot_output) : grad_dot_sample);
+            grad_scores[point.index] = scalar_t(p.fused ? point.weight * (sample - mean) : sample);
         }
     });
 }
