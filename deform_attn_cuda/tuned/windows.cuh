@@ -33,7 +33,7 @@ __device__ int window_begin(int begin, int cut, int window, int size) {
     return min(max((2 * begin + cut - window) / 2, -1), size + 1 - window);
 }
 
-// Fills `corners`, which the block shares.
+// Computes the origins of all windows, in shared memory.
 __device__ void place_windows(const Layout& p, const Area* areas, Origin* origins) {
     for (int level = threadIdx.x; level < p.levels; level += blockDim.x)
         origins[level] = {window_begin(areas[level].left, areas[level].width, p.window_width[level],
