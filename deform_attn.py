@@ -3,8 +3,8 @@
 Deformable DETR (arXiv 2010.04159, eq. 3); upstream mask2former/modeling/pixel_decoder/ops. Shape
 letters are declared in model.py. "pixels" are those of all levels, joined.
 
-`deformable_attention` selects the implementation: the fused kernel of deform_attn_cuda/ on a GPU,
-`attend_in_pytorch` elsewhere.
+`deformable_attention` selects the implementation: a kernel of deform_attn_cuda/ on a GPU (KERNEL),
+`attend_in_pytorch` elsewhere. docs/kernel.md explains the kernels.
 """
 import math
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import deform_attn_cuda
 
+KERNEL = deform_attn_cuda.tuned      # runs on GPUs; deform_attn_cuda.plain is the one to read
 LevelShapes = list[tuple[int, int]]  # (height, width) of each level, in the order of the pixels
 
 
@@ -82,8 +83,8 @@ def deformable_attention(value: Tensor, level_shapes: LevelShapes, offsets: Tens
 
     Raises ValueError if value and level_shapes differ in the number of pixels.
 
-    The fused kernel runs on a GPU, unless it cannot be built or DEFORM_ATTN_CUDA=0. Training with
-    torch.use_deterministic_algorithms uses PyTorch, because the kernel's backward adds atomically.
+    KERNEL runs on a GPU, unless it cannot be built or DEFORM_ATTN_CUDA=0. Training with
+    torch.use_deterministic_algorithms uses PyTorch: the kernels' backward adds in varying order.
     """
     pixels = sum(height * width for height, width in level_shapes)
     if value.shape[1] != pixels:
@@ -94,7 +95,7 @@ def deformable_attention(value: Tensor, level_shapes: LevelShapes, offsets: Tens
     deterministic = torch.is_grad_enabled() and torch.are_deterministic_algorithms_enabled()
     if value.is_cuda and not deterministic and deform_attn_cuda.load():
         sizes = [size for shape in level_shapes for size in shape]
-        return torch.ops.deform_attn.forward(value, offsets, logits, sizes)
+        return KERNEL.forward(value, offsets, logits, sizes)
     return attend_in_pytorch(value, level_shapes, offsets, logits)
 
 
@@ -102,9 +103,10 @@ def implementation(device: torch.device) -> str:
     """Name of the implementation on this device. Builds the kernel if necessary."""
     if device.type != "cuda" or not deform_attn_cuda.load():
         return "PyTorch path"
+    name = "plain CUDA kernel" if KERNEL is deform_attn_cuda.plain else "tuned CUDA kernel"
     if torch.are_deterministic_algorithms_enabled():
-        return "fused CUDA kernel, PyTorch in training"
-    return "fused CUDA kernel"
+        return f"{name}, PyTorch in training"
+    return name
 
 
 def attend_in_pytorch(value: Tensor, level_shapes: LevelShapes, offsets: Tensor,

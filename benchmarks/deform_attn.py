@@ -1,11 +1,11 @@
-"""Speed and error of deformable attention on a GPU: the CUDA kernel, PyTorch, and hardware limits.
+"""Speed and error of deformable attention on a GPU: both CUDA kernels, PyTorch, hardware limits.
 
     python benchmarks/deform_attn.py                  # the operator, 5 shapes and 3 dtypes
     python benchmarks/deform_attn.py --no-compile     # without torch.compile, which takes minutes
     python benchmarks/deform_attn.py --pixel-decoder  # the whole pixel decoder of r50 and swin_l
     python benchmarks/deform_attn.py --json rows.json # also write all rows to a file
 
-Times are medians in microseconds per call. The kernel is replayed from a CUDA graph, which excludes
+Times are medians in microseconds per call. The kernels are replayed from a CUDA graph, without
 launch overhead. The PyTorch path copies level sizes from the host and cannot be captured, so it is
 timed with events around ordinary calls; its backward is autograd.grad with a retained graph.
 
@@ -23,7 +23,9 @@ import json
 import statistics
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 from unittest.mock import patch
 
 import torch
@@ -38,20 +40,18 @@ from model import build_model
 SIZES = ((384, 640, 1), (448, 800, 1), (736, 1280, 1), (512, 768, 10), (512, 768, 40))
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEADS, CHANNELS, POINTS = 8, 32, 4
-MAX_BATCH = 10                               # of the PyTorch path, for its memory
-# Of a batch, for the memory of the float64 reference.
-CHECKED_IMAGES = 2
-GRID_MARGIN = 1e-3                               # pixels
+KERNELS = {"tuned": deform_attn_cuda.tuned, "plain": deform_attn_cuda.plain}
+MAX_BATCH = 10            # of the PyTorch path, which needs more memory
+CHECKED_IMAGES = 2        # of a batch, because the float64 reference needs more memory
+GRID_MARGIN = 1e-3        # pixels
 DECODERS = (("r50", 384, 640), ("swin_l", 448, 800))
-REPEATS = 15                                     # a time is the median of so many
-L1_BYTES_PER_CLOCK = 128                         # of a multiprocessor
+REPEATS = 15              # a time is the median of so many
+L1_BYTES_PER_CLOCK = 128  # per multiprocessor
 
 
 @torch.no_grad()
 def time_events(call: Callable, count: int) -> float:
-    """Microseconds of a call: the median of REPEATS times `count` calls, by events on the current
-    stream.
-    """
+    """Microseconds per call: median of REPEATS times `count` calls, from CUDA events."""
     for _ in range(3):
         call()
     times = []
@@ -68,12 +68,11 @@ def time_events(call: Callable, count: int) -> float:
 
 @torch.no_grad()
 def time_graph(call: Callable, count: int) -> float:
-    """The same from replays of a CUDA graph that holds `count` calls, on a side stream."""
+    """Microseconds per call from replays of a CUDA graph of `count` calls."""
     torch.cuda.synchronize()
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     with torch.cuda.stream(stream):
-        # What libraries set up once.
-        call()
+        call()  # libraries initialize at their first call
         with torch.cuda.graph(graph, stream=stream):
             for _ in range(count):
                 call()
@@ -81,10 +80,10 @@ def time_graph(call: Callable, count: int) -> float:
 
 
 def measure_ceilings() -> dict:
-    """What the GPU is and can do, rates in bytes a second; prints it."""
+    """Print and return the properties of the GPU; rates are in bytes per second."""
     def copy_rate(size: int, count: int) -> float:
         source, target = torch.zeros(2, size // 4, device="cuda")
-        # Faster than copy engines.
+        # A kernel, which is faster than the copy engines.
         return 2 * size / time_graph(lambda: torch.neg(source, out=target), count) * 1e6
 
     gpu = torch.cuda.get_device_properties()
@@ -94,11 +93,9 @@ def measure_ceilings() -> dict:
         f"{gpu.name}, {gpu.multi_processor_count} multiprocessors, torch {torch.__version__}\n"
         f"DRAM {dram / 1e12:6.2f} TB/s, measured: negation of 1 GiB, read + written\n"
         f"L2   {cache / 1e12:6.2f} TB/s, measured: negation of 16 MiB again and again, read + "
-        "written, with the gaps between\n"
-        f"L1   {fastest / 1e12:6.2f} TB/s, not measured: {L1_BYTES_PER_CLOCK} bytes a clock a "
-        "multiprocessor at "
-        f"{clock / 1e6:.0f} MHz, the highest clock (clock_rate of "
-        "torch.cuda.get_device_properties)\n",
+        "written, launch gaps included\n"
+        f"L1   {fastest / 1e12:6.2f} TB/s, not measured: {L1_BYTES_PER_CLOCK} bytes per clock and "
+        f"multiprocessor at {clock / 1e6:.0f} MHz, the highest clock\n",
         flush=True,
     )
     return {
@@ -113,8 +110,9 @@ def measure_ceilings() -> dict:
 
 
 def make_inputs(images: int, shapes: LevelShapes, dtype: torch.dtype, device: str) -> list[Tensor]:
-    """Value, offsets (standard deviation 3 pixels), logits and the output's gradient, as
-    deform_attn.py shapes them.
+    """Value, offsets (standard deviation 3 pixels), logits, and a gradient of the output.
+
+    Shapes are those of `deformable_attention`.
     """
     generator = torch.Generator(device).manual_seed(0)
     pixels, levels = sum(height * width for height, width in shapes), len(shapes)
@@ -131,14 +129,11 @@ def make_inputs(images: int, shapes: LevelShapes, dtype: torch.dtype, device: st
 
 
 def least_bytes(images: int, shapes: LevelShapes, dtype: torch.dtype) -> tuple[int, int, int]:
-    """Bytes that a forward and a backward must move through DRAM, and that the corners of all
-    samples hold.
-    """
+    """Bytes that forward and backward must move through DRAM, and bytes of all corners read."""
     queries = images * HEADS * sum(height * width for height, width in shapes)
     samples = queries * len(shapes) * POINTS
-    # A sample has x, y and a logit.
-    value, points = queries * CHANNELS, samples * 3
-    # The output is as large as the value.
+    value, points = queries * CHANNELS, samples * 3  # a sample has x, y and a logit
+    # The output has the size of the value.
     counts = (2 * value + points, 3 * value + 2 * points, samples * 4 * CHANNELS)
     return tuple(count * dtype.itemsize for count in counts)
 
@@ -151,8 +146,9 @@ def output_and_gradients(function: Callable, inputs: list[Tensor], grad: Tensor)
 
 
 def off_grid(offsets: Tensor, shapes: LevelShapes) -> Tensor:
-    """1.0 for samples farther than GRID_MARGIN from the lines through pixel centres, else 0.0: (B,
-    S, M, V, P, 1).
+    """1.0 for samples farther than GRID_MARGIN from the lines through pixel centres, else 0.0.
+
+    Returns (N, pixels, heads, levels, points, 1).
     """
     sizes = offsets.new_tensor([(width, height) for height, width in shapes])
     places = pixel_centres(shapes, offsets)[:, None, None, None] * sizes[:, None] + offsets - 0.5
@@ -163,47 +159,50 @@ def relative_error(result: Tensor, reference: Tensor) -> float:
     return ((result.double() - reference).norm() / reference.norm()).item()
 
 
+def call_kernel(kernel: ModuleType, sizes: list[int], *inputs: Tensor) -> Tensor:
+    return kernel.forward(*inputs, sizes)
+
+
 def measure_operator(
     size: tuple[int, int, int], dtype: torch.dtype, ceilings: dict, compiled: bool
 ) -> Iterator[dict]:
-    """A row for each implementation and for each floor."""
+    """A row for each implementation and for each lower bound."""
     height, width, images = size
-    shapes, count = (
-        [(-(-height // stride), -(-width // stride)) for stride in (32, 16, 8)],
-        20 if images == 1 else 3,
-    )
+    shapes = [(-(-height // stride), -(-width // stride)) for stride in (32, 16, 8)]
+    count = 20 if images == 1 else 3
     flat = [length for shape in shapes for length in shape]
     *inputs, grad = make_inputs(images, shapes, dtype, "cuda")
-    ways = {"kernel": lambda *inputs: torch.ops.deform_attn.forward(*inputs, flat),
-            "PyTorch": lambda value, *others: attend_in_pytorch(value, shapes, *others)}
+
+    def in_pytorch(value: Tensor, *others: Tensor) -> Tensor:
+        return attend_in_pytorch(value, shapes, *others)
+
+    ways = {name: partial(call_kernel, kernel, flat) for name, kernel in KERNELS.items()}
+    ways["PyTorch"] = in_pytorch
     if compiled:
-        # Else the limit of recompilations is met.
-        torch.compiler.reset()
-        ways["PyTorch compiled"] = torch.compile(ways["PyTorch"], dynamic=False)
+        torch.compiler.reset()  # or the limit of recompilations would be reached
+        ways["PyTorch compiled"] = torch.compile(in_pytorch, dynamic=False)
     checked = [x[:CHECKED_IMAGES].double() for x in inputs]
     masks = {"output": 1, "value": 1, "offsets": off_grid(checked[1], shapes), "logits": 1}
     reference = output_and_gradients(ways["PyTorch"], checked, grad[:CHECKED_IMAGES].double())
     common = {"size": f"{height}x{width} B={images}", "type": str(dtype).removeprefix("torch.")}
     for name, function in ways.items():
-        if name != "kernel" and images > MAX_BATCH:
+        kernel = KERNELS.get(name)
+        if kernel is None and images > MAX_BATCH:
             yield common | {"what": name}
             continue
-        forward = (time_graph if name == "kernel" else time_events)(
-            lambda: function(*inputs), count
-        )
-        if name == "kernel":
-            backward = time_graph(
-                lambda: torch.ops.deform_attn.backward(grad, *inputs, flat), count
-            )
+        if kernel is not None:
+            forward = time_graph(lambda: kernel.forward(*inputs, flat), count)
+            backward = time_graph(lambda: kernel.backward(grad, *inputs, flat), count)
         else:
+            forward = time_events(lambda: function(*inputs), count)
             leaves = [x.detach().requires_grad_() for x in inputs]
-            # A compiled graph cannot be kept otherwise.
+            # Needed to retain the graph of a compiled function.
             with torch._functorch.config.patch(donated_buffer=False):
                 output = function(*leaves)
             backward = time_events(
                 lambda: torch.autograd.grad(output, leaves, grad, retain_graph=True), count
             )
-            del output                                                           # gigabytes
+            del output  # it holds gigabytes
         result = [x[:CHECKED_IMAGES] for x in output_and_gradients(function, inputs, grad)]
         yield (
             common
@@ -214,7 +213,7 @@ def measure_operator(
             }
         )
     forward, backward, corners = least_bytes(images, shapes, dtype)
-    # Bytes a microsecond.
+    # Bytes per microsecond.
     dram, gathers = ceilings["dram_rate"] / 1e6, ceilings["l1_rate"] / 1e6
     yield common | {
         "what": "floor: DRAM",
@@ -230,15 +229,15 @@ def measure_operator(
 
 @torch.no_grad()
 def measure_decoder(preset: str, height: int, width: int, device: str) -> Iterator[dict]:
-    """A row for each way of running the pixel decoder on 1 and on 8 frames.
+    """A row for each way of running the pixel decoder, on 1 and on 8 frames.
 
-    Errors against the PyTorch path in float32.
+    Errors are relative to the PyTorch path in float32.
     """
     torch.manual_seed(0)
     with torch.device(device):
         model = build_model(preset, num_classes=25)
     decoder = model.pixel_decoder.eval()
-    # Zero at first: all pixels would look alike.
+    # They are initialized to zero, so all pixels would have the same offsets.
     for layer in decoder.layers:
         nn.init.normal_(layer.attention.sampling_offsets.weight, std=0.01)
     for frames in (1, 8):
@@ -247,7 +246,7 @@ def measure_decoder(preset: str, height: int, width: int, device: str) -> Iterat
         reference = None
         for name, in_bfloat16, with_kernel in (
             ("float32, PyTorch", False, False),
-            ("float32, kernel", False, True),
+            ("float32, kernel", False, True),   # deform_attn.KERNEL
             ("bfloat16, kernel", True, True),
         ):
             def run() -> tuple[list[Tensor], Tensor]:
@@ -268,7 +267,7 @@ def measure_decoder(preset: str, height: int, width: int, device: str) -> Iterat
 
 
 def print_row(row: dict, columns: tuple[str, ...]) -> None:
-    """One line: microseconds and errors in columns, "-" for what this row has not."""
+    """Print a line of microseconds and errors, with "-" for missing values."""
     print(
         " ".join(
             f"{row[key]:<18}"
@@ -285,10 +284,7 @@ def print_row(row: dict, columns: tuple[str, ...]) -> None:
 
 
 def main() -> None:
-    """Read the command line, then measure and print row by row.
-
-    Exit with a sentence where there is nothing to measure.
-    """
+    """Read the command line, then measure and print row by row."""
     parser = argparse.ArgumentParser(
         description="Time deformable attention on a CUDA GPU and compare it with float64."
     )
@@ -305,15 +301,12 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("This benchmark needs a CUDA GPU, and PyTorch finds none here.")
     if not deform_attn_cuda.load():
-        sys.exit(
-            "The kernel of deform_attn_cuda/ is not there to be measured: it is switched off or "
-            "could not be built."
-        )
+        sys.exit("The kernels of deform_attn_cuda/ are disabled or could not be built.")
     ceilings = measure_ceilings()
     if options.pixel_decoder:
         print(
-            "Errors are against the first row of a group; convolutions and linear maps as "
-            "PyTorch's defaults have them."
+            "Errors are relative to the first row of a group; convolutions and linear layers use "
+            "PyTorch's defaults."
         )
         columns = (
             "size", "frames", "what", "eager_us", "graph_us", "error_fpn", "error_stride32",
@@ -322,8 +315,8 @@ def main() -> None:
         measured = (row for arguments in DECODERS for row in measure_decoder(*arguments, "cuda"))
     else:
         print(
-            f"Errors are against float64, of the first {CHECKED_IMAGES} images of a batch at most; "
-            "- is not measured."
+            f"Errors are relative to float64, over at most {CHECKED_IMAGES} images; - is not "
+            "measured."
         )
         columns = (
             "size", "type", "what", "forward_us", "backward_us", "error_output", "error_value",

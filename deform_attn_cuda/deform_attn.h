@@ -1,8 +1,10 @@
-// What the kernels (forward.cu, backward.cu) and their registration with PyTorch (binding.cpp) both know.
+// The interface between binding.cpp, which checks tensors and registers operators with PyTorch,
+// and the two kernels: plain.cu, to read, and tuned/, to run.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
+#include <cstddef>
 #include <cstdint>
 
 namespace deform_attn {
@@ -11,34 +13,34 @@ constexpr int MAX_LEVELS = 32;
 
 enum class Type { float32, float16, bfloat16, float64 };
 
-// B images, S pixels of all levels together, Q queries (Q = S where query s is pixel s), M heads, D channels of a head,
-// V levels, P points of a level.
+// The sizes of a call. All tensors are contiguous, start at multiples of 64 bytes, and have one
+// dtype; "pixels" are those of all levels, joined.
+//   value                        (images, pixels, heads, channels)
+//   points                       (images, queries, heads, levels, points, 2), x then y
+//   scores                       (images, queries, heads, levels, points)
+//   output and its gradient      (images, queries, heads, channels)
+// fused: query i is pixel i, points are offsets from its centre in pixels of the sampled level,
+// and scores are logits. Otherwise points are locations in 0..1, and scores are weights.
 struct Problem {
     int images, pixels, queries, heads, channels, levels, points;
-    bool fused;                   // true: raw offsets and logits; false: locations in 0..1 and weights
+    bool fused;
     int height[MAX_LEVELS], width[MAX_LEVELS];
-    int start[MAX_LEVELS];        // first pixel of a level
-    int bins_start[MAX_LEVELS];   // first bin of a level, see bins.cuh
-    int bins;                     // of one head of one image
-    int across, down;             // regions: each is the same part of the picture on all levels
-    int window_height[MAX_LEVELS], window_width[MAX_LEVELS];   // a region and what surrounds it
-    int window_start[MAX_LEVELS]; // first pixel of a level's window in shared memory
-    int window_pixels;            // of all levels
+    int start[MAX_LEVELS];  // first pixel of each level
 };
 
-// How many pixels windows may have on the current GPU, so that the kernels that use them have room in shared memory.
-int window_pixels_that_fit(const Problem&, bool backward);
+// An implementation. The functions launch on a stream of the current device and return the error
+// of a failed launch. No tensor is empty.
+struct Kernel {
+    cudaError_t (*forward)(const Problem&, Type, const void* value, const void* points,
+                           const void* scores, void* output, cudaStream_t);
+    // Bytes of device memory that backward needs as its workspace.
+    size_t (*workspace_bytes)(const Problem&, Type);
+    cudaError_t (*backward)(const Problem&, Type, const void* grad, const void* value,
+                            const void* points, const void* scores, void* grad_value,
+                            void* grad_points, void* grad_scores, void* workspace, cudaStream_t);
+};
 
-// All tensors are contiguous, begin at multiples of 64 bytes, and are of one type; a failed launch is returned.
-cudaError_t forward(const Problem&, Type, const void* value, const void* points, const void* scores, void* out,
-                    cudaStream_t);
-
-// Device memory that `backward` needs for this many images at a time: `bins` ints, then the entries of its lists.
-size_t bins_bytes(const Problem&, int images);
-size_t entry_bytes(const Problem&, Type, int images);
-
-cudaError_t backward(const Problem&, Type, const void* grad, const void* value, const void* points, const void* scores,
-                     void* grad_value, void* grad_points, void* grad_scores,
-                     int images_at_once, int* bins, void* entries, cudaStream_t);
+namespace plain { extern const Kernel kernel; }
+namespace tuned { extern const Kernel kernel; }
 
 }  // namespace deform_attn
