@@ -3,6 +3,7 @@ import pytest
 
 import run
 
+pytestmark = pytest.mark.slow
 FILES = {
     "test_good.py": "def test_one(): pass\ndef test_two(): pass\n",
     "test_bad.py": "def test_good(): pass\ndef test_bad(): assert 1 == 2\n",
