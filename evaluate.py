@@ -14,8 +14,8 @@ Writes to --output: results.json, results.json.zip (for the benchmark's server),
 there are annotations, and overlays/ and plots/ of the first --draw and --plot videos. Each suite
 has a folder. After an interruption, the same command continues with the remaining videos.
 
-evaluation/inference.py runs a model over a data set, evaluation/scoring.py scores the results, and
-the metric is in evaluation/metric.py. Upstream: vita/data/ytvis_eval.py.
+The flags are in evaluation/flags.py. inference.py runs a model over a data set, scoring.py scores
+the results, and the metric is in metric.py. Upstream: vita/data/ytvis_eval.py.
 """
 import argparse
 import math
@@ -32,17 +32,17 @@ from augmentation import short_side_size
 from checkpoint import SHIPPED_WEIGHTS, default_short_side, model_from_checkpoint
 from data import Video, VideoSet, find_split, read_frame
 from deform_attn import implementation
+from evaluation.flags import parse_arguments
 from evaluation.inference import segment_videos, share
 from evaluation.postprocess import EncodedVideo
 from evaluation.scoring import read_parts, score_results
 from evaluation.unfinished import Unfinished
-from model import PRESETS, GRAttVIS
+from model import GRAttVIS
 from reading.annotations import AnnotationFile, one_line, unique_names
 from reading.ids import Id
 from runtime.device import choose_amp
 from runtime.errors import InputError, cli_errors
 from runtime.files import checksum, folder_lock
-from runtime.flags import at_least
 from runtime.loading import choose_workers
 from runtime.processes import (
     errors_of_any_process,
@@ -54,85 +54,12 @@ from runtime.processes import (
 )
 from runtime.stopping import Stopped, deferred_stop
 from synthetic.suites import SUITES, make_dataset
-from tracker import PROPAGATIONS
 from viewing.overlays import overlays, save_pictures
 from viewing.plots import plot_timeline, require_matplotlib
 
 MIN_DRAWN_SCORE = 0.3
 HELD_OUT = 24  # videos of a suite, if it has to be written
 DATA_PATHS = ("data_root", "split", "json", "images", "sets")
-
-
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line; the defaults evaluate the shipped weights."""
-    parser = argparse.ArgumentParser(
-        description="Evaluate a model on videos in the YouTube-VIS format, or score a results "
-        "file.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add_model_flags(parser.add_argument_group("model").add_argument)
-    add_data_flags(parser.add_argument_group("data").add_argument)
-    add_result_flags(parser.add_argument_group("result").add_argument)
-    add_run_flags(parser.add_argument_group("run").add_argument)
-    return parser.parse_args(arguments)
-
-
-def add_model_flags(add) -> None:
-    """Flags for the model and its weights; `add` is add_argument."""
-    add("--weights", default=str(SHIPPED_WEIGHTS), help="checkpoint, ours or official")
-    add("--preset", choices=PRESETS, help="of an official checkpoint (ours contain it)")
-    add("--propagation", choices=PROPAGATIONS, help="if the checkpoint does not imply it")
-    add("--gate-mask", choices=("additive", "blocked"),
-        help="of an official checkpoint (default: additive)")
-
-
-def add_data_flags(add) -> None:
-    """Flags for the videos, and the size at which they are tested."""
-    add("--data-root", help="data set")
-    add("--split", default="valid", help="split of the data set")
-    add("--json", help="annotation file, instead of --data-root")
-    add("--images", help="with --json: the folder that its file names are relative to")
-    add("--suites", nargs="+", choices=SUITES, default=["easy", "occlusion"], metavar="SUITE",
-        help="without a data set: the held-out videos of synthetic suites, which are written if "
-        f"they do not exist: {', '.join(SUITES)}")
-    add("--sets", default="datasets/suites", help="folder with a folder for each suite")
-    add("--skip-bad", action=argparse.BooleanOptionalAction, default=False,
-        help="leave out, report and count unreadable videos and annotations, also in the metric")
-    add("--short-side", type=at_least(1),
-        help="of the frames, in pixels (default: the test size of the model; official: 360, Swin "
-        "448)")
-    add("--max-long-side", type=at_least(1), default=1333, help="pixels")
-
-
-def add_result_flags(add) -> None:
-    """Flags for results, pictures and metrics."""
-    add("--top-k", type=at_least(1), default=10, help="instances per video (official: 10, OVIS 20)")
-    add("--output",
-        help="folder to write (default: evaluation/ next to the weights; for the shipped weights, "
-        "a folder in runs/)")
-    add("--draw", type=at_least(0), default=0, metavar="N",
-        help="draw overlays of the first N videos")
-    add("--plot", type=at_least(0), metavar="N",
-        help="plot precision over recall, AP by class, and the tracks and gates of the first N "
-        "videos over time (needs matplotlib)")
-    add("--results", help="score this file instead of running a model")
-    add("--annotations", nargs="+", metavar="JSON",
-        help="ground truth, or several parts of it, which are scored separately and averaged "
-        "(default: that of the data set, or gt_short.json and gt_long.json next to it)")
-
-
-def add_run_flags(add) -> None:
-    """Flags for device, precision and loading."""
-    add("--device", default="auto", help="auto, cpu, cuda")
-    add("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"),
-        help="mixed precision: auto = fp16 on a GPU, off (float32) on a CPU")
-    add("--compile", action="store_true",
-        help="torch.compile the model on a GPU: takes half a minute per frame size, results differ "
-        "by rounding")
-    add("--chunk", type=at_least(1), default=8,
-        help="frames loaded together; does not change the results")
-    add("--workers", type=at_least(0),
-        help="loader processes per GPU; 0 = none (default: one per CPU core, at most 16, fewer if "
-        "shared memory is small)")
 
 
 def main(args: argparse.Namespace) -> dict | None:

@@ -39,16 +39,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add_run_flags(parser.add_argument_group("run").add_argument)
 
     given, _ = parser.parse_known_args(arguments)
-    recipe = RECIPES[given.recipe][1] | {"reset_classes": True} if given.recipe else {}
-    stage = given.stage or recipe.get("stage")
-    defaults = (STAGES[stage] if stage else {}) | recipe
+    defaults = stage_and_recipe(given.stage, given.recipe)
     known = {action.dest for action in parser._actions}
     assert defaults.keys() <= known, defaults.keys() - known
     for name, value in defaults.items():
         parser.set_defaults(**{name: list(value) if isinstance(value, tuple) else value})
 
     args = parser.parse_args(arguments)
-    args.stage = stage
     args.output = args.output or f"runs/{(args.recipe or 'toy').replace('/', '_')}"
     if args.data_root is None and args.train_sets:
         args.data_root = os.environ.get("DETECTRON2_DATASETS", "datasets")
@@ -56,6 +53,17 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         args.data_root = "datasets/synthetic"
     args.pseudo_short_sides = args.pseudo_short_sides or args.short_sides
     return args
+
+
+def stage_and_recipe(stage: str | None, recipe: str | None) -> dict:
+    """The defaults that a stage and a recipe set; a given stage replaces that of the recipe."""
+    defaults = {}
+    if recipe:
+        defaults = RECIPES[recipe][1] | {"reset_classes": True}
+    stage = stage or defaults.get("stage")
+    if stage:
+        defaults = STAGES[stage] | defaults | {"stage": stage}
+    return defaults
 
 
 def add_setting_flags(add) -> None:
