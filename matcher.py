@@ -227,17 +227,18 @@ def matching_costs(predictions: Predictions, targets: Targets, count: int, weigh
         masks = torch.einsum("trqc,tcp->trqp", kernel, sampled)
         logits = predictions.logits[:, :, video]
         labels = targets.labels[video]
-        cost = match_cost(logits, masks, labels, truth, predictions.membership, weights)
+        cost = match_cost(logits, masks, labels, truth, points, predictions.membership, weights)
         costs.append(cost)
     return torch.stack(costs, 2)
 
 
 def match_cost(logits: Tensor, masks: Tensor, labels: Tensor, target_masks: Tensor,
-               membership: Tensor, weights: dict[str, float]) -> Tensor:
+               points: Tensor, membership: Tensor, weights: dict[str, float]) -> Tensor:
     """Cost (G, R, Q, I) for one video: class probability, point BCE and dice over each clip.
 
     logits (G, R, Q, K + 1), labels (I,); mask logits (T, R, Q, P) and target_masks (T, I, P) in
-    0..1 at the same points; membership (G, T).
+    0..1 at points (T, P, 2), (x, y) in 0..1; membership (G, T). weights: of the costs by name, 1 if
+    not given.
     """
     cost_class = -logits.softmax(-1)[..., labels]
 
@@ -253,8 +254,8 @@ def match_cost(logits: Tensor, masks: Tensor, labels: Tensor, target_masks: Tens
     area = sum_per_clip(membership, area)
     cost_dice = dice(overlap, area)
 
-    return (weights["class"] * cost_class + weights["mask"] * cost_mask
-            + weights["dice"] * cost_dice)
+    costs = {"class": cost_class, "mask": cost_mask, "dice": cost_dice}
+    return sum(weights.get(name, 1.0) * cost for name, cost in costs.items())
 
 
 def sum_per_clip(membership: Tensor, values: Tensor) -> Tensor:
@@ -287,8 +288,8 @@ def costs_to_cpu(costs: list[Tensor]) -> list[np.ndarray]:
     This is the first of two waits for the GPU in a training step. The other is at the end of
     `train_step`; with fp16, the gradient scaler adds one.
 
-    Costs that are not finite become high ones. The losses will not be finite either, and training
-    then stops with a message.
+    Costs that are not finite become high ones. If predictions are the reason, the losses will not
+    be finite either, and training then stops with a message.
     """
     flat = torch.cat([cost.flatten() for cost in costs])
     flat = flat.cpu().numpy()

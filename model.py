@@ -385,8 +385,10 @@ PRESETS = {
                   tracker_encoder_layers=2, feed_forward=384),
 }
 # Short side of test frames in pixels: the official ones, and that of the synthetic videos.
-TEST_SIDES = {"r50": 360, "r101": 360, "swin_t": 448, "swin_s": 448, "swin_b": 448, "swin_l": 448,
-              "toy": 96, "small": 96}
+TEST_SIDES = {
+    "r50": 360, "r101": 360, "swin_t": 448, "swin_s": 448, "swin_b": 448, "swin_l": 448,
+    "toy": 96, "small": 96,
+}
 
 
 def option_types() -> dict[str, type]:
@@ -400,7 +402,7 @@ def build_model(preset: str, num_classes: int, propagation: str = "gated",
                 gate_mask: str = "additive", **overrides) -> GRAttVIS:
     """A model by preset (the keys of PRESETS), randomly initialised, in training mode.
 
-    propagation: "gated" (GRAtt-VIS), "plain", "memory" (GenVIS), "gated+memory", "clip" (VITA).
+    propagation: one of PROPAGATIONS, see tracker.py.
     gate_mask: "additive" (as released) or "blocked" (as in the paper), see Tracker.attention_mask.
     overrides: other arguments of GRAttVIS or Tracker; training from scratch needs norm="group".
 

@@ -33,7 +33,13 @@ from torch import Tensor, nn
 
 from transformer import MLP, CrossAttention, FeedForward, SelfAttention, mask_kernel
 
-PROPAGATIONS = ("gated", "plain", "memory", "gated+memory", "clip")
+PROPAGATIONS = (  # a mode with "gated" in its name has gates, one with "memory" a memory
+    "gated",
+    "plain",
+    "memory",
+    "gated+memory",
+    "clip",
+)
 GATE_MASKS = ("additive", "blocked")
 GUMBEL_TEMPERATURE = 0.66667
 MASKED_LOGIT = -1000.0  # finite, so that a row of masked logits has a softmax

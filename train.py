@@ -16,6 +16,7 @@ step and save last.pt. Machines need not share a file system, because only rank 
 --output.
 """
 import argparse
+import inspect
 import math
 from contextlib import ExitStack, closing, nullcontext
 from time import perf_counter
@@ -32,10 +33,12 @@ from clips import Clip, ClipDataset, MixedClips, StepSampler
 from data import VideoSet
 from fast.acceleration import cast_frozen_weights, compile_parts
 from losses import Criterion
-from model import PRESETS, GRAttVIS, build_model
+from model import PRESETS, GRAttVIS, build_model, option_types
+from reading.configs import check_options
 from runtime.device import choose_amp, make_deterministic, upload
 from runtime.errors import InputError, cli_errors
 from runtime.files import checksum
+from runtime.flags import flags_named
 from runtime.loading import choose_workers, read_ahead
 from runtime.processes import (
     broadcast,
@@ -108,11 +111,10 @@ def make_model(args: argparse.Namespace, categories: list[tuple[int, str]],
 
     say: prints what was loaded.
     """
-    options = {"gate_mask": args.gate_mask, "clip_length": args.clip_length}
-    given = {"norm": args.norm, "window": args.window}  # None: the preset's
-    options |= {name: value for name, value in given.items() if value is not None}
-    model = build_model(args.preset, len(categories), args.propagation,
-                        query_noise=args.query_noise, **options)
+    # Every flag that is named like an argument of the model. Checkpoints store them.
+    options = flags_named(option_types().keys() - {"num_classes", "propagation"}, args)
+    check_options(options, "the command line")
+    model = build_model(args.preset, len(categories), args.propagation, **options)
     config = {
         "preset": args.preset,
         "propagation": args.propagation,
@@ -167,11 +169,9 @@ def make_network(model: GRAttVIS, args: argparse.Namespace, device: torch.device
 
 
 def make_criterion(args: argparse.Namespace, num_classes: int) -> Criterion:
-    """The losses of the arguments."""
-    return Criterion(num_classes, points=args.points, no_object_weight=args.no_object_weight,
-                     similarity_weight=args.similarity_weight, gate_weight=args.gate_weight,
-                     gate_loss=args.gate_loss, freeze_detector=args.freeze_detector,
-                     similarity_span=args.similarity_span)
+    """The losses, with every flag that is named like an argument of Criterion."""
+    names = inspect.signature(Criterion).parameters.keys() - {"num_classes"}
+    return Criterion(num_classes, **flags_named(names, args))
 
 
 # Optimizer and schedule

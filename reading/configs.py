@@ -1,7 +1,9 @@
 """Validates the config that train.py stores in a checkpoint."""
+import math
 import sys
 import unicodedata
 from pathlib import Path
+from typing import get_args
 
 from model import option_types
 from runtime.errors import InputError, shown
@@ -14,6 +16,7 @@ MAX_OPTION = {
     "tracker_decoder_layers": sys.maxsize,
     "tracker_encoder_layers": sys.maxsize,
 }
+EXPECTED = {bool: "true or false", float: "a finite number", str: "a name"}  # besides int
 
 
 def read_config(contents: dict, path: str | Path) -> dict:
@@ -50,13 +53,17 @@ def check_options(options: dict, path: str | Path) -> None:
                              f"option {name}")
         minimum = 0 if name in ("window", "pixel_layers", "tracker_encoder_layers") else 1
         maximum = MAX_OPTION.get(name, 10 ** 6)
-        accepts_int = isinstance(minimum, types[name])
-        if type(value) is int:  # excludes bool
-            valid = accepts_int and minimum <= value <= maximum
+        kinds = set(get_args(types[name]) or [types[name]])  # of int | None: int and NoneType
+        if type(value) is int and int in kinds:
+            valid = minimum <= value <= maximum
+        elif type(value) in (int, float) and float in kinds:
+            valid = math.isfinite(value)
         else:
-            valid = isinstance(value, (str, type(None))) and isinstance(value, types[name])
+            valid = type(value) in kinds & {bool, str, type(None)}
         if not valid:
-            expected = f"a whole number from {minimum} to {maximum}" if accepts_int else "a name"
+            expected = f"a whole number from {minimum} to {maximum}"
+            if int not in kinds:
+                expected = next(EXPECTED[kind] for kind in EXPECTED if kind in kinds)
             raise InputError(f"{path} asks for a model that cannot be built: {name} is "
                              f"{shown(value)}, not {expected}")
 

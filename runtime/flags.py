@@ -1,5 +1,6 @@
-"""Types of command-line flags."""
+"""Types of command-line flags, and passing flags on."""
 import argparse
+from collections.abc import Iterable
 
 
 def at_least(minimum: int):
@@ -10,3 +11,15 @@ def at_least(minimum: int):
         return int(text)
 
     return integer
+
+
+def flags_named(names: Iterable[str], args: argparse.Namespace) -> dict:
+    """The flags with these names, {name: value}: arguments of a class to be constructed.
+
+    Lists become tuples. Flags without a value (None) are left out.
+    """
+    values = {name: getattr(args, name, None) for name in names}
+    return {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in values.items() if value is not None
+    }

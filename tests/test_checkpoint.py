@@ -235,6 +235,8 @@ def test_a_value_that_training_does_not_write(tmp_path, name, value):
     ("queries", None, "queries is None, not a whole number"),
     ("channels", torch.ones(2, 2), "channels is tensor("),
     ("swin_window", 10 ** 6, "swin_window is 1000000, not a whole number from 1 to 1000"),
+    ("query_noise", float("inf"), "query_noise is inf, not a finite number"),
+    ("query_noise", True, "query_noise is True, not a finite number"),
     ("norm", ["batch"], "norm is ['batch'], not a name"),
     ("norm", "layer", "unknown norm 'layer'"),
     ("depth", 3, "GRAttVIS has no option depth"),

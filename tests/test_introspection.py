@@ -8,7 +8,7 @@ from deform_attn import DeformableAttention
 from model import build_model
 from test_detector import randomised
 from transformer import Attention
-from viewing.introspection import record_attention
+from viewing.introspection import pixel_maps, record_attention
 
 SIZE = dict(channels=32, heads=2, queries=4, frame_queries=5, pixel_layers=2, frame_layers=3,
             pixel_feed_forward=24, tracker_encoder_layers=2, tracker_decoder_layers=2,
@@ -130,11 +130,29 @@ def test_a_compiled_model_is_recorded(monkeypatch):
 
 
 def test_only_modules_under_the_prefix_are_recorded():
-    """"tracker" is a prefix, and not just any part of a name."""
+    """"tracker" is a prefix, and not just any part of a name; a wrong one is told."""
     model, frames = make_model(), make_frames(1)
-    with record_attention(model, "cross_attention") as record:
+    with pytest.raises(ValueError, match="no attention in modules that start with 'cross_attention'"):
+        with record_attention(model, "cross_attention"):
+            pass
+    with record_attention(model, "tracker.decoder.0") as record:
         model.segment_video(frames)
-    assert not record.weights
+    assert record.weights and all(name.startswith("tracker.decoder.0") for name in record.weights)
+    with pytest.raises(KeyError):
+        record.weights["tracker.decoder.0.cross_attention"]           # .attention is missing
+
+
+def test_pixel_maps():
+    """Each row of weights is a map of the level that its layer attends to."""
+    model, frames = make_model(), make_frames(2)
+    with record_attention(model, "frame_decoder") as record:
+        model.segment_video(frames)
+    height, width = frames.shape[-2:]
+    for layer, stride in zip(range(3), (32, 16, 8)):
+        weights = record.weights[f"frame_decoder.layers.{layer}.cross_attention.attention"][0]
+        maps = pixel_maps(weights, layer, (height, width))
+        assert maps.shape[-2:] == (-(-height // 32) * 32 // stride, -(-width // 32) * 32 // stride)
+        torch.testing.assert_close(maps.sum((3, 4)), torch.ones_like(maps[..., 0, 0]))
 
 
 def test_gates_of_several_clips():

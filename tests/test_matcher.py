@@ -53,7 +53,7 @@ def test_match_cost_is_a_loop():
     labels, truth = torch.tensor([0, 2, 2]), torch.rand(3, 3, 6)
     membership = torch.tensor([[1.0, 1, 0], [0, 0, 1]])
     weights = {"class": 2.0, "mask": 3.0, "dice": 7.0}
-    cost = match_cost(logits, masks, labels, truth, membership, weights)
+    cost = match_cost(logits, masks, labels, truth, torch.rand(3, 6, 2), membership, weights)
     assert cost.shape == (2, 2, 4, 3)
     for clip, layer, query, instance in itertools.product(range(2), range(2), range(4), range(3)):
         frames = ([0, 1], [2])[clip]
@@ -272,6 +272,7 @@ def test_matching_costs_are_a_loop(monkeypatch):
                     torch.cat(sampled, 1)[None, None],
                     clips[video].labels,
                     truth[None],
+                    at,
                     torch.ones(1, 1).double(),
                     WEIGHTS,
                 )[0, 0]

@@ -542,7 +542,8 @@ def test_presets(preset, channels):
 
 def test_presets_are_all_tested():
     tested = test_presets.pytestmark[0].args[1]
-    assert [preset for preset, _ in tested] == list(PRESETS)
+    names = [preset for preset, _ in tested]
+    assert names == list(PRESETS), "each preset needs an entry in test_presets"
 
 
 def test_defaults_of_the_tracker():
@@ -561,10 +562,13 @@ def test_defaults_of_the_tracker():
 
 def test_sides_of_test_frames():
     """The official ones: 360 for a ResNet, 448 for a Swin; those of the synthetic set."""
-    assert TEST_SIDES == {
-        name: 360 if name in ("r50", "r101") else 448 if name.startswith("swin") else 96
-        for name in PRESETS
-    }
+    assert TEST_SIDES.keys() == PRESETS.keys()
+    for name in ("r50", "r101"):
+        assert TEST_SIDES[name] == 360
+    for name in ("swin_t", "swin_s", "swin_b", "swin_l"):
+        assert TEST_SIDES[name] == 448
+    for name in ("toy", "small"):
+        assert TEST_SIDES[name] == 96
 
 
 def test_options_of_the_tracker_are_passed_on(monkeypatch):

@@ -1,4 +1,5 @@
 """Official settings and data sets: every field, every layout on disk, one training step each."""
+import inspect
 import json
 import shutil
 from pathlib import Path
@@ -12,7 +13,10 @@ from pycocotools import mask as rle
 import train
 from augmentation import Augmentation
 from data import COCO_MAPS, InputError, VideoSet, find_named_set
+from losses import Criterion
+from reading.configs import read_config
 from recipes import RECIPES
+from tracker import Tracker
 from trainer import datasets
 from trainer.flags import parse_arguments
 from trainer.official_names import official_setting
@@ -468,3 +472,35 @@ def test_rendered_clips_have_the_seed_and_the_suites_in_turn():
                      for seed in ("5", "6"))
     assert not torch.equal(first[0].frames, second[0].frames)
     assert [first[number].source.split()[-1] for number in range(4)] == ["easy", "occlusion"] * 2
+
+
+def test_a_new_option_is_one_argument_and_one_flag(monkeypatch):
+    """Of the model, the losses or the augmentation: float, bool and int; checkpoints accept it."""
+    def with_option(component, **option):
+        create = component.__init__
+
+        def __init__(self, *arguments, **options):
+            self.option = {name: options.pop(name, value) for name, value in option.items()}
+            create(self, *arguments, **options)
+
+        signature = inspect.signature(create)
+        added = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=value)
+                 for name, value in option.items()]
+        __init__.__signature__ = signature.replace(
+            parameters=[*signature.parameters.values(), *added])
+        types = {name: type(value) for name, value in option.items()}
+        __init__.__annotations__ = create.__annotations__ | types
+        monkeypatch.setattr(component, "__init__", __init__)
+
+    with_option(Tracker, momentum=0.9, second_gate=False, extra_layers=2)
+    with_option(Criterion, consistency_weight=0.0)
+    args = train.parse_arguments([])
+    args.momentum, args.second_gate, args.extra_layers, args.consistency_weight = 0.5, True, 3, 2.0
+    model, config = train.make_model(args, [(1, "cell")], None, print)
+    given = {"momentum": 0.5, "second_gate": True, "extra_layers": 3}
+    assert model.tracker.option == given and given.items() <= config["model_options"].items()
+    assert read_config({"config": config}, "last.pt") == config
+    assert train.make_criterion(args, 1).option == {"consistency_weight": 2.0}
+    args.momentum = float("nan")                    # refused before training, not after
+    with pytest.raises(InputError, match="momentum is nan, not a finite number"):
+        train.make_model(args, [(1, "cell")], None, print)

@@ -10,6 +10,7 @@ from clips import ClipDataset, MixedClips
 from data import VideoSet, find_named_set, find_split
 from reading.ids import id_key
 from runtime.errors import InputError
+from runtime.flags import flags_named
 from synthetic.clips import RenderedClips
 
 
@@ -66,17 +67,20 @@ def make_clips(args: argparse.Namespace, videos: VideoSet) -> ClipDataset:
 
 
 def make_augmentation(args: argparse.Namespace, pseudo: bool) -> Augmentation:
-    """The augmentation of videos, or of pseudo videos."""
-    return Augmentation(
-        short_sides=tuple(args.pseudo_short_sides if pseudo else args.short_sides),
-        max_long_side=args.max_long_side,
-        crop_short_sides=tuple(args.crop_short_sides),
-        crop_size=tuple(args.pseudo_crop_size if pseudo else args.crop_size),
-        crop_relative=args.crop_relative and not pseudo,
-        flip=args.flip,
-        rotation=args.rotation if pseudo else 0.0,
-        lsj_size=args.lsj_size if args.lsj else 0,
-    )
+    """The augmentation of videos, or of pseudo videos.
+
+    It gets every flag that is named like a field of Augmentation, but:
+    """
+    options = flags_named(Augmentation.__annotations__, args)
+    if pseudo:
+        options["short_sides"] = tuple(args.pseudo_short_sides)
+        options["crop_size"] = tuple(args.pseudo_crop_size)
+        options["crop_relative"] = False
+    else:
+        options["rotation"] = 0.0
+    if not args.lsj:
+        options["lsj_size"] = 0
+    return Augmentation(**options)
 
 
 def check_num_classes(args: argparse.Namespace, source, categories: list) -> None:

@@ -4,8 +4,10 @@
         model.segment_video(frames)
     record.weights["tracker.decoder.0.cross_attention.attention"]     # a list, one entry per call
 
-Any forward hook works in the same way: `record_attention` shows what to disable.
+Any forward hook works in the same way. Modules of a compiled model call hooks within
+torch.compiler.set_stance("force_eager").
 """
+import math
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,10 +42,11 @@ def record_attention(model: GRAttVIS, within: str = "") -> Iterator[AttentionRec
     """Record all attention of the model while the context is active.
 
     within: prefix of the modules to record, such as "tracker" or "frame_decoder.layers.0". All
-    modules of a long video may not fit into memory.
+    modules of a long video may not fit into memory. Gates are recorded with the tracker ("tracker"
+    or ""). ValueError if there is nothing to record.
 
-    CUDA graphs and compiled functions do not call hooks, so both are disabled meanwhile. Results
-    of the model do not change, up to rounding.
+    Compiled functions do not call hooks, so compilation is disabled meanwhile. (CUDA graphs are not
+    used while a model has hooks.) Results of the model do not change, up to rounding.
     """
     record = AttentionRecord(defaultdict(list), defaultdict(list), [])
     handles = []
@@ -52,12 +55,27 @@ def record_attention(model: GRAttVIS, within: str = "") -> Iterator[AttentionRec
             for kind, hook in HOOKS.items():
                 if isinstance(module, kind):
                     handles.append(module.register_forward_hook(partial(hook, record, name)))
+    if not handles:
+        raise ValueError(f"the model has no attention in modules that start with {within!r}")
     try:
         with model.cuda_graphs.disabled(), torch.compiler.set_stance("force_eager"):
             yield record
     finally:
         for handle in handles:
             handle.remove()
+        record.weights = dict(record.weights)  # a wrong name is a KeyError from now on
+        record.sampling = dict(record.sampling)
+
+
+def pixel_maps(weights: Tensor, layer: int, frame_size: tuple[int, int]) -> Tensor:
+    """Weights (N, heads, F, pixels) of `frame_decoder.layers.<layer>` as maps (N, heads, F, h, w).
+
+    Layer i attends to the maps of stride 32, 16, 8, 32, ... of the padded frame. frame_size: height
+    and width of the frame that went into the model.
+    """
+    stride = (32, 16, 8)[layer % 3]
+    height, width = (math.ceil(side / 32) * 32 // stride for side in frame_size)
+    return weights.unflatten(3, (height, width))
 
 
 def record_weights(record: AttentionRecord, name: str, module: Attention, inputs: tuple,

@@ -156,7 +156,7 @@ def draw_legend(draw: ImageDraw.ImageDraw, top: int, colours: tuple, layers: int
         draw.rectangle((left, top + 3, left + 7, top + 9), fill=colour)
         draw.text((left + 11, top), meaning, fill=DARK_GREY, font=font)
         left += 21 + math.ceil(font.getlength(meaning))
-    text = f"open gates update the track; {layers} layers, a line each"
+    text = f"open gates update the track; {layers} gates, a line each"
     draw.text((left, top), text, fill=DARK_GREY, font=font)
 
 
