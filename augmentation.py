@@ -7,6 +7,7 @@ clips.make_clip applies it. Frames are uint8 RGB, masks are bool (True = instanc
 Upstream: vita/data/augmentation.py. The defaults here are upstream's defaults; recipes.py has the
 settings of the configuration files. Letters: T frames, I instances, H, W.
 """
+
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,14 +17,15 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
-MAX_CROP_LONG_SIDE = 1333       # pixels, of the image that is cropped
-ROTATION_CENTRE = (0.4, 0.6)    # range of the centre, as a share of height and width
-LSJ_SCALES = (0.1, 2.0)         # range of the large-scale jitter
-LSJ_PADDING = 128               # grey level
+MAX_CROP_LONG_SIDE = 1333  # pixels, of the image that is cropped
+ROTATION_CENTRE = (0.4, 0.6)  # range of the centre, as a share of height and width
+LSJ_SCALES = (0.1, 2.0)  # range of the large-scale jitter
+LSJ_PADDING = 128  # grey level
 
 
-def short_side_size(height: int, width: int, short_side: int, max_long_side: int
-                    ) -> tuple[int, int]:
+def short_side_size(
+    height: int, width: int, short_side: int, max_long_side: int
+) -> tuple[int, int]:
     """(height, width) with the given short side, or smaller to respect max_long_side.
 
     Both are at least one pixel.
@@ -46,17 +48,19 @@ class Augmentation:
     resize by a factor of 0.1 to 2 relative to a square of lsj_size pixels, and crop or pad to the
     square.
     """
-    short_sides: tuple[int, ...]                # pixels
-    max_long_side: int = 1333                   # pixels
-    crop_short_sides: tuple[int, ...] = ()      # pixels; empty = no crop
-    crop_size: tuple[float, float] = (384, 600) # pixels, minimum and maximum side of the window
-    crop_relative: bool = False                 # crop_size is the minimum share of height and width
-    flip: bool = True
-    rotation: float = 0                         # maximum angle in degrees; 0 = none
-    lsj_size: int = 0                           # pixels; 0 = no large-scale jitter
 
-    def __call__(self, frames: tv_tensors.Video, masks: tv_tensors.Mask,
-                 generator: np.random.Generator) -> tuple[tv_tensors.Video, tv_tensors.Mask]:
+    short_sides: tuple[int, ...]  # pixels
+    max_long_side: int = 1333  # pixels
+    crop_short_sides: tuple[int, ...] = ()  # pixels; empty = no crop
+    crop_size: tuple[float, float] = (384, 600)  # pixels, minimum and maximum side of the window
+    crop_relative: bool = False  # crop_size is the minimum share of height and width
+    flip: bool = True
+    rotation: float = 0  # maximum angle in degrees; 0 = none
+    lsj_size: int = 0  # pixels; 0 = no large-scale jitter
+
+    def __call__(
+        self, frames: tv_tensors.Video, masks: tv_tensors.Mask, generator: np.random.Generator
+    ) -> tuple[tv_tensors.Video, tv_tensors.Mask]:
         """Augment frames, uint8 (T, 3, H, W), and masks, bool (I, T, H, W)."""
         if not self.lsj_size:
             frames, masks = self.crop_and_resize(frames, masks, generator)
@@ -92,15 +96,13 @@ class Augmentation:
         end = generator.integers(start, room + 1)
         progress = monotonic(generator.random(len(frames)), generator)
         corners = np.rint(start + (end - start) * progress[:, None]).astype(int)
-        windows = [
-            (slice(top, top + height), slice(left, left + width))
-            for top, left in corners
-        ]
+        windows = [(slice(top, top + height), slice(left, left + width)) for top, left in corners]
         # Channels last in memory, which is faster to resize.
         pictures = frames.permute(0, 2, 3, 1)
         frames = torch.stack([picture[window] for picture, window in zip(pictures, windows)])
-        masks = torch.stack([masks[:, t, rows, columns]
-                             for t, (rows, columns) in enumerate(windows)], 1)
+        masks = torch.stack(
+            [masks[:, t, rows, columns] for t, (rows, columns) in enumerate(windows)], 1
+        )
         return tv_tensors.Video(frames.permute(0, 3, 1, 2)), tv_tensors.Mask(masks)
 
     def window_size(self, sides: np.ndarray, generator: np.random.Generator) -> np.ndarray:
@@ -110,8 +112,7 @@ class Augmentation:
         else:
             smallest, largest = self.crop_size
             size = [
-                generator.integers(min(side, smallest), min(side, largest) + 1)
-                for side in sides
+                generator.integers(min(side, smallest), min(side, largest) + 1) for side in sides
             ]
         return np.maximum(size, 1)  # a share can round to 0
 
@@ -122,15 +123,22 @@ class Augmentation:
         centre = [float(x), float(y)]
         angles = generator.uniform(-self.rotation, self.rotation, len(frames))
         angles = monotonic(angles, generator)
-        frames = torch.stack([
-            transforms.rotate_image(frame, angle, InterpolationMode.BILINEAR, center=centre)
-            for frame, angle in zip(frames.as_subclass(Tensor), angles)
-        ])
+        frames = torch.stack(
+            [
+                transforms.rotate_image(frame, angle, InterpolationMode.BILINEAR, center=centre)
+                for frame, angle in zip(frames.as_subclass(Tensor), angles)
+            ]
+        )
         pictures = masks.as_subclass(Tensor).to(torch.uint8)
-        masks = torch.stack([
-            transforms.rotate_image(pictures[:, t], angle, InterpolationMode.NEAREST, center=centre)
-            for t, angle in enumerate(angles)
-        ], 1)
+        masks = torch.stack(
+            [
+                transforms.rotate_image(
+                    pictures[:, t], angle, InterpolationMode.NEAREST, center=centre
+                )
+                for t, angle in enumerate(angles)
+            ],
+            1,
+        )
         return tv_tensors.Video(frames), tv_tensors.Mask(masks.bool())
 
     def large_scale_jitter(self, frames, masks, generator: np.random.Generator):
@@ -153,7 +161,7 @@ class Augmentation:
 
 def monotonic(values: np.ndarray, generator: np.random.Generator) -> np.ndarray:
     """The values in ascending or descending order, with equal probability."""
-    return np.sort(values)[::generator.choice((1, -1))]
+    return np.sort(values)[:: generator.choice((1, -1))]
 
 
 def resize_to(frames, masks, size: tuple[int, int]):

@@ -4,6 +4,7 @@
 torchvision.models.resnet and swin_transformer; upstream detectron2 modeling/backbone/resnet.py and
 mask2former/modeling/backbone/swin.py.
 """
+
 from collections.abc import Callable
 from functools import partial
 
@@ -34,8 +35,9 @@ class FrozenBatchNorm(FrozenBatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype not in (torch.float16, torch.bfloat16):
             return super().forward(x)
-        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias,
-                            eps=self.eps)
+        return F.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
+        )
 
 
 NORMS = {"frozen": FrozenBatchNorm, "batch": nn.BatchNorm2d, "group": group_norm}
@@ -61,6 +63,7 @@ class ResNetBackbone(nn.Module):
     last_planes: width of res5. Preset "small" has a narrower one, since res5 holds three quarters
         of all weights.
     """
+
     recompute = False  # Memory: recompute activations of res2 and res3 in backward
 
     def __init__(self, block, layers, norm_layer, last_planes: int = 512):
@@ -122,22 +125,22 @@ class DetectorWindowAttention(ShiftedWindowAttention):
         batch, height, width, channels = x.shape
         window, shift = self.window_size[0], self.shift_size[0]
         x = F.pad(x, (0, 0, 0, -width % window, 0, -height % window))
-        rows = x.shape[1] // window                                     # of windows
+        rows = x.shape[1] // window  # of windows
         columns = x.shape[2] // window
         if shift:
             x = x.roll((-shift, -shift), (1, 2))
         x = x.view(batch, rows, window, columns, window, channels)
-        x = x.transpose(2, 3).reshape(-1, window * window, channels)    # (N * windows, tokens, C)
+        x = x.transpose(2, 3).reshape(-1, window * window, channels)  # (N * windows, tokens, C)
 
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # (N * windows, heads, tokens, C / heads)
-        bias = self.get_relative_position_bias()                        # (1, heads, tokens, tokens)
+        bias = self.get_relative_position_bias()  # (1, heads, tokens, tokens)
         if shift:
             wrapped = wrapped_pairs(rows, columns, window, shift, x.device)
             bias = bias + wrapped[None, :, None].to(bias.dtype) * -100.0
-            bias = bias.expand(batch, -1, -1, -1, -1).flatten(0, 1)     # for each window
+            bias = bias.expand(batch, -1, -1, -1, -1).flatten(0, 1)  # for each window
         x = F.scaled_dot_product_attention(query, key, value, attn_mask=bias.to(query.dtype))
-        x = self.proj(x.transpose(1, 2).flatten(2))                     # (N * windows, tokens, C)
+        x = self.proj(x.transpose(1, 2).flatten(2))  # (N * windows, tokens, C)
 
         x = x.view(batch, rows, columns, window, window, channels)
         x = x.transpose(2, 3).reshape(batch, rows * window, columns * window, channels)
@@ -146,21 +149,21 @@ class DetectorWindowAttention(ShiftedWindowAttention):
         return x[:, :height, :width].contiguous()
 
 
-def wrapped_pairs(rows: int, columns: int, window: int, shift: int,
-                  device: torch.device) -> Tensor:
+def wrapped_pairs(rows: int, columns: int, window: int, shift: int, device: torch.device) -> Tensor:
     """Pairs of pixels in a window that were not neighbours before the cyclic shift.
 
     Returns bool (windows, tokens, tokens).
     """
+
     def zones(windows: int) -> Tensor:
         zone = torch.zeros(windows * window, dtype=torch.long, device=device)
         zone[-window:] = 1  # the last window
-        zone[-shift:] = 2   # in it, the rows that were rolled in from the other border
+        zone[-shift:] = 2  # in it, the rows that were rolled in from the other border
         return zone
 
     region = zones(rows)[:, None] * 3 + zones(columns)
     region = region.view(rows, window, columns, window).transpose(1, 2)
-    region = region.flatten(2).flatten(0, 1)                            # (windows, tokens)
+    region = region.flatten(2).flatten(0, 1)  # (windows, tokens)
     return region[:, :, None] != region[:, None]
 
 
@@ -171,10 +174,17 @@ class SwinBackbone(nn.Module):
         super().__init__()
         block = partial(SwinTransformerBlock, attn_layer=DetectorWindowAttention)
         network = SwinTransformer(
-            [4, 4], embed_dim, depths, num_heads, [window, window],
-            stochastic_depth_prob=drop_path, num_classes=1, block=block)
+            [4, 4],
+            embed_dim,
+            depths,
+            num_heads,
+            [window, window],
+            stochastic_depth_prob=drop_path,
+            num_classes=1,
+            block=block,
+        )
         self.features = network.features
-        self.channels = [embed_dim * 2 ** stage for stage in range(4)]
+        self.channels = [embed_dim * 2**stage for stage in range(4)]
         self.norms = nn.ModuleList(nn.LayerNorm(channels) for channels in self.channels)
 
     def forward(self, images: Tensor) -> list[Tensor]:
@@ -184,11 +194,11 @@ class SwinBackbone(nn.Module):
         """
         height, width = images.shape[-2:]
         x = F.pad(images, (0, -width % 4, 0, -height % 4))
-        x = self.features[0](x)                                         # patches (N, H/4, W/4, C)
+        x = self.features[0](x)  # patches (N, H/4, W/4, C)
         maps = []
         for stage, norm in enumerate(self.norms):
             if stage:
-                x = self.features[2 * stage](x)                         # patch merging
+                x = self.features[2 * stage](x)  # patch merging
             x = self.features[2 * stage + 1](x)
             output = norm(x).permute(0, 3, 1, 2)
             maps.append(output.contiguous())

@@ -4,6 +4,7 @@ A video is one tensor (T, 3, H, W), an iterable of frames (3, H, W), or an itera
 (N, 3, H, W) of any lengths; frames are uint8, RGB, all of one size. Padding to multiples of 32 is
 upstream's (grattvis/grattvis_model.py). Shape letters are declared in model.py.
 """
+
 import math
 from collections.abc import Iterable, Iterator
 
@@ -24,8 +25,9 @@ def check_frame(frame: Tensor) -> None:
         kind = f"{type(frame).__module__}.{type(frame).__name__}"
         raise ValueError(f"a frame must be a torch tensor, not {kind}")
     if frame.dtype != torch.uint8 or frame.ndim != 3 or len(frame) != 3:
-        raise ValueError("a frame must be uint8 of shape (3, H, W), not "
-                         f"{frame.dtype} {tuple(frame.shape)}")
+        raise ValueError(
+            f"a frame must be uint8 of shape (3, H, W), not {frame.dtype} {tuple(frame.shape)}"
+        )
 
 
 def split_video(video: Tensor | Iterable[Tensor], chunk_size: int) -> Iterator[Tensor]:
@@ -56,8 +58,9 @@ def iter_batches(video: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
         raise ValueError("the video has no frames")
 
 
-def merge_to_multiples(batches: Iterable[tuple[Tensor, ...]],
-                       multiple: int) -> Iterator[tuple[Tensor, ...]]:
+def merge_to_multiples(
+    batches: Iterable[tuple[Tensor, ...]], multiple: int
+) -> Iterator[tuple[Tensor, ...]]:
     """Concatenate batches until their lengths are multiples of a number; the last one is the rest.
 
     A batch is a tuple of tensors of one length, concatenated along the first dimension.

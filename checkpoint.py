@@ -12,6 +12,7 @@ Our checkpoints are one .pt file: model, optimizer, schedule, scaler, step, and 
 (arguments, categories). No random state is stored, because every training step seeds its generators
 from (seed, step, rank), see train.py.
 """
+
 import argparse
 import os
 import sys
@@ -36,14 +37,16 @@ FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 # Weights into a model
 
+
 @dataclass
 class LoadReport:
     """The outcome of load_weights, by our parameter names (`ignored`: by those of the file)."""
+
     loaded: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)     # not in the file; unchanged in the model
+    missing: list[str] = field(default_factory=list)  # not in the file; unchanged in the model
     unexpected: list[str] = field(default_factory=list)  # in the file but not in the model
-    ignored: list[str] = field(default_factory=list)     # constants that are no parameters
-    reset: list[str] = field(default_factory=list)       # class layers of another size; unchanged
+    ignored: list[str] = field(default_factory=list)  # constants that are no parameters
+    reset: list[str] = field(default_factory=list)  # class layers of another size; unchanged
 
     def __str__(self) -> str:
         parts = [f"{len(self.loaded)} entries loaded"]
@@ -55,8 +58,9 @@ class LoadReport:
         return "; ".join(parts)
 
 
-def load_weights(model: nn.Module, source: str | Path | dict, reset_classes: bool = False
-                 ) -> LoadReport:
+def load_weights(
+    model: nn.Module, source: str | Path | dict, reset_classes: bool = False
+) -> LoadReport:
     """Load weights into a model, in place.
 
     Parameters that the file lacks keep their values (report.missing): a Mask2Former file has no
@@ -87,25 +91,29 @@ def load_weights(model: nn.Module, source: str | Path | dict, reset_classes: boo
             report.loaded.append(name)
             fitting[name] = value
     report.missing = [
-        name for name in parameters
+        name
+        for name in parameters
         if name not in fitting
         and name not in report.reset
         and not name.endswith("num_batches_tracked")
     ]
     if not report.loaded:
-        raise InputError(f"{label}: none of its {len(report.unexpected)} entries is part of this "
-                         "model")
+        raise InputError(
+            f"{label}: none of its {len(report.unexpected)} entries is part of this model"
+        )
     model.load_state_dict(fitting, strict=False)
     return report
 
 
-def check_class_layer(name: str, theirs: torch.Size, ours: torch.Size, label: str,
-                      reset_classes: bool) -> None:
+def check_class_layer(
+    name: str, theirs: torch.Size, ours: torch.Size, label: str, reset_classes: bool
+) -> None:
     """InputError unless shapes differ only in the number of classes, and reset_classes is set."""
     theirs, ours = tuple(theirs), tuple(ours)
     if not name.startswith(CLASS_LAYERS) or theirs[1:] != ours[1:]:
-        raise InputError(f"{label} does not fit the model: {name} is {theirs} there and {ours} "
-                         "here")
+        raise InputError(
+            f"{label} does not fit the model: {name} is {theirs} there and {ours} here"
+        )
     if not reset_classes:
         raise InputError(
             f"{label} is for {theirs[0] - 1} classes, the model for {ours[0] - 1}: build the model "
@@ -122,8 +130,9 @@ def check_dtype(theirs: Tensor, ours: Tensor, label: str) -> None:
     is_float = theirs.dtype in FLOAT_DTYPES
     if ours.is_floating_point():
         if not is_float:
-            raise InputError(f"{label} is {dtype}: weights must be float16, bfloat16, float32 or "
-                             "float64")
+            raise InputError(
+                f"{label} is {dtype}: weights must be float16, bfloat16, float32 or float64"
+            )
     elif theirs.is_floating_point():  # after .half() of all entries, for example
         is_exact = is_float and theirs.dtype != torch.bfloat16
         if not is_exact or not torch.equal(theirs, theirs.round()):
@@ -146,27 +155,33 @@ def load_backbone(model: GRAttVIS, source: str, name: str) -> LoadReport:
     report = load_weights(model, weights)
     report.missing = [entry for entry in report.missing if entry.startswith("backbone.")]
     if any("running_mean" in entry for entry in report.unexpected):
-        raise InputError(f"{source} holds batch norms and the model's backbone does not: use norm "
-                         "'frozen' or 'batch'")
+        raise InputError(
+            f"{source} holds batch norms and the model's backbone does not: use norm "
+            "'frozen' or 'batch'"
+        )
     return report
 
 
 def download_imagenet_weights(name: str) -> dict:
     """torchvision's ImageNet weights of a backbone."""
     from torchvision.models import get_model_weights
+
     try:
         return get_model_weights(name)["IMAGENET1K_V1"].get_state_dict(progress=True)
     except (ValueError, KeyError) as error:
         raise InputError(f"torchvision has no ImageNet weights for {name}") from error
     except OSError as error:
-        raise InputError(f"torchvision's weights for {name} could not be downloaded ({error}); "
-                         "give a file") from error
+        raise InputError(
+            f"torchvision's weights for {name} could not be downloaded ({error}); give a file"
+        ) from error
 
 
 # A model from a file
 
-def model_from_checkpoint(path: str | Path, preset: str | None = None,
-                          propagation: str | None = None, **overrides) -> tuple[GRAttVIS, dict]:
+
+def model_from_checkpoint(
+    path: str | Path, preset: str | None = None, propagation: str | None = None, **overrides
+) -> tuple[GRAttVIS, dict]:
     """Build the model of a checkpoint and load its weights.
 
     Args:
@@ -182,17 +197,20 @@ def model_from_checkpoint(path: str | Path, preset: str | None = None,
     weights, _ = translate(contents, str(path))
     class_weight = weights.get("tracker.class_embed.weight")
     if class_weight is None or class_weight.ndim != 2 or not class_weight.numel():
-        raise InputError(f"{path} has no tracker: it can start a training (--init), but segments "
-                         "no videos")
+        raise InputError(
+            f"{path} has no tracker: it can start a training (--init), but segments no videos"
+        )
     preset = agreed_value("preset", preset, config.get("preset"), path)
     if preset is None:
-        raise InputError(f"{path} does not say its preset: give one of {', '.join(PRESETS)} "
-                         "(--preset)")
+        raise InputError(
+            f"{path} does not say its preset: give one of {', '.join(PRESETS)} (--preset)"
+        )
     in_file = config.get("propagation") or find_propagation(weights)
     propagation = agreed_value("propagation", propagation, in_file, path)
     if propagation is None:
-        raise InputError(f'{path} may be "plain" or "clip", its names cannot tell: say which '
-                         "(--propagation)")
+        raise InputError(
+            f'{path} may be "plain" or "clip", its names cannot tell: say which (--propagation)'
+        )
     options = dict(config.get("model_options", {}))
     for name, value in overrides.items():
         options[name] = agreed_value(name.replace("_", " "), value, options.get(name), path)
@@ -205,8 +223,7 @@ def model_from_checkpoint(path: str | Path, preset: str | None = None,
     return model, config
 
 
-def agreed_value(what: str, given: str | None, in_file: str | None, path: str | Path
-                 ) -> str | None:
+def agreed_value(what: str, given: str | None, in_file: str | None, path: str | Path) -> str | None:
     """The given value, or that of the file; InputError if they contradict each other."""
     if given and in_file and given != in_file:
         raise InputError(f"{path} was made with {what} {in_file!r}, not {given!r}")
@@ -248,6 +265,7 @@ def default_short_side(config: dict, preset: str | None) -> int:
 
 
 # Files of training
+
 
 def read_run(path: str | Path) -> dict:
     """The contents of a checkpoint that train.py can resume; InputError for other files."""
@@ -301,7 +319,8 @@ def save_weights(source: str | Path, target: str | Path) -> int:
 def main() -> None:
     """Write the weights of a checkpoint as the command line says."""
     parser = argparse.ArgumentParser(
-        description="Write only the weights of a training checkpoint, in 16 bit.")
+        description="Write only the weights of a training checkpoint, in 16 bit."
+    )
     parser.add_argument("source", help="checkpoint of train.py")
     parser.add_argument("target", help="file to write; must not exist yet")
     args = parser.parse_args()

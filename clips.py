@@ -12,6 +12,7 @@ synthetic scenes are in synthetic/clips.py.
 Upstream: vita/data/dataset_mapper.py and combined_loader.py.
 Shape letters: T frames, I instances, H, W.
 """
+
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -32,16 +33,16 @@ MAX_BAD_CLIPS = 20  # unreadable clips in a row before training stops
 @dataclass
 class Clip:
     """A training clip and its ground truth."""
+
     frames: Tensor  # uint8 (T, 3, H, W), RGB
     labels: Tensor  # (I,) int64, 0-based
-    ids: Tensor     # (I, T) int64, -1 where the instance is not visible
-    masks: Tensor   # (I, T, H, W) bool, True = instance
-    source: str = ""               # its files, for messages
+    ids: Tensor  # (I, T) int64, -1 where the instance is not visible
+    masks: Tensor  # (I, T, H, W) bool, True = instance
+    source: str = ""  # its files, for messages
     skipped: tuple[str, ...] = ()  # errors of the unreadable clips that this one replaces
 
 
-def sample_frames(length: int, count: int, reach: int, generator: np.random.Generator
-                  ) -> list[int]:
+def sample_frames(length: int, count: int, reach: int, generator: np.random.Generator) -> list[int]:
     """Sample `count` frame numbers: one anywhere, the others within `reach` of it.
 
     As upstream, the others are drawn with replacement. A video of one frame gives that frame
@@ -54,8 +55,13 @@ def sample_frames(length: int, count: int, reach: int, generator: np.random.Gene
     return sorted([centre, *chosen])
 
 
-def make_clip(pictures: np.ndarray, masks: np.ndarray, labels: list[int],
-              augmentation: Augmentation, generator: np.random.Generator) -> Clip:
+def make_clip(
+    pictures: np.ndarray,
+    masks: np.ndarray,
+    labels: list[int],
+    augmentation: Augmentation,
+    generator: np.random.Generator,
+) -> Clip:
     """An augmented clip; instances that are not visible in any frame are dropped.
 
     pictures: uint8 (T, H, W, 3), RGB. masks: bool (I, T, H, W). labels: I classes.
@@ -81,15 +87,23 @@ class ClipDataset(Dataset):
         `skipped`, instead of raising InputError.
     """
 
-    def __init__(self, videos: VideoSet, frames: int, reach: int, augmentation: Augmentation,
-                 seed: int = 0, skip_bad: bool = False):
+    def __init__(
+        self,
+        videos: VideoSet,
+        frames: int,
+        reach: int,
+        augmentation: Augmentation,
+        seed: int = 0,
+        skip_bad: bool = False,
+    ):
         self.videos = [video for video in videos.videos if instances_of(video)]
         if not self.videos:
             left_out = "; ".join(["", *videos.skipped.sentences()])
             raise InputError(f"{videos.path} has no annotated video to train on{left_out}")
         if frames < 1 or reach < 1:
-            raise InputError("clips need at least one frame and a reach of one, "
-                             f"not {frames} and {reach}")
+            raise InputError(
+                f"clips need at least one frame and a reach of one, not {frames} and {reach}"
+            )
         self.categories = videos.categories
         self.skipped = videos.skipped
         self.paths = [videos.path]
@@ -127,10 +141,9 @@ class ClipDataset(Dataset):
             pictures[t] = np.asarray(picture)
             codes = [annotation["segmentations"][t] for annotation in annotations]
             # The masks were validated by VideoSet.
-            masks[t] = np.stack([
-                read_mask(code, video.height, video.width, "", checked=True)
-                for code in codes
-            ])
+            masks[t] = np.stack(
+                [read_mask(code, video.height, video.width, "", checked=True) for code in codes]
+            )
         clip = make_clip(
             np.stack([pictures[t] for t in chosen]),
             np.stack([masks[t] for t in chosen], axis=1),

@@ -8,6 +8,7 @@ A data set is a JSON file (see reading/annotations.py) and a folder of frames. c
 training clips from it. Upstream: vita/data/datasets/ytvis.py and convert_coco2ytvis.py.
 Shape letters: T frames, H, W.
 """
+
 import argparse
 import hashlib
 import os
@@ -33,25 +34,35 @@ from runtime.errors import InputError, cli_errors, shown
 from runtime.files import first_existing
 
 __all__ = [
-    "InputError", "Video", "VideoSet", "at_test_size", "find_split", "frames_at_test_size",
-    "read_categories", "read_frame", "read_mask", "read_picture", "to_rle",
+    "InputError",
+    "Video",
+    "VideoSet",
+    "at_test_size",
+    "find_split",
+    "frames_at_test_size",
+    "read_categories",
+    "read_frame",
+    "read_mask",
+    "read_picture",
+    "to_rle",
 ]
 
 
 @dataclass
 class Video:
     """One video of a data set, as described by its JSON file."""
-    id: Id                   # int or str, as in the JSON
-    height: int              # pixels
-    width: int               # pixels
-    files: list[Path]        # its T frames
+
+    id: Id  # int or str, as in the JSON
+    height: int  # pixels
+    width: int  # pixels
+    files: list[Path]  # its T frames
     annotations: list[dict]  # see reading/annotations.py; "label" is the 0-based class
 
     @property
     def name(self) -> str:
         """A file name for the video, unique in its data set."""
         key = id_key(self.id)
-        if isinstance(key, int) and abs(key) < 10 ** 18:
+        if isinstance(key, int) and abs(key) < 10**18:
             return f"{key:05d}"
         # Unlike file_name_for, unique on file systems that ignore case as well.
         text = str(key)
@@ -61,9 +72,15 @@ class Video:
 
 # Reading a data set
 
-JSON_PATHS = ("{}.json", "{}/instances.json", "instances_{}.json", "annotations_{}.json",
-              "annotations/{}.json", "annotations/annotations_{}.json",
-              "annotations/instances_{}.json")
+JSON_PATHS = (
+    "{}.json",
+    "{}/instances.json",
+    "instances_{}.json",
+    "annotations_{}.json",
+    "annotations/{}.json",
+    "annotations/annotations_{}.json",
+    "annotations/instances_{}.json",
+)
 FRAMES_PATHS = ("{}/JPEGImages", "JPEGImages/{}", "{}")
 
 
@@ -83,16 +100,71 @@ def find_split(root: str | Path, split: str) -> tuple[Path, Path]:
 # Category ids of COCO -> category ids of a data set of videos. Other COCO categories are dropped.
 COCO_MAPS = {
     "ovis": {
-        1: 1, 2: 21, 3: 25, 4: 22, 5: 23, 6: 25, 8: 25, 9: 24, 17: 3, 18: 4, 19: 5, 20: 6, 21: 7,
-        22: 8, 23: 9, 24: 10, 25: 11,
+        1: 1,
+        2: 21,
+        3: 25,
+        4: 22,
+        5: 23,
+        6: 25,
+        8: 25,
+        9: 24,
+        17: 3,
+        18: 4,
+        19: 5,
+        20: 6,
+        21: 7,
+        22: 8,
+        23: 9,
+        24: 10,
+        25: 11,
     },
     "ytvis2019": {
-        1: 1, 2: 21, 3: 6, 4: 21, 5: 28, 7: 17, 8: 29, 9: 34, 17: 14, 18: 8, 19: 18, 21: 15, 22: 32,
-        23: 20, 24: 30, 25: 22, 35: 33, 36: 33, 41: 5, 42: 27, 43: 40,
+        1: 1,
+        2: 21,
+        3: 6,
+        4: 21,
+        5: 28,
+        7: 17,
+        8: 29,
+        9: 34,
+        17: 14,
+        18: 8,
+        19: 18,
+        21: 15,
+        22: 32,
+        23: 20,
+        24: 30,
+        25: 22,
+        35: 33,
+        36: 33,
+        41: 5,
+        42: 27,
+        43: 40,
     },
     "ytvis2021": {
-        1: 26, 2: 23, 3: 5, 4: 23, 5: 1, 7: 36, 8: 37, 9: 4, 16: 3, 17: 6, 18: 9, 19: 19, 21: 7,
-        22: 12, 23: 2, 24: 40, 25: 18, 34: 14, 35: 31, 36: 31, 41: 29, 42: 33, 43: 34,
+        1: 26,
+        2: 23,
+        3: 5,
+        4: 23,
+        5: 1,
+        7: 36,
+        8: 37,
+        9: 4,
+        16: 3,
+        17: 6,
+        18: 9,
+        19: 19,
+        21: 7,
+        22: 12,
+        23: 2,
+        24: 40,
+        25: 18,
+        34: 14,
+        35: 31,
+        36: 31,
+        41: 29,
+        42: 33,
+        43: 34,
     },
 }
 VIDEO_SETS = ("ovis", "ytvis_2019", "ytvis_2021", "ytvis_2022")
@@ -111,11 +183,15 @@ def find_named_set(root: str | Path, name: str) -> tuple[Path, Path, dict[int, i
     target = data_set.removeprefix("coco2") if data_set.startswith("coco2") else ""
     if data_set != "coco_2017" and target not in COCO_MAPS:
         pseudo = ", ".join(f"coco2{target}_train" for target in COCO_MAPS)
-        raise InputError(f"no data set is called {name}: {', '.join(VIDEO_SETS)} and coco_2017 "
-                         f"with _train or _val are, and {pseudo}")
+        raise InputError(
+            f"no data set is called {name}: {', '.join(VIDEO_SETS)} and coco_2017 "
+            f"with _train or _val are, and {pseudo}"
+        )
     coco = Path(root) / "coco"
-    jsons = [coco / "annotations" / f"instances_{split}2017.json",
-             coco / f"instances_{split}2017.json"]
+    jsons = [
+        coco / "annotations" / f"instances_{split}2017.json",
+        coco / f"instances_{split}2017.json",
+    ]
     if target:  # the output of upstream's conversion script, which lacks some annotations
         jsons.append(coco / "annotations" / f"{name}.json")
     folders = [coco / f"{split}2017", coco / "images" / f"{split}2017"]
@@ -146,9 +222,14 @@ class VideoSet:
         skipped: what was left out, by reason.
     """
 
-    def __init__(self, json_path: str | Path, frames_root: str | Path, skip_bad: bool = False,
-                 category_map: dict[int, int] | None = None,
-                 categories: list[tuple[Id, str]] | None = None):
+    def __init__(
+        self,
+        json_path: str | Path,
+        frames_root: str | Path,
+        skip_bad: bool = False,
+        category_map: dict[int, int] | None = None,
+        categories: list[tuple[Id, str]] | None = None,
+    ):
         self.path = Path(json_path)
         self.category_map = category_map
         root = first_existing("folder of frames", [Path(frames_root)])
@@ -180,8 +261,7 @@ class VideoSet:
     def _labels(self) -> dict[Id, int]:
         """{category id of the JSON: 0-based label}."""
         labels = {
-            id_key(category_id): label
-            for label, (category_id, _) in enumerate(self.categories)
+            id_key(category_id): label for label, (category_id, _) in enumerate(self.categories)
         }
         if self.category_map is None:
             return labels
@@ -192,6 +272,7 @@ class VideoSet:
 
 
 # Frames on disk
+
 
 def find_frames(root: Path, video: dict, where: EntryName) -> list[Path]:
     """The frame files of a video; InputError if one is missing or outside the folder."""
@@ -269,15 +350,18 @@ def read_frame(path: Path, height: int, width: int) -> Image.Image:
     """An RGB image; InputError if its size is not the given one, that of the JSON."""
     picture = read_picture(path)
     if picture.size != (width, height):
-        raise InputError(f"frame {path} is {picture.width}x{picture.height}, "
-                         f"its JSON says {width}x{height}")
+        raise InputError(
+            f"frame {path} is {picture.width}x{picture.height}, its JSON says {width}x{height}"
+        )
     return picture
 
 
 # Frames at test size
 
-def frames_at_test_size(video: Video, short_side: int, max_long_side: int = 1333,
-                        chunk: slice = slice(None)) -> Iterator[Tensor]:
+
+def frames_at_test_size(
+    video: Video, short_side: int, max_long_side: int = 1333, chunk: slice = slice(None)
+) -> Iterator[Tensor]:
     """Yield the frames of a video (or of a chunk of it) at test size, uint8 (3, H, W)."""
     for file in video.files[chunk]:
         picture = read_frame(file, video.height, video.width)
@@ -293,40 +377,79 @@ def at_test_size(picture: Image.Image, short_side: int, max_long_side: int = 133
 
 # Writing the synthetic data set
 
+
 def parse_arguments() -> argparse.Namespace:
     """The command line of `python data.py`."""
     from synthetic.suites import SUITES
+
     parser = argparse.ArgumentParser(
         description="Write the synthetic data set, in the YouTube-VIS format: textured shapes that "
         "move, cross, occlude one another, leave the frame and come back.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--root", default="datasets/synthetic",
-                        help="folder to write; must not exist yet")
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "--root", default="datasets/synthetic", help="folder to write; must not exist yet"
+    )
     parser.add_argument("--videos", type=int, default=240, help="training videos")
     parser.add_argument("--valid-videos", type=int, default=24, help="held-out videos")
-    parser.add_argument("--suite", choices=SUITES, default="easy",
-                        help="a named difficulty; also sets the defaults of --frames and --objects")
-    parser.add_argument("--frames", type=int,
-                        help="frames per video (default: the suite's, 20 for easy)")
+    parser.add_argument(
+        "--suite",
+        choices=SUITES,
+        default="easy",
+        help="a named difficulty; also sets the defaults of --frames and --objects",
+    )
+    parser.add_argument(
+        "--frames", type=int, help="frames per video (default: the suite's, 20 for easy)"
+    )
     parser.add_argument("--height", type=int, default=96, help="pixels")
     parser.add_argument("--width", type=int, default=160, help="pixels")
-    parser.add_argument("--objects", type=int, nargs=2, metavar=("MIN", "MAX"),
-                        help="objects per video (default: the suite's, 1 4 for easy)")
-    parser.add_argument("--seed", type=int, default=0,
-                        help="the same seed gives the same data set, pixel by pixel")
+    parser.add_argument(
+        "--objects",
+        type=int,
+        nargs=2,
+        metavar=("MIN", "MAX"),
+        help="objects per video (default: the suite's, 1 4 for easy)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="the same seed gives the same data set, pixel by pixel"
+    )
     own = parser.add_argument_group(
-        "your own videos", "convert frames and mask images of instance ids (reading/id_masks.py)")
-    own.add_argument("--from-masks", type=Path, metavar="FOLDER",
-                     help="one folder of mask images per video, one value per instance")
-    own.add_argument("--images", type=Path, metavar="FOLDER",
-                     help="one folder of frames, or one video file, per video")
-    own.add_argument("--classes", type=Path, metavar="CSV",
-                     help="columns video, instance and class (default: one class, --class-name)")
+        "your own videos", "convert frames and mask images of instance ids (reading/id_masks.py)"
+    )
+    own.add_argument(
+        "--from-masks",
+        type=Path,
+        metavar="FOLDER",
+        help="one folder of mask images per video, one value per instance",
+    )
+    own.add_argument(
+        "--images",
+        type=Path,
+        metavar="FOLDER",
+        help="one folder of frames, or one video file, per video",
+    )
+    own.add_argument(
+        "--classes",
+        type=Path,
+        metavar="CSV",
+        help="columns video, instance and class (default: one class, --class-name)",
+    )
     own.add_argument("--class-name", default="object", help="class of all instances")
-    own.add_argument("--valid-share", type=float, default=0.2, metavar="SHARE",
-                     help="of the videos, to be held out")
-    own.add_argument("--ignore-ids", type=int, nargs="*", default=[], metavar="ID",
-                     help="values that are no instance, beside 0")
+    own.add_argument(
+        "--valid-share",
+        type=float,
+        default=0.2,
+        metavar="SHARE",
+        help="of the videos, to be held out",
+    )
+    own.add_argument(
+        "--ignore-ids",
+        type=int,
+        nargs="*",
+        default=[],
+        metavar="ID",
+        help="values that are no instance, beside 0",
+    )
     args = parser.parse_args()
     if args.from_masks and not args.images:
         parser.error("--from-masks needs --images, the folder of the frames")
@@ -341,8 +464,15 @@ def main() -> None:
     with cli_errors():
         if args.from_masks:
             classes = read_classes(args.classes, args.class_name)
-            convert(args.images, args.from_masks, Path(args.root), classes, args.valid_share,
-                    args.ignore_ids, args.seed)
+            convert(
+                args.images,
+                args.from_masks,
+                Path(args.root),
+                classes,
+                args.valid_share,
+                args.ignore_ids,
+                args.seed,
+            )
         else:
             make_synthetic(args)
 
@@ -351,12 +481,22 @@ def make_synthetic(args: argparse.Namespace) -> None:
     """Write the synthetic data set."""
     # Imported here, so that loading real data does not depend on the renderer.
     from synthetic.suites import SUITES, make_dataset
+
     suite = SUITES[args.suite]
     frames = suite.frames if args.frames is None else args.frames
     objects = tuple(args.objects or suite.objects)
     try:
-        make_dataset(args.root, args.videos, args.valid_videos, frames, args.height, args.width,
-                     objects, args.seed, suite.difficulty)
+        make_dataset(
+            args.root,
+            args.videos,
+            args.valid_videos,
+            frames,
+            args.height,
+            args.width,
+            objects,
+            args.seed,
+            suite.difficulty,
+        )
     except ValueError as error:
         raise InputError(str(error)) from error
 

@@ -6,6 +6,7 @@ letters are declared in model.py. "pixels" are those of all levels, joined.
 `deformable_attention` selects the implementation: a kernel of deform_attn_cuda/ on a GPU (KERNEL),
 `attend_in_pytorch` elsewhere. docs/kernel.md explains the kernels.
 """
+
 import math
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 import deform_attn_cuda
 
-KERNEL = deform_attn_cuda.tuned      # runs on GPUs; deform_attn_cuda.plain is the one to read
+KERNEL = deform_attn_cuda.tuned  # runs on GPUs; deform_attn_cuda.plain is the one to read
 LevelShapes = list[tuple[int, int]]  # (height, width) of each level, in the order of the pixels
 
 
@@ -42,10 +43,10 @@ class DeformableAttention(nn.Module):
         """Head i samples in direction 2 pi i / heads, point p at distance p + 1; equal weights."""
         head = torch.arange(self.heads, dtype=torch.float32)
         angle = head * (2 * math.pi / self.heads)
-        direction = torch.stack((angle.cos(), angle.sin()), -1)         # (heads, 2)
+        direction = torch.stack((angle.cos(), angle.sin()), -1)  # (heads, 2)
         direction = direction / direction.abs().amax(-1, keepdim=True)  # on a square, not a circle
         distance = torch.arange(1, self.points + 1, dtype=torch.float32)
-        offsets = direction[:, None, None] * distance[:, None]          # (heads, 1, points, 2)
+        offsets = direction[:, None, None] * distance[:, None]  # (heads, 1, points, 2)
         offsets = offsets.expand(-1, self.levels, -1, -1)
         with torch.no_grad():
             self.sampling_offsets.bias.copy_(offsets.flatten())
@@ -69,8 +70,9 @@ class DeformableAttention(nn.Module):
         return self.output_proj(deformable_attention(value, level_shapes, offsets, logits))
 
 
-def deformable_attention(value: Tensor, level_shapes: LevelShapes, offsets: Tensor,
-                         logits: Tensor) -> Tensor:
+def deformable_attention(
+    value: Tensor, level_shapes: LevelShapes, offsets: Tensor, logits: Tensor
+) -> Tensor:
     """Deformable self-attention of a pyramid: query i is pixel i.
 
     value    (N, pixels, heads, C / heads)
@@ -88,8 +90,9 @@ def deformable_attention(value: Tensor, level_shapes: LevelShapes, offsets: Tens
     """
     pixels = sum(height * width for height, width in level_shapes)
     if value.shape[1] != pixels:
-        raise ValueError(f"value has {value.shape[1]} pixels, the levels {level_shapes} have "
-                         f"{pixels}")
+        raise ValueError(
+            f"value has {value.shape[1]} pixels, the levels {level_shapes} have {pixels}"
+        )
     dtype = torch.promote_types(torch.promote_types(value.dtype, offsets.dtype), logits.dtype)
     value, offsets, logits = value.to(dtype), offsets.to(dtype), logits.to(dtype)
     deterministic = torch.is_grad_enabled() and torch.are_deterministic_algorithms_enabled()
@@ -109,8 +112,9 @@ def implementation(device: torch.device) -> str:
     return name
 
 
-def attend_in_pytorch(value: Tensor, level_shapes: LevelShapes, offsets: Tensor,
-                      logits: Tensor) -> Tensor:
+def attend_in_pytorch(
+    value: Tensor, level_shapes: LevelShapes, offsets: Tensor, logits: Tensor
+) -> Tensor:
     """`deformable_attention` in PyTorch, on any device and for any floating-point dtype."""
     dtype = torch.promote_types(value.dtype, torch.float32)
     with torch.autocast(value.device.type, enabled=False):
@@ -119,8 +123,9 @@ def attend_in_pytorch(value: Tensor, level_shapes: LevelShapes, offsets: Tensor,
         return output.to(value.dtype)
 
 
-def sampling_locations(level_shapes: LevelShapes, offsets: Tensor,
-                       logits: Tensor) -> tuple[Tensor, Tensor]:
+def sampling_locations(
+    level_shapes: LevelShapes, offsets: Tensor, logits: Tensor
+) -> tuple[Tensor, Tensor]:
     """Where the pixels sample, and with which weights; arguments of `deformable_attention`.
 
     locations  (N, pixels, heads, levels, points, 2) as (x, y): pixel centre / size + offset / size,
@@ -133,8 +138,9 @@ def sampling_locations(level_shapes: LevelShapes, offsets: Tensor,
     return locations, logits.softmax(-1).view(offsets.shape[:-1])
 
 
-def weighted_samples(value: Tensor, level_shapes: LevelShapes, locations: Tensor,
-                     weights: Tensor) -> Tensor:
+def weighted_samples(
+    value: Tensor, level_shapes: LevelShapes, locations: Tensor, weights: Tensor
+) -> Tensor:
     """Weighted sum of bilinear samples: sum over levels v and points p of
 
         weights[v, p] * F.grid_sample(value of level v, 2 * locations[v, p] - 1)
@@ -154,20 +160,20 @@ def weighted_samples(value: Tensor, level_shapes: LevelShapes, locations: Tensor
     indices, shares = [], []  # pixels and their weights, for each level: shapes below
     level_start = 0
     for level, (height, width) in enumerate(level_shapes):
-        x, y = locations[:, :, :, level].unbind(-1)             # (N, queries, heads, points)
+        x, y = locations[:, :, :, level].unbind(-1)  # (N, queries, heads, points)
         columns = neighbours(x * width - 0.5, width)
         rows = neighbours(y * height - 0.5, height)
-        pixel, share = [], []                                   # of the four neighbours
+        pixel, share = [], []  # of the four neighbours
         for row, row_share in rows:
             row_start = level_start + row * width
             row_share = weights[:, :, :, level] * row_share
             for column, column_share in columns:
                 pixel.append(row_start + column)
                 share.append(row_share * column_share)
-        indices.append(torch.stack(pixel, -1).flatten(3))       # (N, queries, heads, points * 4)
+        indices.append(torch.stack(pixel, -1).flatten(3))  # (N, queries, heads, points * 4)
         shares.append(torch.stack(share, -1).flatten(3))
         level_start += height * width
-    pixel = torch.cat(indices, -1)                              # (N, queries, heads, samples)
+    pixel = torch.cat(indices, -1)  # (N, queries, heads, samples)
     share = torch.cat(shares, -1)
 
     # The rows of the table are those of value in the order (image, pixel, head).
@@ -175,8 +181,9 @@ def weighted_samples(value: Tensor, level_shapes: LevelShapes, locations: Tensor
     image = torch.arange(batch, device=value.device).view(-1, 1, 1, 1)
     head = torch.arange(heads, device=value.device).view(-1, 1)
     table_rows = pixel * heads + (image * pixels * heads + head)
-    output = F.embedding_bag(table_rows.flatten(0, 2), table,
-                             per_sample_weights=share.flatten(0, 2), mode="sum")
+    output = F.embedding_bag(
+        table_rows.flatten(0, 2), table, per_sample_weights=share.flatten(0, 2), mode="sum"
+    )
     return output.view(batch, queries, heads * head_channels)
 
 

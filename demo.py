@@ -14,6 +14,7 @@ overlay.png (a sheet), overlay.mp4 (with ffmpeg), masks/ (a folder of PNGs per t
 PNG per frame, whose palette indices are track ids plus 1, as `data.py --from-masks` reads them) and
 results.json. Scores are those of the whole video; with --live, of the frames so far.
 """
+
 import argparse
 import glob
 import os
@@ -58,37 +59,63 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line; the default weights are the shipped ones."""
     parser = argparse.ArgumentParser(
         description="Segment and track the objects of a video, and draw them.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     add = parser.add_argument
-    add("source", nargs="?",
+    add(
+        "source",
+        nargs="?",
         help="a folder of pictures, a pattern such as 'frames/*.jpg', an animated WebP or GIF, a "
         "video file, a camera (/dev/video0), - for PPM pictures on standard input, or a held-out "
         f"synthetic scene: one of {', '.join(SUITES)} with a number, such as long:0 (default: "
-        f"{', '.join(SCENES)}; with --live, the first)")
+        f"{', '.join(SCENES)}; with --live, the first)",
+    )
     add("--weights", default=SHIPPED_WEIGHTS, help="checkpoint, ours or official")
     add("--preset", choices=PRESETS, help="of an official checkpoint (ours contain it)")
     add("--propagation", choices=PROPAGATIONS, help="if the checkpoint does not imply it")
-    add("--categories", metavar="JSON",
-        help="annotation file of a data set, for the class names of an official model")
-    add("--short-side", type=at_least(1),
+    add(
+        "--categories",
+        metavar="JSON",
+        help="annotation file of a data set, for the class names of an official model",
+    )
+    add(
+        "--short-side",
+        type=at_least(1),
         help="of the frames, in pixels (default: the test size of the model; official: 360, Swin "
-        "448)")
+        "448)",
+    )
     add("--max-long-side", type=at_least(1), default=1333, help="pixels")
     add("--top-k", type=at_least(1), default=20, help="instances per video, before --score")
     add("--score", type=float, default=0.3, help="minimum score of an instance")
-    add("--output",
+    add(
+        "--output",
         help="folder to write, which must not exist yet (default: demo/ and the name of the "
-        "source); without a source, it contains a folder for each scene")
+        "source); without a source, it contains a folder for each scene",
+    )
     add("--fps", type=at_least(1), default=8, help="frames per second of the animation and the mp4")
-    add("--plot", action="store_true",
-        help="plot when each track is visible and its gates are open (needs matplotlib)")
-    add("--live", action="store_true",
-        help="print the tracks of each frame as it arrives; writes nothing")
+    add(
+        "--plot",
+        action="store_true",
+        help="plot when each track is visible and its gates are open (needs matplotlib)",
+    )
+    add(
+        "--live",
+        action="store_true",
+        help="print the tracks of each frame as it arrives; writes nothing",
+    )
     add("--device", default="auto", help="auto, cpu, cuda")
-    add("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"),
-        help="mixed precision: auto = fp16 on a GPU, off (float32) on a CPU")
-    add("--chunk", type=at_least(1), default=8,
-        help="frames loaded together; does not change the results")
+    add(
+        "--amp",
+        default="auto",
+        choices=("auto", "bf16", "fp16", "off"),
+        help="mixed precision: auto = fp16 on a GPU, off (float32) on a CPU",
+    )
+    add(
+        "--chunk",
+        type=at_least(1),
+        default=8,
+        help="frames loaded together; does not change the results",
+    )
     return parser.parse_args(arguments)
 
 
@@ -104,19 +131,23 @@ def main(args: argparse.Namespace) -> None:
     model, config = model_from_checkpoint(args.weights, args.preset, args.propagation)
     args.short_side = args.short_side or default_short_side(config, args.preset)
     if args.live and model.frames_per_clip != 1:
-        raise InputError(f"{args.weights} reads clips of several frames: it cannot follow a video "
-                         "live")
+        raise InputError(
+            f"{args.weights} reads clips of several frames: it cannot follow a video live"
+        )
     names = class_names(args, config, model.num_classes)
     device = choose_device(args.device)
     amp_dtype, reason = choose_amp(args.amp, device)
     model.to(device).accelerate(amp_dtype)
     dtype = str(amp_dtype).removeprefix("torch.")
-    print(f"{args.weights}: {model.propagation} propagation, {model.num_classes} classes, "
-          f"short side {args.short_side}; {device.type}, {dtype} ({reason}); deformable attention: "
-          f"{implementation(device)}", file=sys.stderr)
+    print(
+        f"{args.weights}: {model.propagation} propagation, {model.num_classes} classes, "
+        f"short side {args.short_side}; {device.type}, {dtype} ({reason}); deformable attention: "
+        f"{implementation(device)}",
+        file=sys.stderr,
+    )
     with torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32):
         if args.live:
-            source, = outputs
+            (source,) = outputs
             with closing(read_frames(source)) as pictures:
                 run_live(model, source, pictures, names, args)
         else:
@@ -132,8 +163,9 @@ def output_folders(args: argparse.Namespace) -> dict[str, Path]:
     return {scene: folder / default_name(scene) for scene in scenes}
 
 
-def segment_sources(model: GRAttVIS, outputs: dict[str, Path], names: list[str],
-                    args: argparse.Namespace) -> None:
+def segment_sources(
+    model: GRAttVIS, outputs: dict[str, Path], names: list[str], args: argparse.Namespace
+) -> None:
     """Segment all sources, then move the results to their folders."""
     with ExitStack() as stack:
         folders, messages = {}, []
@@ -178,8 +210,9 @@ def staging_folder(output: Path) -> Iterator[Path]:
         raise InputError(f"{output} cannot be made: {parent} is no folder")
     with ExitStack() as stack:
         try:
-            hidden = stack.enter_context(tempfile.TemporaryDirectory(
-                prefix=".demo-", dir=parent, ignore_cleanup_errors=True))
+            hidden = stack.enter_context(
+                tempfile.TemporaryDirectory(prefix=".demo-", dir=parent, ignore_cleanup_errors=True)
+            )
             folder = Path(hidden) / absolute.relative_to(parent)  # tests the length of the path
             folder.mkdir(parents=True)
         except OSError as error:
@@ -190,8 +223,9 @@ def staging_folder(output: Path) -> Iterator[Path]:
 def publish(folder: Path, output: Path) -> None:
     """Move a complete folder to its place; InputError if the place is taken in the meantime."""
     if os.path.lexists(output):  # rename would replace an empty folder
-        raise InputError(f"{output} has appeared meanwhile and is left as it is: give another "
-                         "--output")
+        raise InputError(
+            f"{output} has appeared meanwhile and is left as it is: give another --output"
+        )
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         folder.rename(output)
@@ -212,6 +246,7 @@ def class_names(args: argparse.Namespace, config: dict, count: int) -> list[str]
 
 
 # Sources of frames
+
 
 def is_camera(path: Path) -> bool:
     """Whether a path is a device such as /dev/video0."""
@@ -257,9 +292,11 @@ def read_frames(source: str) -> Iterator[Image.Image]:
         files = path.iterdir() if path.is_dir() else map(Path, glob.glob(source))
         files = sorted(filter(is_frame, files), key=by_number)
         if not files:
-            raise InputError(f"no frames at {source}: it is no file, no camera, neither a folder "
-                             "nor a pattern of pictures, and no scene such as long:0 of the suites "
-                             f"{', '.join(SUITES)}")
+            raise InputError(
+                f"no frames at {source}: it is no file, no camera, neither a folder "
+                "nor a pattern of pictures, and no scene such as long:0 of the suites "
+                f"{', '.join(SUITES)}"
+            )
         for file in files:
             yield read_picture(file)
     elif is_picture(path):
@@ -291,14 +328,22 @@ def render(scene: str) -> Iterator[Image.Image]:
 def check_size(picture: Image.Image, size: tuple[int, int], number: int, source: str) -> None:
     """InputError unless a frame has the size (width, height) of the first one."""
     if picture.size != size:
-        raise InputError(f"frame {number} of {source} is {picture.width}x{picture.height}, the "
-                         f"first {size[0]}x{size[1]}")
+        raise InputError(
+            f"frame {number} of {source} is {picture.width}x{picture.height}, the "
+            f"first {size[0]}x{size[1]}"
+        )
 
 
 # Live
 
-def run_live(model: GRAttVIS, source: str, pictures: Iterator[Image.Image], names: list[str],
-             args: argparse.Namespace) -> None:
+
+def run_live(
+    model: GRAttVIS,
+    source: str,
+    pictures: Iterator[Image.Image],
+    names: list[str],
+    args: argparse.Namespace,
+) -> None:
     """Print the tracks of each frame as it arrives."""
     state, size = model.reset(), None
     for number, picture in enumerate(pictures):
@@ -323,14 +368,18 @@ def describe_track(tracks: FrameTracks, index: int, names: list[str]) -> str:
     rows = mask.any(1).nonzero().flatten().tolist()
     columns = mask.any(0).nonzero().flatten().tolist()
     name = name_to_draw(names[tracks.labels[index]])
-    return (f"{name} #{tracks.track_ids[index]} {tracks.scores[index]:.2f} at "
-            f"{columns[0]},{rows[0]} to {columns[-1]},{rows[-1]}")
+    return (
+        f"{name} #{tracks.track_ids[index]} {tracks.scores[index]:.2f} at "
+        f"{columns[0]},{rows[0]} to {columns[-1]},{rows[-1]}"
+    )
 
 
 # A whole video
 
-def segment(model: GRAttVIS, source: str, pictures: Iterator[Image.Image],
-            args: argparse.Namespace) -> tuple[EncodedVideo, tuple[int, int], int]:
+
+def segment(
+    model: GRAttVIS, source: str, pictures: Iterator[Image.Image], args: argparse.Namespace
+) -> tuple[EncodedVideo, tuple[int, int], int]:
     """The instances of a video, the size of its frames (height, width), and their number."""
     first = next(pictures, None)
     if first is None:
@@ -350,8 +399,15 @@ def segment(model: GRAttVIS, source: str, pictures: Iterator[Image.Image],
     return result, size, count
 
 
-def write(folder: Path, source: str, result: EncodedVideo, size: tuple[int, int], count: int,
-          names: list[str], args: argparse.Namespace) -> list[str]:
+def write(
+    folder: Path,
+    source: str,
+    result: EncodedVideo,
+    size: tuple[int, int],
+    count: int,
+    names: list[str],
+    args: argparse.Namespace,
+) -> list[str]:
     """Write the results (see the top of this file); returns messages to print."""
     tracks = []
     for index in best_labels(result, args.score):
@@ -359,21 +415,26 @@ def write(folder: Path, source: str, result: EncodedVideo, size: tuple[int, int]
         track_id = int(result.track_ids[index])
         codes = result.segmentations[index]
         write_masks(folder / "masks" / f"{track_id:03d}_{file_name_for(label)}", codes)
-        tracks.append({
-            "track_id": track_id,
-            "category": label,
-            "score": float(result.scores[index]),
-            "segmentations": codes,
-            "gates_open": result.gates[index].tolist(),
-        })
+        tracks.append(
+            {
+                "track_id": track_id,
+                "category": label,
+                "score": float(result.scores[index]),
+                "segmentations": codes,
+                "gates_open": result.gates[index].tolist(),
+            }
+        )
     write_ids(folder / "ids", tracks, size, count)
-    save_json(folder / "results.json", {
-        "source": source,
-        "height": size[0],
-        "width": size[1],
-        "frames": count,
-        "tracks": tracks,
-    })
+    save_json(
+        folder / "results.json",
+        {
+            "source": source,
+            "height": size[0],
+            "width": size[1],
+            "frames": count,
+            "tracks": tracks,
+        },
+    )
     with closing(read_again(source, size, count)) as frames:
         frames = tqdm(frames, desc="draw", unit="frame", total=count)
         pictures = overlays(frames, result, names, args.score)
@@ -430,8 +491,20 @@ def read_again(source: str, size: tuple[int, int], count: int) -> Iterator[np.nd
 
 def make_mp4(folder: Path, fps: int) -> list[str]:
     """Encode the overlays in frames/ as overlay.mp4; returns a message if that fails."""
-    command = ["ffmpeg", "-loglevel", "error", "-framerate", str(fps), "-i", "frames/%05d.png",
-               "-vf", "pad=ceil(iw/2)*2:ceil(ih/2)*2", "-pix_fmt", "yuv420p", "overlay.mp4"]
+    command = [
+        "ffmpeg",
+        "-loglevel",
+        "error",
+        "-framerate",
+        str(fps),
+        "-i",
+        "frames/%05d.png",
+        "-vf",
+        "pad=ceil(iw/2)*2:ceil(ih/2)*2",
+        "-pix_fmt",
+        "yuv420p",
+        "overlay.mp4",
+    ]
     # Run in the folder, because its name may contain a %.
     made = subprocess.run(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=folder)
     if not made.returncode:

@@ -5,6 +5,7 @@ encoder of the pixel decoder. Upstream: mask2former/modeling/pixel_decoder/msdef
 vita/modeling/transformer_decoder/vita_mask2former_transformer_decoder.py. Shape letters are
 declared in model.py. Frames are independent: N is a batch of them.
 """
+
 import math
 
 import torch
@@ -38,7 +39,7 @@ def sine_position(height: int, width: int, channels: int, like: Tensor) -> Tenso
 
     y = encode(height)[:, None].expand(height, width, half)
     x = encode(width)[None].expand(height, width, half)
-    position = torch.cat((y, x), 2)                                     # (height, width, channels)
+    position = torch.cat((y, x), 2)  # (height, width, channels)
     return position.permute(2, 0, 1)[None]
 
 
@@ -69,23 +70,30 @@ class DeformableEncoderLayer(nn.Module):
 
 class PixelDecoder(nn.Module):
     """Deformable encoder over strides 32, 16, 8 and an FPN step to stride 4 (section 3.1)."""
+
     recompute = False  # Memory: recompute activations in backward
 
-    def __init__(self, in_channels: list[int], channels: int, heads: int, layers: int,
-                 feed_forward: int):
+    def __init__(
+        self, in_channels: list[int], channels: int, heads: int, layers: int, feed_forward: int
+    ):
         super().__init__()
         res2, *others = in_channels
         self.input_proj = nn.ModuleList(
             nn.Sequential(nn.Conv2d(inputs, channels, 1), nn.GroupNorm(32, channels))
-            for inputs in reversed(others))
+            for inputs in reversed(others)
+        )
         self.level_embed = nn.Parameter(torch.randn(3, channels))
         self.layers = nn.ModuleList(
-            DeformableEncoderLayer(channels, heads, feed_forward) for _ in range(layers))
+            DeformableEncoderLayer(channels, heads, feed_forward) for _ in range(layers)
+        )
         self.lateral = nn.Sequential(
-            nn.Conv2d(res2, channels, 1, bias=False), nn.GroupNorm(32, channels))
+            nn.Conv2d(res2, channels, 1, bias=False), nn.GroupNorm(32, channels)
+        )
         self.output = nn.Sequential(
             nn.Conv2d(channels, channels, 3, padding=1, bias=False),
-            nn.GroupNorm(32, channels), nn.ReLU())
+            nn.GroupNorm(32, channels),
+            nn.ReLU(),
+        )
         self.mask_features = nn.Conv2d(channels, channels, 1)  # FrameDecoder applies it
         for projection in self.input_proj:
             nn.init.xavier_uniform_(projection[0].weight)
@@ -111,12 +119,12 @@ class PixelDecoder(nn.Module):
             tokens.append(to_tokens(projected))
             positions.append(to_tokens(sine) + embed)
             level_shapes.append((height, width))
-        x = torch.cat(tokens, 1)                                        # (N, pixels, C)
+        x = torch.cat(tokens, 1)  # (N, pixels, C)
         position = torch.cat(positions, 1)  # added to the queries of attention, not to the values
         for layer in self.layers:
             x = checkpointed(self.recompute, layer, x, position, level_shapes)
         sizes = [height * width for height, width in level_shapes]
-        levels = x.transpose(1, 2).split(sizes, 2)                      # (N, C, pixels of a level)
+        levels = x.transpose(1, 2).split(sizes, 2)  # (N, C, pixels of a level)
         levels = [level.unflatten(2, shape) for level, shape in zip(levels, level_shapes)]
         return levels, checkpointed(self.recompute, self.fpn_step, levels[-1], res2)
 
@@ -136,8 +144,9 @@ class FrameDecoderLayer(nn.Module):
         self.self_attention = SelfAttention(channels, heads)
         self.feed_forward = FeedForward(channels, feed_forward)
 
-    def forward(self, x: Tensor, query_pos: Tensor, memory: Tensor, memory_pos: Tensor,
-                mask: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, query_pos: Tensor, memory: Tensor, memory_pos: Tensor, mask: Tensor
+    ) -> Tensor:
         x = self.cross_attention(x, query_pos, memory, memory_pos, mask)
         x = self.self_attention(x, query_pos)
         return self.feed_forward(x)
@@ -146,20 +155,29 @@ class FrameDecoderLayer(nn.Module):
 class FrameDecoder(nn.Module):
     """Mask2Former's decoder: each layer attends to one level, within a mask (section 3.2)."""
 
-    def __init__(self, num_classes: int, channels: int, queries: int, heads: int, layers: int,
-                 feed_forward: int):
+    def __init__(
+        self,
+        num_classes: int,
+        channels: int,
+        queries: int,
+        heads: int,
+        layers: int,
+        feed_forward: int,
+    ):
         super().__init__()
         self.layers = nn.ModuleList(
-            FrameDecoderLayer(channels, heads, feed_forward) for _ in range(layers))
+            FrameDecoderLayer(channels, heads, feed_forward) for _ in range(layers)
+        )
         self.decoder_norm = nn.LayerNorm(channels)
-        self.query_feat = nn.Embedding(queries, channels)        # queries before the first layer
-        self.query_embed = nn.Embedding(queries, channels)       # positions of queries
-        self.level_embed = nn.Embedding(3, channels)             # added to keys and values
+        self.query_feat = nn.Embedding(queries, channels)  # queries before the first layer
+        self.query_embed = nn.Embedding(queries, channels)  # positions of queries
+        self.level_embed = nn.Embedding(3, channels)  # added to keys and values
         self.class_embed = nn.Linear(channels, num_classes + 1)  # class logits
-        self.mask_embed = MLP(channels, channels)                # mask embeddings
+        self.mask_embed = MLP(channels, channels)  # mask embeddings
 
-    def forward(self, levels: list[Tensor], features: Tensor, mask_projection: nn.Conv2d
-                ) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+    def forward(
+        self, levels: list[Tensor], features: Tensor, mask_projection: nn.Conv2d
+    ) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
         """Decode the queries of N frames.
 
         levels: of strides [32, 16, 8]. features: the FPN map (N, C, h, w). mask_projection: the
@@ -193,8 +211,9 @@ class FrameDecoder(nn.Module):
         tracked = tracked[-TRACKED_LAYERS:] if self.training else tracked[-1:]
         if not self.training:
             outputs, kernels = outputs[-1:], kernels[-1:]
-        predictions = [(self.class_embed(output), kernel)
-                       for output, kernel in zip(outputs, kernels)]
+        predictions = [
+            (self.class_embed(output), kernel) for output, kernel in zip(outputs, kernels)
+        ]
         return predictions, torch.stack(tracked)
 
     def mask_head(self, x: Tensor, mask_projection: nn.Conv2d) -> tuple[Tensor, Tensor]:

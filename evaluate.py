@@ -17,6 +17,7 @@ has a folder. After an interruption, the same command continues with the remaini
 The flags are in evaluation/flags.py. inference.py runs a model over a data set, scoring.py scores
 the results, and the metric is in metric.py. Upstream: vita/data/ytvis_eval.py.
 """
+
 import argparse
 import math
 import os
@@ -76,8 +77,9 @@ def main(args: argparse.Namespace) -> dict | None:
     rank, world, device = start_processes(args.device)
     options = {"gate_mask": args.gate_mask} if args.gate_mask else {}
     with errors_of_any_process():
-        model, config = model_from_checkpoint(args.weights, args.preset, args.propagation,
-                                              **options)
+        model, config = model_from_checkpoint(
+            args.weights, args.preset, args.propagation, **options
+        )
         args.short_side = args.short_side or default_short_side(config, args.preset)
     with errors_of_any_process():
         sets = open_sets(args, rank, world)
@@ -88,22 +90,27 @@ def main(args: argparse.Namespace) -> dict | None:
             read_parts(args.annotations, args.skip_bad)
     amp_dtype, reason = choose_amp(args.amp, device)
     settings = {name: describe_setting(args, videos, amp_dtype) for name, videos in sets.items()}
-    require_agreement({
-        f"{name} {key}".strip(): value
-        for name, setting in settings.items()
-        for key, value in setting.items()
-        if key not in DATA_PATHS
-    })
+    require_agreement(
+        {
+            f"{name} {key}".strip(): value
+            for name, setting in settings.items()
+            for key, value in setting.items()
+            if key not in DATA_PATHS
+        }
+    )
     model.to(device).accelerate(amp_dtype, args.compile)
     if rank == 0:
         dtype = str(amp_dtype).removeprefix("torch.")
-        print(f"{args.weights}: {model.propagation} propagation, {model.num_classes} classes, "
-              f"short side {args.short_side}; {device.type} x {world}, {dtype} ({reason}); "
-              f"deformable attention: {implementation(device)}")
+        print(
+            f"{args.weights}: {model.propagation} propagation, {model.num_classes} classes, "
+            f"short side {args.short_side}; {device.type} x {world}, {dtype} ({reason}); "
+            f"deformable attention: {implementation(device)}"
+        )
     output = output_folder(args)
     metrics = {
-        name: evaluate_set(model, videos, output / name, args, amp_dtype, settings[name],
-                           rank, world)
+        name: evaluate_set(
+            model, videos, output / name, args, amp_dtype, settings[name], rank, world
+        )
         for name, videos in sets.items()
     }
     stop_processes()
@@ -116,8 +123,9 @@ def score_file(args: argparse.Namespace) -> dict | None:
         raise InputError("scoring a file needs --results and --annotations")
     path = Path(args.results)
     ground_truth = read_parts(args.annotations, args.skip_bad)
-    return score_results(path, ground_truth, Path(args.output or path.parent),
-                         plot=args.plot is not None)
+    return score_results(
+        path, ground_truth, Path(args.output or path.parent), plot=args.plot is not None
+    )
 
 
 def output_folder(args: argparse.Namespace) -> Path:
@@ -153,15 +161,30 @@ def open_suite(name: str, folder: Path, held_out: int) -> VideoSet:
     if not folder.exists():
         suite = SUITES[name]
         with suppress(FileExistsError):  # another process may have written it in the meantime
-            make_dataset(folder, 1, held_out, suite.frames, objects=suite.objects,
-                         difficulty=suite.difficulty)
+            make_dataset(
+                folder,
+                1,
+                held_out,
+                suite.frames,
+                objects=suite.objects,
+                difficulty=suite.difficulty,
+            )
     return VideoSet(*find_split(folder, "valid"))
 
 
 def describe_setting(args: argparse.Namespace, videos: VideoSet, amp_dtype: torch.dtype) -> dict:
     """Everything the results depend on, with checksums of weights and annotations."""
-    names = ("preset", "propagation", "gate_mask", "short_side", "max_long_side", "top_k",
-             "compile", "skip_bad", *DATA_PATHS)
+    names = (
+        "preset",
+        "propagation",
+        "gate_mask",
+        "short_side",
+        "max_long_side",
+        "top_k",
+        "compile",
+        "skip_bad",
+        *DATA_PATHS,
+    )
     setting = {name: getattr(args, name) for name in names}
     setting["amp"] = str(amp_dtype)
     setting["weights"] = checksum(args.weights)
@@ -170,8 +193,16 @@ def describe_setting(args: argparse.Namespace, videos: VideoSet, amp_dtype: torc
     return setting
 
 
-def evaluate_set(model: GRAttVIS, videos: VideoSet, output: Path, args: argparse.Namespace,
-                 amp_dtype: torch.dtype, setting: dict, rank: int, world: int) -> dict | None:
+def evaluate_set(
+    model: GRAttVIS,
+    videos: VideoSet,
+    output: Path,
+    args: argparse.Namespace,
+    amp_dtype: torch.dtype,
+    setting: dict,
+    rank: int,
+    world: int,
+) -> dict | None:
     """Segment a data set and score the results; returns the metrics in rank 0, if any."""
     with ExitStack() as stack:
         with errors_of_any_process():
@@ -191,13 +222,21 @@ def evaluate_set(model: GRAttVIS, videos: VideoSet, output: Path, args: argparse
         if rank:
             return None
         ground_truth = annotations_of(videos, args.annotations, skipped, args.skip_bad)
-        return score_results(output / "results.json", ground_truth, output,
-                             plot=args.plot is not None)
+        return score_results(
+            output / "results.json", ground_truth, output, plot=args.plot is not None
+        )
 
 
-def segment_set(model: GRAttVIS, videos: VideoSet, unfinished: Unfinished, output: Path,
-                args: argparse.Namespace, amp_dtype: torch.dtype, rank: int, world: int
-                ) -> list[Id]:
+def segment_set(
+    model: GRAttVIS,
+    videos: VideoSet,
+    unfinished: Unfinished,
+    output: Path,
+    args: argparse.Namespace,
+    amp_dtype: torch.dtype,
+    rank: int,
+    world: int,
+) -> list[Id]:
     """Segment this process's share of the remaining videos.
 
     Returns the ids of the videos that any process skipped because they are unreadable.
@@ -212,11 +251,23 @@ def segment_set(model: GRAttVIS, videos: VideoSet, unfinished: Unfinished, outpu
         frames = sum(len(video.files) for video in videos.videos)
         done = len(videos) - len(remaining)
         before = f", {done} of them done before" if done else ""
-        print(f"{len(videos)} videos of {videos.path}, {frames} frames{before}; {workers} loader "
-              f"processes; output {output}")
+        print(
+            f"{len(videos)} videos of {videos.path}, {frames} frames{before}; {workers} loader "
+            f"processes; output {output}"
+        )
     began = time.perf_counter()
-    segmented = segment_videos(model, assigned, device, amp_dtype, args.short_side,
-                               args.max_long_side, args.top_k, args.chunk, workers, args.skip_bad)
+    segmented = segment_videos(
+        model,
+        assigned,
+        device,
+        amp_dtype,
+        args.short_side,
+        args.max_long_side,
+        args.top_k,
+        args.chunk,
+        workers,
+        args.skip_bad,
+    )
     skipped = []
     try:
         with deferred_stop(), closing(segmented):  # signals take effect between chunks
@@ -228,8 +279,11 @@ def segment_set(model: GRAttVIS, videos: VideoSet, unfinished: Unfinished, outpu
                     unfinished.save(video, result)
     except Stopped as stop:
         done = sum(unfinished.path(video).exists() for video in videos.videos)
-        raise Stopped(stop.number, f"{done} of {len(videos)} videos are done and kept in "
-                      f"{unfinished.folder}; the same command continues") from None
+        raise Stopped(
+            stop.number,
+            f"{done} of {len(videos)} videos are done and kept in "
+            f"{unfinished.folder}; the same command continues",
+        ) from None
     print_speed(assigned, time.perf_counter() - began, device)
     return [video_id for ids in gather(skipped) for video_id in ids]
 
@@ -238,10 +292,12 @@ def print_speed(videos: list[Video], seconds: float, device: torch.device) -> No
     frames = sum(len(video.files) for video in videos)
     peak = ""
     if device.type == "cuda":
-        gibibytes = torch.cuda.max_memory_allocated() / 2 ** 30
+        gibibytes = torch.cuda.max_memory_allocated() / 2**30
         peak = f", {gibibytes:.2f} GiB of GPU memory"
-    print(f"{frames} frames in {seconds:.1f} s, {frames / seconds:.1f} a second with reading and "
-          f"encoding{peak}")
+    print(
+        f"{frames} frames in {seconds:.1f} s, {frames / seconds:.1f} a second with reading and "
+        f"encoding{peak}"
+    )
 
 
 def batch_bytes(args: argparse.Namespace, videos: VideoSet) -> int:
@@ -254,13 +310,18 @@ def batch_bytes(args: argparse.Namespace, videos: VideoSet) -> int:
     return 3 * args.chunk * pixels
 
 
-def draw_videos(unfinished: Unfinished, videos: list[Video], categories: list[tuple[Id, str]],
-                output: Path, args: argparse.Namespace) -> None:
+def draw_videos(
+    unfinished: Unfinished,
+    videos: list[Video],
+    categories: list[tuple[Id, str]],
+    output: Path,
+    args: argparse.Namespace,
+) -> None:
     """Draw overlays and timelines of the first --draw and --plot videos."""
     names = [name for _, name in categories]
-    for video in videos[:args.draw]:
+    for video in videos[: args.draw]:
         draw_video(output / "overlays", video, unfinished.load(video), names)
-    for video in videos[:args.plot or 0]:
+    for video in videos[: args.plot or 0]:
         path = output / "plots" / f"{video.name}.png"
         plot_timeline(path, unfinished.load(video), names, MIN_DRAWN_SCORE)
 
@@ -272,8 +333,9 @@ def draw_video(folder: Path, video: Video, result: EncodedVideo, names: list[str
     save_pictures(folder, video.name, pictures, len(video.files))
 
 
-def annotations_of(videos: VideoSet, paths: list[str] | None, skipped: list[Id],
-                   skip_bad: bool) -> dict[str, AnnotationFile]:
+def annotations_of(
+    videos: VideoSet, paths: list[str] | None, skipped: list[Id], skip_bad: bool
+) -> dict[str, AnnotationFile]:
     """The ground truth of a data set by name, without the videos that were skipped.
 
     paths: annotation files to use instead of that of the data set. The default also includes those
@@ -291,15 +353,16 @@ def annotations_of(videos: VideoSet, paths: list[str] | None, skipped: list[Id],
 def check_categories(model: GRAttVIS, config: dict, videos: VideoSet, weights: str) -> None:
     """InputError unless the classes of the checkpoint are those of the data set."""
     if model.num_classes != len(videos.categories):
-        raise InputError(f"{weights} has {model.num_classes} classes, {videos.path} has "
-                         f"{len(videos.categories)}")
-    trained = unique_names([
-        (category_id, one_line(name))
-        for category_id, name in config.get("categories", [])
-    ])
+        raise InputError(
+            f"{weights} has {model.num_classes} classes, {videos.path} has {len(videos.categories)}"
+        )
+    trained = unique_names(
+        [(category_id, one_line(name)) for category_id, name in config.get("categories", [])]
+    )
     if trained and trained != [name for _, name in videos.categories]:
-        raise InputError(f"{weights} was trained on other classes than {videos.path} has: "
-                         f"{', '.join(trained)}")
+        raise InputError(
+            f"{weights} was trained on other classes than {videos.path} has: {', '.join(trained)}"
+        )
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ section 3.3 for the similarity loss. Upstream: mask2former/modeling/criterion.py
 grattvis/modeling/grattvis_criterion.py, vita/modeling/vita_criterion.py. Shape letters are declared
 in model.py and matcher.py.
 """
+
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -49,14 +50,15 @@ from transformer import mask_logits
 
 GATE_LOSSES = ("logits", "released")
 SIMILARITY_SPANS = ("clip", "video")
-MAX_ELEMENTS = 2 ** 26  # of one tensor; more points or masks are processed in chunks
+MAX_ELEMENTS = 2**26  # of one tensor; more points or masks are processed in chunks
 
 
 @dataclass(frozen=True)
 class SampledMatches(Matches):
     """Matches, and what only the losses need of them."""
-    point_logits: Tensor    # (T, R, B, I, P), masks of the matched queries at points
-    point_targets: Tensor   # (T, R, B, I, P) in 0..1, their instances' masks there
+
+    point_logits: Tensor  # (T, R, B, I, P), masks of the matched queries at points
+    point_targets: Tensor  # (T, R, B, I, P) in 0..1, their instances' masks there
     frames: Matches | None  # for clips: the matches of their frames
 
 
@@ -66,11 +68,12 @@ LossFunction = Callable[[Predictions, Targets, SampledMatches], tuple[Tensor, Te
 @dataclass
 class LossSum:
     """One loss, before it is divided by its count."""
+
     name: str
-    suffix: str     # "{}" is the number of the clip
+    suffix: str  # "{}" is the number of the clip
     weight: float
-    total: Tensor   # (clips, layers)
-    count: Tensor   # (clips, layers)
+    total: Tensor  # (clips, layers)
+    count: Tensor  # (clips, layers)
 
 
 class Criterion:
@@ -81,11 +84,22 @@ class Criterion:
     loss_vita_... without a clip number where one clip is the whole video.
     """
 
-    def __init__(self, num_classes: int, class_weight: float = 2.0, mask_weight: float = 5.0,
-                 dice_weight: float = 5.0, similarity_weight: float = 0.5,
-                 no_object_weight: float = 0.1, points: int = 12544, oversample: float = 3.0,
-                 importance: float = 0.75, gate_weight: float = 0.0, gate_loss: str = "logits",
-                 freeze_detector: bool = False, similarity_span: str = "clip"):
+    def __init__(
+        self,
+        num_classes: int,
+        class_weight: float = 2.0,
+        mask_weight: float = 5.0,
+        dice_weight: float = 5.0,
+        similarity_weight: float = 0.5,
+        no_object_weight: float = 0.1,
+        points: int = 12544,
+        oversample: float = 3.0,
+        importance: float = 0.75,
+        gate_weight: float = 0.0,
+        gate_loss: str = "logits",
+        freeze_detector: bool = False,
+        similarity_span: str = "clip",
+    ):
         """points: P, at which masks are compared in matching and losses. The losses draw
             oversample * P candidates and keep the importance * P most uncertain of them.
         gate_weight: 0 leaves the gate loss out, as all official recipes do.
@@ -95,11 +109,13 @@ class Criterion:
             those of all clips of a "video".
         """
         if similarity_span not in SIMILARITY_SPANS:
-            raise ValueError(f"unknown span {similarity_span!r}: choose one of "
-                             f"{', '.join(SIMILARITY_SPANS)}")
+            raise ValueError(
+                f"unknown span {similarity_span!r}: choose one of {', '.join(SIMILARITY_SPANS)}"
+            )
         if gate_loss not in GATE_LOSSES:
-            raise ValueError(f"unknown gate loss {gate_loss!r}: choose one of "
-                             f"{', '.join(GATE_LOSSES)}")
+            raise ValueError(
+                f"unknown gate loss {gate_loss!r}: choose one of {', '.join(GATE_LOSSES)}"
+            )
         self.num_classes = num_classes
         self.no_object_weight = no_object_weight
         self.freeze_detector = freeze_detector
@@ -124,8 +140,9 @@ class Criterion:
 
     @torch.autocast("cuda", enabled=False)
     @torch.autocast("cpu", enabled=False)
-    def __call__(self, output: TrainingOutput, videos: list[Clip], whole_video: bool = False
-                 ) -> tuple[dict[str, Tensor], tuple[Matches, Matches]]:
+    def __call__(
+        self, output: TrainingOutput, videos: list[Clip], whole_video: bool = False
+    ) -> tuple[dict[str, Tensor], tuple[Matches, Matches]]:
         """Losses {name: scalar}, and the matches of frames and clips behind them.
 
         videos: the ground truth. whole_video: only chooses the names of VITA, whose one clip is the
@@ -140,8 +157,10 @@ class Criterion:
         frames = frame_predictions(output, batch, frame_layers)
         clips = clip_predictions(output, batch, self.gates)
 
-        costs = [matching_costs(predictions, targets, self.points, self.matching_weights)
-                 for predictions in (frames, clips)]
+        costs = [
+            matching_costs(predictions, targets, self.points, self.matching_weights)
+            for predictions in (frames, clips)
+        ]
         frame_costs, clip_costs = costs_to_cpu(costs)
         frame_matches = match(frame_costs, frames, targets, keep_identities=False)
         clip_matches = match(clip_costs, clips, targets, keep_identities=True)
@@ -160,54 +179,81 @@ class Criterion:
             losses |= named(mean, loss.name, loss.suffix)
         return losses, (frame_matches, clip_matches)
 
-    def sample(self, predictions: Predictions, targets: Targets, matches: Matches,
-               frame_matches: Matches | None = None) -> SampledMatches:
+    def sample(
+        self,
+        predictions: Predictions,
+        targets: Targets,
+        matches: Matches,
+        frame_matches: Matches | None = None,
+    ) -> SampledMatches:
         """Sample the masks at points, which mask and dice loss share."""
         point_logits, point_targets = sample_matched_masks(
-            predictions, targets, matches, self.points, self.candidates, self.uncertain)
-        return SampledMatches(**vars(matches), point_logits=point_logits,
-                              point_targets=point_targets, frames=frame_matches)
+            predictions, targets, matches, self.points, self.candidates, self.uncertain
+        )
+        return SampledMatches(
+            **vars(matches),
+            point_logits=point_logits,
+            point_targets=point_targets,
+            frames=frame_matches,
+        )
 
-    def frame_sums(self, predictions: Predictions, targets: Targets, matches: SampledMatches
-                   ) -> list[LossSum]:
+    def frame_sums(
+        self, predictions: Predictions, targets: Targets, matches: SampledMatches
+    ) -> list[LossSum]:
         """The losses of all decoder layers; all frames of a batch share one mean."""
         sums = []
         for name, (function, weight) in self.frame_losses.items():
-            total, count = function(predictions, targets, matches)             # (T, R)
-            sums.append(LossSum(f"loss_{name}", "", weight, total.sum(0, keepdim=True),
-                                count.sum(0, keepdim=True)))
+            total, count = function(predictions, targets, matches)  # (T, R)
+            sums.append(
+                LossSum(
+                    f"loss_{name}",
+                    "",
+                    weight,
+                    total.sum(0, keepdim=True),
+                    count.sum(0, keepdim=True),
+                )
+            )
         return sums
 
-    def clip_sums(self, predictions: Predictions, targets: Targets, matches: SampledMatches,
-                  detector_layers: int, whole_video: bool) -> list[LossSum]:
+    def clip_sums(
+        self,
+        predictions: Predictions,
+        targets: Targets,
+        matches: SampledMatches,
+        detector_layers: int,
+        whole_video: bool,
+    ) -> list[LossSum]:
         """The losses of all clips and decoder layers; the L detector layers share one mean."""
         prefix, suffix = ("loss_vita", "") if whole_video else ("loss_genvis", "_clip{}")
         sums = []
         for name, (function, weight) in self.clip_losses.items():
-            if name == "gate" and predictions.gates is None:                   # a mode without
+            if name == "gate" and predictions.gates is None:  # a mode without
                 continue
-            total, count = function(predictions, targets, matches)             # (G, D * L)
-            total = total.unflatten(1, (-1, detector_layers)).sum(2)           # (G, D)
+            total, count = function(predictions, targets, matches)  # (G, D * L)
+            total = total.unflatten(1, (-1, detector_layers)).sum(2)  # (G, D)
             count = count.unflatten(1, (-1, detector_layers)).sum(2)
             sums.append(LossSum(f"{prefix}_{name}", suffix, weight, total, count))
         return sums
 
-    def class_loss(self, predictions: Predictions, targets: Targets, matches: SampledMatches
-                   ) -> tuple[Tensor, Tensor]:
+    def class_loss(
+        self, predictions: Predictions, targets: Targets, matches: SampledMatches
+    ) -> tuple[Tensor, Tensor]:
         """Cross-entropy of all queries; "no object" counts less, in the total and in the count.
 
         Upstream's mean is over the queries of a process, this one over those of all processes.
         """
-        no_object = matches.classes == self.num_classes                        # (G, R, B, Q)
+        no_object = matches.classes == self.num_classes  # (G, R, B, Q)
         weight = predictions.logits.new_ones(no_object.shape)
         weight = weight.masked_fill(no_object, self.no_object_weight)
-        loss = F.cross_entropy(predictions.logits.flatten(0, 3), matches.classes.flatten(),
-                               reduction="none")
+        loss = F.cross_entropy(
+            predictions.logits.flatten(0, 3), matches.classes.flatten(), reduction="none"
+        )
         loss = weight * loss.view(weight.shape)
         return loss.sum((2, 3)), weight.sum((2, 3))
 
-    def similarity_loss(self, predictions: Predictions, targets: Targets, matches: SampledMatches
-                        ) -> tuple[Tensor, Tensor]:
+    def similarity_loss(
+        self, predictions: Predictions, targets: Targets, matches: SampledMatches
+    ) -> tuple[Tensor, Tensor]:
         """Do two embeddings belong to one instance? BCE over all pairs of matched queries.
 
         The queries are those of the frames of a clip and of the clip itself (last layer). Pairs are
@@ -217,28 +263,33 @@ class Criterion:
         detector_layers = predictions.clip_embed.shape[1]
         frame_query_of = matches.frames.query_of[:, -detector_layers:]
         clip_query_of = matches.query_of[:, -detector_layers:]
-        embed = torch.cat((gather_queries(predictions.frame_embed, frame_query_of),
-                           gather_queries(predictions.clip_embed, clip_query_of)))
-        matched = torch.cat((matches.frames.matched[:, -detector_layers:],
-                             matches.matched[:, -detector_layers:]))
+        embed = torch.cat(
+            (
+                gather_queries(predictions.frame_embed, frame_query_of),
+                gather_queries(predictions.clip_embed, clip_query_of),
+            )
+        )
+        matched = torch.cat(
+            (matches.frames.matched[:, -detector_layers:], matches.matched[:, -detector_layers:])
+        )
         # A stream has M = (T + G) * I embeddings, one per frame or clip and instance.
         frames_and_clips, instances = len(embed), embed.shape[3]
-        embed = embed.permute(1, 2, 0, 3, 4).flatten(2, 3)                     # (L, B, M, C)
-        matched = matched.permute(1, 2, 0, 3).flatten(2)                       # (L, B, M)
+        embed = embed.permute(1, 2, 0, 3, 4).flatten(2, 3)  # (L, B, M, C)
+        matched = matched.permute(1, 2, 0, 3).flatten(2)  # (L, B, M)
 
         device = embed.device
-        instance = torch.arange(instances, device=device).repeat(frames_and_clips)          # (M,)
-        clips = torch.arange(len(predictions.logits), device=device)           # (G,)
-        clip = torch.cat((predictions.clip_of, clips))                         # (T + G,)
-        clip = clip[:, None].expand(-1, instances).flatten()                   # (M,)
-        compared = matched[..., None] & matched[:, :, None]                    # (L, B, M, M)
+        instance = torch.arange(instances, device=device).repeat(frames_and_clips)  # (M,)
+        clips = torch.arange(len(predictions.logits), device=device)  # (G,)
+        clip = torch.cat((predictions.clip_of, clips))  # (T + G,)
+        clip = clip[:, None].expand(-1, instances).flatten()  # (M,)
+        compared = matched[..., None] & matched[:, :, None]  # (L, B, M, M)
         if self.similarity_span == "clip":
             compared = compared & (clip[:, None] == clip)
 
         logits = embed @ embed.transpose(2, 3)
         target = (instance[:, None] == instance).to(logits.dtype).expand_as(logits)
         loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none") * compared
-        in_clip = (clips[:, None] == clip).to(logits.dtype)                    # (G, M)
+        in_clip = (clips[:, None] == clip).to(logits.dtype)  # (G, M)
         total = torch.einsum("gm,lbm->gl", in_clip, loss.sum(-1))
         count = torch.einsum("gm,lbm->gl", in_clip, compared.sum(-1).to(logits.dtype))
         if self.similarity_span == "video":  # one loss instead of G: weighted G times
@@ -248,17 +299,21 @@ class Criterion:
 
 # Losses of masks and gates
 
-def mask_loss(predictions: Predictions, targets: Targets, matches: SampledMatches
-              ) -> tuple[Tensor, Tensor]:
+
+def mask_loss(
+    predictions: Predictions, targets: Targets, matches: SampledMatches
+) -> tuple[Tensor, Tensor]:
     """BCE at points, the mean over the frames of a clip, summed over matched instances."""
-    bce = F.binary_cross_entropy_with_logits(matches.point_logits, matches.point_targets,
-                                             reduction="none")
-    bce = mean_per_clip(predictions.membership, bce.mean(-1))                  # (G, R, B, I)
+    bce = F.binary_cross_entropy_with_logits(
+        matches.point_logits, matches.point_targets, reduction="none"
+    )
+    bce = mean_per_clip(predictions.membership, bce.mean(-1))  # (G, R, B, I)
     return (bce * matches.matched).sum((2, 3)), count_visible(predictions, matches)
 
 
-def dice_loss(predictions: Predictions, targets: Targets, matches: SampledMatches
-              ) -> tuple[Tensor, Tensor]:
+def dice_loss(
+    predictions: Predictions, targets: Targets, matches: SampledMatches
+) -> tuple[Tensor, Tensor]:
     """Dice loss at the points of all frames of a clip together, summed over matched instances."""
     probability = matches.point_logits.sigmoid()
     truth = matches.point_targets
@@ -266,7 +321,7 @@ def dice_loss(predictions: Predictions, targets: Targets, matches: SampledMatche
     area = probability.sum(-1) + truth.sum(-1)
     overlap = sum_per_clip(predictions.membership, overlap)
     area = sum_per_clip(predictions.membership, area)
-    loss = dice(overlap, area)                                                 # (G, R, B, I)
+    loss = dice(overlap, area)  # (G, R, B, I)
     return (loss * matches.matched).sum((2, 3)), count_visible(predictions, matches)
 
 
@@ -277,8 +332,9 @@ def count_visible(predictions: Predictions, matches: Matches) -> Tensor:
     return count[:, None].expand(clips, layers)
 
 
-def gate_bce(predictions: Predictions, targets: Targets, matches: SampledMatches
-             ) -> tuple[Tensor, Tensor]:
+def gate_bce(
+    predictions: Predictions, targets: Targets, matches: SampledMatches
+) -> tuple[Tensor, Tensor]:
     """BCE of the gates: open (1) for queries that show an instance in the clip, else closed (0).
 
     Not in the paper; the released code has it with weight 0 (grattvis_criterion.py:301).
@@ -295,41 +351,57 @@ def gate_bce(predictions: Predictions, targets: Targets, matches: SampledMatches
 
 # Masks at points
 
-def sample_matched_masks(predictions: Predictions, targets: Targets, matches: Matches, points: int,
-                         candidates: int, uncertain: int) -> tuple[Tensor, Tensor]:
+
+def sample_matched_masks(
+    predictions: Predictions,
+    targets: Targets,
+    matches: Matches,
+    points: int,
+    candidates: int,
+    uncertain: int,
+) -> tuple[Tensor, Tensor]:
     """Logits of the masks of matched queries and their instances' masks at points, in every frame.
 
     Both are (T, R, B, I, P). Every mask has its own points, see `uncertain_points`. Only the logits
     have a gradient.
     """
     batch, length, instances, *_ = targets.masks.shape
-    elements = 6 * candidates * batch * length * instances   # about 6 numbers per candidate
+    elements = 6 * candidates * batch * length * instances  # about 6 numbers per candidate
     point_logits, point_targets = [], []
     for some_layers in matched_masks(predictions, matches):
         for masks in some_layers.split(chunk_size(elements), 2):
-            shape = masks.shape[:4]                          # (B, T, some of R, I)
-            masks = masks.flatten(0, 3)[:, None]             # (B * T * R * I, 1, h, w)
+            shape = masks.shape[:4]  # (B, T, some of R, I)
+            masks = masks.flatten(0, 3)[:, None]  # (B * T * R * I, 1, h, w)
             with torch.no_grad():
                 positions = uncertain_points(masks, points, candidates, uncertain)
                 positions_of_layer = positions.view(*shape, points, 2)
                 point_targets.append(sample_targets(targets, positions_of_layer, masks.dtype))
             point_logits.append(sample_at(masks, positions).view(*shape, points))
-    return (torch.cat(point_logits, 2).permute(1, 2, 0, 3, 4),
-            torch.cat(point_targets, 2).permute(1, 2, 0, 3, 4))
+    return (
+        torch.cat(point_logits, 2).permute(1, 2, 0, 3, 4),
+        torch.cat(point_targets, 2).permute(1, 2, 0, 3, 4),
+    )
 
 
 def matched_masks(predictions: Predictions, matches: Matches) -> Iterator[Tensor]:
     """Mask logits (B, T, some of R, I, h, w) of the matched queries; all at once are too large."""
     kernels = gather_queries(predictions.mask_kernel, matches.query_of)
-    kernels = kernels[predictions.clip_of]                   # (T, R, B, I, C + 1)
+    kernels = kernels[predictions.clip_of]  # (T, R, B, I, C + 1)
     batch, length, _, height, width = predictions.features.shape
     instances = kernels.shape[3]
     for some_kernels in kernels.split(chunk_size(batch * length * instances * height * width), 1):
-        yield torch.stack([
-            checkpoint(masks_of_video, some_kernels[:, :, video], predictions.features[video],
-                       use_reentrant=False, preserve_rng_state=False)
-            for video in range(batch)
-        ])
+        yield torch.stack(
+            [
+                checkpoint(
+                    masks_of_video,
+                    some_kernels[:, :, video],
+                    predictions.features[video],
+                    use_reentrant=False,
+                    preserve_rng_state=False,
+                )
+                for video in range(batch)
+            ]
+        )
 
 
 def masks_of_video(kernel: Tensor, features: Tensor) -> Tensor:
@@ -345,10 +417,10 @@ def masks_of_video(kernel: Tensor, features: Tensor) -> Tensor:
 def sample_targets(targets: Targets, positions: Tensor, dtype: torch.dtype) -> Tensor:
     """Values (B, T, R, I, P) in 0..1 of the instances' masks at positions (B, T, R, I, P, 2)."""
     batch, length, layers, instances, points, _ = positions.shape
-    masks = targets.masks.flatten(0, 2)[:, None]             # (B * T * I, 1, H, W)
+    masks = targets.masks.flatten(0, 2)[:, None]  # (B * T * I, 1, H, W)
     # Targets do not depend on R: all R sets of points are sampled from one mask.
     positions = positions.transpose(2, 3).reshape(len(masks), layers * points, 2)
-    size = chunk_size(masks[0].numel())                      # as numbers, masks are large
+    size = chunk_size(masks[0].numel())  # as numbers, masks are large
     chunks = zip(masks.split(size), positions.split(size))
     sampled = torch.cat([sample_at(some.to(dtype), at)[:, 0] for some, at in chunks])
     return sampled.view(batch, length, instances, layers, points).transpose(2, 3)
@@ -369,6 +441,7 @@ def chunk_size(elements: int) -> int:
 
 
 # Means and names
+
 
 def average_over_processes(counts: list[Tensor]) -> list[Tensor]:
     """Means of counts over all processes, in one exchange, which all of them take part in."""

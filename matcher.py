@@ -24,6 +24,7 @@ Paper: Mask2Former (2112.01527) section 3.3 for point sampling, GenVIS (2211.088
 identities over clips. Upstream: mask2former/modeling/matcher.py, grattvis/modeling/
 grattvis_matcher.py, vita/modeling/vita_matcher.py.
 """
+
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,23 +45,25 @@ FORBIDDEN_COST = 1e6
 @dataclass
 class Targets:
     """Ground truth of a batch, padded to I instances, which are nowhere visible, and in size."""
-    labels: Tensor              # (B, I) int64, 0..K - 1
-    visible: Tensor             # (B, T, I) bool, True = the instance has pixels in the frame
-    masks: Tensor               # (B, T, I, H, W) bool, True = instance
-    labels_cpu: np.ndarray      # copies for the assignment, which runs on the CPU
+
+    labels: Tensor  # (B, I) int64, 0..K - 1
+    visible: Tensor  # (B, T, I) bool, True = the instance has pixels in the frame
+    masks: Tensor  # (B, T, I, H, W) bool, True = instance
+    labels_cpu: np.ndarray  # copies for the assignment, which runs on the CPU
     visible_cpu: np.ndarray
 
 
 @dataclass
 class Predictions:
     """What is matched with the instances: the clips of a batch, or its frames (clip_length 1)."""
-    logits: Tensor              # (G, R, B, Q, K + 1)
-    mask_kernel: Tensor         # (G, R, B, Q, C + 1), see transformer.mask_kernel
-    features: Tensor            # (B, T, C, h, w)
-    clip_length: int            # frames of a clip; the last clip may be shorter
-    clip_embed: Tensor | None = None   # (G, L, B, Q, C), similarity embeddings; tracker only
+
+    logits: Tensor  # (G, R, B, Q, K + 1)
+    mask_kernel: Tensor  # (G, R, B, Q, C + 1), see transformer.mask_kernel
+    features: Tensor  # (B, T, C, h, w)
+    clip_length: int  # frames of a clip; the last clip may be shorter
+    clip_embed: Tensor | None = None  # (G, L, B, Q, C), similarity embeddings; tracker only
     frame_embed: Tensor | None = None  # (T, L, B, F, C)
-    gates: Tensor | None = None        # (G, R, B, Q), gate logits or sampled soft gates
+    gates: Tensor | None = None  # (G, R, B, Q), gate logits or sampled soft gates
 
     @property
     def clip_of(self) -> Tensor:
@@ -78,12 +81,13 @@ class Predictions:
 @dataclass(frozen=True)
 class Matches:
     """The query of every instance in every prediction, and what follows from it."""
+
     # (G, R, B, I) int64, other queries in other layers. -1 = none: an instance that was not visible
     # so far, or more instances than queries. Clips keep a query while the instance is invisible,
     # frames do not.
     query_of: Tensor
-    visible: Tensor             # (G, B, I) bool, True = visible in some frame of the clip
-    classes: Tensor             # (G, R, B, Q) int64, what each query has to predict; K = no object
+    visible: Tensor  # (G, B, I) bool, True = visible in some frame of the clip
+    classes: Tensor  # (G, R, B, Q) int64, what each query has to predict; K = no object
 
     @property
     def matched(self) -> Tensor:
@@ -93,6 +97,7 @@ class Matches:
 
 # Targets and predictions in one form
 
+
 def pad_targets(videos: list[Clip], size: tuple[int, int], device: torch.device) -> Targets:
     """Pad the ground truth of B videos to the most instances, and masks right and bottom to `size`.
 
@@ -100,7 +105,7 @@ def pad_targets(videos: list[Clip], size: tuple[int, int], device: torch.device)
     """
     batch = len(videos)
     length = videos[0].masks.shape[1]
-    most = max(1, *(len(video.labels) for video in videos))      # at least 1, so nothing is empty
+    most = max(1, *(len(video.labels) for video in videos))  # at least 1, so nothing is empty
     labels = np.zeros((batch, most), dtype=np.int64)
     visible = np.zeros((batch, length, most), dtype=bool)
     masks = torch.zeros(batch, length, most, *size, dtype=torch.bool, device=device)
@@ -129,11 +134,10 @@ def stack_frame_layers(layers: tuple[Tensor, ...], batch: int) -> Tensor:
     return full_precision(stacked.permute(2, 0, 1, 3, 4))
 
 
-def clip_predictions(output: TrainingOutput, batch: int, gates: str = "gate_logits"
-                     ) -> Predictions:
+def clip_predictions(output: TrainingOutput, batch: int, gates: str = "gate_logits") -> Predictions:
     """All predictions of the tracker. gates: which field of ClipPrediction the gate loss reads."""
     clips = output.clips
-    frame_embed = torch.cat([clip.frame_embed for clip in clips], 2)           # (L, B, T, F, C)
+    frame_embed = torch.cat([clip.frame_embed for clip in clips], 2)  # (L, B, T, F, C)
     clip_embed = torch.stack([clip.clip_embed for clip in clips])
     has_gates = bool(getattr(clips[0], gates))
     return Predictions(
@@ -154,6 +158,7 @@ def stack_clip_layers(clips: list[ClipPrediction], name: str) -> Tensor:
 
 
 # Points
+
 
 def random_points(rows: int, count: int, like: Tensor) -> Tensor:
     """Uniform points (rows, count, 2) in 0..1; the one source of randomness in this file."""
@@ -194,7 +199,7 @@ def uncertain_points(logits: Tensor, count: int, candidates: int, uncertain: int
     uniform.
     """
     points = random_points(len(logits), candidates, logits)
-    certainty = sample_at(logits, points)[:, 0].abs()                          # (N, candidates)
+    certainty = sample_at(logits, points)[:, 0].abs()  # (N, candidates)
     index = certainty.topk(uncertain, 1, largest=False).indices
     chosen = points.gather(1, index[..., None].expand(-1, -1, 2))
     others = random_points(len(logits), count - uncertain, logits)
@@ -203,9 +208,9 @@ def uncertain_points(logits: Tensor, count: int, candidates: int, uncertain: int
 
 # Costs
 
+
 @torch.no_grad()
-def matching_costs(predictions: Predictions, targets: Targets, count: int, weights: dict
-                   ) -> Tensor:
+def matching_costs(predictions: Predictions, targets: Targets, count: int, weights: dict) -> Tensor:
     """Costs (G, R, B, Q, I) of giving a query to an instance, from masks at `count` points.
 
     Equal to sampling the mask logits e . f of every query. Sampling is linear, so the features f
@@ -218,12 +223,12 @@ def matching_costs(predictions: Predictions, targets: Targets, count: int, weigh
         features = append_bias_channel(features)
         # All frames of a clip have the same points.
         points = random_points(len(predictions.logits), count, features)
-        points = points[clip_of]                                               # (T, P, 2)
+        points = points[clip_of]  # (T, P, 2)
         truth = targets.masks[video].to(features.dtype)
-        truth = sample_at(truth, points)                                       # (T, I, P)
-        sampled = sample_at(features, points)                                  # (T, C + 1, P)
+        truth = sample_at(truth, points)  # (T, I, P)
+        sampled = sample_at(features, points)  # (T, C + 1, P)
         kernel = predictions.mask_kernel[:, :, video]
-        kernel = kernel[clip_of]                                               # (T, R, Q, C + 1)
+        kernel = kernel[clip_of]  # (T, R, Q, C + 1)
         masks = torch.einsum("trqc,tcp->trqp", kernel, sampled)
         logits = predictions.logits[:, :, video]
         labels = targets.labels[video]
@@ -232,8 +237,15 @@ def matching_costs(predictions: Predictions, targets: Targets, count: int, weigh
     return torch.stack(costs, 2)
 
 
-def match_cost(logits: Tensor, masks: Tensor, labels: Tensor, target_masks: Tensor,
-               points: Tensor, membership: Tensor, weights: dict[str, float]) -> Tensor:
+def match_cost(
+    logits: Tensor,
+    masks: Tensor,
+    labels: Tensor,
+    target_masks: Tensor,
+    points: Tensor,
+    membership: Tensor,
+    weights: dict[str, float],
+) -> Tensor:
     """Cost (G, R, Q, I) for one video: class probability, point BCE and dice over each clip.
 
     logits (G, R, Q, K + 1), labels (I,); mask logits (T, R, Q, P) and target_masks (T, I, P) in
@@ -300,6 +312,7 @@ def costs_to_cpu(costs: list[Tensor]) -> list[np.ndarray]:
 
 # Assignment
 
+
 def assign(cost: np.ndarray) -> np.ndarray:
     """Hungarian assignment of costs (Q, I): the query of each instance (I,), -1 for none."""
     query_of = np.full(cost.shape[1], -1)
@@ -308,8 +321,9 @@ def assign(cost: np.ndarray) -> np.ndarray:
     return query_of
 
 
-def match_clip(cost: np.ndarray, new: np.ndarray, visible: np.ndarray, previous: np.ndarray
-               ) -> np.ndarray:
+def match_clip(
+    cost: np.ndarray, new: np.ndarray, visible: np.ndarray, previous: np.ndarray
+) -> np.ndarray:
     """The queries (I,) of one clip: new instances are assigned one, the others keep theirs.
 
     cost (Q, I); new, visible (I,) bool; previous (I,), the queries after the clip before. The query
@@ -325,11 +339,12 @@ def match_clip(cost: np.ndarray, new: np.ndarray, visible: np.ndarray, previous:
     return query_of
 
 
-def match(costs: np.ndarray, predictions: Predictions, targets: Targets, keep_identities: bool
-          ) -> Matches:
+def match(
+    costs: np.ndarray, predictions: Predictions, targets: Targets, keep_identities: bool
+) -> Matches:
     """Match by costs (G, R, B, Q, I): with identities kept over clips, or every clip anew."""
     clips, rows, batch, queries, instances = costs.shape
-    visible = visible_in_clips(targets.visible_cpu, predictions.clip_length)   # (G, B, I)
+    visible = visible_in_clips(targets.visible_cpu, predictions.clip_length)  # (G, B, I)
     first_seen = visible & (visible.cumsum(0) == 1)
     # The instances that are assigned a query.
     new = first_seen if keep_identities else visible
@@ -338,8 +353,9 @@ def match(costs: np.ndarray, predictions: Predictions, targets: Targets, keep_id
         for row in range(rows):
             previous = np.full(instances, -1)
             for clip in range(clips):
-                matched = match_clip(costs[clip, row, video], new[clip, video],
-                                     visible[clip, video], previous)
+                matched = match_clip(
+                    costs[clip, row, video], new[clip, video], visible[clip, video], previous
+                )
                 query_of[clip, row, video] = matched
                 if keep_identities:
                     previous = matched
@@ -359,10 +375,11 @@ def match(costs: np.ndarray, predictions: Predictions, targets: Targets, keep_id
 def visible_in_clips(visible: np.ndarray, clip_length: int) -> np.ndarray:
     """Visible in frames (B, T, I) -> visible in some frame of each clip (G, B, I)."""
     first_frames = range(0, visible.shape[1], clip_length)
-    return np.stack([visible[:, first:first + clip_length].any(1) for first in first_frames])
+    return np.stack([visible[:, first : first + clip_length].any(1) for first in first_frames])
 
 
 # Between CPU and GPU
+
 
 def to_device(arrays: list[np.ndarray], device: torch.device) -> list[Tensor]:
     """Arrays as tensors on the device."""

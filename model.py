@@ -25,6 +25,7 @@ Shape letters of the whole project:
     D decoder layers of the tracker
     S = L * B streams of the tracker, layer-major
 """
+
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -59,40 +60,56 @@ from runtime.requests import check_request
 from tracker import ClipPrediction, Tracker, TrackerState
 from transformer import mask_logits
 
-PIXEL_MEAN = (123.675, 116.28, 103.53)   # RGB, 0..255
+PIXEL_MEAN = (123.675, 116.28, 103.53)  # RGB, 0..255
 PIXEL_STD = (58.395, 57.12, 57.375)
-VITA_WINDOW = 6                          # frames in an attention window of VITA's encoder
-WHOLE_VIDEO = sys.maxsize                # as a clip length: longer than any video
+VITA_WINDOW = 6  # frames in an attention window of VITA's encoder
+WHOLE_VIDEO = sys.maxsize  # as a clip length: longer than any video
 
 
 @dataclass
 class FrameOutput:
     """What the detector (backbone, pixel decoder, frame decoder) predicts for N frames."""
+
     # Class logits (N, F, K + 1) and mask kernels (N, F, C + 1), before the first layer of the frame
     # decoder and after each; outside of training after the last only.
     predictions: list[tuple[Tensor, Tensor]]
-    queries: Tensor    # (L, N, F, C) after decoder_norm
-    features: Tensor   # (N, C, h, w) of the pixel decoder: mask logits are kernels applied to them
+    queries: Tensor  # (L, N, F, C) after decoder_norm
+    features: Tensor  # (N, C, h, w) of the pixel decoder: mask logits are kernels applied to them
 
 
 @dataclass
 class TrainingOutput:
     """The predictions of a training step; losses.py compares them with the targets."""
+
     frames: FrameOutput
-    clips: list[ClipPrediction]   # G
+    clips: list[ClipPrediction]  # G
     padded_size: tuple[int, int]  # (height, width) of the padded frames, which masks refer to
 
 
 class GRAttVIS(nn.Module):
     """The full model. `forward` is for training, `segment_video` and `step` are for inference."""
 
-    def __init__(self, num_classes: int, backbone: str, norm: str = "frozen",
-                 swin_window: int | None = None, channels: int = 256, heads: int = 8,
-                 queries: int = 100, frame_queries: int = 100, pixel_layers: int = 6,
-                 pixel_feed_forward: int = 1024, frame_layers: int = 9,
-                 tracker_encoder_layers: int = 6, tracker_decoder_layers: int = 3,
-                 feed_forward: int = 2048, propagation: str = "gated",
-                 window: int | None = None, clip_length: int = 1, **tracker_options):
+    def __init__(
+        self,
+        num_classes: int,
+        backbone: str,
+        norm: str = "frozen",
+        swin_window: int | None = None,
+        channels: int = 256,
+        heads: int = 8,
+        queries: int = 100,
+        frame_queries: int = 100,
+        pixel_layers: int = 6,
+        pixel_feed_forward: int = 1024,
+        frame_layers: int = 9,
+        tracker_encoder_layers: int = 6,
+        tracker_decoder_layers: int = 3,
+        feed_forward: int = 2048,
+        propagation: str = "gated",
+        window: int | None = None,
+        clip_length: int = 1,
+        **tracker_options,
+    ):
         """The arguments not listed here are sizes, or explained in the component they belong to.
 
         window: see Tracker; None means 6 frames with "clip" propagation (VITA), otherwise 0.
@@ -102,28 +119,41 @@ class GRAttVIS(nn.Module):
         """
         super().__init__()
         if clip_length < 1 or num_classes < 1:
-            raise ValueError("clip_length and num_classes must be at least 1, not "
-                             f"{clip_length} and {num_classes}")
+            raise ValueError(
+                "clip_length and num_classes must be at least 1, not "
+                f"{clip_length} and {num_classes}"
+            )
         if window is None:
             window = VITA_WINDOW if propagation == "clip" else 0
         self.num_classes = num_classes
         self.propagation = propagation
         self.clip_length = clip_length
         self.backbone = build_backbone(backbone, norm, swin_window)
-        self.pixel_decoder = PixelDecoder(self.backbone.channels, channels, heads, pixel_layers,
-                                          pixel_feed_forward)
-        self.frame_decoder = FrameDecoder(num_classes, channels, frame_queries, heads,
-                                          frame_layers, feed_forward)
+        self.pixel_decoder = PixelDecoder(
+            self.backbone.channels, channels, heads, pixel_layers, pixel_feed_forward
+        )
+        self.frame_decoder = FrameDecoder(
+            num_classes, channels, frame_queries, heads, frame_layers, feed_forward
+        )
         self.tracker = Tracker(
-            num_classes, channels, mask_channels=channels, queries=queries,
-            frame_queries=frame_queries, encoder_layers=tracker_encoder_layers,
-            decoder_layers=tracker_decoder_layers, heads=heads, feed_forward=feed_forward,
-            propagation=propagation, window=window, **tracker_options)
+            num_classes,
+            channels,
+            mask_channels=channels,
+            queries=queries,
+            frame_queries=frame_queries,
+            encoder_layers=tracker_encoder_layers,
+            decoder_layers=tracker_decoder_layers,
+            heads=heads,
+            feed_forward=feed_forward,
+            propagation=propagation,
+            window=window,
+            **tracker_options,
+        )
         mean, std = torch.tensor(PIXEL_MEAN), torch.tensor(PIXEL_STD)
         self.register_buffer("pixel_mean", mean[:, None, None], persistent=False)
         self.register_buffer("pixel_std", std[:, None, None], persistent=False)
         self.mask_score_parts = mask_score_parts  # Speed: an attribute, so that it can be compiled
-        self.cuda_graphs = CUDAGraphCache()       # Speed: of inference, see fast/
+        self.cuda_graphs = CUDAGraphCache()  # Speed: of inference, see fast/
 
     @property
     def device(self) -> torch.device:
@@ -170,7 +200,7 @@ class GRAttVIS(nn.Module):
         height = max(video.shape[2] for video in videos)
         width = max(video.shape[3] for video in videos)
         shape = sum(lengths), 3, *padded_size(height, width)
-        images = acceleration.zero_images(shape, self.pixel_mean)   # Speed: its memory format
+        images = acceleration.zero_images(shape, self.pixel_mean)  # Speed: its memory format
         for video, image in zip(videos, images.split(lengths)):
             height, width = video.shape[2:]
             video = video.to(self.device, non_blocking=True)
@@ -188,9 +218,10 @@ class GRAttVIS(nn.Module):
         Speed: a method of its own, because torch.compile takes both decoders as one unit.
         """
         levels, features = self.pixel_decoder(maps)
-        features = acceleration.cast_for_autocast(features)   # Speed: once, as many layers read it
-        predictions, queries = self.frame_decoder(levels, features,
-                                                  self.pixel_decoder.mask_features)
+        features = acceleration.cast_for_autocast(features)  # Speed: once, as many layers read it
+        predictions, queries = self.frame_decoder(
+            levels, features, self.pixel_decoder.mask_features
+        )
         return predictions, queries, features
 
     # Training
@@ -200,12 +231,14 @@ class GRAttVIS(nn.Module):
         batch = len(videos)
         length = len(videos[0]) if videos else 0
         if any(len(video) != length for video in videos):
-            raise ValueError("all videos of a batch need the same number of frames, not "
-                             f"{[len(video) for video in videos]}")
+            raise ValueError(
+                "all videos of a batch need the same number of frames, not "
+                f"{[len(video) for video in videos]}"
+            )
         images = self.prepare_videos(videos)
         size = tuple(images.shape[-2:])
-        frames = acceleration.detect_in_chunks(self, images)    # Memory: in chunks, if frozen
-        del images                                              # Memory: before the tracker runs
+        frames = acceleration.detect_in_chunks(self, images)  # Memory: in chunks, if frozen
+        del images  # Memory: before the tracker runs
         queries = frames.queries.unflatten(1, (batch, length))  # (L, B, T, F, C)
         predictions, state = [], None
         for clips in self.split_clips(queries):
@@ -239,7 +272,7 @@ class GRAttVIS(nn.Module):
         "clip" propagation has one chunk, the whole video. How frames arrive changes no result.
         """
         clip_length = self.frames_per_clip
-        pipeline = video_pipeline.VideoPipeline(self)           # Speed: graphs and streams
+        pipeline = video_pipeline.VideoPipeline(self)  # Speed: graphs and streams
         state = self.tracker.initial_state(streams=1)
         for frame_queries, features in pipeline.detect(video, clip_length):
             outputs, state = pipeline.track(frame_queries, clip_length, state)
@@ -250,34 +283,39 @@ class GRAttVIS(nn.Module):
         output = self.detect(self.prepare(frames))
         return output.queries[-1], output.features
 
-    def track(self, frame_queries: Tensor, clip_length: int, state: TrackerState
-              ) -> tuple[tuple[Tensor, Tensor, Tensor], TrackerState]:
+    def track(
+        self, frame_queries: Tensor, clip_length: int, state: TrackerState
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], TrackerState]:
         """Track through the frame queries (T, F, C) of T frames: G whole clips, or a shorter one.
 
         Returns class logits (G, Q, K + 1), mask kernels (T, Q, C + 1), and gates (T, D, Q) bool,
         True = open; and the state after the last clip.
         """
         clip_length = min(clip_length, len(frame_queries))
-        clips = frame_queries.unflatten(0, (-1, clip_length))   # (G, U, F, C)
+        clips = frame_queries.unflatten(0, (-1, clip_length))  # (G, U, F, C)
         predictions, state = self.tracker(clips[None, None], state)
-        stream = (-1, 0)                       # of L and B: the last detector layer, the only video
-        last = -1                              # of the D decoder layers
+        stream = (-1, 0)  # of L and B: the last detector layer, the only video
+        last = -1  # of the D decoder layers
         logits = torch.stack([clip.logits[last][stream] for clip in predictions])
         kernels = torch.stack([clip.mask_kernel[last][stream] for clip in predictions])
         gates = [layer[stream] for clip in predictions for layer in clip.gate_logits]
         if gates:
-            gates = torch.stack(gates).unflatten(0, (len(clips), -1))   # (G, D, Q)
+            gates = torch.stack(gates).unflatten(0, (len(clips), -1))  # (G, D, Q)
         else:
-            gates = logits.new_empty(len(clips), 0, logits.shape[1])    # D = 0
+            gates = logits.new_empty(len(clips), 0, logits.shape[1])  # D = 0
 
-        def for_each_frame(x: Tensor) -> Tensor:                # (G, ...) -> (T, ...)
+        def for_each_frame(x: Tensor) -> Tensor:  # (G, ...) -> (T, ...)
             return x[:, None].expand(-1, clip_length, -1, -1).flatten(0, 1)
 
         return (logits, for_each_frame(kernels), for_each_frame(gates >= 0)), state
 
     @torch.no_grad()
-    def segment_video(self, video: Tensor | Iterable[Tensor],
-                      output_size: tuple[int, int] | None = None, top_k: int = 10) -> VideoResult:
+    def segment_video(
+        self,
+        video: Tensor | Iterable[Tensor],
+        output_size: tuple[int, int] | None = None,
+        top_k: int = 10,
+    ) -> VideoResult:
         """Segment and track a video whose masks fit into memory; for others see `encode_video`.
 
         video: uint8 RGB, one tensor (T, 3, H, W), an iterable of frames (3, H, W), or an iterable
@@ -291,20 +329,25 @@ class GRAttVIS(nn.Module):
         chunks = list(self.track_video(video))
         frame_size = chunks[0].frame_size
         logits = torch.cat([chunk.logits for chunk in chunks])  # (G, Q, K + 1)
-        gates = torch.cat([chunk.gates for chunk in chunks])    # (T, D, Q)
-        class_scores = class_probabilities(logits).amax(0)      # (Q, K)
+        gates = torch.cat([chunk.gates for chunk in chunks])  # (T, D, Q)
+        class_scores = class_probabilities(logits).amax(0)  # (Q, K)
         class_scores, labels, track_ids = best_pairs(class_scores, top_k)
         instance_logits, mask_sum, mask_area = instance_mask_logits(
-            chunks, track_ids, self.mask_score_parts)           # Memory: empties the list
+            chunks, track_ids, self.mask_score_parts
+        )  # Memory: empties the list
         scores, order = with_mask_scores(class_scores, mask_sum, mask_area)
         track_ids = track_ids[order]
         masks = binary_masks(instance_logits[order], frame_size, output_size or frame_size)
-        gates = gates.permute(2, 0, 1)[track_ids]               # (I, T, D)
+        gates = gates.permute(2, 0, 1)[track_ids]  # (I, T, D)
         return VideoResult(scores, labels[order], masks, track_ids, logits, gates)
 
     @torch.no_grad()
-    def encode_video(self, video: Tensor | Iterable[Tensor],
-                     output_size: tuple[int, int] | None = None, top_k: int = 10) -> EncodedVideo:
+    def encode_video(
+        self,
+        video: Tensor | Iterable[Tensor],
+        output_size: tuple[int, int] | None = None,
+        top_k: int = 10,
+    ) -> EncodedVideo:
         """`segment_video` for videos of any length: only codes and scores of a frame are kept.
 
         Takes the same arguments and raises the same errors; besides, FloatingPointError if scores
@@ -314,9 +357,13 @@ class GRAttVIS(nn.Module):
         running, gates, encoder = None, [], None
         for chunk in self.track_video(video):
             if encoder is None:
-                encoder = MaskEncoder(chunk.mask_kernel.shape[1], chunk.frame_size,
-                                      output_size or chunk.frame_size, self.device,
-                                      self.mask_score_parts)
+                encoder = MaskEncoder(
+                    chunk.mask_kernel.shape[1],
+                    chunk.frame_size,
+                    output_size or chunk.frame_size,
+                    self.device,
+                    self.mask_score_parts,
+                )
             class_scores = class_probabilities(chunk.logits).amax(0)
             for kernel, features in zip(chunk.mask_kernel, chunk.features):
                 mask_sum, mask_area = encoder.add(kernel, features)
@@ -324,14 +371,18 @@ class GRAttVIS(nn.Module):
             gates.append(chunk.gates.cpu())
         scores, labels, track_ids = (values.cpu() for values in running.best(top_k))
         check_finite(scores)
-        gates = torch.cat(gates).permute(2, 0, 1)[track_ids]    # (I, T, D)
+        gates = torch.cat(gates).permute(2, 0, 1)[track_ids]  # (I, T, D)
         segmentations = encoder.finish(track_ids.tolist())
         return EncodedVideo(scores, labels, track_ids, segmentations, gates)
 
     @torch.no_grad()
-    def step(self, frame: Tensor, state: StepState | None = None,
-             output_size: tuple[int, int] | None = None, top_k: int = 10
-             ) -> tuple[FrameTracks, StepState]:
+    def step(
+        self,
+        frame: Tensor,
+        state: StepState | None = None,
+        output_size: tuple[int, int] | None = None,
+        top_k: int = 10,
+    ) -> tuple[FrameTracks, StepState]:
         """Segment and track the next frame, uint8 (3, H, W), of a live video.
 
         state: what the previous step returned, None at the start of a video. Scores are causal:
@@ -339,22 +390,25 @@ class GRAttVIS(nn.Module):
         """
         check_request(self, output_size, top_k, is_first=state is None)
         if self.frames_per_clip != 1:
-            raise ValueError("step needs a model that goes frame by frame, not one that reads "
-                             "clips of several frames")
+            raise ValueError(
+                "step needs a model that goes frame by frame, not one that reads "
+                "clips of several frames"
+            )
         check_frame(frame)
         size = tuple(frame.shape[-2:])
         if state is None:
             self.cuda_graphs.check_module(self)
             state = StepState(size, self.tracker.initial_state(streams=1), scores=None)
         elif state.frame_size != size:
-            raise ValueError("all frames of a video must have one size, not "
-                             f"{state.frame_size} and {size}")
+            raise ValueError(
+                f"all frames of a video must have one size, not {state.frame_size} and {size}"
+            )
         frames = frame[None].to(self.device, non_blocking=True)
         # Speed: detect_queries and track as CUDA graphs.
         frame_queries, features = video_pipeline.detect_queries(self, frames)
         outputs, tracker_state = video_pipeline.track(self, frame_queries, 1, state.tracker)
         logits, kernels, gates = outputs
-        masks = mask_logits(kernels, features)[0]               # (Q, h, w)
+        masks = mask_logits(kernels, features)[0]  # (Q, h, w)
         mask_sum, mask_area = self.mask_score_parts(resize_masks(masks, size))
         class_scores = class_probabilities(logits[0])
         running = RunningScores(class_scores, mask_sum, mask_area).merge(state.scores)
@@ -377,17 +431,43 @@ PRESETS = {
     "swin_s": dict(backbone="swin_s"),
     "swin_b": dict(backbone="swin_b"),
     "swin_l": dict(backbone="swin_l", frame_queries=200),
-    "toy": dict(backbone="resnet10", norm="batch", channels=64, heads=4, queries=20,
-                frame_queries=20, pixel_layers=1, pixel_feed_forward=256, frame_layers=3,
-                tracker_encoder_layers=1, feed_forward=256),
-    "small": dict(backbone="resnet10_thin", norm="batch", channels=96, heads=6, queries=20,
-                  frame_queries=20, pixel_layers=3, pixel_feed_forward=384, frame_layers=6,
-                  tracker_encoder_layers=2, feed_forward=384),
+    "toy": dict(
+        backbone="resnet10",
+        norm="batch",
+        channels=64,
+        heads=4,
+        queries=20,
+        frame_queries=20,
+        pixel_layers=1,
+        pixel_feed_forward=256,
+        frame_layers=3,
+        tracker_encoder_layers=1,
+        feed_forward=256,
+    ),
+    "small": dict(
+        backbone="resnet10_thin",
+        norm="batch",
+        channels=96,
+        heads=6,
+        queries=20,
+        frame_queries=20,
+        pixel_layers=3,
+        pixel_feed_forward=384,
+        frame_layers=6,
+        tracker_encoder_layers=2,
+        feed_forward=384,
+    ),
 }
 # Short side of test frames in pixels: the official ones, and that of the synthetic videos.
 TEST_SIDES = {
-    "r50": 360, "r101": 360, "swin_t": 448, "swin_s": 448, "swin_b": 448, "swin_l": 448,
-    "toy": 96, "small": 96,
+    "r50": 360,
+    "r101": 360,
+    "swin_t": 448,
+    "swin_s": 448,
+    "swin_b": 448,
+    "swin_l": 448,
+    "toy": 96,
+    "small": 96,
 }
 
 
@@ -398,8 +478,13 @@ def option_types() -> dict[str, type]:
     return {name: kind for name, kind in types.items() if name not in not_passed_on}
 
 
-def build_model(preset: str, num_classes: int, propagation: str = "gated",
-                gate_mask: str = "additive", **overrides) -> GRAttVIS:
+def build_model(
+    preset: str,
+    num_classes: int,
+    propagation: str = "gated",
+    gate_mask: str = "additive",
+    **overrides,
+) -> GRAttVIS:
     """A model by preset (the keys of PRESETS), randomly initialised, in training mode.
 
     propagation: one of PROPAGATIONS, see tracker.py.

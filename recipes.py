@@ -7,6 +7,7 @@ of train.py (trainer/flags.py). Paper: GRAtt-VIS (arXiv 2305.17096), implementat
 VITA (2206.04403) for the stages before. Upstream: configs/grattvis, configs/vita and
 vita/config.py.
 """
+
 from model import TEST_SIDES
 
 # What is trained: a detector on single images, VITA on videos, GenVIS, GRAtt-VIS.
@@ -95,15 +96,18 @@ YTVIS_2019 = video_data("ytvis_2019", share=0.75, num_classes=40, top_k=10)
 YTVIS_2021 = video_data("ytvis_2021", share=0.75, num_classes=40, top_k=10)
 VITA_OVIS = VITA | OVIS | dict(iterations=150000, lr_steps=(50000, 125000), frames=6, reach=8)
 VITA_2019 = VITA | YTVIS_2019 | dict(iterations=140000, lr_steps=(75000,), frames=5, reach=20)
-VITA_2021 = VITA | YTVIS_2021 | dict(
-    train_ratio=(1.0, 0.8), iterations=187500, lr_steps=(100000,), frames=6, reach=8)
+VITA_2021 = (
+    VITA
+    | YTVIS_2021
+    | dict(train_ratio=(1.0, 0.8), iterations=187500, lr_steps=(100000,), frames=6, reach=8)
+)
 GRATTVIS_OVIS = GRATTVIS | OVIS | dict(iterations=140000, lr_steps=(100000,))
 GRATTVIS_2019 = GRATTVIS | YTVIS_2019 | dict(propagation="gated+memory")
-GRATTVIS_2021 = GRATTVIS | YTVIS_2021 | dict(
-    propagation="gated+memory", iterations=90000, lr_steps=(50000,))
+GRATTVIS_2021 = (
+    GRATTVIS | YTVIS_2021 | dict(propagation="gated+memory", iterations=90000, lr_steps=(50000,))
+)
 R50, R101, SWIN_L = (
-    dict(preset=preset, test_short_side=TEST_SIDES[preset])
-    for preset in ("r50", "r101", "swin_l")
+    dict(preset=preset, test_short_side=TEST_SIDES[preset]) for preset in ("r50", "r101", "swin_l")
 )
 
 # Our name: the official name, and the values of the flags.
@@ -111,7 +115,9 @@ RECIPES = {
     "detector/coco/r50": ("vita/coco/vita_R50_bs16_50ep", R50 | COCO_50_EPOCHS),
     "detector/coco/r101": ("vita/coco/vita_R101_bs16_50ep", R101 | COCO_50_EPOCHS),
     "detector/coco/swin_l": (
-        "vita/coco/vita_swin_large_IN21k_384_bs16_100ep_lsj", SWIN_L | COCO_100_EPOCHS),
+        "vita/coco/vita_swin_large_IN21k_384_bs16_100ep_lsj",
+        SWIN_L | COCO_100_EPOCHS,
+    ),
     "vita/ytvis_2019/r50": (
         "vita/youtubevis_2019/vita_R50_bs8",
         VITA_2019 | R50 | dict(init="vita_r50_coco.pth"),
@@ -146,13 +152,15 @@ RECIPES = {
     ),
     "grattvis/ytvis_2019/r50": (
         "grattvis/youtubevis_2019/grattvis_R50_bs8",
-        GRATTVIS_2019 | R50 | dict(
-            iterations=15000, lr_steps=(10000,), init="vita_r50_ytvis2019.pth"),
+        GRATTVIS_2019
+        | R50
+        | dict(iterations=15000, lr_steps=(10000,), init="vita_r50_ytvis2019.pth"),
     ),
     "grattvis/ytvis_2019/swin_l": (
         "grattvis/youtubevis_2019/grattvis_SWIN_bs8",
-        GRATTVIS_2019 | SWIN_L | dict(
-            iterations=20000, lr_steps=(10000, 15000), init="vita_swin_ytvis2019.pth"),
+        GRATTVIS_2019
+        | SWIN_L
+        | dict(iterations=20000, lr_steps=(10000, 15000), init="vita_swin_ytvis2019.pth"),
     ),
     "grattvis/ytvis_2021/r50": (
         "grattvis/youtubevis_2021/grattvis_R50_bs8",

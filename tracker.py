@@ -24,6 +24,7 @@ Propagation modes:
     "plain"         neither: the output queries of a clip are the input queries of the next
     "clip"          VITA: no propagation; the clip is the whole video
 """
+
 import math
 from dataclasses import dataclass, replace
 
@@ -74,7 +75,8 @@ class TrackerState:
 
     Nothing is detached: gradients flow back through all clips.
     """
-    query: Tensor                     # (S, Q, C), output of the last layer before decoder_norm
+
+    query: Tensor  # (S, Q, C), output of the last layer before decoder_norm
     memory_key: Tensor | None = None  # (S, past clips, Q, C)
     memory_value: Tensor | None = None
 
@@ -86,12 +88,13 @@ class ClipPrediction:
     Lists run over the D decoder layers. Outside of training, logits and mask_kernel have one entry,
     that of the last layer.
     """
-    logits: list[Tensor]       # (L, B, Q, K + 1)
+
+    logits: list[Tensor]  # (L, B, Q, K + 1)
     mask_kernel: list[Tensor]  # (L, B, Q, C + 1), see transformer.mask_kernel
-    clip_embed: Tensor         # (L, B, Q, C), similarity embedding of the queries
-    frame_embed: Tensor        # (L, B, U, F, C), similarity embedding of the frame queries
+    clip_embed: Tensor  # (L, B, Q, C), similarity embedding of the queries
+    frame_embed: Tensor  # (L, B, U, F, C), similarity embedding of the frame queries
     gate_logits: list[Tensor]  # (L, B, Q); empty without gates
-    gate_soft: list[Tensor]    # (L, B, Q) in 0..1, sampled; empty outside of training
+    gate_soft: list[Tensor]  # (L, B, Q) in 0..1, sampled; empty outside of training
 
 
 class Tracker(nn.Module):
@@ -103,18 +106,31 @@ class Tracker(nn.Module):
         (DVIS).
     """
 
-    def __init__(self, num_classes: int, channels: int = 256, mask_channels: int = 256,
-                 queries: int = 100, frame_queries: int = 100, encoder_layers: int = 6,
-                 decoder_layers: int = 3, heads: int = 8, feed_forward: int = 2048,
-                 propagation: str = "gated", gate_mask: str = "additive", window: int = 0,
-                 query_noise: float = 0.0):
+    def __init__(
+        self,
+        num_classes: int,
+        channels: int = 256,
+        mask_channels: int = 256,
+        queries: int = 100,
+        frame_queries: int = 100,
+        encoder_layers: int = 6,
+        decoder_layers: int = 3,
+        heads: int = 8,
+        feed_forward: int = 2048,
+        propagation: str = "gated",
+        gate_mask: str = "additive",
+        window: int = 0,
+        query_noise: float = 0.0,
+    ):
         super().__init__()
         if propagation not in PROPAGATIONS:
-            raise ValueError(f"unknown propagation {propagation!r}: "
-                             f"choose one of {', '.join(PROPAGATIONS)}")
+            raise ValueError(
+                f"unknown propagation {propagation!r}: choose one of {', '.join(PROPAGATIONS)}"
+            )
         if gate_mask not in GATE_MASKS:
-            raise ValueError(f"unknown gate mask {gate_mask!r}: "
-                             f"choose one of {', '.join(GATE_MASKS)}")
+            raise ValueError(
+                f"unknown gate mask {gate_mask!r}: choose one of {', '.join(GATE_MASKS)}"
+            )
         self.propagation = propagation
         self.gate_mask = gate_mask
         self.window = window
@@ -124,20 +140,22 @@ class Tracker(nn.Module):
 
         self.input_proj = nn.Linear(channels, channels)
         self.encoder = nn.ModuleList(
-            EncoderLayer(channels, heads, feed_forward) for _ in range(encoder_layers))
+            EncoderLayer(channels, heads, feed_forward) for _ in range(encoder_layers)
+        )
         self.decoder = nn.ModuleList(
-            DecoderLayer(channels, heads, feed_forward) for _ in range(decoder_layers))
+            DecoderLayer(channels, heads, feed_forward) for _ in range(decoder_layers)
+        )
         self.decoder_norm = nn.LayerNorm(channels)
-        self.query_feat = nn.Embedding(queries, channels)   # the queries of the first clip
+        self.query_feat = nn.Embedding(queries, channels)  # the queries of the first clip
         self.query_embed = nn.Embedding(queries, channels)  # positions of queries
         self.frame_query_embed = nn.Embedding(frame_queries, channels)  # of frame queries
-        self.mask_features = nn.Conv2d(mask_channels, channels, 1)      # used by mask_kernel
-        self.class_embed = nn.Linear(channels, num_classes + 1)         # class logits
-        self.mask_embed = MLP(channels, channels)                       # mask embeddings
-        self.frame_similarity = nn.Linear(channels, channels)           # similarity embeddings
+        self.mask_features = nn.Conv2d(mask_channels, channels, 1)  # used by mask_kernel
+        self.class_embed = nn.Linear(channels, num_classes + 1)  # class logits
+        self.mask_embed = MLP(channels, channels)  # mask embeddings
+        self.frame_similarity = nn.Linear(channels, channels)  # similarity embeddings
         self.clip_similarity = nn.Linear(channels, channels)
         if self.gated:
-            self.gate_proj = nn.Linear(channels, 1)         # shared by all layers
+            self.gate_proj = nn.Linear(channels, 1)  # shared by all layers
         if self.use_memory:
             self.memory_key = nn.Linear(channels, channels)
             self.memory_value = nn.Linear(channels, channels)
@@ -148,8 +166,9 @@ class Tracker(nn.Module):
         """State before the first clip: the learned queries and an empty memory."""
         return TrackerState(self.query_feat.weight.expand(streams, -1, -1))
 
-    def forward(self, frame_queries: Tensor, state: TrackerState | None = None
-                ) -> tuple[list[ClipPrediction], TrackerState]:
+    def forward(
+        self, frame_queries: Tensor, state: TrackerState | None = None
+    ) -> tuple[list[ClipPrediction], TrackerState]:
         """Track G consecutive clips: frame_queries (L, B, G, U, F, C).
 
         state: what was returned for the clips before; None at the start of a video.
@@ -158,9 +177,9 @@ class Tracker(nn.Module):
         """
         detector_layers, batch, clips = frame_queries.shape[:3]
         # Speed: the encoder and the heads, in which clips do not meet, take all clips at once.
-        encoded = self.encode(frame_queries.movedim(2, 0).flatten(0, 2))    # (G * S, U, F, C)
-        outputs, gate_logits, gate_soft = [], [], []                        # of each clip
-        for encoded_clip in encoded.flatten(1, 2).chunk(clips):             # (S, U * F, C)
+        encoded = self.encode(frame_queries.movedim(2, 0).flatten(0, 2))  # (G * S, U, F, C)
+        outputs, gate_logits, gate_soft = [], [], []  # of each clip
+        for encoded_clip in encoded.flatten(1, 2).chunk(clips):  # (S, U * F, C)
             if state is None:
                 state = self.initial_state(detector_layers * batch)
             elif self.training and self.query_noise:
@@ -170,15 +189,15 @@ class Tracker(nn.Module):
             gate_logits.append(logits)
             gate_soft.append(soft)
 
-        def split_streams(x: Tensor, axis: int = 0) -> Tensor:              # S -> L, B
+        def split_streams(x: Tensor, axis: int = 0) -> Tensor:  # S -> L, B
             return x.unflatten(axis, (detector_layers, batch))
 
-        outputs = split_streams(torch.stack(outputs), axis=2)       # (G, D, L, B, Q, C)
-        clip_embed = self.clip_similarity(outputs[:, -1])           # (G, L, B, Q, C)
+        outputs = split_streams(torch.stack(outputs), axis=2)  # (G, D, L, B, Q, C)
+        clip_embed = self.clip_similarity(outputs[:, -1])  # (G, L, B, Q, C)
         frame_embed = self.frame_similarity(encoded).unflatten(0, (clips, detector_layers, batch))
         if not self.training:
-            outputs = outputs[:, -1:]                               # the last decoder layer
-        logits = self.class_embed(outputs)                          # (G, D, L, B, Q, K + 1)
+            outputs = outputs[:, -1:]  # the last decoder layer
+        logits = self.class_embed(outputs)  # (G, D, L, B, Q, K + 1)
         kernels = mask_kernel(self.mask_embed(outputs), self.mask_features)
         predictions = [
             ClipPrediction(
@@ -193,8 +212,9 @@ class Tracker(nn.Module):
         ]
         return predictions, state
 
-    def decode_clip(self, encoded_clip: Tensor, state: TrackerState, detector_layers: int
-                    ) -> tuple[list[Tensor], list[Tensor], list[Tensor], TrackerState]:
+    def decode_clip(
+        self, encoded_clip: Tensor, state: TrackerState, detector_layers: int
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor], TrackerState]:
         """Update the instance queries with one clip.
 
         encoded_clip: encoded frame queries (S, U * F, C). detector_layers: L.
@@ -212,8 +232,8 @@ class Tracker(nn.Module):
             x = layer.cross_attention(x, query_pos, encoded_clip, frame_query_pos)
             if self.gated:
                 gate, logits, soft = self.gate(x, detector_layers)
-                x = gate * x + (1 - gate) * query     # gated residual connection
-                mask = self.attention_mask(gate)      # for the masked self-attention
+                x = gate * x + (1 - gate) * query  # gated residual connection
+                mask = self.attention_mask(gate)  # for the masked self-attention
                 gate_logits.append(logits)
                 gate_soft.append(soft)
             x = layer.self_attention(x, query_pos, mask)
@@ -241,9 +261,9 @@ class Tracker(nn.Module):
             return gate[..., None], logits, None
         soft = torch.sigmoid((logits + logistic_noise(logits)) / GUMBEL_TEMPERATURE)
         hard = (soft >= 0.5).to(soft.dtype)
-        gate = (hard - soft).detach() + soft                                # straight-through
-        last_layer = gate.unflatten(0, (detector_layers, -1))[-1]           # (B, Q)
-        gate = last_layer.repeat(detector_layers, 1).to(x.dtype)            # (S, Q)
+        gate = (hard - soft).detach() + soft  # straight-through
+        last_layer = gate.unflatten(0, (detector_layers, -1))[-1]  # (B, Q)
+        gate = last_layer.repeat(detector_layers, 1).to(x.dtype)  # (S, Q)
         return gate[..., None], logits, soft
 
     def attention_mask(self, gate: Tensor) -> Tensor:
@@ -256,7 +276,7 @@ class Tracker(nn.Module):
 
         The released code passes a float mask, which attention adds; a bool mask would block.
         """
-        is_closed = (gate == 0)[:, None]                                    # (S, 1, Q, 1), rows
+        is_closed = (gate == 0)[:, None]  # (S, 1, Q, 1), rows
         is_other = ~torch.eye(gate.shape[1], dtype=torch.bool, device=gate.device)
         mask = is_closed & is_other
         return mask if self.gate_mask == "blocked" else mask.to(gate.dtype)
@@ -300,9 +320,9 @@ class Tracker(nn.Module):
         windows are not shifted in training.
         """
         frames, window = x.shape[1], self.window
-        x = F.pad(x, (0, 0, 0, 0, 0, -frames % window))                     # (N, U', F, C)
-        is_padding = torch.arange(x.shape[1], device=x.device) >= frames    # (U')
-        blocked = is_padding.expand(len(is_padding), -1)                    # (U', U')
+        x = F.pad(x, (0, 0, 0, 0, 0, -frames % window))  # (N, U', F, C)
+        is_padding = torch.arange(x.shape[1], device=x.device) >= frames  # (U')
+        blocked = is_padding.expand(len(is_padding), -1)  # (U', U')
         shift = math.ceil(window / 2)
         for index, layer in enumerate(self.encoder):
             if index % 2 == 1 and not self.training:

@@ -15,6 +15,7 @@ therefore be resumed exactly without storing any random state. SIGINT and SIGTER
 step and save last.pt. Machines need not share a file system, because only rank 0 reads and writes
 --output.
 """
+
 import argparse
 import inspect
 import math
@@ -65,10 +66,17 @@ PREFETCH = 4  # batches that each loader process reads ahead
 
 # A step
 
-def train_step(network: nn.Module, criterion: Criterion, batch: list[Clip],
-               args: argparse.Namespace, device: torch.device, amp_dtype: torch.dtype,
-               optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
-               ) -> tuple[dict[str, float], float]:
+
+def train_step(
+    network: nn.Module,
+    criterion: Criterion,
+    batch: list[Clip],
+    args: argparse.Namespace,
+    device: torch.device,
+    amp_dtype: torch.dtype,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+) -> tuple[dict[str, float], float]:
     """Compute the clipped gradients of this process's clips, in --accumulate micro-batches.
 
     Each micro-batch is normalised by its own instances, as if it were a process; the gradient is
@@ -79,7 +87,7 @@ def train_step(network: nn.Module, criterion: Criterion, batch: list[Clip],
     size = len(batch) // args.accumulate
     totals = 0
     for first in range(0, len(batch), size):
-        micro_batch = batch[first:first + size]
+        micro_batch = batch[first : first + size]
         is_last = first + size == len(batch)
         with nullcontext() if is_last else no_exchange(network):
             # Autocast covers the network; the criterion computes in float32.
@@ -105,8 +113,10 @@ def no_exchange(network: nn.Module):
 
 # The model and its losses
 
-def make_model(args: argparse.Namespace, categories: list[tuple[int, str]],
-               resumed: dict | None, say) -> tuple[GRAttVIS, dict]:
+
+def make_model(
+    args: argparse.Namespace, categories: list[tuple[int, str]], resumed: dict | None, say
+) -> tuple[GRAttVIS, dict]:
     """The model with its initial weights, and the config to store in checkpoints.
 
     say: prints what was loaded.
@@ -140,8 +150,9 @@ def make_model(args: argparse.Namespace, categories: list[tuple[int, str]],
     return model, config
 
 
-def set_up(model: GRAttVIS, args: argparse.Namespace, device: torch.device,
-           amp_dtype: torch.dtype) -> None:
+def set_up(
+    model: GRAttVIS, args: argparse.Namespace, device: torch.device, amp_dtype: torch.dtype
+) -> None:
     """Move the model to its device and prepare it for training."""
     # Convolutions on a GPU are faster with channels last.
     on_gpu = device.type == "cuda"
@@ -156,16 +167,18 @@ def set_up(model: GRAttVIS, args: argparse.Namespace, device: torch.device,
         compile_parts(model, detector=args.compile == "all")
 
 
-def make_network(model: GRAttVIS, args: argparse.Namespace, device: torch.device,
-                 world: int) -> nn.Module:
+def make_network(
+    model: GRAttVIS, args: argparse.Namespace, device: torch.device, world: int
+) -> nn.Module:
     """The model, wrapped so that the processes average their gradients."""
     if world == 1:
         return model
     # The memory of a single clip is written but never read, so its weights get no gradient, which
     # DDP must be told.
     unread_memory = model.tracker.use_memory and args.frames <= args.clip_length
-    return DistributedDataParallel(model, [device] if device.type == "cuda" else None,
-                                   find_unused_parameters=unread_memory)
+    return DistributedDataParallel(
+        model, [device] if device.type == "cuda" else None, find_unused_parameters=unread_memory
+    )
 
 
 def make_criterion(args: argparse.Namespace, num_classes: int) -> Criterion:
@@ -176,8 +189,10 @@ def make_criterion(args: argparse.Namespace, num_classes: int) -> Criterion:
 
 # Optimizer and schedule
 
-def parameter_groups(model: nn.Module, lr: float, weight_decay: float,
-                     backbone_factor: float) -> list[dict]:
+
+def parameter_groups(
+    model: nn.Module, lr: float, weight_decay: float, backbone_factor: float
+) -> list[dict]:
     """AdamW parameter groups, as upstream.
 
     No weight decay for norms, nn.Embedding, relative position tables and vectors other than biases,
@@ -197,27 +212,39 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float,
                 or (is_vector and not name.endswith("bias"))
             )
             groups.setdefault((rate, 0.0 if exempt else weight_decay), []).append(parameter)
-    return [{"params": parameters, "lr": rate, "weight_decay": decay}
-            for (rate, decay), parameters in groups.items()]
+    return [
+        {"params": parameters, "lr": rate, "weight_decay": decay}
+        for (rate, decay), parameters in groups.items()
+    ]
 
 
-def learning_rate_factor(step: int, warmup: int, milestones: list[int], start: float = 0.0,
-                         gamma: float = 0.1) -> float:
+def learning_rate_factor(
+    step: int, warmup: int, milestones: list[int], start: float = 0.0, gamma: float = 0.1
+) -> float:
     """Linear warm-up from `start` to 1, multiplied by gamma at every milestone."""
     warm = min(1.0, (step + 1) / max(warmup, 1))
     passed = sum(step >= milestone for milestone in milestones)
-    return (start + (1 - start) * warm) * gamma ** passed
+    return (start + (1 - start) * warm) * gamma**passed
 
 
-def make_run(model: GRAttVIS, config: dict, args: argparse.Namespace, device: torch.device,
-             amp_dtype: torch.dtype, rank: int, resumed: dict | None) -> Run:
+def make_run(
+    model: GRAttVIS,
+    config: dict,
+    args: argparse.Namespace,
+    device: torch.device,
+    amp_dtype: torch.dtype,
+    rank: int,
+    resumed: dict | None,
+) -> Run:
     """The run, with optimizer and schedule.
 
     resumed: the contents of a checkpoint whose weights are already in the model.
     """
+
     def factor(step: int) -> float:
-        return learning_rate_factor(step, args.warmup, args.lr_steps, args.warmup_start,
-                                    args.lr_gamma)
+        return learning_rate_factor(
+            step, args.warmup, args.lr_steps, args.warmup_start, args.lr_gamma
+        )
 
     groups = parameter_groups(model, args.lr, args.weight_decay, args.backbone_lr_factor)
     optimizer = torch.optim.AdamW(groups, fused=True)
@@ -234,8 +261,10 @@ def make_run(model: GRAttVIS, config: dict, args: argparse.Namespace, device: to
 
 # The run
 
-def advance(run: Run, network: nn.Module, criterion: Criterion, batch: list[Clip]
-            ) -> tuple[dict[str, float], float, str]:
+
+def advance(
+    run: Run, network: nn.Module, criterion: Criterion, batch: list[Clip]
+) -> tuple[dict[str, float], float, str]:
     """Train one step on this process's clips.
 
     Returns losses, gradient norm, and the reason if the step was skipped. Raises FloatingPointError
@@ -243,8 +272,9 @@ def advance(run: Run, network: nn.Module, criterion: Criterion, batch: list[Clip
     """
     buffers = list(run.model.buffers()) if run.args.skip_nonfinite else []
     buffers_before = [buffer.clone() for buffer in buffers]
-    losses, grad_norm = train_step(network, criterion, batch, run.args, run.device, run.amp_dtype,
-                                   run.optimizer, run.scaler)
+    losses, grad_norm = train_step(
+        network, criterion, batch, run.args, run.device, run.amp_dtype, run.optimizer, run.scaler
+    )
     total = sum(losses.values())
     # With fp16, gradients may overflow: the scaler then skips the step and lowers its scale.
     handled_by_scaler = run.scaler.is_enabled() and math.isfinite(total)
@@ -270,8 +300,14 @@ def advance(run: Run, network: nn.Module, criterion: Criterion, batch: list[Clip
     return losses, grad_norm, reason
 
 
-def train(run: Run, network: nn.Module, criterion: Criterion, bar: tqdm,
-          held_out: VideoSet | None, skipped: int) -> None:
+def train(
+    run: Run,
+    network: nn.Module,
+    criterion: Criterion,
+    bar: tqdm,
+    held_out: VideoSet | None,
+    skipped: int,
+) -> None:
     """Train until the last step or a signal, with logs, evaluations and checkpoints.
 
     bar: iterates over lists of Clips, one per step. skipped: number of bad entries so far.
@@ -286,7 +322,7 @@ def train(run: Run, network: nn.Module, criterion: Criterion, bar: tqdm,
         for message in [message for clip in batch for message in clip.skipped]:
             skipped += 1
             bar.write(f"skipped: {message}")
-        torch.manual_seed(hash((args.seed, run.step, run.rank)) % 2 ** 63)
+        torch.manual_seed(hash((args.seed, run.step, run.rank)) % 2**63)
         rate = run.learning_rate
         losses, grad_norm, reason = advance(run, network, criterion, batch)
         if reason:
@@ -295,17 +331,20 @@ def train(run: Run, network: nn.Module, criterion: Criterion, bar: tqdm,
             seconds, began = perf_counter() - began, perf_counter()
             total = sum(losses.values())
             on_gpu = run.device.type == "cuda"
-            run.log({
-                "step": run.step,
-                "loss": total,
-                "lr": rate,
-                # With fp16, the scaler skips a step whose norm is not finite.
-                "gradient_norm": grad_norm if math.isfinite(grad_norm) else None,
-                "iterations_per_second": args.log_every / seconds,
-                "data_share": waited / seconds,
-                "memory_gib": torch.cuda.max_memory_allocated() / 2 ** 30 if on_gpu else None,
-                "skipped": skipped,
-            } | losses)
+            run.log(
+                {
+                    "step": run.step,
+                    "loss": total,
+                    "lr": rate,
+                    # With fp16, the scaler skips a step whose norm is not finite.
+                    "gradient_norm": grad_norm if math.isfinite(grad_norm) else None,
+                    "iterations_per_second": args.log_every / seconds,
+                    "data_share": waited / seconds,
+                    "memory_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None,
+                    "skipped": skipped,
+                }
+                | losses
+            )
             bar.set_postfix(loss=f"{total:.2f}", data=f"{waited / seconds:.0%}", refresh=False)
             waited = 0.0
         if held_out and run.step % args.evaluate_every == 0:
@@ -325,8 +364,13 @@ def train(run: Run, network: nn.Module, criterion: Criterion, bar: tqdm,
         print(f"saved {run.last}{bad}")
 
 
-def start(run: Run, clips: ClipDataset | MixedClips | RenderedClips, held_out: VideoSet | None,
-          world: int, amp_reason: str) -> None:
+def start(
+    run: Run,
+    clips: ClipDataset | MixedClips | RenderedClips,
+    held_out: VideoSet | None,
+    world: int,
+    amp_reason: str,
+) -> None:
     """Lock the output folder, start the loader processes, and train."""
     args = run.args
     with ExitStack() as stack:
@@ -339,13 +383,20 @@ def start(run: Run, clips: ClipDataset | MixedClips | RenderedClips, held_out: V
         sampler = StepSampler(run.step, args.iterations, args.batch // world, run.rank, world)
         network = make_network(run.model, args, run.device, world)
         criterion = make_criterion(args, len(clips.categories))
-        batches = read_ahead(clips, args.workers, run.device, batch_sampler=sampler,
-                             prefetch=PREFETCH)
+        batches = read_ahead(
+            clips, args.workers, run.device, batch_sampler=sampler, prefetch=PREFETCH
+        )
         with (
             deferred_stop(),
             closing(batches),
-            tqdm(batches, initial=run.step, total=args.iterations, desc="train",
-                 disable=run.rank > 0, mininterval=1) as bar,
+            tqdm(
+                batches,
+                initial=run.step,
+                total=args.iterations,
+                desc="train",
+                disable=run.rank > 0,
+                mininterval=1,
+            ) as bar,
         ):
             train(run, network, criterion, bar, held_out, clips.skipped.total)
 
@@ -377,8 +428,10 @@ def main(args: argparse.Namespace) -> None:
         config["data"] = [checksum(path) for path in clips.paths]
     require_agreement(values_to_agree_on(args, config))
     if resumed and resumed["config"].get("data", config["data"]) != config["data"]:
-        say(f"the annotations are not those that {args.resume} was trained on: from here on this "
-            "is another run")
+        say(
+            f"the annotations are not those that {args.resume} was trained on: from here on this "
+            "is another run"
+        )
     if args.workers is None:
         args.workers = choose_workers(4 if args.recipe else 2, clip_bytes(args, world), PREFETCH)
     set_up(model, args, device, amp_dtype)
@@ -387,8 +440,11 @@ def main(args: argparse.Namespace) -> None:
     start(run, clips, held_out, world, amp_reason)
     stop_processes()
     if run.stopping:
-        raise Stopped(run.stopping, f"{run.last} holds iteration {run.step} of {args.iterations}, "
-                      f"--resume {run.last} continues")
+        raise Stopped(
+            run.stopping,
+            f"{run.last} holds iteration {run.step} of {args.iterations}, "
+            f"--resume {run.last} continues",
+        )
 
 
 if __name__ == "__main__":

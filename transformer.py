@@ -7,6 +7,7 @@ Batch comes first: (N, tokens, C).
 Source: upstream mask2former/modeling/transformer_decoder/mask2former_transformer_decoder.py and
 vita/modeling/transformer_decoder/vita.py.
 """
+
 import math
 
 import torch
@@ -33,8 +34,9 @@ class Attention(nn.Module):
         nn.init.xavier_uniform_(self.out_proj.weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor,
-                mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
         """query (N, queries, C), key and value (N, keys, C) -> (N, queries, C)."""
         q, k, v = self.project(query, key, value)
         if mask is not None:
@@ -77,8 +79,9 @@ class SelfAttention(nn.Module):
         self.attention = Attention(channels, heads)
         self.norm = nn.LayerNorm(channels)
 
-    def forward(self, x: Tensor, query_pos: Tensor | None = None,
-                mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, query_pos: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
         query = x if query_pos is None else x + query_pos
         attended = self.attention(query, query, x, mask)
         return self.norm(x + attended)
@@ -92,8 +95,14 @@ class CrossAttention(nn.Module):
         self.attention = Attention(channels, heads)
         self.norm = nn.LayerNorm(channels)
 
-    def forward(self, x: Tensor, query_pos: Tensor, memory: Tensor, memory_pos: Tensor,
-                mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        query_pos: Tensor,
+        memory: Tensor,
+        memory_pos: Tensor,
+        mask: Tensor | None = None,
+    ) -> Tensor:
         query = x + query_pos
         key = memory + memory_pos
         attended = self.attention(query, key, memory, mask)
@@ -122,9 +131,12 @@ class MLP(nn.Sequential):
 
     def __init__(self, channels: int, out_channels: int):
         super().__init__(
-            nn.Linear(channels, channels), nn.ReLU(),
-            nn.Linear(channels, channels), nn.ReLU(),
-            nn.Linear(channels, out_channels))
+            nn.Linear(channels, channels),
+            nn.ReLU(),
+            nn.Linear(channels, channels),
+            nn.ReLU(),
+            nn.Linear(channels, out_channels),
+        )
 
 
 def mask_kernel(embed: Tensor, mask_features: nn.Conv2d) -> Tensor:
@@ -137,8 +149,8 @@ def mask_kernel(embed: Tensor, mask_features: nn.Conv2d) -> Tensor:
 
     Memory: W f + b, as large as the features, is never stored. Training takes 7 % less.
     """
-    weight = mask_features.weight.flatten(1)                    # (C, C)
-    bias = mask_features.bias[:, None]                          # (C, 1)
+    weight = mask_features.weight.flatten(1)  # (C, C)
+    bias = mask_features.bias[:, None]  # (C, 1)
     return embed @ torch.cat((weight, bias), 1)
 
 

@@ -21,6 +21,7 @@ share is relative to its largest area in the video.
 
 Letters: T frames, G ground truth instances, K tracks, D decoder layers.
 """
+
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -47,8 +48,8 @@ from synthetic.scenes import Difficulty  # noqa: E402
 from viewing.overlays import best_labels  # noqa: E402
 
 MAX_LONG_SIDE = 1333  # pixels
-TOP_K = 10            # instances per video
-MIN_SCORE = 0.3       # of a track that can be given to an instance
+TOP_K = 10  # instances per video
+MIN_SCORE = 0.3  # of a track that can be given to an instance
 MIN_IOU = 0.5
 # Frames, both ends included.
 GAPS = {"0": (0, 0), "1-3": (1, 3), "4-6": (4, 6), "7-10": (7, 10), "11+": (11, float("inf"))}
@@ -57,14 +58,21 @@ SHARES = ("0", "0-25 %", "25-50 %", "50-75 %", "75-100 %")
 STATES = ("visible", "hidden", "outside", "visible, clean frame", "visible, noisy frame")
 
 
-def measure_suite(model: GRAttVIS, videos: VideoSet, device: torch.device, amp_dtype: torch.dtype,
-                  short_side: int, difficulty: Difficulty) -> dict[str, dict]:
+def measure_suite(
+    model: GRAttVIS,
+    videos: VideoSet,
+    device: torch.device,
+    amp_dtype: torch.dtype,
+    short_side: int,
+    difficulty: Difficulty,
+) -> dict[str, dict]:
     """All that gate_tables.TITLES names, and "instances by gap", of a model on a suite."""
     results = []
     switches = 0
     opened = defaultdict(list)  # gates (D,) by name of STATES and SHARES
-    segmented = segment_videos(model, videos.videos, device, amp_dtype, short_side, MAX_LONG_SIDE,
-                               TOP_K)
+    segmented = segment_videos(
+        model, videos.videos, device, amp_dtype, short_side, MAX_LONG_SIDE, TOP_K
+    )
     for video, result in segmented:
         results += to_entries(video, result, videos.categories)
         tracks = best_labels(result, MIN_SCORE)
@@ -76,7 +84,7 @@ def measure_suite(model: GRAttVIS, videos: VideoSet, device: torch.device, amp_d
             usual = usual_track(track_of, areas)
             if usual is None:
                 continue
-            gates = result.gates[tracks[usual]].numpy()      # (T, D)
+            gates = result.gates[tracks[usual]].numpy()  # (T, D)
             for name, chosen in frame_groups(areas, noisy).items():
                 opened[name] += gates[chosen].tolist()
     metrics = evaluate_results(results, videos.ground_truth)
@@ -86,6 +94,7 @@ def measure_suite(model: GRAttVIS, videos: VideoSet, device: torch.device, amp_d
 
 
 # The ground truth
+
 
 def visible_areas(annotation: dict) -> np.ndarray:
     """(T,) pixels, 0 where the instance has no mask."""
@@ -139,6 +148,7 @@ def frame_groups(areas: np.ndarray, noisy: np.ndarray | None) -> dict[str, np.nd
 
 # Which track an instance has
 
+
 def frame_overlaps(result: EncodedVideo, tracks: list[int], video: Video) -> np.ndarray:
     """IoU (T, G, K) of the ground truth's masks with those of some of the predicted instances."""
     size = {"height": video.height, "width": video.width}
@@ -187,6 +197,7 @@ def usual_track(track_of: np.ndarray, areas: np.ndarray) -> int | None:
 
 # Numbers
 
+
 def scores_by_gap(results: list[dict], ground_truth: dict) -> dict[str, dict[str, float]]:
     """AP and AR10 of the instances in each bin of GAPS, and their number.
 
@@ -212,6 +223,7 @@ def open_shares(opened: dict[str, list[list[bool]]]) -> dict[str, dict[str, floa
     for what, names in (("state", STATES), ("share", SHARES)):
         shares[f"open by {what}"] = {name: mean_defined(np.array(opened[name])) for name in names}
         last = {name: [gates[-1:] for gates in opened[name]] for name in names}
-        shares[f"last open by {what}"] = {name: mean_defined(np.array(last[name]))
-                                          for name in names}
+        shares[f"last open by {what}"] = {
+            name: mean_defined(np.array(last[name])) for name in names
+        }
     return shares

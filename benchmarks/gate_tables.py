@@ -1,4 +1,5 @@
 """The tables and plots of the gate study: means and spreads over the records of several seeds."""
+
 import statistics
 import sys
 from collections import defaultdict
@@ -38,11 +39,15 @@ def read_groups(paths: list[str], order: list[str]) -> Groups:
         for record in read_records(path):
             name, suite = record["name"], record["suite"]
             if checksums.setdefault(suite, record["checksum"]) != record["checksum"]:
-                raise InputError(f"{path}: {name} was measured on other videos of the suite "
-                                 f"{suite} than the records before")
+                raise InputError(
+                    f"{path}: {name} was measured on other videos of the suite "
+                    f"{suite} than the records before"
+                )
             if any(other["seed"] == record["seed"] for other in groups[suite, name]):
-                raise InputError(f"{path}: {name} has two records of seed {record['seed']} on the "
-                                 f"suite {suite}; other settings need other --names")
+                raise InputError(
+                    f"{path}: {name} has two records of seed {record['seed']} on the "
+                    f"suite {suite}; other settings need other --names"
+                )
             groups[suite, name].append(record)
 
     def place(group: tuple[str, str]) -> list[int]:
@@ -55,7 +60,8 @@ def read_records(path: str) -> list[dict]:
     """The records of a file; InputError if `study.py measure` has not written it."""
     records = read_json(path)
     valid = isinstance(records, list) and all(
-        isinstance(record, dict) and TITLES.keys() <= record.keys() for record in records)
+        isinstance(record, dict) and TITLES.keys() <= record.keys() for record in records
+    )
     if not valid:
         raise InputError(f"{path} is no file that `measure` has written")
     return records
@@ -114,9 +120,15 @@ def plot_lines(path: Path, groups: Groups, suite: str, key: str) -> None:
         places = (means >= 0).nonzero()[0]
         if not len(places):  # gates of a model that has none
             continue
-        line, = axes.plot(places, means[places], marker="o", label=f"{name} (n = {len(records)})")
-        axes.fill_between(places, (means - spreads)[places], (means + spreads)[places],
-                          color=line.get_color(), alpha=0.2, linewidth=0)
+        (line,) = axes.plot(places, means[places], marker="o", label=f"{name} (n = {len(records)})")
+        axes.fill_between(
+            places,
+            (means - spreads)[places],
+            (means + spreads)[places],
+            color=line.get_color(),
+            alpha=0.2,
+            linewidth=0,
+        )
     axes.set_xticks(range(len(columns)), columns)
     axes.set(title=f"{TITLES[key]}: {suite}", ylim=(0, 100))
     axes.title.set_fontsize("small")

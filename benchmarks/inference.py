@@ -8,6 +8,7 @@ the process for several video lengths. Speed: from JPEG files of 720x1280 to res
 and in total. Chunks: how results depend on the number of frames that the detector processes
 together. The model is R-50 with random weights, which do not affect these numbers.
 """
+
 import argparse
 import json
 import resource
@@ -137,7 +138,7 @@ def memory(lengths: list[int], chunk: int) -> None:
         return codes
 
     postprocess.encode_counts = encode_and_count
-    for frames in [8, *lengths]:                              # the first warms up
+    for frames in [8, *lengths]:  # the first warms up
         if CUDA:
             torch.cuda.reset_peak_memory_stats()
         began = time.perf_counter()
@@ -293,8 +294,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description="Measure inference.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--parts", nargs="+", default=["encoding", "memory", "speed", "chunks"],
-                        choices=("encoding", "memory", "speed", "chunks"))
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        default=["encoding", "memory", "speed", "chunks"],
+        choices=("encoding", "memory", "speed", "chunks"),
+    )
     parser.add_argument(
         "--lengths", type=int, nargs="+", default=[36, 200, 2000], help="frames, of the memory part"
     )

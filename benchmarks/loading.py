@@ -16,6 +16,7 @@ wall time, the median of --repeats, for train.py's loader with the batches of on
 processes, after WARM batches per worker. Files are in the page cache, so disks are not measured.
 Other load on the machine lowers the rates.
 """
+
 import argparse
 import json
 import os
@@ -45,9 +46,9 @@ from train import PREFETCH
 from trainer.datasets import open_clips
 from trainer.flags import parse_arguments
 
-HEIGHT, WIDTH, FRAMES, OBJECTS = 720, 1280, 14, 6      # of a video; reach 6 sees 13 frames
-NOISE = 5.0                                            # grey levels, standard deviation
-WARM = 2                                               # batches a worker that are not counted
+HEIGHT, WIDTH, FRAMES, OBJECTS = 720, 1280, 14, 6  # of a video; reach 6 sees 13 frames
+NOISE = 5.0  # grey levels, standard deviation
+WARM = 2  # batches a worker that are not counted
 # Timed functions: a label, the object that has the function, and its name. Indented rows are
 # included in the row above.
 STAGES = (
@@ -62,13 +63,15 @@ STAGES = (
 
 def make_set(root: Path, videos: int) -> None:
     """Write the train split of a data set."""
+
     def scenes() -> Iterator[tuple[np.ndarray, list]]:
         for number in range(videos):
             generator = np.random.default_rng(number)
             images, instances = make_video(generator, FRAMES, HEIGHT, WIDTH, (OBJECTS, OBJECTS))
-            for image in images:                       # one by one, for the memory of the noise
+            for image in images:  # one by one, for the memory of the noise
                 image[:] = (image + generator.normal(0, NOISE, image.shape)).round().clip(0, 255)
             yield images, instances
+
     write_split(root, "train", scenes())
 
 
@@ -100,6 +103,7 @@ class Stopwatch:
                 return function(*arguments, **options)
             finally:
                 self.seconds[name] = self.seconds.get(name, 0.0) + time.process_time() - start
+
         return timed
 
 
@@ -121,8 +125,10 @@ def measure_stages(clips: ClipDataset, numbers: range) -> list[dict]:
         value for name, value in seconds.items() if name[0] != " "
     )
     frames = len(numbers) * clips.frames
-    return [{"what": name, "ms_a_frame": 1000 * value / frames, "share": value / whole}
-            for name, value in (seconds | {"whole clip": whole}).items()]
+    return [
+        {"what": name, "ms_a_frame": 1000 * value / frames, "share": value / whole}
+        for name, value in (seconds | {"whole clip": whole}).items()
+    ]
 
 
 def measure_loader(clips: ClipDataset, workers: int, batch: int, first: int, batches: int) -> float:
@@ -130,8 +136,9 @@ def measure_loader(clips: ClipDataset, workers: int, batch: int, first: int, bat
     warm = WARM * max(workers, 1)
     # Endless, so that no worker runs out of work.
     sampler = StepSampler(first - warm, sys.maxsize, batch)
-    with closing(read_ahead(clips, workers, torch.device("cpu"), batch_sampler=sampler,
-                            prefetch=PREFETCH)) as loader:
+    with closing(
+        read_ahead(clips, workers, torch.device("cpu"), batch_sampler=sampler, prefetch=PREFETCH)
+    ) as loader:
         for _ in range(warm):
             next(loader)
         start = time.perf_counter()
@@ -141,16 +148,29 @@ def measure_loader(clips: ClipDataset, workers: int, batch: int, first: int, bat
 
 def describe_machine() -> dict:
     """What the numbers depend on; `load` is the number of processes that ran in the last minute."""
-    return {"cores": os.cpu_count(), "load": os.getloadavg()[0], "torch": torch.__version__,
-            "torchvision": torchvision.__version__, "pillow": PIL.__version__}
+    return {
+        "cores": os.cpu_count(),
+        "load": os.getloadavg()[0],
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "pillow": PIL.__version__,
+    }
 
 
 def measure(root: Path, options: argparse.Namespace) -> dict:
     """All numbers of the set in `root`; prints them."""
     args = parse_arguments(
         [
-            "--recipe", options.recipe, "--train-json", str(root / "train.json"), "--seed", "0",
-            "--train-images", str(root / "train/JPEGImages"), "--num-classes", str(len(CATEGORIES)),
+            "--recipe",
+            options.recipe,
+            "--train-json",
+            str(root / "train.json"),
+            "--seed",
+            "0",
+            "--train-images",
+            str(root / "train/JPEGImages"),
+            "--num-classes",
+            str(len(CATEGORIES)),
         ]
     )
     clips, batch = open_clips(args), max(args.batch // options.processes, 1)
@@ -171,7 +191,7 @@ def measure(root: Path, options: argparse.Namespace) -> dict:
     first = WARM * max(options.workers)
     numbers = range(first * batch, (first + options.batches) * batch)
     # Files into memory, libraries set up.
-    measure_stages(clips, numbers[:len(clips.videos)])
+    measure_stages(clips, numbers[: len(clips.videos)])
     stages, rates = measure_stages(clips, numbers), []
     print(f"{'one process, one thread':<32}{'ms a frame':>12}{'share':>9}")
     for row in stages:

@@ -7,6 +7,7 @@ them, and the difference as a share of a frame of inference. On a GPU, times are
 alone, replayed as a CUDA graph for a chunk of frames, as in inference. docs/performance.md has the
 table.
 """
+
 import sys
 import time
 from pathlib import Path
@@ -28,7 +29,7 @@ from transformer import mask_kernel, mask_logits  # noqa: E402
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 DTYPE = torch.float16 if CUDA else torch.float32
-FRAME, STRIDE_4, OUTPUT = (360, 640), (96, 160), (720, 1280)   # frames are padded to 384x640
+FRAME, STRIDE_4, OUTPUT = (360, 640), (96, 160), (720, 1280)  # frames are padded to 384x640
 QUERIES, CHANNELS, POINTS, PREDICTIONS = 100, 256, 12544, 9
 CHUNK = INFERENCE_CHUNK if CUDA else 1  # frames together
 
@@ -80,7 +81,7 @@ def deformable_sampling():
         total, parts = 0, value.split([height * width for height, width in levels], 1)
         for level, (height, width) in enumerate(levels):
             maps = parts[level][0].permute(1, 2, 0).unflatten(2, (height, width))
-            grid = (2 * locations[0, :, :, level] - 1).transpose(0, 1)          # (heads, pixels, 4)
+            grid = (2 * locations[0, :, :, level] - 1).transpose(0, 1)  # (heads, pixels, 4)
             samples = F.grid_sample(maps, grid, align_corners=False)
             total = total + (samples * weights[0, :, :, level].transpose(0, 1)[:, None]).sum(-1)
         return total.permute(2, 0, 1).flatten(1)[None]
@@ -111,8 +112,9 @@ def masks_for_attention():
 
     def rewritten() -> Tensor:
         sources = features_for_masks(features, sizes[:3]) * 3
-        return torch.cat([attention_mask(kernel, source, size)[:, 0]
-                          for source, size in zip(sources, sizes)], 2)
+        return torch.cat(
+            [attention_mask(kernel, source, size)[:, 0] for source, size in zip(sources, sizes)], 2
+        )
 
     return 1 / CHUNK, plain, rewritten
 
@@ -124,7 +126,7 @@ def masks_at_output_size():
 
     def plain() -> Tensor:
         large = F.interpolate(logits[None], padded, mode="bilinear", align_corners=False)
-        large = large[..., :FRAME[0], :FRAME[1]]
+        large = large[..., : FRAME[0], : FRAME[1]]
         return F.interpolate(large, OUTPUT, mode="bilinear", align_corners=False)[0]
 
     return 1, plain, lambda: resize_masks(logits, FRAME, OUTPUT)
@@ -140,8 +142,9 @@ def masks_for_matching():
         return sample_at(mask_logits(kernel, features), points)
 
     def rewritten() -> Tensor:
-        return torch.einsum("tqc,tcp->tqp", kernel, sample_at(append_bias_channel(features),
-                                                              points))
+        return torch.einsum(
+            "tqc,tcp->tqp", kernel, sample_at(append_bias_channel(features), points)
+        )
 
     return 1, plain, rewritten
 
@@ -154,17 +157,28 @@ def main() -> None:
     video = torch.randint(256, (36 if CUDA else 2, 3, *FRAME), dtype=torch.uint8)
     with torch.autocast(DEVICE.type, DTYPE, enabled=DTYPE != torch.float32):
         whole = milliseconds(lambda: model.segment_video(video, OUTPUT, top_k=20)) / len(video)
-    print(f"torch {torch.__version__}, {DEVICE.type}, {torch.get_num_threads()} threads, {DTYPE}; "
-          f"a frame of R-50 at {FRAME[0]}x{FRAME[1]}: {whole:.2f} ms")
-    for rewrite in (deformable_sampling, masks_of_queries, masks_for_attention,
-                    masks_at_output_size, masks_for_matching):
+    print(
+        f"torch {torch.__version__}, {DEVICE.type}, {torch.get_num_threads()} threads, {DTYPE}; "
+        f"a frame of R-50 at {FRAME[0]}x{FRAME[1]}: {whole:.2f} ms"
+    )
+    for rewrite in (
+        deformable_sampling,
+        masks_of_queries,
+        masks_for_attention,
+        masks_at_output_size,
+        masks_for_matching,
+    ):
         times, plain, rewritten = rewrite()
         difference = (plain().float() - rewritten().float()).abs().max().item()
         slow, fast = times * kernel_milliseconds(plain), times * kernel_milliseconds(rewritten)
-        share = "" if rewrite is masks_for_matching else (
-            f", {(slow - fast) / whole:+.1%} of a frame")
-        print(f"{rewrite.__name__}: plain {slow:.2f} ms, rewritten {fast:.2f} ms{share}; "
-              f"largest difference {difference:.1e}", flush=True)
+        share = (
+            "" if rewrite is masks_for_matching else (f", {(slow - fast) / whole:+.1%} of a frame")
+        )
+        print(
+            f"{rewrite.__name__}: plain {slow:.2f} ms, rewritten {fast:.2f} ms{share}; "
+            f"largest difference {difference:.1e}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ Others: VidEoMT of transformers, if installed, model only, compiled. Errors comp
 with float32 in the first frame, before differences accumulate. Without a GPU, only floor and live
 run in minutes.
 """
+
 import argparse
 import sys
 import time
@@ -71,7 +72,7 @@ def make_video(frames: int, height: int, width: int) -> torch.Tensor:
             for t in range(frames)
         ]
     )
-    return frames.pin_memory() if CUDA else frames                       # as a loader gives them
+    return frames.pin_memory() if CUDA else frames  # as a loader gives them
 
 
 def make_model(
@@ -95,7 +96,7 @@ def floor(preset: str, size: tuple[int, int], args: argparse.Namespace) -> None:
         model.tracker(queries[:, None, None])
     side = 8192 if CUDA else 2048
     large = torch.randn(side, side, device=DEVICE, dtype=dtype)
-    rate, work = 2 * side ** 3 / seconds(lambda: large @ large, 9)[4], counter.get_total_flops()
+    rate, work = 2 * side**3 / seconds(lambda: large @ large, 9)[4], counter.get_total_flops()
     print(
         f"{preset}, {size[0]}x{size[1]}: {work / 1e9:.1f} GFLOP a frame; matmuls of {side}x{side} "
         f"run at {rate / 1e9:.0f} GFLOP/s in "
@@ -196,7 +197,7 @@ def make_clip(frames: int, height: int, width: int, instances: int) -> Clip:
                 (37 * number + 9 * t) % (height - 160),
                 (91 * number + 11 * t) % (width - 200),
             )
-            masks[number, t, top:top + 160, left:left + 200], ids[number, t] = True, number
+            masks[number, t, top : top + 160, left : left + 200], ids[number, t] = True, number
     return Clip(
         torch.randint(0, 256, (frames, 3, height, width), dtype=torch.uint8),
         torch.arange(instances) % 25,
@@ -229,7 +230,7 @@ def train(
     scaler = torch.amp.GradScaler(DEVICE.type, enabled=amp == torch.float16)
     batch = [make_clip(5, *size, 6) for _ in range(clips)]
     if CUDA:
-        batch = [                                                        # as a loader gives them
+        batch = [  # as a loader gives them
             replace(clip, frames=clip.frames.pin_memory(), masks=clip.masks.pin_memory())
             for clip in batch
         ]

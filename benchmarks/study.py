@@ -15,6 +15,7 @@ the same name and suite.
 
 gate_measures.py says what is measured and how, gate_tables.py makes the tables.
 """
+
 import argparse
 import os
 import subprocess
@@ -61,9 +62,32 @@ CONFIGURATIONS = {  # name: flags of train.py
     "query-noise": ("--propagation", "gated", "--query-noise", "0.5"),
 }
 COMMON = (
-    "--stage", "grattvis", "--preset", "small", "--render", "easy", "occlusion", "look-alike",
-    "degraded", "--frames", "6", "--reach", "10", "--batch", "16", "--short-sides", "128",
-    "--test-short-side", "128", "--lr", "5e-4", "--warmup", "100", "--workers", "2", "--log-every",
+    "--stage",
+    "grattvis",
+    "--preset",
+    "small",
+    "--render",
+    "easy",
+    "occlusion",
+    "look-alike",
+    "degraded",
+    "--frames",
+    "6",
+    "--reach",
+    "10",
+    "--batch",
+    "16",
+    "--short-sides",
+    "128",
+    "--test-short-side",
+    "128",
+    "--lr",
+    "5e-4",
+    "--warmup",
+    "100",
+    "--workers",
+    "2",
+    "--log-every",
     "100",
 )
 PLOTTED = ("AP by gap", "open by share", "last open by share")
@@ -71,6 +95,7 @@ Running = dict[Path, tuple[subprocess.Popen, IO]]  # folder of a run: its proces
 
 
 # Training
+
 
 def train(args: argparse.Namespace) -> None:
     """Run train.py for every configuration and seed, so many at a time, on the GPUs in turn.
@@ -99,17 +124,27 @@ def train(args: argparse.Namespace) -> None:
             bar.update(remove_finished(running))
 
 
-def start_run(args: argparse.Namespace, name: str, seed: int, folder: Path, number: int
-              ) -> tuple[subprocess.Popen, IO]:
+def start_run(
+    args: argparse.Namespace, name: str, seed: int, folder: Path, number: int
+) -> tuple[subprocess.Popen, IO]:
     """Start to train one configuration: the process, and the file that it prints to."""
     command = [
-        sys.executable, str(REPOSITORY / "train.py"), *COMMON, *CONFIGURATIONS[name],
-        "--seed", str(seed),
-        "--init", args.init,
-        "--output", str(folder),
-        "--iterations", str(args.iterations),
-        "--lr-steps", str(args.iterations * 4 // 5),
-        "--save-every", str(args.iterations),
+        sys.executable,
+        str(REPOSITORY / "train.py"),
+        *COMMON,
+        *CONFIGURATIONS[name],
+        "--seed",
+        str(seed),
+        "--init",
+        args.init,
+        "--output",
+        str(folder),
+        "--iterations",
+        str(args.iterations),
+        "--lr-steps",
+        str(args.iterations * 4 // 5),
+        "--save-every",
+        str(args.iterations),
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     gpus = torch.cuda.device_count()
@@ -144,11 +179,13 @@ def ending(running: Running) -> Iterator[None]:
 
 # Measuring
 
+
 def measure(args: argparse.Namespace) -> None:
     """Write the records; after each, so that what was measured before a kill is kept."""
     if args.names and len(args.names) != len(args.weights):
-        raise InputError(f"{len(args.names)} names for {len(args.weights)} checkpoints: give one "
-                         "for each")
+        raise InputError(
+            f"{len(args.names)} names for {len(args.weights)} checkpoints: give one for each"
+        )
     output = Path(args.output)
     if output.exists():
         raise InputError(f"{output} exists: give another --output (`table` takes several files)")
@@ -172,13 +209,17 @@ def measure(args: argparse.Namespace) -> None:
         for suite, videos in sets.items():
             check_categories(model, config, videos, weights)
             data = {"suite": suite, "videos": len(videos), "checksum": checksum(videos.path)}
-            measured = measure_suite(model, videos, device, amp_dtype, setting["short_side"],
-                                     SUITES[suite].difficulty)
+            measured = measure_suite(
+                model, videos, device, amp_dtype, setting["short_side"], SUITES[suite].difficulty
+            )
             records.append(setting | data | measured)
             save_json(output, records)
             scores = measured["scores"]
-            print(f"{weights}, {setting['name']}, {suite}: AP {100 * scores['AP']:.1f}, "
-                  f"{scores['switches']:.2f} identity switches a video", flush=True)
+            print(
+                f"{weights}, {setting['name']}, {suite}: AP {100 * scores['AP']:.1f}, "
+                f"{scores['switches']:.2f} identity switches a video",
+                flush=True,
+            )
 
 
 def name_of(model: GRAttVIS, weights: str) -> str:
@@ -192,6 +233,7 @@ def name_of(model: GRAttVIS, weights: str) -> str:
 
 
 # Tables
+
 
 def table(args: argparse.Namespace) -> None:
     """Print the tables, and draw them where a folder is given."""
@@ -215,6 +257,7 @@ def table(args: argparse.Namespace) -> None:
 
 # The command line
 
+
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Study what the gate is good for.")
@@ -228,26 +271,35 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def add_train_flags(add) -> None:
     """Flags of `train`; `add` is add_argument."""
-    add("--init", required=True,
-        help="checkpoint of the stage vita, preset small, to start from")
+    add("--init", required=True, help="checkpoint of the stage vita, preset small, to start from")
     add("--configurations", nargs="+", choices=CONFIGURATIONS, default=list(CONFIGURATIONS))
     add("--seeds", type=at_least(1), default=3)
     add("--iterations", type=at_least(1), default=2000)
     add("--parallel", type=at_least(1), default=6, help="runs at a time, over all GPUs")
-    add("--output", default="runs/study",
-        help="folder for the runs: NAME-SEED, and what they print in NAME-SEED.txt")
+    add(
+        "--output",
+        default="runs/study",
+        help="folder for the runs: NAME-SEED, and what they print in NAME-SEED.txt",
+    )
 
 
 def add_measure_flags(add) -> None:
     """Flags of `measure`."""
     add("weights", nargs="+", help="checkpoints of train.py")
-    add("--names", nargs="+",
+    add(
+        "--names",
+        nargs="+",
         help="one for each checkpoint, the same for those that differ in the seed alone "
-        "(default: the configuration of `train`, else propagation and gate mask)")
+        "(default: the configuration of `train`, else propagation and gate mask)",
+    )
     add("--suites", nargs="+", choices=SUITES, default=list(SUITES))
     add("--sets", default="datasets/suites", help="folder that holds a folder for each suite")
-    add("--videos", type=at_least(1), default=24,
-        help="held-out videos of a suite that has to be written")
+    add(
+        "--videos",
+        type=at_least(1),
+        default=24,
+        help="held-out videos of a suite that has to be written",
+    )
     add("--output", default="runs/study.json", help="file to write")
     add("--device", default="auto", help="auto, cpu, cuda")
     add("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"), help="see evaluate.py")
@@ -257,8 +309,11 @@ def add_table_flags(add) -> None:
     """Flags of `table`."""
     add("files", nargs="+", help="what `measure` has written")
     add("--names", nargs="+", help="leave out the others")
-    add("--plot", metavar="FOLDER",
-        help="also draw AP over occlusion and open gates over visible share (needs matplotlib)")
+    add(
+        "--plot",
+        metavar="FOLDER",
+        help="also draw AP over occlusion and open gates over visible share (needs matplotlib)",
+    )
 
 
 if __name__ == "__main__":

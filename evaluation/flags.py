@@ -1,4 +1,5 @@
 """The command line of evaluate.py."""
+
 import argparse
 
 from checkpoint import SHIPPED_WEIGHTS
@@ -13,7 +14,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Evaluate a model on videos in the YouTube-VIS format, or score a results "
         "file.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     add_model_flags(parser.add_argument_group("model").add_argument)
     add_data_flags(parser.add_argument_group("data").add_argument)
     add_result_flags(parser.add_argument_group("result").add_argument)
@@ -26,8 +28,11 @@ def add_model_flags(add) -> None:
     add("--weights", default=str(SHIPPED_WEIGHTS), help="checkpoint, ours or official")
     add("--preset", choices=PRESETS, help="of an official checkpoint (ours contain it)")
     add("--propagation", choices=PROPAGATIONS, help="if the checkpoint does not imply it")
-    add("--gate-mask", choices=("additive", "blocked"),
-        help="of an official checkpoint (default: additive)")
+    add(
+        "--gate-mask",
+        choices=("additive", "blocked"),
+        help="of an official checkpoint (default: additive)",
+    )
 
 
 def add_data_flags(add) -> None:
@@ -36,45 +41,87 @@ def add_data_flags(add) -> None:
     add("--split", default="valid", help="split of the data set")
     add("--json", help="annotation file, instead of --data-root")
     add("--images", help="with --json: the folder that its file names are relative to")
-    add("--suites", nargs="+", choices=SUITES, default=["easy", "occlusion"], metavar="SUITE",
+    add(
+        "--suites",
+        nargs="+",
+        choices=SUITES,
+        default=["easy", "occlusion"],
+        metavar="SUITE",
         help="without a data set: the held-out videos of synthetic suites, which are written if "
-        f"they do not exist: {', '.join(SUITES)}")
+        f"they do not exist: {', '.join(SUITES)}",
+    )
     add("--sets", default="datasets/suites", help="folder with a folder for each suite")
-    add("--skip-bad", action=argparse.BooleanOptionalAction, default=False,
-        help="leave out, report and count unreadable videos and annotations, also in the metric")
-    add("--short-side", type=at_least(1),
+    add(
+        "--skip-bad",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="leave out, report and count unreadable videos and annotations, also in the metric",
+    )
+    add(
+        "--short-side",
+        type=at_least(1),
         help="of the frames, in pixels (default: the test size of the model; official: 360, Swin "
-        "448)")
+        "448)",
+    )
     add("--max-long-side", type=at_least(1), default=1333, help="pixels")
 
 
 def add_result_flags(add) -> None:
     """Flags for results, pictures and metrics."""
     add("--top-k", type=at_least(1), default=10, help="instances per video (official: 10, OVIS 20)")
-    add("--output",
+    add(
+        "--output",
         help="folder to write (default: evaluation/ next to the weights; for the shipped weights, "
-        "a folder in runs/)")
-    add("--draw", type=at_least(0), default=0, metavar="N",
-        help="draw overlays of the first N videos")
-    add("--plot", type=at_least(0), metavar="N",
+        "a folder in runs/)",
+    )
+    add(
+        "--draw",
+        type=at_least(0),
+        default=0,
+        metavar="N",
+        help="draw overlays of the first N videos",
+    )
+    add(
+        "--plot",
+        type=at_least(0),
+        metavar="N",
         help="plot precision over recall, AP by class, and the tracks and gates of the first N "
-        "videos over time (needs matplotlib)")
+        "videos over time (needs matplotlib)",
+    )
     add("--results", help="score this file instead of running a model")
-    add("--annotations", nargs="+", metavar="JSON",
+    add(
+        "--annotations",
+        nargs="+",
+        metavar="JSON",
         help="ground truth, or several parts of it, which are scored separately and averaged "
-        "(default: that of the data set, or gt_short.json and gt_long.json next to it)")
+        "(default: that of the data set, or gt_short.json and gt_long.json next to it)",
+    )
 
 
 def add_run_flags(add) -> None:
     """Flags for device, precision and loading."""
     add("--device", default="auto", help="auto, cpu, cuda")
-    add("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"),
-        help="mixed precision: auto = fp16 on a GPU, off (float32) on a CPU")
-    add("--compile", action="store_true",
+    add(
+        "--amp",
+        default="auto",
+        choices=("auto", "bf16", "fp16", "off"),
+        help="mixed precision: auto = fp16 on a GPU, off (float32) on a CPU",
+    )
+    add(
+        "--compile",
+        action="store_true",
         help="torch.compile the model on a GPU: takes half a minute per frame size, results differ "
-        "by rounding")
-    add("--chunk", type=at_least(1), default=8,
-        help="frames loaded together; does not change the results")
-    add("--workers", type=at_least(0),
+        "by rounding",
+    )
+    add(
+        "--chunk",
+        type=at_least(1),
+        default=8,
+        help="frames loaded together; does not change the results",
+    )
+    add(
+        "--workers",
+        type=at_least(0),
         help="loader processes per GPU; 0 = none (default: one per CPU core, at most 16, fewer if "
-        "shared memory is small)")
+        "shared memory is small)",
+    )

@@ -9,6 +9,7 @@ Several processes can share the videos (`share`). unfinished.py keeps the result
 
 Upstream: vita/data/ytvis_eval.py. Shape letters are declared in model.py.
 """
+
 import math
 import time
 from collections.abc import Iterator
@@ -36,16 +37,20 @@ class FrameBatches(Dataset):
         a data loader continues after it.
     """
 
-    def __init__(self, videos: list[Video], short_side: int, max_long_side: int, chunk_size: int,
-                 skip_bad: bool = False):
+    def __init__(
+        self,
+        videos: list[Video],
+        short_side: int,
+        max_long_side: int,
+        chunk_size: int,
+        skip_bad: bool = False,
+    ):
         self.short_side = short_side
         self.max_long_side = max_long_side
         self.chunk_size = chunk_size
         self.skip_bad = skip_bad
         self.batches = [
-            (video, first)
-            for video in videos
-            for first in range(0, len(video.files), chunk_size)
+            (video, first) for video in videos for first in range(0, len(video.files), chunk_size)
         ]
 
     def __len__(self) -> int:
@@ -64,10 +69,18 @@ class FrameBatches(Dataset):
             return error
 
 
-def segment_videos(model: GRAttVIS, videos: list[Video], device: torch.device,
-                   amp_dtype: torch.dtype, short_side: int, max_long_side: int, top_k: int,
-                   chunk_size: int = 8, workers: int = 0, skip_bad: bool = False
-                   ) -> Iterator[tuple[Video, EncodedVideo | InputError]]:
+def segment_videos(
+    model: GRAttVIS,
+    videos: list[Video],
+    device: torch.device,
+    amp_dtype: torch.dtype,
+    short_side: int,
+    max_long_side: int,
+    top_k: int,
+    chunk_size: int = 8,
+    workers: int = 0,
+    skip_bad: bool = False,
+) -> Iterator[tuple[Video, EncodedVideo | InputError]]:
     """Yield each video with its instances, and show a progress bar.
 
     Memory grows with the length of a video only by the run-length codes of its masks.
@@ -114,8 +127,9 @@ def raise_errors(batches: Iterator[Tensor | InputError]) -> Iterator[Tensor]:
         yield batch
 
 
-def with_progress(batches: Iterator[Tensor | InputError], bar: tqdm
-                  ) -> Iterator[Tensor | InputError]:
+def with_progress(
+    batches: Iterator[Tensor | InputError], bar: tqdm
+) -> Iterator[Tensor | InputError]:
     """Yield the batches; the bar counts frames and shows the share of time spent waiting."""
     began = mark = time.perf_counter()
     waited = 0.0
@@ -143,8 +157,7 @@ def share(videos: list[Video], rank: int, world: int) -> list[Video]:
     return shares[rank]
 
 
-def to_entries(video: Video, result: EncodedVideo, categories: list[tuple[int, str]]
-               ) -> list[dict]:
+def to_entries(video: Video, result: EncodedVideo, categories: list[tuple[int, str]]) -> list[dict]:
     """The entries of results.json for one video, with the ids of the annotation file.
 
     Each instance is one entry, with one RLE per frame.

@@ -300,7 +300,7 @@ def match_video(predictions, annotations, video):
     predicted = [track_rles(predictions[index], video) for index in order]
     actual = [track_rles(annotation, video) for annotation in annotations]
     predicted_areas = track_areas(predicted, video["length"])  # (D, L)
-    actual_areas = track_areas(actual, video["length"])        # (G, L)
+    actual_areas = track_areas(actual, video["length"])  # (G, L)
     ious = track_ious(predicted, actual, predicted_areas, actual_areas)
 
     crowd = np.array([bool(annotation.get("iscrowd")) for annotation in annotations], dtype=bool)
@@ -424,8 +424,7 @@ def mean_metrics(runs):
     averaged = {name: mean([run[name] for run in runs]) for name in names}
     classes = dict.fromkeys(name for run in runs for name in run["per_class"])
     averaged["per_class"] = {
-        name: mean([run["per_class"].get(name, -1.0) for run in runs])
-        for name in classes
+        name: mean([run["per_class"].get(name, -1.0) for run in runs]) for name in classes
     }
     return averaged
 

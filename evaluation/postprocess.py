@@ -5,6 +5,7 @@ Paper: VITA (2206.04403) and GenVIS (2211.08834), inference; upstream grattvis/g
 (mean probability inside its masks of all frames), so it is known at the end of the video only.
 Shape letters are declared in model.py.
 """
+
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,69 +19,77 @@ from evaluation.run_length import PackedCodes, encode_counts
 from tracker import TrackerState
 from transformer import mask_logits
 
-MASK_STRIDE = 4            # pixels of a padded frame per mask logit, along each side
+MASK_STRIDE = 4  # pixels of a padded frame per mask logit, along each side
 # Memory: how much is held at once.
-LOGIT_CHUNK = 12           # frames whose mask logits are made at frame size
-MASK_CHUNK = 4             # frames whose masks are made at output size
-MASK_PIXELS = 2 * 10 ** 8  # mask pixels in a MaskEncoder
+LOGIT_CHUNK = 12  # frames whose mask logits are made at frame size
+MASK_CHUNK = 4  # frames whose masks are made at output size
+MASK_PIXELS = 2 * 10**8  # mask pixels in a MaskEncoder
 MaskScoreParts = Callable[[Tensor], tuple[Tensor, Tensor]]  # `mask_score_parts`, maybe compiled
 
 
 @dataclass
 class VideoResult:
     """Instances of a whole video, best first."""
-    scores: Tensor      # (I,) float, 0..1: class score times mask score of the whole video
-    labels: Tensor      # (I,) int64, 0-based
-    masks: Tensor       # (I, T, H, W) bool
-    track_ids: Tensor   # (I,) int64: the query; one query may appear under several labels
-    logits: Tensor      # (G, Q, K + 1) class logits of every query, clip by clip
-    gates: Tensor       # (I, T, D) bool, True = open in the frame's clip; D = 0 without a gate
+
+    scores: Tensor  # (I,) float, 0..1: class score times mask score of the whole video
+    labels: Tensor  # (I,) int64, 0-based
+    masks: Tensor  # (I, T, H, W) bool
+    track_ids: Tensor  # (I,) int64: the query; one query may appear under several labels
+    logits: Tensor  # (G, Q, K + 1) class logits of every query, clip by clip
+    gates: Tensor  # (I, T, D) bool, True = open in the frame's clip; D = 0 without a gate
 
 
 @dataclass
 class EncodedVideo:
     """Instances of a whole video, best first, with masks as run-length codes; all on the CPU."""
-    scores: Tensor                   # (I,) float, 0..1, as in VideoResult
-    labels: Tensor                   # (I,) int64, 0-based
-    track_ids: Tensor                # (I,) int64
+
+    scores: Tensor  # (I,) float, 0..1, as in VideoResult
+    labels: Tensor  # (I,) int64, 0-based
+    track_ids: Tensor  # (I,) int64
     segmentations: list[list[dict]]  # I times T run-length codes, see run_length.py
-    gates: Tensor                    # (I, T, D) bool, as in VideoResult
+    gates: Tensor  # (I, T, D) bool, as in VideoResult
 
 
 @dataclass
 class FrameTracks:
     """Instances of one frame, best first by the frames so far."""
-    scores: Tensor      # (I,) float, causal: of the frames up to this one
-    labels: Tensor      # (I,) int64, 0-based
-    masks: Tensor       # (I, H, W) bool, this frame's
-    track_ids: Tensor   # (I,) int64: the query, stable over the video
-    logits: Tensor      # (Q, K + 1) class logits of every query in this frame
-    gates: Tensor       # (I, D) bool, True = open in this frame; D = 0 without a gate
+
+    scores: Tensor  # (I,) float, causal: of the frames up to this one
+    labels: Tensor  # (I,) int64, 0-based
+    masks: Tensor  # (I, H, W) bool, this frame's
+    track_ids: Tensor  # (I,) int64: the query, stable over the video
+    logits: Tensor  # (Q, K + 1) class logits of every query in this frame
+    gates: Tensor  # (I, D) bool, True = open in this frame; D = 0 without a gate
 
 
 @dataclass
 class FrameChunk:
     """What the model computes for T consecutive frames, which are G clips, for all queries."""
-    logits: Tensor               # (G, Q, K + 1)
-    mask_kernel: Tensor          # (T, Q, C + 1)
-    gates: Tensor                # (T, D, Q) bool, True = open; D = 0 without a gate
-    features: Tensor             # (T, C, h, w): mask logits are kernels applied to them
+
+    logits: Tensor  # (G, Q, K + 1)
+    mask_kernel: Tensor  # (T, Q, C + 1)
+    gates: Tensor  # (T, D, Q) bool, True = open; D = 0 without a gate
+    features: Tensor  # (T, C, h, w): mask logits are kernels applied to them
     frame_size: tuple[int, int]  # (height, width) before padding
 
 
 @dataclass
 class RunningScores:
     """The scores of all queries over the frames so far."""
+
     class_scores: Tensor  # (Q, K) maximum
-    mask_sum: Tensor      # (Q,) sum of the probabilities inside the masks
-    mask_area: Tensor     # (Q,) pixels inside the masks
+    mask_sum: Tensor  # (Q,) sum of the probabilities inside the masks
+    mask_area: Tensor  # (Q,) pixels inside the masks
 
     def merge(self, other: "RunningScores | None") -> "RunningScores":
         """The scores over the frames of both; None = no frames."""
         if other is None:
             return self
-        return RunningScores(torch.maximum(self.class_scores, other.class_scores),
-                             self.mask_sum + other.mask_sum, self.mask_area + other.mask_area)
+        return RunningScores(
+            torch.maximum(self.class_scores, other.class_scores),
+            self.mask_sum + other.mask_sum,
+            self.mask_area + other.mask_area,
+        )
 
     def best(self, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
         """Scores, labels and queries of the instances, best first."""
@@ -93,12 +102,14 @@ class RunningScores:
 @dataclass
 class StepState:
     """What `step` carries from frame to frame; its size is constant without a memory."""
+
     frame_size: tuple[int, int]  # (height, width)
     tracker: TrackerState
     scores: RunningScores | None  # None before the first frame
 
 
 # Scores
+
 
 def best_pairs(class_scores: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
     """The top_k (query, class) pairs of scores (Q, K): scores, labels, queries; a stable sort."""
@@ -120,7 +131,8 @@ def check_finite(scores: Tensor) -> None:
     if not scores.isfinite().all():
         raise FloatingPointError(
             "the scores are not finite: the weights are damaged, or an activation exceeds what "
-            "the dtype holds (float16: 65504), then --amp bf16 or off helps")
+            "the dtype holds (float16: 65504), then --amp bf16 or off helps"
+        )
 
 
 def class_probabilities(logits: Tensor) -> Tensor:
@@ -144,9 +156,11 @@ def mask_score_parts(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 # Masks
 
+
 @lru_cache(maxsize=16)
-def resize_matrix(source: int, side: int, output: int, dtype: torch.dtype,
-                  device: torch.device) -> Tensor:
+def resize_matrix(
+    source: int, side: int, output: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
     """The matrix (output, source) that resizes mask logits along one side, see `resize_masks`.
 
     source: logits along the padded side. side: pixels of the frame. output: pixels of the mask.
@@ -159,8 +173,9 @@ def resize_matrix(source: int, side: int, output: int, dtype: torch.dtype,
     return resized[0].T.to(dtype)
 
 
-def resize_masks(logits: Tensor, frame_size: tuple[int, int],
-                 output_size: tuple[int, int] | None = None) -> Tensor:
+def resize_masks(
+    logits: Tensor, frame_size: tuple[int, int], output_size: tuple[int, int] | None = None
+) -> Tensor:
     """Mask logits (..., h, w) of padded frames at stride 4 -> (..., *output_size) of the frames.
 
     Equal to two bilinear resizes, upstream's:
@@ -175,12 +190,14 @@ def resize_masks(logits: Tensor, frame_size: tuple[int, int],
     """
     rows, columns = (
         resize_matrix(source, side, output, logits.dtype, logits.device)
-        for source, side, output in zip(logits.shape[-2:], frame_size, output_size or frame_size))
+        for source, side, output in zip(logits.shape[-2:], frame_size, output_size or frame_size)
+    )
     return rows @ (logits @ columns.T)
 
 
-def instance_mask_logits(chunks: list[FrameChunk], queries: Tensor,
-                         score_parts: MaskScoreParts) -> tuple[Tensor, Tensor, Tensor]:
+def instance_mask_logits(
+    chunks: list[FrameChunk], queries: Tensor, score_parts: MaskScoreParts
+) -> tuple[Tensor, Tensor, Tensor]:
     """Mask logits (I, T, h, w) of I queries in all frames, and mask sum and area over the video.
 
     Memory: the list is emptied on the way, so that the features of each chunk are freed.
@@ -190,7 +207,7 @@ def instance_mask_logits(chunks: list[FrameChunk], queries: Tensor,
         chunk = chunks.pop(0)
         kernels = chunk.mask_kernel[:, queries].split(LOGIT_CHUNK)
         for kernel, features in zip(kernels, chunk.features.split(LOGIT_CHUNK)):
-            some_logits = mask_logits(kernel, features).transpose(0, 1)     # (I, frames, h, w)
+            some_logits = mask_logits(kernel, features).transpose(0, 1)  # (I, frames, h, w)
             mask_sum, mask_area = score_parts(resize_masks(some_logits, chunk.frame_size))
             logits.append(some_logits)
             sums.append(mask_sum)
@@ -198,8 +215,9 @@ def instance_mask_logits(chunks: list[FrameChunk], queries: Tensor,
     return torch.cat(logits, 1), torch.cat(sums, 1).sum(1), torch.cat(areas, 1).sum(1)
 
 
-def binary_masks(logits: Tensor, frame_size: tuple[int, int],
-                 output_size: tuple[int, int]) -> Tensor:
+def binary_masks(
+    logits: Tensor, frame_size: tuple[int, int], output_size: tuple[int, int]
+) -> Tensor:
     """Mask logits (I, T, h, w) -> bool (I, T, *output_size), a few frames at a time."""
     shape = *logits.shape[:2], *output_size
     masks = torch.empty(shape, dtype=torch.bool, device=logits.device)
@@ -215,8 +233,14 @@ class MaskEncoder:
     maximum over all frames. Until then the codes of every query are kept on the CPU.
     """
 
-    def __init__(self, queries: int, frame_size: tuple[int, int], output_size: tuple[int, int],
-                 device: torch.device, score_parts: MaskScoreParts):
+    def __init__(
+        self,
+        queries: int,
+        frame_size: tuple[int, int],
+        output_size: tuple[int, int],
+        device: torch.device,
+        score_parts: MaskScoreParts,
+    ):
         self.frame_size = frame_size
         self.output_size = tuple(output_size)
         self.score_parts = score_parts
@@ -236,9 +260,10 @@ class MaskEncoder:
         Returns `mask_score_parts` of its masks, (Q,) each.
         """
         sums, areas = [], []
-        for kernel, masks in zip(mask_kernel.split(self.query_chunk),
-                                 self.buffer[self.filled].split(self.query_chunk)):
-            logits = mask_logits(kernel[None], features[None])[0]           # (Q, h, w)
+        for kernel, masks in zip(
+            mask_kernel.split(self.query_chunk), self.buffer[self.filled].split(self.query_chunk)
+        ):
+            logits = mask_logits(kernel[None], features[None])[0]  # (Q, h, w)
             resized = resize_masks(logits, self.frame_size)
             mask_sum, mask_area = self.score_parts(resized)
             if self.output_size != self.frame_size:
@@ -254,12 +279,14 @@ class MaskEncoder:
     def flush(self) -> None:
         """Encode the frames in the buffer."""
         if self.filled:
-            self.codes.add(encode_counts(self.buffer[:self.filled].flatten(0, 1)))
+            self.codes.add(encode_counts(self.buffer[: self.filled].flatten(0, 1)))
         self.filled = 0
 
     def finish(self, queries: list[int]) -> list[list[dict]]:
         """The codes of these queries in all frames; the encoder is empty afterwards."""
         self.flush()
         size = list(self.output_size)
-        return [[{"size": size.copy(), "counts": counts} for counts in track]
-                for track in self.codes.take(queries)]
+        return [
+            [{"size": size.copy(), "counts": counts} for counts in track]
+            for track in self.codes.take(queries)
+        ]

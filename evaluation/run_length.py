@@ -14,6 +14,7 @@ only the codes are copied to the CPU, never the pixels.
 
 Letters: N masks of H x W pixels, R runs of all masks together.
 """
+
 import math
 from concurrent.futures import ThreadPoolExecutor
 
@@ -21,11 +22,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-MAX_ENCODED_PIXELS = 2 ** 28                           # per call of encode_chunk on a GPU
-MAX_SEARCHED_PIXELS = {np: 2 ** 21, torch: 2 ** 28}    # per step; 2 ** 21 fit into a CPU's cache
-MAX_CHECKED_CODES = 256                                # per step of find_fault
-MAX_RUN_CHARACTERS = 7                                 # enough for 2 ** 34 pixels
-THREADS = 2                                            # more threads wait for the interpreter lock
+MAX_ENCODED_PIXELS = 2**28  # per call of encode_chunk on a GPU
+MAX_SEARCHED_PIXELS = {np: 2**21, torch: 2**28}  # per step; 2 ** 21 fit into a CPU's cache
+MAX_CHECKED_CODES = 256  # per step of find_fault
+MAX_RUN_CHARACTERS = 7  # enough for 2 ** 34 pixels
+THREADS = 2  # more threads wait for the interpreter lock
 FOREIGN = "it holds a character that no code has"
 UNFILLED = "its runs do not fill the frame"
 Array = Tensor | np.ndarray
@@ -79,6 +80,7 @@ def encode_chunk(masks: Array) -> list[bytes]:
 
 # The code below runs on NumPy arrays and on tensors. These functions cover what differs.
 
+
 def array_namespace(array: Array):
     """The module torch or numpy, called `xp` below."""
     return torch if isinstance(array, Tensor) else np
@@ -118,7 +120,7 @@ def find_runs(masks: Array) -> tuple[Array, Array]:
     mask_ends = xp.arange(1, count + 1) * (height * width)
     # A run ends at every change inside a mask and at the end of every mask.
     changes_before = xp.searchsorted(changes, mask_ends)  # up to the end of each mask
-    last = changes_before + xp.arange(count)              # index of the last run of each mask
+    last = changes_before + xp.arange(count)  # index of the last run of each mask
     run_ends = xp.empty(len(changes) + count, dtype=xp.int64)
     is_inner = xp.ones(len(run_ends), dtype=xp.bool)
     is_inner[last] = False
@@ -164,8 +166,8 @@ def vertical_changes(masks: Array) -> Array:
     differs = xp.empty_like(words[:chunk_size, 1:], dtype=xp.bool)
     changes = []
     for begin in range(0, count, chunk_size):
-        chunk = words[begin:begin + chunk_size]
-        place = nonzero(xp.not_equal(chunk[:, 1:], chunk[:, :-1], out=differs[:len(chunk)]))
+        chunk = words[begin : begin + chunk_size]
+        place = nonzero(xp.not_equal(chunk[:, 1:], chunk[:, :-1], out=differs[: len(chunk)]))
         if not len(place):
             continue
         # `place` counts without the first row of each mask; `word` is the lower of the two.
@@ -200,8 +202,8 @@ def compress(runs: Array, runs_each: Array) -> tuple[Array, Array]:
 
     ends = xp.cumsum(length, 0)
     total = int(ends[-1])
-    run = repeat(number, length, total)                 # the run of each character
-    remaining = ends[run] - xp.arange(1, total + 1)     # characters of the run that follow
+    run = repeat(number, length, total)  # the run of each character
+    remaining = ends[run] - xp.arange(1, total + 1)  # characters of the run that follow
     shift = 5 * (length[run] - 1 - remaining)
     five_bits = values[run] >> shift & 31
     more = remaining > 0
@@ -249,7 +251,7 @@ class PackedCodes:
             ends = [0, *ends.tolist()]
             for instance in codes:
                 for index in range(instance, len(ends) - 1, self.each):
-                    codes[instance].append(text[ends[index]:ends[index + 1]])
+                    codes[instance].append(text[ends[index] : ends[index + 1]])
         return [codes[instance] for instance in chosen]
 
 
@@ -287,8 +289,8 @@ def find_fault(codes: list[str | bytes], pixels: list[int]) -> tuple[int, str] |
     Returns its index and what is wrong, or None if all codes are valid.
     """
     for begin in range(0, len(codes), MAX_CHECKED_CODES):
-        chunk = [to_bytes(code) for code in codes[begin:begin + MAX_CHECKED_CODES]]
-        expected = np.array(pixels[begin:begin + MAX_CHECKED_CODES])
+        chunk = [to_bytes(code) for code in codes[begin : begin + MAX_CHECKED_CODES]]
+        expected = np.array(pixels[begin : begin + MAX_CHECKED_CODES])
         fault = (
             find_incomplete(chunk)
             or find_wrong_characters(chunk)

@@ -6,6 +6,7 @@
 The ground truth may have several parts (YouTube-VIS 2022), which are scored one by one and then
 averaged. The metric itself is in metric.py.
 """
+
 import os
 import zipfile
 from pathlib import Path
@@ -23,7 +24,7 @@ SERVERS = {
     "vehical": "OVIS: https://codalab.lisn.upsaclay.fr/competitions/4763",
     "ape": "YouTube-VIS 2019: https://codalab.lisn.upsaclay.fr/competitions/6064",
     "flying_disc": "YouTube-VIS 2021: https://codalab.lisn.upsaclay.fr/competitions/7680, "
-                   "2022: https://codalab.lisn.upsaclay.fr/competitions/3410",
+    "2022: https://codalab.lisn.upsaclay.fr/competitions/3410",
 }
 
 
@@ -32,16 +33,19 @@ def read_parts(paths: list[str | Path], skip_bad: bool) -> dict[str, AnnotationF
     parts = [read_annotations(path, skip_bad) for path in paths]
     for part in parts:
         if part.categories != parts[0].categories:
-            raise InputError(f"{part.name} has other categories than {parts[0].name}: "
-                             "they are not parts of one set")
+            raise InputError(
+                f"{part.name} has other categories than {parts[0].name}: "
+                "they are not parts of one set"
+            )
     names = [Path(path).stem for path in paths]
     if len(set(names)) < len(names):
         names = [str(path) for path in paths]
     return dict(zip(names, parts))
 
 
-def score_results(results_path: Path, parts: dict[str, AnnotationFile], output: Path,
-                  plot: bool) -> dict | None:
+def score_results(
+    results_path: Path, parts: dict[str, AnnotationFile], output: Path, plot: bool
+) -> dict | None:
     """Validate a results file, zip it for the server, and score it if there are annotations.
 
     parts: the ground truth by name. Each part is scored; metrics.json starts with the mean.
@@ -58,8 +62,12 @@ def score_results(results_path: Path, parts: dict[str, AnnotationFile], output: 
     lines = describe_skipped(parts)
     if not whole["annotations"]:
         first, *_ = parts.values()
-        print(*lines, f"{first.name} has no annotations: submit {archive} to "
-              f"{server_of(whole['categories'])}", sep="\n")
+        print(
+            *lines,
+            f"{first.name} has no annotations: submit {archive} to "
+            f"{server_of(whole['categories'])}",
+            sep="\n",
+        )
         return None
 
     metrics = {}
@@ -104,8 +112,10 @@ def describe_skipped(parts: dict[str, AnnotationFile]) -> list[str]:
     left_out = [video for part in parts.values() for video in part.left_out]
     if left_out:
         total = len(left_out) + sum(len(part.content["videos"]) for part in parts.values())
-        lines.append(f"{len(left_out)} of {total} videos are left out of the metric, the first: "
-                     f"{shown(left_out[0])}")
+        lines.append(
+            f"{len(left_out)} of {total} videos are left out of the metric, the first: "
+            f"{shown(left_out[0])}"
+        )
     return lines
 
 

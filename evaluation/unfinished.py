@@ -5,6 +5,7 @@ results.json at the end, in the order of the video ids. The file is therefore th
 number of processes and interruptions. (It is bitwise the same if sums are computed in the same
 order: on GPUs of one kind, or on a CPU with the same number of threads per process.)
 """
+
 import json
 import shutil
 from pathlib import Path

@@ -7,6 +7,7 @@
 The functions change a model in place. Results are those of the plain model under autocast to
 `dtype`, except that compiled code rounds differently.
 """
+
 from __future__ import annotations
 
 from types import MethodType
@@ -26,8 +27,9 @@ if TYPE_CHECKING:
 FROZEN_CHUNK = 20  # frames that a frozen detector takes at once in training
 
 
-def accelerate(model: GRAttVIS, dtype: torch.dtype = torch.float32,
-               compiled: bool = False) -> GRAttVIS:
+def accelerate(
+    model: GRAttVIS, dtype: torch.dtype = torch.float32, compiled: bool = False
+) -> GRAttVIS:
     """Prepare a model for inference only, in place, and return it in evaluation mode.
 
     dtype: the autocast dtype the model will run under. Weights of linear layers, convolutions and
@@ -76,15 +78,22 @@ def cast_frozen_weights(model: GRAttVIS, dtype: torch.dtype) -> None:
 
     In place. `state_dict` still returns the original values.
     """
-    frozen_modules = [module for module in model.modules()
-                      if not any(parameter.requires_grad for parameter in module.parameters())]
-    originals = {name: parameter.detach().cpu().clone()
-                 for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    frozen_modules = [
+        module
+        for module in model.modules()
+        if not any(parameter.requires_grad for parameter in module.parameters())
+    ]
+    originals = {
+        name: parameter.detach().cpu().clone()
+        for name, parameter in model.named_parameters()
+        if not parameter.requires_grad
+    }
     cast_weights(frozen_modules, dtype)
 
     def restore(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: dict) -> None:
-        state.update((prefix + name, value) for name, value in originals.items()
-                     if prefix + name in state)
+        state.update(
+            (prefix + name, value) for name, value in originals.items() if prefix + name in state
+        )
 
     model.register_state_dict_post_hook(restore)
 
@@ -96,8 +105,11 @@ def detect_in_chunks(model: GRAttVIS, images: Tensor) -> FrameOutput:
     batch statistics would give other results for chunks: with them, and with a trained detector,
     all images are taken at once.
     """
-    is_trained = any(parameter.requires_grad for name, parameter in model.named_parameters()
-                     if not name.startswith("tracker."))
+    is_trained = any(
+        parameter.requires_grad
+        for name, parameter in model.named_parameters()
+        if not name.startswith("tracker.")
+    )
     has_batch_norm = any(isinstance(module, nn.BatchNorm2d) for module in model.backbone.modules())
     if is_trained or has_batch_norm:
         return model.detect(images)

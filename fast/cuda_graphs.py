@@ -9,6 +9,7 @@ one launch. `SideStream` runs work that needs little of the GPU beside work that
 
 Source: torch.cuda.CUDAGraph and torch.cuda.Stream, see "CUDA semantics" in the PyTorch docs.
 """
+
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ def get_stream(device: torch.device, priority: int = 0) -> torch.cuda.Stream:
 @dataclass
 class CapturedGraph:
     """A CUDA graph with the tensors that it reads and writes."""
+
     graph: torch.cuda.CUDAGraph
     inputs: list[Tensor]
     outputs: tuple[Tensor, ...]
@@ -50,14 +52,15 @@ class CUDAGraphCache:
 
     def __init__(self):
         self.graphs: dict[tuple, CapturedGraph] = {}  # least recently used first
-        self.tensors: list[dict] = []     # of all modules: parameters and buffers by name
+        self.tensors: list[dict] = []  # of all modules: parameters and buffers by name
         self.attributes: list[dict] = []  # of all modules: other attributes by name
         self.hooks: list[dict] = []
         self.pointers, self.objects = [], []
         self.enabled = True
 
-    def __call__(self, function: Callable[..., tuple[Tensor, ...]],
-                 *inputs: Tensor) -> tuple[Tensor, ...]:
+    def __call__(
+        self, function: Callable[..., tuple[Tensor, ...]], *inputs: Tensor
+    ) -> tuple[Tensor, ...]:
         """function(*inputs); the outputs are copies that no later call overwrites."""
         capturable = inputs[0].is_cuda and not torch.is_grad_enabled()
         if not capturable or not self.enabled or any(self.hooks):
@@ -73,8 +76,9 @@ class CUDAGraphCache:
         captured.graph.replay()
         return tuple(output.clone() for output in captured.outputs)
 
-    def capture(self, function: Callable[..., tuple[Tensor, ...]],
-                inputs: tuple[Tensor, ...]) -> CapturedGraph:
+    def capture(
+        self, function: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor, ...]
+    ) -> CapturedGraph:
         """Run the function once to warm up, and once to capture it."""
         while len(self.graphs) >= MAX_GRAPHS:
             self.graphs.pop(next(iter(self.graphs)))
@@ -82,8 +86,12 @@ class CUDAGraphCache:
         stream, current = get_stream(inputs[0].device), torch.cuda.current_stream()
         stream.wait_stream(current)
         # Autocast's cache of 16 bit weights is emptied behind the graph, so cast inside of it.
-        autocast = torch.autocast("cuda", torch.get_autocast_dtype("cuda"),
-                                  torch.is_autocast_enabled("cuda"), cache_enabled=False)
+        autocast = torch.autocast(
+            "cuda",
+            torch.get_autocast_dtype("cuda"),
+            torch.is_autocast_enabled("cuda"),
+            cache_enabled=False,
+        )
         with torch.cuda.stream(stream), autocast:
             function(*inputs)
             torch.cuda.empty_cache()  # the graph allocates from a pool of its own
@@ -106,18 +114,31 @@ class CUDAGraphCache:
             self.graphs.clear()
             # Walking through the modules takes 20 times as long as reading what they hold.
             submodules = list(module.modules())
-            self.tensors = [tensors for submodule in submodules
-                            for tensors in (submodule._parameters, submodule._buffers)]
-            self.attributes = [module._modules, *map(vars, submodules[1:]),
-                               *(submodule._modules for submodule in submodules[1:])]
-            self.hooks = [hooks for submodule in submodules
-                          for hooks in (submodule._forward_hooks, submodule._forward_pre_hooks)]
+            self.tensors = [
+                tensors
+                for submodule in submodules
+                for tensors in (submodule._parameters, submodule._buffers)
+            ]
+            self.attributes = [
+                module._modules,
+                *map(vars, submodules[1:]),
+                *(submodule._modules for submodule in submodules[1:]),
+            ]
+            self.hooks = [
+                hooks
+                for submodule in submodules
+                for hooks in (submodule._forward_hooks, submodule._forward_pre_hooks)
+            ]
             self.pointers, self.objects = self.read_module(module)
 
     def read_module(self, module: nn.Module) -> tuple[list[int], list]:
         """Where the weights are, and all attributes of the module and its submodules."""
-        pointers = [tensor.data_ptr() for tensors in self.tensors
-                    for tensor in tensors.values() if tensor is not None]
+        pointers = [
+            tensor.data_ptr()
+            for tensors in self.tensors
+            for tensor in tensors.values()
+            if tensor is not None
+        ]
         objects = list(chain.from_iterable(map(dict.values, self.attributes)))
         # The module owns the cache: holding its methods or itself would keep both alive.
         values = [value for value in vars(module).values() if value is not self]
@@ -149,11 +170,11 @@ def is_same(objects: list, others: list) -> bool:
 class SideStream:
     """A context whose kernels run on a CUDA stream beside the current one; no effect on a CPU.
 
-        side = SideStream(device, priority=-1)
-        side.wait()        # work on the side stream starts after all that is launched so far
-        with side:
-            y = f(x)       # keep x, and do not use y, before join()
-        side.join()        # all that is launched from here on starts after the side stream's work
+    side = SideStream(device, priority=-1)
+    side.wait()        # work on the side stream starts after all that is launched so far
+    with side:
+        y = f(x)       # keep x, and do not use y, before join()
+    side.join()        # all that is launched from here on starts after the side stream's work
     """
 
     def __init__(self, device: torch.device, priority: int):

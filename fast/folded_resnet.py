@@ -7,6 +7,7 @@ rounding (tests/test_backbone.py).
 
 Source: torch.nn.utils.fusion and cuDNN's fused convolutions.
 """
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -63,15 +64,15 @@ def stem_convolution(convolution: nn.Conv2d, images: Tensor) -> Tensor:
     y + 1, whose first row has weight 0. Channels are padded to 16, because 16-bit kernels need a
     multiple of 8. H and W must be even.
     """
-    weight = F.pad(convolution.weight, (1, 0, 1, 0))                    # (64, 3, 8, 8)
-    weight = weight.unflatten(3, (4, 2)).unflatten(2, (4, 2))           # (64, 3, 4, 2, 4, 2)
-    weight = weight.permute(0, 2, 4, 3, 5, 1).flatten(3)                # (64, 4, 4, 12)
-    weight = F.pad(weight, (0, 4)).permute(0, 3, 1, 2)                  # (64, 16, 4, 4)
+    weight = F.pad(convolution.weight, (1, 0, 1, 0))  # (64, 3, 8, 8)
+    weight = weight.unflatten(3, (4, 2)).unflatten(2, (4, 2))  # (64, 3, 4, 2, 4, 2)
+    weight = weight.permute(0, 2, 4, 3, 5, 1).flatten(3)  # (64, 4, 4, 12)
+    weight = F.pad(weight, (0, 4)).permute(0, 3, 1, 2)  # (64, 16, 4, 4)
 
-    squares = images.to(weight.dtype).permute(0, 2, 3, 1)               # (N, H, W, 3)
-    squares = squares.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))       # (N, H/2, 2, W/2, 2, 3)
-    squares = squares.transpose(2, 3).flatten(3)                        # (N, H/2, W/2, 12)
-    squares = F.pad(squares, (0, 4, 2, 1, 2, 1)).permute(0, 3, 1, 2)    # (N, 16, H/2 + 3, W/2 + 3)
+    squares = images.to(weight.dtype).permute(0, 2, 3, 1)  # (N, H, W, 3)
+    squares = squares.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # (N, H/2, 2, W/2, 2, 3)
+    squares = squares.transpose(2, 3).flatten(3)  # (N, H/2, W/2, 12)
+    squares = F.pad(squares, (0, 4, 2, 1, 2, 1)).permute(0, 3, 1, 2)  # (N, 16, H/2 + 3, W/2 + 3)
     return F.conv2d(squares, weight, convolution.bias)
 
 
@@ -86,8 +87,13 @@ def fused_block(block: BasicBlock | Bottleneck, x: Tensor) -> Tensor:
 
 def convolution_relu(convolution: nn.Conv2d, x: Tensor, residual: Tensor | None = None) -> Tensor:
     """relu(convolution(x) + residual) in one cuDNN kernel."""
-    options = (convolution.bias, convolution.stride, convolution.padding, convolution.dilation,
-               convolution.groups)
+    options = (
+        convolution.bias,
+        convolution.stride,
+        convolution.padding,
+        convolution.dilation,
+        convolution.groups,
+    )
     if residual is None:
         return torch.cudnn_convolution_relu(x, convolution.weight, *options)
     return torch.cudnn_convolution_add_relu(x, convolution.weight, residual, 1.0, *options)
@@ -125,6 +131,12 @@ def fold(parent: nn.Module, convolution_name: str, norm_name: str) -> None:
     if not isinstance(norm, (FrozenBatchNorm2d, nn.BatchNorm2d)):
         return
     convolution.weight, convolution.bias = fuse_conv_bn_weights(
-        convolution.weight, convolution.bias, norm.running_mean, norm.running_var, norm.eps,
-        norm.weight, norm.bias)
+        convolution.weight,
+        convolution.bias,
+        norm.running_mean,
+        norm.running_var,
+        norm.eps,
+        norm.weight,
+        norm.bias,
+    )
     setattr(parent, norm_name, nn.Identity())

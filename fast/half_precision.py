@@ -5,6 +5,7 @@
 `accelerate` and `cast_frozen_weights` (acceleration.py) call it. Results are those of autocast with
 float32 weights (tests/test_model.py).
 """
+
 from collections.abc import Iterable
 
 import torch

@@ -11,6 +11,7 @@ model.py says what is computed: for each chunk of frames, `detect_queries`, then
 
 On a CPU the same code detects one frame at a time, and nothing overlaps.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
@@ -42,8 +43,9 @@ class VideoPipeline:
         self.frame_size = None  # (height, width) before padding, known after the first detection
         model.cuda_graphs.check_module(model)
 
-    def detect(self, video: Tensor | Iterable[Tensor],
-               clip_length: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def detect(
+        self, video: Tensor | Iterable[Tensor], clip_length: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield `detect_queries` of all frames, in chunks of whole clips (the last may be shorter).
 
         Equal to `merge_to_multiples(map(detect_queries, chunks), clip_length)`. The next chunk is
@@ -71,8 +73,9 @@ class VideoPipeline:
             frame_queries, features = detect_queries(self.model, padded)
             yield frame_queries[:count], features[:count]
 
-    def track(self, frame_queries: Tensor, clip_length: int,
-              state: TrackerState) -> tuple[TrackOutput, TrackerState]:
+    def track(
+        self, frame_queries: Tensor, clip_length: int, state: TrackerState
+    ) -> tuple[TrackOutput, TrackerState]:
         """`model.track` on a side stream; the results can be used like any others."""
         with self.track_stream:
             result = track(self.model, frame_queries, clip_length, state, self.chunk_size)
@@ -85,8 +88,13 @@ def detect_queries(model: GRAttVIS, frames: Tensor) -> tuple[Tensor, Tensor]:
     return model.cuda_graphs(model.detect_queries, frames)
 
 
-def track(model: GRAttVIS, frame_queries: Tensor, clip_length: int, state: TrackerState,
-          graph_size: int = 1) -> tuple[TrackOutput, TrackerState]:
+def track(
+    model: GRAttVIS,
+    frame_queries: Tensor,
+    clip_length: int,
+    state: TrackerState,
+    graph_size: int = 1,
+) -> tuple[TrackOutput, TrackerState]:
     """`model.track`, as a CUDA graph of graph_size frames if possible.
 
     A graph's tensors keep their sizes, so clips of several frames and a growing memory have none.
@@ -104,7 +112,7 @@ def track(model: GRAttVIS, frame_queries: Tensor, clip_length: int, state: Track
 
     padded = repeat_last(frame_queries, graph_size)
     *outputs, query = model.cuda_graphs(track_tensors, padded, state.query)
-    outputs = tuple(output[:len(frame_queries)] for output in outputs)  # without the copies
+    outputs = tuple(output[: len(frame_queries)] for output in outputs)  # without the copies
     return outputs, TrackerState(query)
 
 

@@ -18,6 +18,7 @@ the ids of the file.
 Annotations that refer to nothing or have no mask are skipped and counted. Any other error raises
 InputError or, with skip_bad, skips the video or annotation.
 """
+
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -33,11 +34,12 @@ from reading.pictures import check_pixels
 from runtime.errors import InputError, shown
 from runtime.files import read_json
 
-MAX_AREA = 1e10   # pixels: the end of the metric's last range
+MAX_AREA = 1e10  # pixels: the end of the metric's last range
 MAX_SUFFIXES = 5  # of a name; a checkpoint may contain any number of equal names and ids
 
 
 # Results
+
 
 class Skipped:
     """Skipped entries by reason: their number, and the first one as an example."""
@@ -69,7 +71,8 @@ class Skipped:
 @dataclass
 class AnnotationFile:
     """An annotation file in the format described above."""
-    name: str      # for messages
+
+    name: str  # for messages
     content: dict  # "videos", "categories", "annotations"
     skipped: Skipped = field(default_factory=Skipped)
     left_out: list[Id] = field(default_factory=list)  # ids of videos skipped by skip_bad
@@ -101,8 +104,12 @@ class AnnotationFile:
 
 # Reading
 
-def read_annotations(path: str | Path, skip_bad: bool = False,
-                     locate: Callable[[dict, EntryName], None] | None = None) -> AnnotationFile:
+
+def read_annotations(
+    path: str | Path,
+    skip_bad: bool = False,
+    locate: Callable[[dict, EntryName], None] | None = None,
+) -> AnnotationFile:
     """Read an annotation file; see `complete`."""
     return complete(read_json(path), str(path), skip_bad, locate)
 
@@ -114,8 +121,12 @@ def read_categories(path: str | Path) -> list[tuple[Id, str]]:
     return ordered_categories(complete_categories(categories, str(path)))
 
 
-def complete(content, name: str, skip_bad: bool = False,
-             locate: Callable[[dict, EntryName], None] | None = None) -> AnnotationFile:
+def complete(
+    content,
+    name: str,
+    skip_bad: bool = False,
+    locate: Callable[[dict, EntryName], None] | None = None,
+) -> AnnotationFile:
     """Convert a parsed annotation file to the format above; `content` is not modified.
 
     Args:
@@ -142,8 +153,10 @@ def to_videos(content, name: str) -> tuple[dict, str]:
         content, what = images_to_videos(content, name), "image"
     for key in ("videos", "categories"):
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
-            raise InputError(f"{name} has no list of {key}: it is neither in the YouTube-VIS nor "
-                             "in the COCO format")
+            raise InputError(
+                f"{name} has no list of {key}: it is neither in the YouTube-VIS nor "
+                "in the COCO format"
+            )
         if not content[key]:
             raise InputError(f"{name} has an empty list of {key}")
     if not isinstance(content.get("annotations") or [], list):
@@ -156,14 +169,18 @@ def images_to_videos(content: dict, name: str) -> dict:
 
     Entries that are not dicts are kept, for a later error message.
     """
+
     def video(image):
         files = {"file_names": [image["file_name"]]} if "file_name" in image else {}
         return image | {"length": 1} | files
 
     def track(annotation):
         segmentation, area = annotation.get("segmentation"), annotation.get("area")
-        return annotation | {"video_id": annotation.get("image_id"), "areas": [area],
-                             "segmentations": [segmentation] if has_mask(segmentation) else None}
+        return annotation | {
+            "video_id": annotation.get("image_id"),
+            "areas": [area],
+            "segmentations": [segmentation] if has_mask(segmentation) else None,
+        }
 
     changed = {}
     for key, change, source in (("videos", video, "images"), ("annotations", track, "annotations")):
@@ -193,6 +210,7 @@ def whole_number(entry: dict, key: str, where: EntryName) -> int | None:
 
 # Categories
 
+
 def complete_categories(entries, name: str) -> list[dict]:
     """Categories with ids and unique names; InputError if there are none."""
     if not isinstance(entries, list) or not entries:
@@ -212,8 +230,9 @@ def complete_categories(entries, name: str) -> list[dict]:
 def one_line(text: str) -> str:
     """Normalise whitespace, and replace control characters and lone surrogates."""
     text = " ".join(text.split())
-    return "".join("\ufffd" if unicodedata.category(letter) in ("Cc", "Cs") else letter
-                   for letter in text)
+    return "".join(
+        "\ufffd" if unicodedata.category(letter) in ("Cc", "Cs") else letter for letter in text
+    )
 
 
 def unique_names(categories: list[tuple[Id, str]]) -> list[str]:
@@ -221,8 +240,10 @@ def unique_names(categories: list[tuple[Id, str]]) -> list[str]:
     names = [name for _, name in categories]
     for _ in range(MAX_SUFFIXES):  # "cat (id 3)" may exist already
         count = Counter(names)
-        names = [f"{name} (id {category_id})" if count[name] > 1 else name
-                 for name, (category_id, _) in zip(names, categories)]
+        names = [
+            f"{name} (id {category_id})" if count[name] > 1 else name
+            for name, (category_id, _) in zip(names, categories)
+        ]
     return names
 
 
@@ -234,8 +255,14 @@ def ordered_categories(categories: list[dict]) -> list[tuple[Id, str]]:
 
 # Videos
 
-def complete_videos(content: dict, what: str, file: AnnotationFile, skip_bad: bool,
-                    locate: Callable[[dict, EntryName], None] | None) -> list[dict]:
+
+def complete_videos(
+    content: dict,
+    what: str,
+    file: AnnotationFile,
+    skip_bad: bool,
+    locate: Callable[[dict, EntryName], None] | None,
+) -> list[dict]:
     """Videos with ids, lengths and sizes."""
     sizes, videos = find_sizes(content), []
     for index, entry in enumerate(content["videos"]):
@@ -306,8 +333,10 @@ def find_sizes(content: dict) -> dict[Id, tuple[int, int]]:
 
 # Annotations
 
-def complete_annotations(content: dict, what: str, file: AnnotationFile,
-                         skip_bad: bool) -> list[dict]:
+
+def complete_annotations(
+    content: dict, what: str, file: AnnotationFile, skip_bad: bool
+) -> list[dict]:
     """The annotations with valid references and masks, with areas."""
     videos = by_id(file.content["videos"], f"{what}s", file.name)
     categories = by_id(file.content["categories"], "categories", file.name)
@@ -324,11 +353,15 @@ def complete_annotations(content: dict, what: str, file: AnnotationFile,
                 file.skipped.add(f"annotations that refer to no {what} or category", str(where))
                 continue
             if video_key not in videos:
-                file.skipped.add(f"annotations of {what}s that do not exist",
-                                 f"{where}, of {what} {shown(video_key)}")
+                file.skipped.add(
+                    f"annotations of {what}s that do not exist",
+                    f"{where}, of {what} {shown(video_key)}",
+                )
             elif category_key not in categories:
-                file.skipped.add("annotations of categories that do not exist",
-                                 f"{where}, of category {shown(category_key)}")
+                file.skipped.add(
+                    "annotations of categories that do not exist",
+                    f"{where}, of category {shown(category_key)}",
+                )
             elif not has_track(entry.get("segmentations")):
                 file.skipped.add("annotations without a mask", str(where))
             else:
@@ -340,8 +373,10 @@ def complete_annotations(content: dict, what: str, file: AnnotationFile,
             file.skipped.add("annotations that cannot be used", str(error))
     annotations = with_readable_masks(annotations, videos, file, skip_bad)
     if content["annotations"] and not annotations:
-        raise InputError(f"none of the {len(content['annotations'])} annotations of {file.name} "
-                         f"can be used; {'; '.join(file.skipped.sentences())}")
+        raise InputError(
+            f"none of the {len(content['annotations'])} annotations of {file.name} "
+            f"can be used; {'; '.join(file.skipped.sentences())}"
+        )
     return annotations
 
 
@@ -364,8 +399,9 @@ def has_track(segmentations) -> bool:
     return any(map(has_mask, segmentations)) or all(mask is None for mask in segmentations)
 
 
-def complete_annotation(entry: dict, index: int, video: dict, category: dict,
-                        where: EntryName) -> dict:
+def complete_annotation(
+    entry: dict, index: int, video: dict, category: dict, where: EntryName
+) -> dict:
     """An annotation with the ids of its references; areas are None if they must be computed."""
     masks, areas, length = entry["segmentations"], entry.get("areas"), video["length"]
     crowd = entry.get("iscrowd")
@@ -390,13 +426,13 @@ def are_areas(areas, length: int) -> bool:
         return False
     known = [area for area in areas if area is not None]
     return bool(known) and all(
-        isinstance(area, (int, float, np.number)) and 0 <= area <= MAX_AREA
-        for area in known
+        isinstance(area, (int, float, np.number)) and 0 <= area <= MAX_AREA for area in known
     )
 
 
-def with_readable_masks(annotations: list[dict], videos: dict[Id, dict], file: AnnotationFile,
-                        skip_bad: bool) -> list[dict]:
+def with_readable_masks(
+    annotations: list[dict], videos: dict[Id, dict], file: AnnotationFile, skip_bad: bool
+) -> list[dict]:
     """The annotations with valid masks; missing areas are computed."""
     tracks = []
     for annotation in annotations:

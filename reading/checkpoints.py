@@ -7,6 +7,7 @@ and CheckpointReader converts it to tensors, arrays and containers. Everything e
 Placeholder. Memory is bounded by the amount of data in the file. Tests:
 tests/test_reading_checkpoints.py, tests/faults.
 """
+
 import io
 import math
 import re
@@ -24,8 +25,8 @@ from reading.pickles import BadPickle, Damaged, Persistent, Record, arguments, r
 from reading.regular import open_regular
 from runtime.errors import InputError
 
-MAX_DEPTH = 100           # of nested containers
-IN_PROGRESS = object()    # marks a container that is being converted
+MAX_DEPTH = 100  # of nested containers
+IN_PROGRESS = object()  # marks a container that is being converted
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +36,7 @@ class Placeholder:
     Dates, paths, namespaces, configurations and optimizers are often stored with weights. `name` is
     their type, such as "pathlib.PosixPath"; nothing else is kept.
     """
+
     name: str
 
 
@@ -65,7 +67,7 @@ class CheckpointReader:
         """nested: the stream is inside another checkpoint, and may not contain further ones."""
         self.container, self.nested = Container(stream, size), nested
         self.budget = size
-        self.made = {}                         # id of a pickled object: (object, converted)
+        self.made = {}  # id of a pickled object: (object, converted)
         self.storages: dict[str, Tensor] = {}  # one-dimensional, by key
 
     def read(self):
@@ -142,7 +144,7 @@ class CheckpointReader:
     def bytes_of(self, data) -> bytes:
         """Bytes; protocols 0 to 2 store them as text with a call of _codecs.encode."""
         if isinstance(data, Record) and data.name == "_codecs.encode":
-            data, = arguments(data, str)
+            (data,) = arguments(data, str)
         elif isinstance(data, Record) and data.name == "builtins.bytes" and not data.args:
             data = b""
         if isinstance(data, str):
@@ -241,7 +243,7 @@ class CheckpointReader:
         if not isinstance(view, tuple) or len(view) != 3 or not is_shape(view[1:]):
             raise Damaged("a view of a storage")
         _, first, count = view  # of the older format
-        return numbers[first:first + count]
+        return numbers[first : first + count]
 
     def read_storage(self, key: str, dtype: torch.dtype, count: int) -> Tensor:
         """The storage of a key, read on first use."""
@@ -295,7 +297,7 @@ def reinterpret(numbers: Tensor, dtype: torch.dtype) -> Tensor:
     if numbers.dtype == dtype:
         return numbers
     numbers = numbers.view(torch.uint8)
-    return numbers[:len(numbers) // dtype.itemsize * dtype.itemsize].view(dtype)
+    return numbers[: len(numbers) // dtype.itemsize * dtype.itemsize].view(dtype)
 
 
 DTYPES = {str(dtype): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
@@ -336,9 +338,11 @@ MAKERS = {  # converters of records by name
     "torch._utils._rebuild_tensor_v3": CheckpointReader.tensor_of,
 }
 for core in ("core", "_core"):  # NumPy 1 and 2
-    MAKERS |= {f"numpy.{core}.multiarray._reconstruct": CheckpointReader.array_of,
-               f"numpy.{core}.multiarray.scalar": CheckpointReader.scalar_of,
-               f"numpy.{core}.numeric._frombuffer": CheckpointReader.array_of_buffer}
+    MAKERS |= {
+        f"numpy.{core}.multiarray._reconstruct": CheckpointReader.array_of,
+        f"numpy.{core}.multiarray.scalar": CheckpointReader.scalar_of,
+        f"numpy.{core}.numeric._frombuffer": CheckpointReader.array_of_buffer,
+    }
 
 
 def read_file(path: str | Path) -> dict:

@@ -1,4 +1,5 @@
 """Validates the config that train.py stores in a checkpoint."""
+
 import math
 import sys
 import unicodedata
@@ -38,8 +39,10 @@ def read_config(contents: dict, path: str | Path) -> dict:
     }
     for name in valid:
         if not valid[name]:
-            raise InputError(f"{path} holds a config that training did not write: {name} is "
-                             f"{shown(config[name])}")
+            raise InputError(
+                f"{path} holds a config that training did not write: {name} is "
+                f"{shown(config[name])}"
+            )
     check_options(options, path)
     return config
 
@@ -49,10 +52,11 @@ def check_options(options: dict, path: str | Path) -> None:
     types = option_types()
     for name, value in options.items():
         if name not in types or name in ("num_classes", "propagation", "return"):
-            raise InputError(f"{path} asks for a model that cannot be built: GRAttVIS has no "
-                             f"option {name}")
+            raise InputError(
+                f"{path} asks for a model that cannot be built: GRAttVIS has no option {name}"
+            )
         minimum = 0 if name in ("window", "pixel_layers", "tracker_encoder_layers") else 1
-        maximum = MAX_OPTION.get(name, 10 ** 6)
+        maximum = MAX_OPTION.get(name, 10**6)
         kinds = set(get_args(types[name]) or [types[name]])  # of int | None: int and NoneType
         if type(value) is int and int in kinds:
             valid = minimum <= value <= maximum
@@ -64,14 +68,17 @@ def check_options(options: dict, path: str | Path) -> None:
             expected = f"a whole number from {minimum} to {maximum}"
             if int not in kinds:
                 expected = next(EXPECTED[kind] for kind in EXPECTED if kind in kinds)
-            raise InputError(f"{path} asks for a model that cannot be built: {name} is "
-                             f"{shown(value)}, not {expected}")
+            raise InputError(
+                f"{path} asks for a model that cannot be built: {name} is "
+                f"{shown(value)}, not {expected}"
+            )
 
 
 def is_name(value) -> bool:
     """Whether a value is text on one line. (Some scripts use invisible joiners inside words.)"""
     return isinstance(value, str) and not any(
-        unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") for letter in value)
+        unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") for letter in value
+    )
 
 
 def is_integer(value, minimum: int, maximum: int) -> bool:
@@ -81,4 +88,5 @@ def is_integer(value, minimum: int, maximum: int) -> bool:
 def are_categories(value) -> bool:
     """Whether a value is a list of pairs (id, name)."""
     return isinstance(value, (list, tuple)) and all(
-        isinstance(pair, (list, tuple)) and len(pair) == 2 and is_name(pair[1]) for pair in value)
+        isinstance(pair, (list, tuple)) and len(pair) == 2 and is_name(pair[1]) for pair in value
+    )

@@ -8,6 +8,7 @@
 A file is an archive of torch.save, the older format of torch.save (five pickles, then the numbers),
 or a single pickle. Offsets are validated against the size of the file.
 """
+
 import io
 import re
 import struct
@@ -20,16 +21,27 @@ from torch import Tensor
 
 from reading.pickles import BadPickle, Damaged, Record, arguments, read_pickle
 
-MAGIC_NUMBER = 0x1950a86a20f9469cfc6c  # the first pickle of torch.save's older format
-SMALL_FILE = 2 ** 26                   # bytes; read at once, for speed
+MAGIC_NUMBER = 0x1950A86A20F9469CFC6C  # the first pickle of torch.save's older format
+SMALL_FILE = 2**26  # bytes; read at once, for speed
 STORAGE_DTYPES = {
-    "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
-    "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool, "ComplexFloatStorage": torch.complex64,
-    "ComplexDoubleStorage": torch.complex128, "UntypedStorage": torch.uint8,
-    "QInt8Storage": torch.qint8, "QUInt8Storage": torch.quint8, "QInt32Storage": torch.qint32,
-    "QUInt4x2Storage": torch.quint4x2, "QUInt2x4Storage": torch.quint2x4,
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+    "ComplexFloatStorage": torch.complex64,
+    "ComplexDoubleStorage": torch.complex128,
+    "UntypedStorage": torch.uint8,
+    "QInt8Storage": torch.qint8,
+    "QUInt8Storage": torch.quint8,
+    "QInt32Storage": torch.qint32,
+    "QUInt4x2Storage": torch.quint4x2,
+    "QUInt2x4Storage": torch.quint2x4,
 }
 
 
@@ -142,7 +154,7 @@ class Container:
 
 def parse_reference(record: Record) -> tuple[torch.dtype, str, int, object]:
     """The fields of a storage reference of torch.save: dtype, key, count, and view."""
-    saved_id, = arguments(record, tuple)
+    (saved_id,) = arguments(record, tuple)
     word, kind, key, _, count, view = (*saved_id, *[None] * 6)[:6]
     if word != "storage" or not isinstance(kind, type) or not isinstance(key, str):
         raise Damaged("a reference to what is no storage")
@@ -154,5 +166,8 @@ def parse_reference(record: Record) -> tuple[torch.dtype, str, int, object]:
 
 def is_shape(sizes) -> bool:
     """Whether a value is a valid tensor shape."""
-    return isinstance(sizes, tuple) and len(sizes) <= 64 and all(
-        type(size) is int and 0 <= size < 2 ** 63 for size in sizes)
+    return (
+        isinstance(sizes, tuple)
+        and len(sizes) <= 64
+        and all(type(size) is int and 0 <= size < 2**63 for size in sizes)
+    )

@@ -8,6 +8,7 @@ Downloads lie in torch.hub's folder, torch.hub.get_dir()/checkpoints (TORCH_HOME
 file is there, the network is not used. A digest in the file name (-<hexadecimal digits>.pt, as
 torch.hub has it) is compared with the SHA-256 of the contents.
 """
+
 import hashlib
 import re
 import urllib.request
@@ -43,7 +44,7 @@ OFFICIAL = {
 }
 DRIVE = "https://drive.google.com/file/d/{}/view"
 DIGEST = re.compile(r"-([a-f0-9]{8,64})\.\w+$")
-CHUNK = 2 ** 20  # bytes
+CHUNK = 2**20  # bytes
 
 
 def find_weights(name: str | Path) -> Path:
@@ -54,8 +55,10 @@ def find_weights(name: str | Path) -> Path:
     official = OFFICIAL.get(path.name) or OFFICIAL.get(f"{path.name}.pth")
     if path.exists() or not official:
         return path
-    raise InputError(f"{path} does not exist: it is an official checkpoint; download it in a browser "
-                     f"from {DRIVE.format(official)} and save it as {path.with_suffix('.pth')}")
+    raise InputError(
+        f"{path} does not exist: it is an official checkpoint; download it in a browser "
+        f"from {DRIVE.format(official)} and save it as {path.with_suffix('.pth')}"
+    )
 
 
 def download(url: str) -> Path:
@@ -74,16 +77,20 @@ def download(url: str) -> Path:
             check_download(url, temporary.stat().st_size, expected, digest)
     except OSError as error:  # includes urllib's URLError
         reason = getattr(error, "reason", error)
-        raise InputError(f"{url} cannot be downloaded: {reason}; to work offline, put the file into "
-                         f"{path.parent}") from error
+        raise InputError(
+            f"{url} cannot be downloaded: {reason}; to work offline, put the file into "
+            f"{path.parent}"
+        ) from error
     return path
 
 
 def save_stream(response, target: Path, size: int, name: str) -> str:
     """Write a response to a file with a progress bar; returns its SHA-256 in hexadecimal."""
     digest = hashlib.sha256()
-    with open(target, "wb") as file, tqdm(total=size or None, desc=name, unit="B", unit_scale=True,
-                                          unit_divisor=1024) as bar:
+    with (
+        open(target, "wb") as file,
+        tqdm(total=size or None, desc=name, unit="B", unit_scale=True, unit_divisor=1024) as bar,
+    ):
         while chunk := response.read(CHUNK):
             file.write(chunk)
             digest.update(chunk)
@@ -97,5 +104,7 @@ def check_download(url: str, size: int, expected_size: int, digest: str) -> None
         raise InputError(f"{url} has {expected_size} bytes, of which {size} arrived: try again")
     named = DIGEST.search(urlsplit(url).path)
     if named and not digest.startswith(named[1]):
-        raise InputError(f"{url} has the SHA-256 {digest}, but its name promises {named[1]}: the file "
-                         "is damaged or was replaced")
+        raise InputError(
+            f"{url} has the SHA-256 {digest}, but its name promises {named[1]}: the file "
+            "is damaged or was replaced"
+        )

@@ -11,6 +11,7 @@ the number red + 256 green + 65536 blue). DAVIS, SAM 2 tools, CVAT, label editor
 write such images. A value is the same instance in all frames of a video. Frames without a mask
 image are left out. Writes ROOT/train.json, ROOT/train/, ROOT/valid.json and ROOT/valid/.
 """
+
 import csv
 import os
 import random
@@ -30,8 +31,15 @@ from runtime.files import save_json
 ALL_VIDEOS = "*"  # key of the class that holds for every instance
 
 
-def convert(frames: Path, masks: Path, root: Path, classes: dict[tuple[str, int], str],
-            valid_share: float, ignored: list[int], seed: int) -> None:
+def convert(
+    frames: Path,
+    masks: Path,
+    root: Path,
+    classes: dict[tuple[str, int], str],
+    valid_share: float,
+    ignored: list[int],
+    seed: int,
+) -> None:
     """Write a data set to `root`, which must not exist yet. Videos are split at random by `seed`.
 
     classes: {(video, instance): class}, or {("*", 0): class} for all. valid_share: of the videos,
@@ -55,28 +63,47 @@ def convert(frames: Path, masks: Path, root: Path, classes: dict[tuple[str, int]
             for video in tqdm(chosen, desc=split, unit="video", disable=None):
                 add_video(content, video, frames, masks, partial / split, classes, ignored)
             save_json(partial / f"{split}.json", content, indent=None)
-            print(f"{root / split}.json: {len(chosen)} videos, {len(content['annotations'])} "
-                  f"instances, {len(content['categories'])} classes")
+            print(
+                f"{root / split}.json: {len(chosen)} videos, {len(content['annotations'])} "
+                f"instances, {len(content['categories'])} classes"
+            )
         partial.rename(root)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def add_video(content: dict, video: str, frames: Path, masks: Path, output: Path,
-              classes: dict[tuple[str, int], str], ignored: list[int]) -> None:
+def add_video(
+    content: dict,
+    video: str,
+    frames: Path,
+    masks: Path,
+    output: Path,
+    classes: dict[tuple[str, int], str],
+    ignored: list[int],
+) -> None:
     """Append a video and its instances to an annotation file, and put its frames into `output`."""
     pairs = list(pair_frames(frames, masks / video, output / video))
     instances, (height, width) = read_instances([image for _, image in pairs])
     category_ids = {category["name"]: category["id"] for category in content["categories"]}
     number = len(content["videos"]) + 1
-    content["videos"].append({
-        "id": number, "height": height, "width": width, "length": len(pairs),
-        "file_names": [f"{video}/{frame.name}" for frame, _ in pairs]})
+    content["videos"].append(
+        {
+            "id": number,
+            "height": height,
+            "width": width,
+            "length": len(pairs),
+            "file_names": [f"{video}/{frame.name}" for frame, _ in pairs],
+        }
+    )
     for instance in sorted(instances.keys() - {0, *ignored}):
-        content["annotations"].append({
-            "id": len(content["annotations"]) + 1, "video_id": number,
-            "category_id": category_ids[class_of(classes, video, instance)],
-            "segmentations": instances[instance]})
+        content["annotations"].append(
+            {
+                "id": len(content["annotations"]) + 1,
+                "video_id": number,
+                "category_id": category_ids[class_of(classes, video, instance)],
+                "segmentations": instances[instance],
+            }
+        )
 
 
 def read_classes(path: Path | None, default: str) -> dict[tuple[str, int], str]:
@@ -90,8 +117,10 @@ def read_classes(path: Path | None, default: str) -> dict[tuple[str, int], str]:
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
     except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path} is not a CSV file with the columns video, instance (a whole "
-                         f"number) and class: {error}") from error
+        raise InputError(
+            f"{path} is not a CSV file with the columns video, instance (a whole "
+            f"number) and class: {error}"
+        ) from error
 
 
 def class_of(classes: dict[tuple[str, int], str], video: str, instance: int) -> str:
@@ -99,8 +128,10 @@ def class_of(classes: dict[tuple[str, int], str], video: str, instance: int) -> 
     try:
         return classes.get((ALL_VIDEOS, 0)) or classes[video, instance]
     except KeyError as error:
-        raise InputError(f"the classes do not list instance {instance} of video {video}, whose mask "
-                         "images contain it") from error
+        raise InputError(
+            f"the classes do not list instance {instance} of video {video}, whose mask "
+            "images contain it"
+        ) from error
 
 
 def pair_frames(frames: Path, masks: Path, output: Path) -> Iterator[tuple[Path, Path]]:
@@ -132,8 +163,10 @@ def pair_frames(frames: Path, masks: Path, output: Path) -> Iterator[tuple[Path,
         picture.save(target, quality=95)
         yield target, list(images.values())[count - 1]
     if count != len(images):
-        raise InputError(f"{files[0]} has another number of frames than there are mask images in "
-                         f"{masks} ({len(images)})")
+        raise InputError(
+            f"{files[0]} has another number of frames than there are mask images in "
+            f"{masks} ({len(images)})"
+        )
 
 
 def link_or_copy(source: Path, target: Path) -> None:
@@ -150,13 +183,17 @@ def read_instances(images: list[Path]) -> tuple[dict[int, list], tuple[int, int]
     for t, image in enumerate(images):
         ids = read_ids(image)
         if size not in (None, ids.shape):
-            raise InputError(f"{image} is {ids.shape[1]}x{ids.shape[0]}, the mask images before it "
-                             f"{size[1]}x{size[0]}")
+            raise InputError(
+                f"{image} is {ids.shape[1]}x{ids.shape[0]}, the mask images before it "
+                f"{size[1]}x{size[0]}"
+            )
         size = ids.shape
         for value in np.unique(ids).tolist():
             code = rle.encode(np.asfortranarray(ids == value, dtype=np.uint8))
             codes.setdefault(value, [None] * len(images))[t] = {
-                "size": list(size), "counts": code["counts"].decode()}
+                "size": list(size),
+                "counts": code["counts"].decode(),
+            }
     return codes, size
 
 

@@ -3,6 +3,7 @@
 An id is an int or a str; 7, 7.0 and "7" are the same id. `id_key` is equal for all notations of an
 id. `id_order` sorts ids: numbers first, then strings.
 """
+
 import re
 from dataclasses import dataclass
 
@@ -16,7 +17,8 @@ Id = int | str
 @dataclass
 class EntryName:
     """The name of an entry in messages, formatted only when needed. It contains the id, if any."""
-    what: str   # "video"
+
+    what: str  # "video"
     index: int
     entry: object
     file: str
@@ -54,8 +56,10 @@ def read_id(entry: dict, key: str, where: EntryName) -> Id:
     """The id under a key, numbers as int; InputError if it is no id."""
     value_key = id_key(entry.get(key))
     if value_key is None:
-        raise InputError(f"{where} has {key} {shown(entry.get(key))}, which is no id: "
-                         "ids are whole numbers or text")
+        raise InputError(
+            f"{where} has {key} {shown(entry.get(key))}, which is no id: "
+            "ids are whole numbers or text"
+        )
     return entry[key] if isinstance(entry[key], str) else value_key
 
 
@@ -65,6 +69,7 @@ def by_id(entries: list[dict], what: str, name: str) -> dict[Id, dict]:
     for entry in entries:
         other = entry_of.setdefault(id_key(entry["id"]), entry)
         if other is not entry:
-            raise InputError(f"{name} has two {what} of one id: "
-                             f"{shown(other['id'])} and {shown(entry['id'])}")
+            raise InputError(
+                f"{name} has two {what} of one id: {shown(other['id'])} and {shown(entry['id'])}"
+            )
     return entry_of

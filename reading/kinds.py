@@ -1,4 +1,5 @@
 """Recognises files that are not checkpoints, by their first bytes."""
+
 import re
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def describe_kind(path: Path, head: bytes) -> str:
     for signature, kind in SIGNATURES.items():
         if head.startswith(signature) or text.startswith(signature):
             return kind
-    if head[8:10] == b'{"' and int.from_bytes(head[:8], "little") < 2 ** 30:
+    if head[8:10] == b'{"' and int.from_bytes(head[:8], "little") < 2**30:
         return "a safetensors file, which is not supported: convert it to a .pth"
     if head[257:262] == b"ustar":
         return "a tar archive: unpack it first"
@@ -51,6 +52,7 @@ def describe_kind(path: Path, head: bytes) -> str:
         return "nothing but zeros where it begins, as if a download was not finished"
     decoded = head.decode("utf-8", "ignore")
     if len(decoded.encode()) > len(head) - 4 and all(
-            character.isprintable() or character.isspace() for character in decoded):
+        character.isprintable() or character.isspace() for character in decoded
+    ):
         return f"text, beginning with {decoded.split(chr(10))[0].strip()[:40]!r}"
     return "damaged, or another kind of file"

@@ -5,6 +5,7 @@
 pycocotools does not validate its input: it reads past the end of a damaged code, and follows
 outlines of any length. Masks are therefore validated here first. Letters: H, W of the frame.
 """
+
 from collections.abc import Iterator
 from math import isnan
 
@@ -14,7 +15,7 @@ from pycocotools import mask as rle
 from evaluation.run_length import UNFILLED, find_fault
 from runtime.errors import InputError, shown
 
-MAX_OUTLINE = 2 ** 20  # pixels, of all polygons of a segmentation
+MAX_OUTLINE = 2**20  # pixels, of all polygons of a segmentation
 FAR_AWAY = "a coordinate is no number or lies far outside of the frame"
 TRACKS_PER_BATCH = 64  # validated together, which is much faster
 
@@ -39,8 +40,9 @@ def has_mask(segmentation: Segmentation) -> bool:
     return any(not isinstance(entry, list) or is_polygon(entry) for entry in segmentation)
 
 
-def to_rle(segmentation: Segmentation, height: int, width: int, where: str,
-           checked: bool = False) -> dict | None:
+def to_rle(
+    segmentation: Segmentation, height: int, width: int, where: str, checked: bool = False
+) -> dict | None:
     """Convert the segmentation of one frame to compressed RLE; None if it has no mask.
 
     where: its name in the InputError for an invalid segmentation. checked: skip validation.
@@ -55,8 +57,9 @@ def to_rle(segmentation: Segmentation, height: int, width: int, where: str,
     return rle.frPyObjects(code, height, width) if isinstance(code["counts"], list) else code
 
 
-def read_mask(segmentation: Segmentation, height: int, width: int, where: str,
-              checked: bool = False) -> np.ndarray:
+def read_mask(
+    segmentation: Segmentation, height: int, width: int, where: str, checked: bool = False
+) -> np.ndarray:
     """Decode the segmentation of one frame to bool (H, W); arguments as for `to_rle`."""
     encoded = to_rle(segmentation, height, width, where, checked)
     return rle.decode(encoded).astype(bool) if encoded else np.zeros((height, width), bool)
@@ -64,8 +67,9 @@ def read_mask(segmentation: Segmentation, height: int, width: int, where: str,
 
 def mask_areas(segmentations: list[Segmentation], height: int, width: int) -> list[int | None]:
     """Area of the mask in every frame, None if it is empty. The masks must be valid."""
-    codes = [to_rle(segmentation, height, width, "", checked=True)
-             for segmentation in segmentations]
+    codes = [
+        to_rle(segmentation, height, width, "", checked=True) for segmentation in segmentations
+    ]
     return [int(rle.area(code)) or None if code else None for code in codes]
 
 
@@ -77,7 +81,7 @@ Track = tuple[list[Segmentation], int, int]  # one segmentation per frame, heigh
 def find_bad_tracks(tracks: list[Track]) -> Iterator[tuple[int, int, str]]:
     """Yield (track number, frame, reason) for every track with an invalid mask."""
     for begin in range(0, len(tracks), TRACKS_PER_BATCH):
-        block = tracks[begin:begin + TRACKS_PER_BATCH]
+        block = tracks[begin : begin + TRACKS_PER_BATCH]
         if find_track_fault(block) is None:
             continue
         for number, track in enumerate(block, begin):
@@ -113,8 +117,10 @@ def find_mask_fault(segmentation: Segmentation, height: int, width: int) -> str 
         if not isinstance(segmentation, dict):
             return f"it is a {type(segmentation).__name__}"
         if list(segmentation["size"]) != [height, width]:
-            return (f"its size is {shown(segmentation['size'])}, "
-                    f"its video's [height, width] {[height, width]}")
+            return (
+                f"its size is {shown(segmentation['size'])}, "
+                f"its video's [height, width] {[height, width]}"
+            )
         counts = segmentation["counts"]
         if isinstance(counts, list):
             valid = all(run % 1 == 0 and run >= 0 for run in counts)

@@ -11,13 +11,14 @@ Safety does not depend on a list of forbidden names. Nevertheless, files that na
 Python's standard library except data types (os.system, eval, subprocess.Popen) are rejected.
 Names of other packages are allowed, because configurations and optimizers are stored with weights.
 """
+
 import pickle
 import pickletools
 import sys
 from typing import BinaryIO
 
-MAX_TUPLES = 50_000        # Python's stack overflows at 200,000 nested tuples
-MAX_NAMES = 10_000         # distinct names; each becomes a class of about a kilobyte
+MAX_TUPLES = 50_000  # Python's stack overflows at 200,000 nested tuples
+MAX_NAMES = 10_000  # distinct names; each becomes a class of about a kilobyte
 MAX_NAME_CHARACTERS = 300
 MEMO_OPCODES = {"PUT", "BINPUT", "LONG_BINPUT"}
 TUPLE_OPCODES = {"TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"}
@@ -25,33 +26,36 @@ TUPLE_OPCODES = {"TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"}
 # Python 2 names of modules, which Python 3 still writes in protocols 0 to 2.
 RENAMED_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg", "commands": "subprocess"}
 # Data types of the standard library. Python 3.11 writes some enum members with "getattr".
-DATA_TYPES = {module: set(names.split()) for module, names in {
-    "_codecs": "encode",
-    "argparse": "Namespace",
-    "array": "array _array_reconstructor",
-    "builtins": "Ellipsis NotImplemented bool bytearray bytes complex dict float frozenset "
-                "getattr int list long object range set slice str tuple type unicode xrange",
-    "collections": "ChainMap Counter OrderedDict UserDict UserList UserString defaultdict deque",
-    "copyreg": "_reconstructor",
-    "datetime": "date datetime time timedelta timezone",
-    "decimal": "Decimal",
-    "fractions": "Fraction",
-    "functools": "partial",
-    "ipaddress": "IPv4Address IPv6Address",
-    "logging": "Logger getLogger",
-    "_operator": "getitem",
-    "numbers": "Number",
-    "operator": "attrgetter itemgetter",
-    "pathlib": "Path PosixPath PurePath PurePosixPath PureWindowsPath WindowsPath",
-    "pathlib._local": "Path PosixPath PurePath PurePosixPath PureWindowsPath WindowsPath",
-    "random": "Random",
-    "re": "_compile",
-    "time": "struct_time",
-    "types": "GenericAlias MappingProxyType NoneType SimpleNamespace",
-    "typing": "Any Callable Dict List Literal Optional Sequence Set Tuple Union",
-    "uuid": "SafeUUID UUID",
-    "zoneinfo": "ZoneInfo ZoneInfo._unpickle",
-}.items()}
+DATA_TYPES = {
+    module: set(names.split())
+    for module, names in {
+        "_codecs": "encode",
+        "argparse": "Namespace",
+        "array": "array _array_reconstructor",
+        "builtins": "Ellipsis NotImplemented bool bytearray bytes complex dict float frozenset "
+        "getattr int list long object range set slice str tuple type unicode xrange",
+        "collections": "ChainMap Counter OrderedDict UserDict UserList UserString defaultdict deque",
+        "copyreg": "_reconstructor",
+        "datetime": "date datetime time timedelta timezone",
+        "decimal": "Decimal",
+        "fractions": "Fraction",
+        "functools": "partial",
+        "ipaddress": "IPv4Address IPv6Address",
+        "logging": "Logger getLogger",
+        "_operator": "getitem",
+        "numbers": "Number",
+        "operator": "attrgetter itemgetter",
+        "pathlib": "Path PosixPath PurePath PurePosixPath PureWindowsPath WindowsPath",
+        "pathlib._local": "Path PosixPath PurePath PurePosixPath PureWindowsPath WindowsPath",
+        "random": "Random",
+        "re": "_compile",
+        "time": "struct_time",
+        "types": "GenericAlias MappingProxyType NoneType SimpleNamespace",
+        "typing": "Any Callable Dict List Literal Optional Sequence Set Tuple Union",
+        "uuid": "SafeUUID UUID",
+        "zoneinfo": "ZoneInfo ZoneInfo._unpickle",
+    }.items()
+}
 
 
 class BadPickle(Exception):
@@ -64,6 +68,7 @@ class Damaged(BadPickle):
 
 class Record:
     """An object as described by a pickle: arguments, state and items."""
+
     __slots__ = ("args", "items", "state")
     name = ""  # "module.name", in the subclass made for it
 
@@ -97,7 +102,7 @@ class Record:
 
 def arguments(record: Record, *types: type) -> tuple:
     """The first arguments of a record; Damaged unless they are of these types."""
-    first = record.args[:len(types)]
+    first = record.args[: len(types)]
     if len(first) < len(types) or not all(map(isinstance, first, types)):
         raise Damaged(f"the arguments of {record.name}")
     return first
@@ -141,6 +146,7 @@ class RecordUnpickler(pickle.Unpickler):
 
 class Persistent(Record):
     """A reference to data outside the pickle, identified by its only argument."""
+
     __slots__ = ()
     name = "persistent"
 

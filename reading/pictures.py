@@ -1,9 +1,10 @@
 """Reads untrusted image files as RGB, with bounded memory.
 
-    picture = read_picture(Path("frame.jpg"))     # a Pillow image, mode RGB
-    for picture in read_animation(Path("clip.webp")):
-        ...
+picture = read_picture(Path("frame.jpg"))     # a Pillow image, mode RGB
+for picture in read_animation(Path("clip.webp")):
+    ...
 """
+
 import io
 import warnings
 from collections.abc import Iterator
@@ -17,13 +18,32 @@ from reading.regular import read_regular
 from runtime.errors import InputError
 
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # of a picture; a small file can claim any number
-MAX_FILE_SIZE = 2 ** 30  # bytes; the largest uncompressed picture of 16 bits has 0.7 GB
+MAX_FILE_SIZE = 2**30  # bytes; the largest uncompressed picture of 16 bits has 0.7 GB
 # Common formats of frames. Decoders of other formats are rarely tested, and PostScript files are
 # programs.
 Image.init()
-PICTURE_FORMATS = [name for name in Image.OPEN if name in (
-    "AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "QOI", "SGI",
-    "TGA", "TIFF", "WEBP")]
+PICTURE_FORMATS = [
+    name
+    for name in Image.OPEN
+    if name
+    in (
+        "AVIF",
+        "BMP",
+        "DIB",
+        "GIF",
+        "ICO",
+        "JPEG",
+        "JPEG2000",
+        "PCX",
+        "PNG",
+        "PPM",
+        "QOI",
+        "SGI",
+        "TGA",
+        "TIFF",
+        "WEBP",
+    )
+]
 TIFF_BITS, TIFF_PHOTOMETRIC, TIFF_SAMPLE_FORMAT = 258, 262, 339  # tags
 WHITE_IS_ZERO, UNSIGNED = 0, 1  # their values
 # check_pixels raises an error instead of this warning.
@@ -33,8 +53,10 @@ warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 def check_pixels(height: int, width: int, what: str) -> None:
     """InputError if a picture is too large; called before memory is allocated."""
     if min(height, width) < 1 or height * width > MAX_PIXELS:
-        raise InputError(f"{what} is said to be {width}x{height}: at least 1x1 and at most "
-                         f"{MAX_PIXELS} pixels are read")
+        raise InputError(
+            f"{what} is said to be {width}x{height}: at least 1x1 and at most "
+            f"{MAX_PIXELS} pixels are read"
+        )
 
 
 def read_picture(path: Path) -> Image.Image:
@@ -75,8 +97,9 @@ def open_picture(path: Path) -> Iterator[Image.Image]:
     except InputError:
         raise
     except UnidentifiedImageError as error:
-        raise InputError(f"frame {path} cannot be read: cannot identify image file "
-                         f"{str(path)!r}") from error
+        raise InputError(
+            f"frame {path} cannot be read: cannot identify image file {str(path)!r}"
+        ) from error
     except Exception as error:  # a damaged file makes Pillow raise almost anything
         reason = " ".join(str(error).split()) or repr(error)
         raise InputError(f"frame {path} cannot be read: {reason}") from error
@@ -91,11 +114,14 @@ def to_rgb(picture: Image.Image) -> Image.Image:
     tags = getattr(picture, "tag_v2", {})  # of a TIFF
     signed = any(value != UNSIGNED for value in tags.get(TIFF_SAMPLE_FORMAT, ()))  # or floats
     # Pillow reads 16-bit PGM files as 32-bit integers; older versions PNG files too.
-    sixteen_bit = (picture.mode.startswith("I;16")
-                   or picture.mode == "I" and picture.format in ("PNG", "PPM"))
+    sixteen_bit = (
+        picture.mode.startswith("I;16") or picture.mode == "I" and picture.format in ("PNG", "PPM")
+    )
     if signed or picture.mode in ("I", "F") and not sixteen_bit:
-        raise ValueError("it holds signed, 32-bit or floating-point numbers, which state no range "
-                         "of brightness; save it with 8 or 16 unsigned bits")
+        raise ValueError(
+            "it holds signed, 32-bit or floating-point numbers, which state no range "
+            "of brightness; save it with 8 or 16 unsigned bits"
+        )
     if sixteen_bit:
         bits = tags.get(TIFF_BITS, (16,))[0]  # 12 of some cameras
         grey = (np.asarray(picture) >> (bits - 8)).astype(np.uint8)

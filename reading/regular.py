@@ -7,6 +7,7 @@
 Opening a FIFO waits for a writer, /dev/zero never ends, and opening some devices has side effects.
 Any of them can be in a folder under the name of a picture.
 """
+
 import io
 import os
 import stat
@@ -16,8 +17,13 @@ from runtime.errors import InputError
 
 # Neither exists on every system.
 OPEN_FLAGS = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket",
-         stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 
 
 class BoundedReader(io.BufferedReader):

@@ -3,6 +3,7 @@
 Files of GRAtt-VIS, GenVIS, VITA and Mask2Former, and backbones of detectron2 and torchvision. Ours
 stay as they are.
 """
+
 import re
 
 import numpy as np
@@ -12,88 +13,126 @@ from torch import Tensor
 from reading.checkpoints import Placeholder
 from runtime.errors import InputError, shown
 
-RENAMES = [(re.compile(pattern), replacement) for pattern, replacement in [
-    # Mask2Former's first weight format
-    (r"^sem_seg_head\.(?!predictor|pixel_decoder)", "sem_seg_head.pixel_decoder."),
-    (r"^(sem_seg_head\.predictor\.)static_query", r"\1query_feat"),
-    # ResNet, detectron2 -> torchvision
-    (r"^backbone\.stem\.conv1\.norm\.", "backbone.bn1."),
-    (r"^backbone\.stem\.conv1\.", "backbone.conv1."),
-    (r"^backbone\.res(\d)\.(\d+)\.shortcut\.norm\.",
-     lambda m: f"backbone.layer{int(m[1]) - 1}.{m[2]}.downsample.1."),
-    (r"^backbone\.res(\d)\.(\d+)\.shortcut\.",
-     lambda m: f"backbone.layer{int(m[1]) - 1}.{m[2]}.downsample.0."),
-    (r"^backbone\.res(\d)\.(\d+)\.conv(\d)\.norm\.",
-     lambda m: f"backbone.layer{int(m[1]) - 1}.{m[2]}.bn{m[3]}."),
-    (r"^backbone\.res(\d)\.", lambda m: f"backbone.layer{int(m[1]) - 1}."),
-    # Swin, detector -> torchvision
-    (r"^backbone\.patch_embed\.proj\.", "backbone.features.0.0."),
-    (r"^backbone\.patch_embed\.norm\.", "backbone.features.0.2."),
-    (r"^backbone\.layers\.(\d)\.blocks\.", lambda m: f"backbone.features.{2 * int(m[1]) + 1}."),
-    (r"^backbone\.layers\.(\d)\.downsample\.", lambda m: f"backbone.features.{2 * int(m[1]) + 2}."),
-    (r"^(backbone\.features\.\d\.\d+\.mlp\.)fc1\.", r"\g<1>0."),
-    (r"^(backbone\.features\.\d\.\d+\.mlp\.)fc2\.", r"\g<1>3."),
-    (r"^backbone\.norm(\d)\.", r"backbone.norms.\1."),
-    # pixel decoder
-    (r"^sem_seg_head\.pixel_decoder\.", "pixel_decoder."),
-    (r"^pixel_decoder\.transformer\.level_embed", "pixel_decoder.level_embed"),
-    (r"^pixel_decoder\.transformer\.encoder\.layers\.(\d+)\.self_attn\.",
-     r"pixel_decoder.layers.\1.attention."),
-    (r"^pixel_decoder\.transformer\.encoder\.layers\.(\d+)\.norm1\.",
-     r"pixel_decoder.layers.\1.norm."),
-    (r"^pixel_decoder\.transformer\.encoder\.layers\.(\d+)\.norm2\.",
-     r"pixel_decoder.layers.\1.feed_forward.norm."),
-    (r"^pixel_decoder\.transformer\.encoder\.layers\.(\d+)\.linear",
-     r"pixel_decoder.layers.\1.feed_forward.linear"),
-    (r"^pixel_decoder\.adapter_1\.norm\.", "pixel_decoder.lateral.1."),
-    (r"^pixel_decoder\.adapter_1\.", "pixel_decoder.lateral.0."),
-    (r"^pixel_decoder\.layer_1\.norm\.", "pixel_decoder.output.1."),
-    (r"^pixel_decoder\.layer_1\.", "pixel_decoder.output.0."),
-    # frame decoder and tracker: one family of layers
-    (r"^sem_seg_head\.predictor\.", "frame_decoder."),
-    (r"^vita_module\.", "tracker."),
-    (r"^frame_decoder\.transformer_", "frame_decoder.layers.transformer_"),
-    (r"^tracker\.transformer_", "tracker.decoder.transformer_"),
-    (r"\.transformer_self_attention_layers\.(\d+)\.self_attn\.", r".\1.self_attention.attention."),
-    (r"\.transformer_self_attention_layers\.(\d+)\.", r".\1.self_attention."),
-    (r"\.transformer_cross_attention_layers\.(\d+)\.multihead_attn\.",
-     r".\1.cross_attention.attention."),
-    (r"\.transformer_cross_attention_layers\.(\d+)\.", r".\1.cross_attention."),
-    (r"\.transformer_ffn_layers\.(\d+)\.", r".\1.feed_forward."),
-    (r"^tracker\.enc_self_attn\.(\d+)\.self_attn\.",
-     r"tracker.encoder.\1.self_attention.attention."),
-    (r"^tracker\.enc_self_attn\.(\d+)\.", r"tracker.encoder.\1.self_attention."),
-    (r"^tracker\.enc_ffn\.(\d+)\.", r"tracker.encoder.\1.feed_forward."),
-    (r"^((?:frame_decoder|tracker)\.mask_embed)\.layers\.(\d)\.",
-     lambda m: f"{m[1]}.{2 * int(m[2])}."),
-    (r"^tracker\.vita_mask_features\.", "tracker.mask_features."),
-    (r"^tracker\.fq_pos\.", "tracker.frame_query_embed."),
-    (r"^tracker\.input_proj_dec\.", "tracker.input_proj."),
-    (r"^tracker\.sim_embed_frame\.", "tracker.frame_similarity."),
-    (r"^tracker\.sim_embed_clip\.", "tracker.clip_similarity."),
-    (r"^tracker\.prop_instance\.", "tracker.gate_proj."),
-    (r"^tracker\.pre_memory_embed_k\.", "tracker.memory_key."),
-    (r"^tracker\.pre_memory_embed_v\.", "tracker.memory_value."),
-    (r"^tracker\.pre_query_embed_k\.", "tracker.query_key."),
-    (r"^tracker\.pre_query_embed_v\.", "tracker.query_value."),
-]]
+RENAMES = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in [
+        # Mask2Former's first weight format
+        (r"^sem_seg_head\.(?!predictor|pixel_decoder)", "sem_seg_head.pixel_decoder."),
+        (r"^(sem_seg_head\.predictor\.)static_query", r"\1query_feat"),
+        # ResNet, detectron2 -> torchvision
+        (r"^backbone\.stem\.conv1\.norm\.", "backbone.bn1."),
+        (r"^backbone\.stem\.conv1\.", "backbone.conv1."),
+        (
+            r"^backbone\.res(\d)\.(\d+)\.shortcut\.norm\.",
+            lambda m: f"backbone.layer{int(m[1]) - 1}.{m[2]}.downsample.1.",
+        ),
+        (
+            r"^backbone\.res(\d)\.(\d+)\.shortcut\.",
+            lambda m: f"backbone.layer{int(m[1]) - 1}.{m[2]}.downsample.0.",
+        ),
+        (
+            r"^backbone\.res(\d)\.(\d+)\.conv(\d)\.norm\.",
+            lambda m: f"backbone.layer{int(m[1]) - 1}.{m[2]}.bn{m[3]}.",
+        ),
+        (r"^backbone\.res(\d)\.", lambda m: f"backbone.layer{int(m[1]) - 1}."),
+        # Swin, detector -> torchvision
+        (r"^backbone\.patch_embed\.proj\.", "backbone.features.0.0."),
+        (r"^backbone\.patch_embed\.norm\.", "backbone.features.0.2."),
+        (r"^backbone\.layers\.(\d)\.blocks\.", lambda m: f"backbone.features.{2 * int(m[1]) + 1}."),
+        (
+            r"^backbone\.layers\.(\d)\.downsample\.",
+            lambda m: f"backbone.features.{2 * int(m[1]) + 2}.",
+        ),
+        (r"^(backbone\.features\.\d\.\d+\.mlp\.)fc1\.", r"\g<1>0."),
+        (r"^(backbone\.features\.\d\.\d+\.mlp\.)fc2\.", r"\g<1>3."),
+        (r"^backbone\.norm(\d)\.", r"backbone.norms.\1."),
+        # pixel decoder
+        (r"^sem_seg_head\.pixel_decoder\.", "pixel_decoder."),
+        (r"^pixel_decoder\.transformer\.level_embed", "pixel_decoder.level_embed"),
+        (
+            r"^pixel_decoder\.transformer\.encoder\.layers\.(\d+)\.self_attn\.",
+            r"pixel_decoder.layers.\1.attention.",
+        ),
+        (
+            r"^pixel_decoder\.transformer\.encoder\.layers\.(\d+)\.norm1\.",
+            r"pixel_decoder.layers.\1.norm.",
+        ),
+        (
+            r"^pixel_decoder\.transformer\.encoder\.layers\.(\d+)\.norm2\.",
+            r"pixel_decoder.layers.\1.feed_forward.norm.",
+        ),
+        (
+            r"^pixel_decoder\.transformer\.encoder\.layers\.(\d+)\.linear",
+            r"pixel_decoder.layers.\1.feed_forward.linear",
+        ),
+        (r"^pixel_decoder\.adapter_1\.norm\.", "pixel_decoder.lateral.1."),
+        (r"^pixel_decoder\.adapter_1\.", "pixel_decoder.lateral.0."),
+        (r"^pixel_decoder\.layer_1\.norm\.", "pixel_decoder.output.1."),
+        (r"^pixel_decoder\.layer_1\.", "pixel_decoder.output.0."),
+        # frame decoder and tracker: one family of layers
+        (r"^sem_seg_head\.predictor\.", "frame_decoder."),
+        (r"^vita_module\.", "tracker."),
+        (r"^frame_decoder\.transformer_", "frame_decoder.layers.transformer_"),
+        (r"^tracker\.transformer_", "tracker.decoder.transformer_"),
+        (
+            r"\.transformer_self_attention_layers\.(\d+)\.self_attn\.",
+            r".\1.self_attention.attention.",
+        ),
+        (r"\.transformer_self_attention_layers\.(\d+)\.", r".\1.self_attention."),
+        (
+            r"\.transformer_cross_attention_layers\.(\d+)\.multihead_attn\.",
+            r".\1.cross_attention.attention.",
+        ),
+        (r"\.transformer_cross_attention_layers\.(\d+)\.", r".\1.cross_attention."),
+        (r"\.transformer_ffn_layers\.(\d+)\.", r".\1.feed_forward."),
+        (
+            r"^tracker\.enc_self_attn\.(\d+)\.self_attn\.",
+            r"tracker.encoder.\1.self_attention.attention.",
+        ),
+        (r"^tracker\.enc_self_attn\.(\d+)\.", r"tracker.encoder.\1.self_attention."),
+        (r"^tracker\.enc_ffn\.(\d+)\.", r"tracker.encoder.\1.feed_forward."),
+        (
+            r"^((?:frame_decoder|tracker)\.mask_embed)\.layers\.(\d)\.",
+            lambda m: f"{m[1]}.{2 * int(m[2])}.",
+        ),
+        (r"^tracker\.vita_mask_features\.", "tracker.mask_features."),
+        (r"^tracker\.fq_pos\.", "tracker.frame_query_embed."),
+        (r"^tracker\.input_proj_dec\.", "tracker.input_proj."),
+        (r"^tracker\.sim_embed_frame\.", "tracker.frame_similarity."),
+        (r"^tracker\.sim_embed_clip\.", "tracker.clip_similarity."),
+        (r"^tracker\.prop_instance\.", "tracker.gate_proj."),
+        (r"^tracker\.pre_memory_embed_k\.", "tracker.memory_key."),
+        (r"^tracker\.pre_memory_embed_v\.", "tracker.memory_value."),
+        (r"^tracker\.pre_query_embed_k\.", "tracker.query_key."),
+        (r"^tracker\.pre_query_embed_v\.", "tracker.query_value."),
+    ]
+]
 # Not weights of this model: constants of the losses and the input, classifiers of ImageNet
 # backbones, and bookkeeping of PyTorch.
-IGNORED = re.compile(r"(criterion\.empty_weight|attn_mask|_extra_state)$|^pixel_(mean|std)$"
-                     r"|^n_averaged$|^backbone\.(fc|head|norm|stem\.fc)\.")
+IGNORED = re.compile(
+    r"(criterion\.empty_weight|attn_mask|_extra_state)$|^pixel_(mean|std)$"
+    r"|^n_averaged$|^backbone\.(fc|head|norm|stem\.fc)\."
+)
 # Keys under which training tools store the state dict.
 WRAPPERS = ("model", "state_dict", "model_state_dict", "module", "net")
 # Name components added by DataParallel, torch.compile, FSDP and activation checkpointing.
 WRAPPING_MODULES = re.compile(
-    r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+    r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
 BACKBONE_ROOTS = ("stem.", "conv1.", "patch_embed.", "features.")  # in files of a backbone alone
 MODEL_ROOTS = (
-    "backbone.", "pixel_decoder.", "frame_decoder.", "tracker.", "sem_seg_head.", "vita_module.",
+    "backbone.",
+    "pixel_decoder.",
+    "frame_decoder.",
+    "tracker.",
+    "sem_seg_head.",
+    "vita_module.",
 )
 
 
-def translate(contents: dict,
-              source: str = "the state dict") -> tuple[dict[str, Tensor], list[str]]:
+def translate(
+    contents: dict, source: str = "the state dict"
+) -> tuple[dict[str, Tensor], list[str]]:
     """Translate the contents of a file to our parameter names.
 
     Returns {our name: tensor} and the names that are ignored: constants, and entries that are not
@@ -136,8 +175,10 @@ def unknown_file(contents: dict, entries: list[tuple], source: str) -> InputErro
         if isinstance(value, Placeholder):
             return InputError(f"{source} holds a whole {value.name}: save its state_dict() instead")
     example = shown(entries[0][0]) if entries else None
-    return InputError(f"{source} is no checkpoint of this model family: none of its entries is "
-                      f"known, it has {len(entries)}, such as {example}")
+    return InputError(
+        f"{source} is no checkpoint of this model family: none of its entries is "
+        f"known, it has {len(entries)}, such as {example}"
+    )
 
 
 def as_tensor(value, label: str) -> Tensor:

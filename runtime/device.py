@@ -1,4 +1,5 @@
 """Selects the device and the autocast dtype of a program, and copies tensors to the device."""
+
 import os
 
 import torch
@@ -24,8 +25,10 @@ def choose_device(name: str, local_rank: str | None = None) -> torch.device:
     if device.type == "cuda":
         number = device.index or 0 if local_rank is None else int(local_rank)
         if number >= torch.cuda.device_count():
-            raise InputError(f"GPU {number} was asked for, but this machine has "
-                             f"{torch.cuda.device_count()} (--device, --nproc-per-node)")
+            raise InputError(
+                f"GPU {number} was asked for, but this machine has "
+                f"{torch.cuda.device_count()} (--device, --nproc-per-node)"
+            )
         device = torch.device("cuda", number)
         torch.cuda.set_device(device)
     return device

@@ -5,6 +5,7 @@
 
 Errors that a user can fix are raised as InputError. Anything else is a bug and keeps its traceback.
 """
+
 import errno
 import os
 import reprlib
@@ -52,8 +53,10 @@ def cli_errors() -> Iterator[None]:
             fail(2, f"error: {error.filename or 'a file'}: {error.strerror}")
 
 
-TOO_MANY_FILES = ("too many open files: raise the limit (ulimit -n 4096), or use fewer loader "
-                  "processes (--workers)")
+TOO_MANY_FILES = (
+    "too many open files: raise the limit (ulimit -n 4096), or use fewer loader "
+    "processes (--workers)"
+)
 
 
 def fail(status: int, sentence: str) -> None:

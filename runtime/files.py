@@ -1,11 +1,12 @@
 """Reads and writes result files: atomically, and as UTF-8 regardless of the locale.
 
-    save_json(path, contents)                 # atomic: a temporary name, then a rename
-    with atomic_write(path) as temporary:     # for other formats
-        temporary.write_bytes(...)
-    with folder_lock(folder):                 # excludes other processes
-        ...
+save_json(path, contents)                 # atomic: a temporary name, then a rename
+with atomic_write(path) as temporary:     # for other formats
+    temporary.write_bytes(...)
+with folder_lock(folder):                 # excludes other processes
+    ...
 """
+
 import errno
 import hashlib
 import json
@@ -27,7 +28,7 @@ except ImportError:  # Windows
     fcntl = None
 
 
-MAX_JSON_SIZE = 2 ** 33  # bytes
+MAX_JSON_SIZE = 2**33  # bytes
 
 
 def first_existing(what: str, candidates: list[Path]) -> Path:
@@ -116,8 +117,9 @@ def open_locked(path: Path) -> IO:
                 file.seek(0)
                 holder = file.read().strip() or "another process"
                 file.close()
-                raise InputError(f"{path.parent} is in use by {holder}: wait for it, or give "
-                                 "another --output") from error
+                raise InputError(
+                    f"{path.parent} is in use by {holder}: wait for it, or give another --output"
+                ) from error
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
@@ -125,8 +127,13 @@ def open_locked(path: Path) -> IO:
         file.close()  # its previous holder has just removed it
 
 
-RESERVED_NAMES = {"CON", "PRN", "AUX", "NUL", *(f"{port}{number}" for port in ("COM", "LPT")
-                                                for number in range(10))}  # on Windows
+RESERVED_NAMES = {
+    "CON",
+    "PRN",
+    "AUX",
+    "NUL",
+    *(f"{port}{number}" for port in ("COM", "LPT") for number in range(10)),
+}  # on Windows
 MAX_FILE_NAME = 80  # bytes; most file systems allow 255, callers add a suffix
 
 

@@ -1,10 +1,12 @@
 """Types of command-line flags, and passing flags on."""
+
 import argparse
 from collections.abc import Iterable
 
 
 def at_least(minimum: int):
     """An argparse type: an integer that is not less than `minimum`."""
+
     def integer(text: str) -> int:
         if int(text) < minimum:
             raise argparse.ArgumentTypeError(f"{text} is less than {minimum}")
@@ -21,5 +23,6 @@ def flags_named(names: Iterable[str], args: argparse.Namespace) -> dict:
     values = {name: getattr(args, name, None) for name in names}
     return {
         name: tuple(value) if isinstance(value, list) else value
-        for name, value in values.items() if value is not None
+        for name, value in values.items()
+        if value is not None
     }

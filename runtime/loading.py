@@ -9,6 +9,7 @@ descriptor per batch. If shared memory is full, the block is sent through a pipe
 Errors of a worker, including those of its sender thread, are raised only where the next batch is
 requested, never during an optimizer step or while a checkpoint is written.
 """
+
 import io
 import math
 import multiprocessing
@@ -40,11 +41,13 @@ from runtime.stopping import Stopped, stop_requested
 ALIGNMENT = 64  # bytes, of each tensor in a block: a cache line
 SHARED_MEMORY = "/dev/shm"
 FILES_PER_WORKER, OTHER_FILES = 8, 32  # file descriptors, with a margin
-MORE_SHARED_MEMORY = ("give the container more (docker run --shm-size=8g), or use fewer loader "
-                      "processes (--workers)")
+MORE_SHARED_MEMORY = (
+    "give the container more (docker run --shm-size=8g), or use fewer loader processes (--workers)"
+)
 
 
 # Packing
+
 
 class PackedBatch:
     """A batch as one block of bytes for its tensors, and a pickle of everything else."""
@@ -59,7 +62,7 @@ class PackedBatch:
         self.block = new_block(sum(map(aligned, self.sizes)), shared)
         memory = self.memory()
         for start, view in zip(self.starts(), views):
-            memory[start:start + view.nbytes] = view
+            memory[start : start + view.nbytes] = view
 
     def starts(self) -> list[int]:
         """Offset of each tensor in bytes."""
@@ -79,7 +82,7 @@ class PackedBatch:
     def unpack(self):
         """The batch; its tensors are views of the block."""
         memory = self.memory()
-        tensors = [memory[start:start + size] for start, size in zip(self.starts(), self.sizes)]
+        tensors = [memory[start : start + size] for start, size in zip(self.starts(), self.sizes)]
         return pickle.loads(self.head, buffers=tensors)
 
 
@@ -119,6 +122,7 @@ def new_block(size: int, shared: bool) -> Tensor | np.ndarray:
 
 # Worker processes
 
+
 def choose_workers(wanted: int, batch_bytes: int, prefetch: int = 2) -> int:
     """The default number of loader processes.
 
@@ -135,8 +139,14 @@ def choose_workers(wanted: int, batch_bytes: int, prefetch: int = 2) -> int:
     return min(wanted, room // max(1, batch_bytes * prefetch))
 
 
-def read_ahead(dataset: Dataset, workers: int, device: torch.device, stoppable: bool = False,
-               batch_sampler=None, prefetch: int = 2) -> Iterator:
+def read_ahead(
+    dataset: Dataset,
+    workers: int,
+    device: torch.device,
+    stoppable: bool = False,
+    batch_sampler=None,
+    prefetch: int = 2,
+) -> Iterator:
     """Yield the batches of a dataset: lists of items, or single items without a batch_sampler.
 
     Args:
@@ -150,10 +160,15 @@ def read_ahead(dataset: Dataset, workers: int, device: torch.device, stoppable: 
     if workers:
         check_limits(workers)
     batching = {"batch_size": None} if batch_sampler is None else {"batch_sampler": batch_sampler}
-    loader = DataLoader(dataset, **batching, num_workers=workers,
-                        collate_fn=partial(PackedBatch, shared=workers > 0),
-                        pin_memory=device.type == "cuda", worker_init_fn=start_worker,
-                        prefetch_factor=prefetch if workers else None)
+    loader = DataLoader(
+        dataset,
+        **batching,
+        num_workers=workers,
+        collate_fn=partial(PackedBatch, shared=workers > 0),
+        pin_memory=device.type == "cuda",
+        worker_init_fn=start_worker,
+        prefetch_factor=prefetch if workers else None,
+    )
     death_of_child = getattr(signal, "SIGCHLD", None)
     before, batches = death_of_child and signal.getsignal(death_of_child), None
     try:
@@ -214,16 +229,21 @@ def check_limits(workers: int) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     needed = OTHER_FILES + FILES_PER_WORKER * workers
     if hard != resource.RLIM_INFINITY and hard < needed:
-        raise InputError(f"{workers} loader processes need about {needed} open files and the limit "
-                         f"is {hard}: raise it (ulimit -n {needed}), or use fewer --workers")
+        raise InputError(
+            f"{workers} loader processes need about {needed} open files and the limit "
+            f"is {hard}: raise it (ulimit -n {needed}), or use fewer --workers"
+        )
     try:
         [multiprocessing.Lock() for _ in range(8 + 4 * workers)]  # more than the queues need
     except OSError as error:
-        raise InputError(f"loader processes need shared memory ({SHARED_MEMORY}: {error.strerror})"
-                         ": provide it, or load in the main process (--workers 0)") from error
+        raise InputError(
+            f"loader processes need shared memory ({SHARED_MEMORY}: {error.strerror})"
+            ": provide it, or load in the main process (--workers 0)"
+        ) from error
 
 
 # Errors
+
 
 def is_about_shared_memory(error: Exception) -> bool:
     """Whether an error is caused by full shared memory."""
@@ -247,6 +267,8 @@ def describe_loader_error(error: Exception, workers: int) -> str:
     if is_about_shared_memory(error):
         return f"shared memory is full ({cause}): {MORE_SHARED_MEMORY}"
     if isinstance(error, (ConnectionError, EOFError)) or "DataLoader worker (pid" in cause:
-        return (f"a loader process was killed ({cause}): often memory has run out, try fewer "
-                "--workers; the same command continues, training with --resume")
+        return (
+            f"a loader process was killed ({cause}): often memory has run out, try fewer "
+            "--workers; the same command continues, training with --resume"
+        )
     return ""

@@ -7,6 +7,7 @@
 
 No shared file system is needed. Without torchrun, every function works for a single process.
 """
+
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,18 +37,22 @@ def start_processes(device_name: str) -> tuple[int, int, torch.device]:
     try:
         store, *_ = next(rendezvous("env://", rank, world, timeout=CONNECT_TIMEOUT))
         # With torchrun --max-restarts, the store still contains addresses of dead processes.
-        store = distributed.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}",
-                                        store)
+        store = distributed.PrefixStore(
+            f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store
+        )
         check_world_size(store, rank, world)
         # Gloo for objects, NCCL for gradients.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        distributed.init_process_group(backend, store=store, rank=rank, world_size=world,
-                                       timeout=WAIT_TIMEOUT)
+        distributed.init_process_group(
+            backend, store=store, rank=rank, world_size=world, timeout=WAIT_TIMEOUT
+        )
     except distributed.DistError as error:
         reason = str(error).strip().splitlines()[0]
-        raise InputError(f"process {rank} of {world} cannot join the others at "
-                         f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} (MASTER_ADDR, "
-                         f"MASTER_PORT): {reason}") from error
+        raise InputError(
+            f"process {rank} of {world} cannot join the others at "
+            f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} (MASTER_ADDR, "
+            f"MASTER_PORT): {reason}"
+        ) from error
     return rank, world, device
 
 
@@ -64,16 +69,20 @@ def read_rank_and_world() -> tuple[int, int]:
         needed += ["MASTER_ADDR", "MASTER_PORT"]
     advice = "start the program with torchrun, or unset what is left of another job"
     if missing := [name for name in needed if not os.environ.get(name)]:
-        raise InputError(f"the environment has {' and '.join(given)} but not "
-                         f"{' and '.join(missing)}: {advice}")
+        raise InputError(
+            f"the environment has {' and '.join(given)} but not {' and '.join(missing)}: {advice}"
+        )
     for name in needed:
         if name != "MASTER_ADDR" and not os.environ[name].strip().isdecimal():
-            raise InputError(f"{name} is {os.environ[name]!r} in the environment, which is no "
-                             f"number: {advice}")
+            raise InputError(
+                f"{name} is {os.environ[name]!r} in the environment, which is no number: {advice}"
+            )
     rank, world = int(given["RANK"]), int(given["WORLD_SIZE"])
     if rank >= world:
-        raise InputError(f"RANK is {rank} in the environment and WORLD_SIZE {world}: ranks go from "
-                         f"0 to WORLD_SIZE - 1; {advice}")
+        raise InputError(
+            f"RANK is {rank} in the environment and WORLD_SIZE {world}: ranks go from "
+            f"0 to WORLD_SIZE - 1; {advice}"
+        )
     return rank, world
 
 
@@ -84,8 +93,10 @@ def check_world_size(store: distributed.Store, rank: int, world: int) -> None:
     for other in range(world):
         theirs = int(store.get(f"world size {other}"))
         if theirs != world:
-            raise InputError(f"WORLD_SIZE is {world} in process {rank} and {theirs} in process "
-                             f"{other}: start all machines with the same numbers")
+            raise InputError(
+                f"WORLD_SIZE is {world} in process {rank} and {theirs} in process "
+                f"{other}: start all machines with the same numbers"
+            )
 
 
 def started() -> bool:
@@ -174,5 +185,7 @@ def require_agreement(facts: dict[str, object]) -> None:
         for name in everyone[0] | theirs:
             first, other = everyone[0].get(name), theirs.get(name)
             if first != other:
-                raise InputError(f"the processes disagree about {name}: {first!r} in process 0, "
-                                 f"{other!r} in process {rank}")
+                raise InputError(
+                    f"the processes disagree about {name}: {first!r} in process 0, "
+                    f"{other!r} in process {rank}"
+                )

@@ -1,10 +1,12 @@
 """Checks of what is asked of a model: a clear error, instead of noise or an error from inside."""
+
 import numpy as np
 from torch import nn
 
 
-def check_request(model: nn.Module, output_size: tuple[int, int] | None, top_k: int,
-                  is_first: bool = True) -> None:
+def check_request(
+    model: nn.Module, output_size: tuple[int, int] | None, top_k: int, is_first: bool = True
+) -> None:
     """Raise an error unless inference can answer the request.
 
     RuntimeError if a module is in training mode (gates would be sampled, paths dropped); all
@@ -13,13 +15,15 @@ def check_request(model: nn.Module, output_size: tuple[int, int] | None, top_k: 
     """
     for name, module in model.named_modules() if is_first else [("", model)]:
         if module.training:
-            raise RuntimeError(f"{name or 'the model'} is in training mode: call model.eval() "
-                               "first")
+            raise RuntimeError(
+                f"{name or 'the model'} is in training mode: call model.eval() first"
+            )
     if not is_positive(top_k):
         raise ValueError(f"top_k must be an int of at least 1, not {top_k!r}")
     if output_size is not None and not is_size(output_size):
-        raise ValueError("output_size must be (height, width), two ints of at least 1, not "
-                         f"{output_size!r}")
+        raise ValueError(
+            f"output_size must be (height, width), two ints of at least 1, not {output_size!r}"
+        )
 
 
 def is_positive(number) -> bool:

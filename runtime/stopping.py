@@ -10,6 +10,7 @@
 
 A second signal exits immediately. The exit status is 128 plus the signal number.
 """
+
 import os
 import signal
 import time
@@ -34,6 +35,7 @@ class Stopped(BaseException):
 
 class _State:
     """State of the signal handler: first signal, its time, and whether it is deferred."""
+
     number, received, deferred = 0, 0.0, False
 
 

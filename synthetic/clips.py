@@ -1,4 +1,5 @@
 """Training clips of synthetic scenes, rendered on the fly."""
+
 from dataclasses import replace
 
 import numpy as np
@@ -24,8 +25,9 @@ class RenderedClips(Dataset):
     suites: names of SUITES, used in turn.
     """
 
-    def __init__(self, suites: list[str], frames: int, reach: int, augmentation: Augmentation,
-                 seed: int = 0):
+    def __init__(
+        self, suites: list[str], frames: int, reach: int, augmentation: Augmentation, seed: int = 0
+    ):
         self.names = list(suites)
         self.categories = list(enumerate(CATEGORIES, 1))
         self.skipped = Skipped()
@@ -52,8 +54,15 @@ class RenderedClips(Dataset):
         suite = SUITES[name]
         chosen = sample_frames(suite.frames, self.frames, self.reach, generator)
         scene_generator = generator.spawn(1)[0]
-        pictures, instances = make_video(scene_generator, suite.frames, HEIGHT, WIDTH,
-                                         suite.objects, suite.difficulty, only=chosen)
+        pictures, instances = make_video(
+            scene_generator,
+            suite.frames,
+            HEIGHT,
+            WIDTH,
+            suite.objects,
+            suite.difficulty,
+            only=chosen,
+        )
         if not instances:
             return None
         masks = np.stack([masks for _, masks in instances])

@@ -25,12 +25,14 @@ MIN_VISIBLE_PIXELS = 12  # an object with fewer counts as not visible: no annota
 
 # ---- Background ----
 
+
 @dataclass(frozen=True)
 class Background:
     """An image larger than a frame, over which the frames drift slowly."""
-    picture: np.ndarray     # (rows, columns, 3) uint8
-    corners: np.ndarray     # (T, 2) float, (x, y) in pixels: the top left corner of each frame
-    height: int             # of a frame, pixels
+
+    picture: np.ndarray  # (rows, columns, 3) uint8
+    corners: np.ndarray  # (T, 2) float, (x, y) in pixels: the top left corner of each frame
+    height: int  # of a frame, pixels
     width: int
 
     def view(self, time):
@@ -46,7 +48,7 @@ class Background:
         weight_x = np.repeat(x - (left + np.arange(self.width)), 3)
         weight_y = (y - (top + np.arange(self.height)))[:, None]
 
-        crop = self.picture[top:top + self.height + 1, left:left + self.width + 1]
+        crop = self.picture[top : top + self.height + 1, left : left + self.width + 1]
         crop = crop.reshape(self.height + 1, -1)
         # Interpolate along x, then along y: a + weight * (b - a).
         rows = np.subtract(crop[:, 3:], crop[:, :-3], dtype=float)
@@ -63,7 +65,7 @@ class Background:
         The error is a few hundredths of a grey level.
         """
         rows, columns, _ = self.picture.shape
-        row_coverage = interval_coverage(rows, self.corners[:, 1], self.height)        # (T, rows)
+        row_coverage = interval_coverage(rows, self.corners[:, 1], self.height)  # (T, rows)
         column_coverage = interval_coverage(columns, self.corners[:, 0], self.width)
         pixels = len(self.corners) * self.height * self.width
         weights = row_coverage.T @ column_coverage / pixels
@@ -128,6 +130,7 @@ def smooth_noise(rng, cells, size, contrast):
 
 
 # ---- Objects ----
+
 
 def draw_object(image, thing, time, centre=None):
     """Draw an object onto an image, (H, W, 3) float32, in place.
@@ -216,6 +219,7 @@ def draw_scene(image, things, covers, time, blur):
 
 
 # ---- Videos ----
+
 
 def make_video(rng, frames, height, width, objects, difficulty=Difficulty(), only=None):
     """Generate a random scene. The same state of rng gives the same scene.
@@ -308,9 +312,7 @@ def check_scene(frames, height, width, objects):
     if frames < 1:
         raise ValueError(f"A video needs at least 1 frame, not {frames}.")
     if min(height, width) < 32:
-        raise ValueError(
-            f"Height and width must be at least 32 pixels, not {height} and {width}."
-        )
+        raise ValueError(f"Height and width must be at least 32 pixels, not {height} and {width}.")
     if len(objects) != 2 or not 1 <= objects[0] <= objects[1]:
         raise ValueError(
             f"objects must be (minimum, maximum) with 1 <= minimum <= maximum, not {objects}."

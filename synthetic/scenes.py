@@ -20,6 +20,7 @@ RETURNING_SHARE = 0.35  # of the objects leave the frame and come back; the othe
 
 # ---- Shapes and textures ----
 
+
 def star_polygon(x, y, points, notch):
     """Signed distance to a polygon with tips at radius 1 and notches between them.
 
@@ -70,19 +71,21 @@ TEXTURES = {
 
 # ---- Difficulties ----
 
+
 @dataclass(frozen=True)
 class Difficulty:
     """Independent ways to make a video harder. The defaults are the easiest setting."""
-    occluded: float = 0.0            # share of the objects that a cover occludes for some frames
+
+    occluded: float = 0.0  # share of the objects that a cover occludes for some frames
     occluded_frames: tuple = (3, 8)  # duration of the occlusion, minimum and maximum
-    look_alike: float = 0.0          # share of the objects that copy the object before them
+    look_alike: float = 0.0  # share of the objects that copy the object before them
     returning: float = RETURNING_SHARE
-    speed: float = 1.0               # factor of the objects' speed
-    blur: float = 0.0                # exposure time as a share of the frame interval
-    light: float = 0.0               # share of the videos in which the light changes once
-    texture: float = 0.0             # share of the objects whose texture changes once
-    noisy: float = 0.0               # share of noisy frames, in bursts of one to three
-    noise: float = 70.0              # its standard deviation in grey levels
+    speed: float = 1.0  # factor of the objects' speed
+    blur: float = 0.0  # exposure time as a share of the frame interval
+    light: float = 0.0  # share of the videos in which the light changes once
+    texture: float = 0.0  # share of the objects whose texture changes once
+    noisy: float = 0.0  # share of noisy frames, in bursts of one to three
+    noise: float = 70.0  # its standard deviation in grey levels
 
     def check(self):
         """Raise ValueError for the first value out of range."""
@@ -92,8 +95,10 @@ class Difficulty:
                 raise ValueError(f"The difficulty {name} is a share from 0 to 1, not {value}.")
         lengths = self.occluded_frames
         if len(lengths) != 2 or not 1 <= lengths[0] <= lengths[1]:
-            raise ValueError("occluded_frames must be (minimum, maximum) with "
-                             f"1 <= minimum <= maximum, not {lengths}.")
+            raise ValueError(
+                "occluded_frames must be (minimum, maximum) with "
+                f"1 <= minimum <= maximum, not {lengths}."
+            )
         if self.speed <= 0:
             raise ValueError(f"speed must be positive, not {self.speed}.")
         if self.noise < 0:
@@ -101,6 +106,7 @@ class Difficulty:
 
 
 # ---- Paths: (T, 2) float centres (x, y) in pixels, about 1 to 6 pixels a frame at width 160 ----
+
 
 def crossing_path(rng, frames, height, width, speed_factor=1.0):
     """A straight or swinging path through the middle of the frame, where paths meet."""
@@ -124,7 +130,7 @@ def returning_path(rng, frames, height, width, radius, speed_factor=1.0):
     max_speed = speed_factor * rng.uniform(0.025, 0.035) * width
     duration = 0.86 * (inside + outside) / max_speed
     clock = np.arange(frames) - rng.uniform(0.3, 0.7) * frames
-    depth = inside - (inside + outside) * np.exp(-(clock / duration) ** 2)
+    depth = inside - (inside + outside) * np.exp(-((clock / duration) ** 2))
     path = crossing_path(rng, frames, height, width, speed_factor)
     axis = rng.integers(2)
     if rng.random() < 0.5:
@@ -136,17 +142,19 @@ def returning_path(rng, frames, height, width, radius, speed_factor=1.0):
 
 # ---- Scenes ----
 
+
 @dataclass(frozen=True)
 class MovingObject:
     """An object and its trajectory over T frames."""
-    category_id: int        # 1 .. len(CATEGORIES)
-    centres: np.ndarray     # (T, 2) float, (x, y) in pixels, may lie outside the frame
-    radii: np.ndarray       # (T,) float, pixels from the centre to the farthest tip
-    angles: np.ndarray      # (T,) float, radians
-    colours: np.ndarray     # (2, 3) float, RGB in 0 .. 255
-    texture: str            # key of TEXTURES
-    frequency: float        # texture radians per radius
-    phase: np.ndarray       # (2,) float, texture radians
+
+    category_id: int  # 1 .. len(CATEGORIES)
+    centres: np.ndarray  # (T, 2) float, (x, y) in pixels, may lie outside the frame
+    radii: np.ndarray  # (T,) float, pixels from the centre to the farthest tip
+    angles: np.ndarray  # (T,) float, radians
+    colours: np.ndarray  # (2, 3) float, RGB in 0 .. 255
+    texture: str  # key of TEXTURES
+    frequency: float  # texture radians per radius
+    phase: np.ndarray  # (2,) float, texture radians
     changes_at: int | None = None  # first frame with later_texture
     later_texture: str = ""
 
@@ -242,11 +250,10 @@ def choose_occlusion(rng, thing, height, width, length):
     """The first frame of an occlusion of `length` frames (see `make_cover`)."""
     inside = ((thing.centres >= 0) & (thing.centres < (width, height))).all(1)
     starts = np.arange(len(thing.centres) - length + 1)
-    occluded = np.array([inside[start:start + length].sum() for start in starts])
-    seen_around = np.array([
-        inside[:start].any() and inside[start + length:].any()
-        for start in starts
-    ])
+    occluded = np.array([inside[start : start + length].sum() for start in starts])
+    seen_around = np.array(
+        [inside[:start].any() and inside[start + length :].any() for start in starts]
+    )
     score = 2 * occluded + seen_around
     return int(rng.choice(starts[score == score.max()]))
 
@@ -264,5 +271,5 @@ def make_degradation(rng, frames, difficulty):
         light[first:] = brightness * rng.uniform(0.85, 1.15, 3)
     while missing := round(difficulty.noisy * frames) - noisy.sum():
         first, length = rng.integers(frames), rng.integers(1, 4)
-        noisy[first:first + min(length, missing)] = True
+        noisy[first : first + min(length, missing)] = True
     return light, noisy

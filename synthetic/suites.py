@@ -33,6 +33,7 @@ HEIGHT, WIDTH = 96, 160  # pixels, by default
 @dataclass(frozen=True)
 class Suite:
     """The scenes of a data set."""
+
     difficulty: Difficulty = Difficulty()
     frames: int = 20
     objects: tuple = (1, 4)  # per video, minimum and maximum
@@ -47,8 +48,17 @@ SUITES = {
 }
 
 
-def make_dataset(root, train_videos=240, valid_videos=24, frames=20, height=HEIGHT, width=WIDTH,
-                 objects=(1, 4), seed=0, difficulty=Difficulty()):
+def make_dataset(
+    root,
+    train_videos=240,
+    valid_videos=24,
+    frames=20,
+    height=HEIGHT,
+    width=WIDTH,
+    objects=(1, 4),
+    seed=0,
+    difficulty=Difficulty(),
+):
     """Write a training and a validation split.
 
     Each video has its own seed, so a larger data set of the same seed starts with the videos of a
@@ -110,13 +120,15 @@ def write_split(folder, split, scenes, difficulty=Difficulty()):
         length, height, width, _ = images.shape
         name = f"{video_id - 1:05d}"
         file_names = [f"{name}/{time:05d}.jpg" for time in range(length)]
-        videos.append({
-            "id": video_id,
-            "width": width,
-            "height": height,
-            "length": length,
-            "file_names": file_names,
-        })
+        videos.append(
+            {
+                "id": video_id,
+                "width": width,
+                "height": height,
+                "length": length,
+                "file_names": file_names,
+            }
+        )
         (image_folder / name).mkdir(parents=True)
         for image, file_name in zip(images, file_names):
             Image.fromarray(image).save(image_folder / file_name, quality=JPEG_QUALITY)
@@ -148,8 +160,7 @@ def describe_instance(annotation_id, video_id, category_id, masks):
     areas = rle.area(codes).tolist()
     boxes = rle.toBbox(codes).tolist()
     segmentations = [
-        {"size": code["size"], "counts": code["counts"].decode("ascii")}
-        for code in codes
+        {"size": code["size"], "counts": code["counts"].decode("ascii")} for code in codes
     ]
     return {
         "id": annotation_id,

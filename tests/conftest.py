@@ -1,4 +1,5 @@
 """Shared fixtures, the number of threads, and the default marker "fast"."""
+
 import os
 
 import processes
@@ -26,12 +27,14 @@ def pytest_collection_modifyitems(items):
 def fixed_threads(count: int):
     """A fixture for all tests of a module: sums depend on the number of threads in their last bit,
     here it is the same everywhere."""
+
     @pytest.fixture(scope="module", autouse=True)
     def threads():
         before = torch.get_num_threads()
         torch.set_num_threads(count)
         yield
         torch.set_num_threads(before)
+
     return threads
 
 

@@ -7,6 +7,7 @@ occurs in `file` exactly once. A fourth entry, a list of test files, replaces th
 the module's own test file first, then those that import the module, then those of --wider. All work
 is done in temporary copies of the repository. Exit status 1 says that some mutations survived.
 """
+
 import argparse
 import json
 import multiprocessing
@@ -24,7 +25,7 @@ from functools import partial
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before PyTorch is imported
-sys.dont_write_bytecode = True       # an edit may change neither the size nor the time of a file
+sys.dont_write_bytecode = True  # an edit may change neither the size nor the time of a file
 import pytest  # noqa: E402
 import torchvision  # noqa: E402, F401, which takes long: processes that are forked have it
 
@@ -49,8 +50,9 @@ def choose_tests(file: str, wider: list[str]) -> list[str]:
     """Test files for a module, its own one first."""
     module = re.escape(file.removesuffix(".py").replace("/", "."))
     package, _, name = module.rpartition(r"\.")
-    imports = re.compile(rf"^(import|from) {module}\b|^from {package} import {name}\b",
-                         re.MULTILINE)
+    imports = re.compile(
+        rf"^(import|from) {module}\b|^from {package} import {name}\b", re.MULTILINE
+    )
     tests = {f"tests/{path.name}": path for path in sorted(REPOSITORY.glob("tests/test_*.py"))}
     importing = [name for name, path in tests.items() if imports.search(path.read_text())]
     chosen = dict.fromkeys([f"tests/test_{Path(file).stem}.py", *importing, *wider])
@@ -101,16 +103,22 @@ def main() -> None:
     args = parser.parse_args()
     mutations, tried, killed = read_mutations(args.list), Counter(), Counter()
     wanted = [own[0] if own else choose_tests(file, args.wider) for file, _, _, *own in mutations]
-    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(
-            args.jobs, multiprocessing.get_context("fork"), make_copy, (folder,)) as pool:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ProcessPoolExecutor(
+            args.jobs, multiprocessing.get_context("fork"), make_copy, (folder,)
+        ) as pool,
+    ):
         known = sorted(set().union(*wanted))
         run = partial(run_tests, timeout=args.timeout)
         for test, failed in zip(known, pool.map(run, [[test] for test in known])):
             if failed:
                 print(f"{test} is left out, it fails without a mutation: {failed}", flush=True)
                 wanted = [[other for other in tests if other != test] for tests in wanted]
-        found = {pool.submit(attempt, *mutation[:3], tests, args.timeout): mutation
-                 for mutation, tests in zip(mutations, wanted)}
+        found = {
+            pool.submit(attempt, *mutation[:3], tests, args.timeout): mutation
+            for mutation, tests in zip(mutations, wanted)
+        }
         for done in as_completed(found):
             (file, old, new, *_), noticed = found[done], done.result()
             print(f"{noticed or 'SURVIVED':70} {file}: {old!r} -> {new!r}", flush=True)

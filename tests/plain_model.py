@@ -4,6 +4,7 @@ Tests compare with it in float64. It imports nothing from the model and shares o
 the weights. Equations: Mask2Former (2112.01527), Deformable DETR (2010.04159), VITA (2206.04403),
 GenVIS (2211.08834), GRAtt-VIS (2305.17096). Shape letters as in model.py, without the batch.
 """
+
 import math
 
 import torch
@@ -54,11 +55,19 @@ class Weights:
 
 # Blocks
 
-def attention(weights: Weights, heads: int, query: Tensor, key: Tensor, value: Tensor,
-              bias: Tensor | float = 0.0) -> Tensor:
+
+def attention(
+    weights: Weights,
+    heads: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | float = 0.0,
+) -> Tensor:
     """query (Q, C), key and value (S, C); bias (Q, S) is added to the logits of every head."""
     (q_weight, k_weight, v_weight), (q_bias, k_bias, v_bias) = (
-        part.chunk(3) for part in (weights.in_proj_weight, weights.in_proj_bias))
+        part.chunk(3) for part in (weights.in_proj_weight, weights.in_proj_bias)
+    )
     q, k, v = query @ q_weight.T + q_bias, key @ k_weight.T + k_bias, value @ v_weight.T + v_bias
     size, outputs = q.shape[1] // heads, []
     for head in range(heads):
@@ -73,14 +82,26 @@ def feed_forward(weights: Weights, x: Tensor) -> Tensor:
     return weights.norm.layer_norm(x + weights.linear2.linear(hidden))
 
 
-def self_attention(weights: Weights, heads: int, x: Tensor, position: Tensor | float = 0.0,
-                   bias: Tensor | float = 0.0) -> Tensor:
+def self_attention(
+    weights: Weights,
+    heads: int,
+    x: Tensor,
+    position: Tensor | float = 0.0,
+    bias: Tensor | float = 0.0,
+) -> Tensor:
     query = x + position
     return weights.norm.layer_norm(x + attention(weights.attention, heads, query, query, x, bias))
 
 
-def cross_attention(weights: Weights, heads: int, x: Tensor, position: Tensor, tokens: Tensor,
-                    token_position: Tensor, bias: Tensor | float = 0.0) -> Tensor:
+def cross_attention(
+    weights: Weights,
+    heads: int,
+    x: Tensor,
+    position: Tensor,
+    tokens: Tensor,
+    token_position: Tensor,
+    bias: Tensor | float = 0.0,
+) -> Tensor:
     query, key = x + position, tokens + token_position
     attended = attention(weights.attention, heads, query, key, tokens, bias)
     return weights.norm.layer_norm(x + attended)
@@ -112,6 +133,7 @@ def resize(masks: Tensor, size: tuple[int, int]) -> Tensor:
 
 # Detector
 
+
 def prepare(frame: Tensor) -> Tensor:
     """uint8 (3, H, W) -> normalised, zeros at the right and below up to multiples of 32."""
     height, width = frame.shape[1:]
@@ -121,20 +143,27 @@ def prepare(frame: Tensor) -> Tensor:
     return image
 
 
-def deformable_attention(weights: Weights, heads: int, query: Tensor, value: Tensor,
-                         shapes: list[tuple[int, int]]) -> Tensor:
+def deformable_attention(
+    weights: Weights, heads: int, query: Tensor, value: Tensor, shapes: list[tuple[int, int]]
+) -> Tensor:
     """query and value (S, C), of the pixels of all levels; four points a head and level."""
     value = weights.value_proj.linear(value).unflatten(1, (heads, -1))  # (S, heads, C / heads)
     offsets = weights.sampling_offsets.linear(query).unflatten(1, (heads, len(shapes), 4, 2))
     shares = weights.attention_weights.linear(query).unflatten(1, (heads, -1)).softmax(-1)
     shares = shares.unflatten(2, (len(shapes), 4))
-    centres = torch.tensor([((x + 0.5) / width, (y + 0.5) / height) for height, width in shapes
-                            for y in range(height) for x in range(width)])  # (S, 2)
+    centres = torch.tensor(
+        [
+            ((x + 0.5) / width, (y + 0.5) / height)
+            for height, width in shapes
+            for y in range(height)
+            for x in range(width)
+        ]
+    )  # (S, 2)
     outputs = []
     for head in range(heads):
         total, first = 0, 0
         for level, (height, width) in enumerate(shapes):
-            pixels = value[first:first + height * width, head].T.unflatten(1, (height, width))
+            pixels = value[first : first + height * width, head].T.unflatten(1, (height, width))
             first += height * width
             places = centres[:, None] + offsets[:, head, level] / torch.tensor([width, height])
             # (C / heads, S, 4)
@@ -153,8 +182,12 @@ def pixel_decoder(weights: Weights, heads: int, maps: list[Tensor]) -> tuple[lis
         sources.append(projection[1].group_norm(projected)[0])
     shapes = [tuple(source.shape[1:]) for source in sources]
     x = torch.cat([to_pixels(source) for source in sources])
-    position = torch.cat([to_pixels(sine_position(*shape, x.shape[1])) + embed
-                          for shape, embed in zip(shapes, weights.level_embed, strict=True)])
+    position = torch.cat(
+        [
+            to_pixels(sine_position(*shape, x.shape[1])) + embed
+            for shape, embed in zip(shapes, weights.level_embed, strict=True)
+        ]
+    )
     for layer in weights.layers.each():
         attended = deformable_attention(layer.attention, heads, x + position, x, shapes)
         x = feed_forward(layer.feed_forward, layer.norm.layer_norm(x + attended))
@@ -166,8 +199,9 @@ def pixel_decoder(weights: Weights, heads: int, maps: list[Tensor]) -> tuple[lis
     return levels, weights.output[1].group_norm(fpn).clamp(min=0)[0]
 
 
-def frame_decoder(weights: Weights, heads: int, levels: list[Tensor],
-                  mask_features: Tensor) -> tuple[list, list]:
+def frame_decoder(
+    weights: Weights, heads: int, levels: list[Tensor], mask_features: Tensor
+) -> tuple[list, list]:
     """Predictions before the first layer and after each, and the normed queries (F, C) behind them.
 
     A prediction is class logits (F, K + 1) and mask logits (F, h, w).
@@ -200,6 +234,7 @@ def frame_decoder(weights: Weights, heads: int, levels: list[Tensor],
 
 # Tracker
 
+
 def window_of(frame: int, frames: int, window: int, shifted: bool) -> tuple:
     """The window of a frame: frames of equal windows attend to each other.
 
@@ -214,17 +249,20 @@ def window_of(frame: int, frames: int, window: int, shifted: bool) -> tuple:
     return place % padded // window, place >= padded
 
 
-def encode(weights: Weights, heads: int, frame_queries: Tensor, window: int,
-           training: bool) -> Tensor:
+def encode(
+    weights: Weights, heads: int, frame_queries: Tensor, window: int, training: bool
+) -> Tensor:
     """Frame queries (T, F, C) of a clip -> tokens (T F, C)."""
     frames, count, _ = frame_queries.shape
     x = weights.input_proj.linear(frame_queries).flatten(0, 1)
     for index, layer in enumerate(weights.encoder.each()):
         shifted = index % 2 == 1 and not training
-        windows = [window_of(token // count, frames, window, shifted)
-                   for token in range(frames * count)]
-        bias = torch.tensor([[0.0 if row == column else -math.inf for column in windows]
-                             for row in windows])
+        windows = [
+            window_of(token // count, frames, window, shifted) for token in range(frames * count)
+        ]
+        bias = torch.tensor(
+            [[0.0 if row == column else -math.inf for column in windows] for row in windows]
+        )
         x = self_attention(layer.self_attention, heads, x, bias=bias)
         x = feed_forward(layer.feed_forward, x)
     return x
@@ -240,8 +278,14 @@ def read_memory(weights: Weights, query: Tensor, past: list[tuple[Tensor, Tensor
     return read
 
 
-def track_clips(weights: Weights, heads: int, clips: list[list[Tensor]],
-                gate_mask: str = "additive", window: int = 0, training: bool = False) -> list[dict]:
+def track_clips(
+    weights: Weights,
+    heads: int,
+    clips: list[list[Tensor]],
+    gate_mask: str = "additive",
+    window: int = 0,
+    training: bool = False,
+) -> list[dict]:
     """The clips of a video, in order.
 
     clips[c][l]: frame queries (T, F, C) of detector layer l. Each layer has its own stream of
@@ -263,12 +307,18 @@ def track_clips(weights: Weights, heads: int, clips: list[list[Tensor]],
         x, names = list(start), ("logits", "embed", "gate_logits", "gate_soft")
         result = {name: [[] for _ in streams] for name in names}
         for layer in weights.decoder.each():
-            x = [cross_attention(layer.cross_attention, heads, x[s], position, tokens[s],
-                                 token_position) for s in streams]
+            x = [
+                cross_attention(
+                    layer.cross_attention, heads, x[s], position, tokens[s], token_position
+                )
+                for s in streams
+            ]
             bias = [0.0 for _ in streams]
             if "gate_proj" in weights:
-                logits = [weights.gate_proj.linear(weights.decoder_norm.layer_norm(x[s]))[:, 0]
-                          for s in streams]
+                logits = [
+                    weights.gate_proj.linear(weights.decoder_norm.layer_norm(x[s]))[:, 0]
+                    for s in streams
+                ]
                 for s in streams:
                     deciding = logits[-1] if training else logits[s]
                     is_open = (deciding >= 0)[:, None]
@@ -291,11 +341,13 @@ def track_clips(weights: Weights, heads: int, clips: list[list[Tensor]],
         normed = [weights.decoder_norm.layer_norm(x[s]) for s in streams]
         if "memory_key" in weights:
             for s in streams:
-                past[s].append((weights.memory_key.linear(normed[s]),
-                                weights.memory_value.linear(normed[s])))
+                past[s].append(
+                    (weights.memory_key.linear(normed[s]), weights.memory_value.linear(normed[s]))
+                )
         result["clip_embed"] = [weights.clip_similarity.linear(normed[s]) for s in streams]
-        result["frame_embed"] = [weights.frame_similarity.linear(tokens[s]).view(clip[s].shape)
-                                 for s in streams]
+        result["frame_embed"] = [
+            weights.frame_similarity.linear(tokens[s]).view(clip[s].shape) for s in streams
+        ]
         result["query"] = carried = x
         found.append(result)
     return found
@@ -303,9 +355,17 @@ def track_clips(weights: Weights, heads: int, clips: list[list[Tensor]],
 
 # A whole video
 
-def segment_video(weights: Weights, heads: int, backbone, frames: Tensor,
-                  output_size: tuple[int, int], top_k: int, clip_length: int,
-                  **options) -> tuple[list, Tensor]:
+
+def segment_video(
+    weights: Weights,
+    heads: int,
+    backbone,
+    frames: Tensor,
+    output_size: tuple[int, int],
+    top_k: int,
+    clip_length: int,
+    **options,
+) -> tuple[list, Tensor]:
     """The instances of a video, best first, and the class logits (clips, Q, K + 1).
 
     An instance is (score, label, query, masks (T, *output_size) bool). backbone: a function of an
@@ -314,28 +374,36 @@ def segment_video(weights: Weights, heads: int, backbone, frames: Tensor,
     queries, features, size = [], [], tuple(frames.shape[2:])
     for frame in frames:
         image = prepare(frame)
-        levels, fpn = pixel_decoder(weights.pixel_decoder, heads,
-                                    [level[0] for level in backbone(image[None])])
-        of_frames, of_clips = (F.conv2d(fpn[None], head.weight, head.bias)[0] for head in (
-            weights.pixel_decoder.mask_features, weights.tracker.mask_features))
+        levels, fpn = pixel_decoder(
+            weights.pixel_decoder, heads, [level[0] for level in backbone(image[None])]
+        )
+        of_frames, of_clips = (
+            F.conv2d(fpn[None], head.weight, head.bias)[0]
+            for head in (weights.pixel_decoder.mask_features, weights.tracker.mask_features)
+        )
         _, frame_queries = frame_decoder(weights.frame_decoder, heads, levels, of_frames)
         queries.append(frame_queries[-1])
         features.append(of_clips)
-    clips = [[torch.stack(queries[first:first + clip_length])]
-             for first in range(0, len(queries), clip_length)]
+    clips = [
+        [torch.stack(queries[first : first + clip_length])]
+        for first in range(0, len(queries), clip_length)
+    ]
     tracked = track_clips(weights.tracker, heads, clips, **options)
     logits = torch.stack([clip["logits"][0][-1] for clip in tracked])
 
     probabilities = logits.softmax(-1)[..., :-1]
-    pairs = [(probabilities[:, query, label].max().item(), query, label)
-             for query in range(logits.shape[1]) for label in range(probabilities.shape[-1])]
+    pairs = [
+        (probabilities[:, query, label].max().item(), query, label)
+        for query in range(logits.shape[1])
+        for label in range(probabilities.shape[-1])
+    ]
     instances = []
     for score, query, label in sorted(pairs, key=lambda pair: -pair[0])[:top_k]:
         inside, area, masks = 0.0, 0, []
         for t, feature in enumerate(features):
             embed = tracked[t // clip_length]["embed"][0][-1][query]
             mask = torch.einsum("c,chw->hw", embed, feature)[None]
-            mask = resize(mask, image.shape[1:])[:, :size[0], :size[1]]
+            mask = resize(mask, image.shape[1:])[:, : size[0], : size[1]]
             inside += mask[mask > 0].sigmoid().sum().item()
             area += (mask > 0).sum().item()
             masks.append(resize(mask, output_size)[0] > 0)

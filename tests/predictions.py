@@ -2,6 +2,7 @@
 
 A query "painted" to fit an instance has its mask and its class. Shape letters as in matcher.py.
 """
+
 import torch
 import torch.nn.functional as F
 
@@ -32,7 +33,7 @@ def make_clip(visible: list[list[int]]) -> Clip:
     number = torch.arange(instances)
     masks = torch.zeros(instances, frames, *SIZE, dtype=torch.bool)
     for index in range(instances):
-        masks[index, shown[index], 2:14, 6 * index:6 * index + 5] = True
+        masks[index, shown[index], 2:14, 6 * index : 6 * index + 5] = True
     ids = torch.where(shown, 10 + number[:, None], -1)
     return Clip(torch.zeros(frames, 3, *SIZE, dtype=torch.uint8), number, ids, masks)
 
@@ -45,13 +46,21 @@ def make_matches(query_of, targets: Targets, predictions: Predictions) -> Matche
     """Matches with the given queries (G, R, B, I)."""
     length = predictions.clip_length
     visible = [part.any(1) for part in targets.visible.split(length, 1)]
-    query_of, = to_device([query_of], targets.masks.device)
+    (query_of,) = to_device([query_of], targets.masks.device)
     return Matches(query_of, torch.stack(visible), None)
 
 
-def random_output(batch: int, frames: int, clip_length: int, layers: int = 2, depth: int = 2,
-                  queries: int = 6, channels: int = 8) -> TrainingOutput:
+def random_output(
+    batch: int,
+    frames: int,
+    clip_length: int,
+    layers: int = 2,
+    depth: int = 2,
+    queries: int = 6,
+    channels: int = 8,
+) -> TrainingOutput:
     """Random predictions of the shapes that the model makes in training, with gradients."""
+
     def random(*shape):
         return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
 
@@ -64,11 +73,14 @@ def random_output(batch: int, frames: int, clip_length: int, layers: int = 2, de
             clip_embed=random(*streams, queries, channels),
             frame_embed=random(*streams, length, queries, channels),
             gate_logits=gates,
-            gate_soft=[gate.sigmoid() for gate in gates])
+            gate_soft=[gate.sigmoid() for gate in gates],
+        )
 
     count, size = batch * frames, (SIZE[0] // 4, SIZE[1] // 4)
-    predictions = [(random(count, queries, CLASSES + 1), random(count, queries, channels + 1))
-                   for _ in range(layers + 1)]
+    predictions = [
+        (random(count, queries, CLASSES + 1), random(count, queries, channels + 1))
+        for _ in range(layers + 1)
+    ]
     queries_of_frames = random(layers, count, queries, channels)
     detected = FrameOutput(predictions, queries_of_frames, random(count, channels, *size))
     lengths = [min(clip_length, frames - first) for first in range(0, frames, clip_length)]
@@ -80,8 +92,9 @@ def only_video(output: TrainingOutput, video: int, batch: int) -> TrainingOutput
     frames = len(output.frames.predictions[0][0]) // batch
     rows = slice(video * frames, (video + 1) * frames)
     predictions = [(logits[rows], kernels[rows]) for logits, kernels in output.frames.predictions]
-    detected = FrameOutput(predictions, output.frames.queries[:, rows],
-                           output.frames.features[rows])
+    detected = FrameOutput(
+        predictions, output.frames.queries[:, rows], output.frames.features[rows]
+    )
 
     def of_video(value):
         return [of_video(x) for x in value] if isinstance(value, list) else value[:, [video]]
@@ -114,9 +127,19 @@ def painted_output(clip: Clip, plan: list[list[int]], queries: int = 4) -> Train
             logits[query] = 10 * F.one_hot(clip.labels[instance], CLASSES + 1)
             kernel[query, instance] = 1
         frame_logits[t], frame_kernels[t] = logits, kernel
-        clips.append(ClipPrediction([logits[None, None]], [kernel[None, None]],
-                                    torch.zeros(1, 1, queries, 2),
-                                    torch.zeros(1, 1, 1, queries, 2), [], []))
-    detected = FrameOutput([(frame_logits, frame_kernels)], torch.zeros(1, frames, queries, 2),
-                           features.transpose(0, 1))
+        clips.append(
+            ClipPrediction(
+                [logits[None, None]],
+                [kernel[None, None]],
+                torch.zeros(1, 1, queries, 2),
+                torch.zeros(1, 1, 1, queries, 2),
+                [],
+                [],
+            )
+        )
+    detected = FrameOutput(
+        [(frame_logits, frame_kernels)],
+        torch.zeros(1, frames, queries, 2),
+        features.transpose(0, 1),
+    )
     return TrainingOutput(detected, clips, SIZE)

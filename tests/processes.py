@@ -1,4 +1,5 @@
 """Helpers to run our programs as subprocesses."""
+
 import os
 import socket
 import time
@@ -9,9 +10,17 @@ ONE_THREAD = {
     # whatever the user's is: the cores may be busy, and sums depend on it in their last bit
     "OMP_NUM_THREADS": "1",
     "OMP_WAIT_POLICY": "PASSIVE",  # a thread that waits leaves its core to others
-    "KMP_BLOCKTIME": "0"}  # the same, for Intel's OpenMP
-ENVIRONMENT = os.environ | ONE_THREAD | {
-    "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])}
+    "KMP_BLOCKTIME": "0",
+}  # the same, for Intel's OpenMP
+ENVIRONMENT = (
+    os.environ
+    | ONE_THREAD
+    | {
+        "PYTHONPATH": os.pathsep.join(
+            [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
+        )
+    }
+)
 
 
 def wait_until(condition, process):

@@ -7,6 +7,7 @@ Each test file runs in a process of its own. The processes are forked from this 
 imported torch, since that takes longer than most files. A file is printed once it is done: one line
 if it passed, everything that pytest printed if not. The last line has the totals.
 """
+
 import multiprocessing
 import os
 import re
@@ -29,8 +30,13 @@ import torch  # noqa: E402, F401
 import torchvision  # noqa: E402, F401
 
 FOLDER = Path(__file__).parent
-START_FIRST = ("test_golden_training.py", "test_kills.py", "test_runtime_stopping.py",
-               "test_golden_inference.py", "test_accidents.py")  # minutes each
+START_FIRST = (
+    "test_golden_training.py",
+    "test_kills.py",
+    "test_runtime_stopping.py",
+    "test_golden_inference.py",
+    "test_accidents.py",
+)  # minutes each
 FORK = multiprocessing.get_context("fork" if hasattr(os, "fork") else None)
 
 

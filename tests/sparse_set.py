@@ -3,6 +3,7 @@
 Ids of videos, categories and annotations have gaps and are unordered. Every video has its own size
 or length, and every instance its own rectangles.
 """
+
 import json
 from pathlib import Path
 
@@ -16,13 +17,18 @@ from model import GRAttVIS, build_model
 
 # Id: frames, height, width, in the order of the file
 VIDEOS = {3: (3, 40, 56), 17: (2, 56, 40), 5: (3, 40, 56)}
-CATEGORIES = {90: "dog", 7: "cat", 3: "ant"}                 # id: name, in the order of the file
+CATEGORIES = {90: "dog", 7: "cat", 3: "ant"}  # id: name, in the order of the file
 # Category id: label, in the order of the ids
 LABELS = {3: 0, 7: 1, 90: 2}
 # Annotation, video and category id
 INSTANCES = [(44, 17, 90), (12, 3, 7), (31, 5, 3), (8, 3, 90), (27, 17, 3)]
-TINY = {"backbone": "resnet10_thin", "channels": 32, "heads": 2,
-        "feed_forward": 32, "pixel_feed_forward": 32}
+TINY = {
+    "backbone": "resnet10_thin",
+    "channels": 32,
+    "heads": 2,
+    "feed_forward": 32,
+    "pixel_feed_forward": 32,
+}
 # Short side that tiny models are tested at, pixels
 SIDE = 32
 
@@ -32,7 +38,7 @@ def rectangles(annotation_id: int, frames: int, height: int, width: int) -> nump
     masks = numpy.zeros((frames, height, width), bool)
     for t, mask in enumerate(masks):
         top, left = annotation_id % 20 + t, annotation_id * 3 % 19 + 2 * t
-        mask[top:top + 12, left:left + 14] = True
+        mask[top : top + 12, left : left + 14] = True
     return masks
 
 
@@ -49,24 +55,44 @@ def decode(segmentations: list[dict]) -> torch.Tensor:
 
 def sparse_content() -> dict:
     """The parsed JSON of the set."""
-    videos = [{"id": number, "length": frames, "height": height, "width": width,
-               "file_names": [f"{number}/{t}.png" for t in range(frames)]}
-              for number, (frames, height, width) in VIDEOS.items()]
+    videos = [
+        {
+            "id": number,
+            "length": frames,
+            "height": height,
+            "width": width,
+            "file_names": [f"{number}/{t}.png" for t in range(frames)],
+        }
+        for number, (frames, height, width) in VIDEOS.items()
+    ]
     annotations = []
     for number, video, category in INSTANCES:
         masks = rectangles(number, *VIDEOS[video])
-        annotations.append({"id": number, "video_id": video, "category_id": category,
-                            "iscrowd": 0, "areas": masks.sum((1, 2)).tolist(),
-                            "segmentations": [encode(mask) for mask in masks]})
+        annotations.append(
+            {
+                "id": number,
+                "video_id": video,
+                "category_id": category,
+                "iscrowd": 0,
+                "areas": masks.sum((1, 2)).tolist(),
+                "segmentations": [encode(mask) for mask in masks],
+            }
+        )
     categories = [{"id": number, "name": name} for number, name in CATEGORIES.items()]
     return {"videos": videos, "categories": categories, "annotations": annotations}
 
 
 def perfect_results() -> list[dict]:
     """The annotations as results, each with a score of its own."""
-    return [{"video_id": entry["video_id"], "category_id": entry["category_id"],
-             "score": 0.5 + entry["id"] / 100, "segmentations": entry["segmentations"]}
-            for entry in sparse_content()["annotations"]]
+    return [
+        {
+            "video_id": entry["video_id"],
+            "category_id": entry["category_id"],
+            "score": 0.5 + entry["id"] / 100,
+            "segmentations": entry["segmentations"],
+        }
+        for entry in sparse_content()["annotations"]
+    ]
 
 
 def part_of_set(*video_ids: int) -> dict:
@@ -88,8 +114,9 @@ def write_sparse_set(folder: Path) -> dict:
     generator = numpy.random.default_rng(0)
     for video in content["videos"]:
         for name in video["file_names"]:
-            blocks = generator.integers(0, 256, (video["height"] // 8, video["width"] // 8, 3),
-                                        numpy.uint8)
+            blocks = generator.integers(
+                0, 256, (video["height"] // 8, video["width"] // 8, 3), numpy.uint8
+            )
             path = folder / "JPEGImages" / name
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(blocks.repeat(8, 0).repeat(8, 1)).save(path)
@@ -109,11 +136,16 @@ def tiny_model(classes: int = 3, propagation: str = "gated", seed: int = 0, **op
     return build_model("toy", classes, propagation, **TINY | options).eval()
 
 
-def save_tiny_model(path: Path, classes: int = 3, propagation: str = "gated",
-                    seed: int = 0, **config) -> GRAttVIS:
+def save_tiny_model(
+    path: Path, classes: int = 3, propagation: str = "gated", seed: int = 0, **config
+) -> GRAttVIS:
     """Write a tiny model as a checkpoint of train.py; returns the model."""
     model = tiny_model(classes, propagation, seed)
-    config = {"preset": "toy", "propagation": propagation, "model_options": TINY,
-              "test_short_side": SIDE} | config
+    config = {
+        "preset": "toy",
+        "propagation": propagation,
+        "model_options": TINY,
+        "test_short_side": SIDE,
+    } | config
     save_checkpoint(path, {"model": model.state_dict(), "config": config})
     return model

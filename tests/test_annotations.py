@@ -295,7 +295,8 @@ def test_a_missing_reference_is_skipped_and_counted(key, value):
     file = complete(content, "x.json")
     assert len(file.content["annotations"]) == len(content["annotations"]) - 1
     assert file.skipped.sentences() == [
-        "annotations that refer to no video or category: 1; the first: annotation 1 of x.json"]
+        "annotations that refer to no video or category: 1; the first: annotation 1 of x.json"
+    ]
 
 
 @pytest.mark.parametrize("one, other", [(1, "1"), (1, 1), ("a", "a"), ("01", 1), ("1.0", 1.0)])
@@ -1034,8 +1035,10 @@ def test_a_summary_of_several_sources_adds_up():
 
 def test_a_file_with_videos_and_images_is_one_of_videos():
     content = make_content() | {"images": [{"id": 1, "file_name": "v1/0.png"}]}
-    assert complete(content, "x.json").content["videos"] == complete(
-        make_content(), "x.json").content["videos"]
+    assert (
+        complete(content, "x.json").content["videos"]
+        == complete(make_content(), "x.json").content["videos"]
+    )
 
 
 def test_videos_are_left_out_with_their_annotations_one_after_another():

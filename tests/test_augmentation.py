@@ -3,6 +3,7 @@
 Flips, resizing and crops are tested in test_data.py on the same clip: a red and a green rectangle
 on black.
 """
+
 import math
 
 import numpy
@@ -45,10 +46,12 @@ def angle_of(mask, upright):
     """Degrees, counter-clockwise, of a turned elongated shape against the upright one, by its
     principal axis.
     """
+
     def axis(shape):
         rows, columns = numpy.nonzero(shape)
         spread = numpy.cov(columns, -rows)
         return 0.5 * math.atan2(2 * spread[0, 1], spread[0, 0] - spread[1, 1])
+
     return math.degrees(axis(mask) - axis(upright))
 
 
@@ -61,7 +64,7 @@ def test_the_angle_drifts_one_way_about_one_centre():
         turned, masks = TURNED.rotate(tv_tensors.Video(frames), tv_tensors.Mask(bar), generator)
         angles = [angle_of(mask.numpy(), bar[0, 0].numpy()) for mask in masks[0]]
         steps = numpy.diff(angles)
-        assert (steps >= -0.3).all() or (steps <= 0.3).all()     # but for the pixels of the outline
+        assert (steps >= -0.3).all() or (steps <= 0.3).all()  # but for the pixels of the outline
         largest = max(largest, numpy.abs(angles).max())
         trends.append(numpy.sign(steps.sum()))
         # the bar's middle moves on a circle about a centre within a tenth of the side: at most 15
@@ -104,7 +107,8 @@ def test_where_a_large_picture_is_cut():
     first_columns = set()
     for generator in generators(60):
         frames, masks = Augmentation(short_sides=(), flip=False, lsj_size=64)(
-            tv_tensors.Video(ramp), tv_tensors.Mask((ramp[None, :, 0] >= 128)), generator)
+            tv_tensors.Video(ramp), tv_tensors.Mask((ramp[None, :, 0] >= 128)), generator
+        )
         if masks.shape[-1] == 64 and (frames != 128).all(1).all():
             first_columns.add(int(frames[0, 0, 0, 0]) // 16)
             assert ((frames[0, 0] >= 128) == masks[0, 0]).float().mean() > 0.95
@@ -119,11 +123,14 @@ def test_a_clip_without_instances(augmentation):
 
 
 SHAPES = [(1, 4000), (4000, 1), (1, 1), (2, 3), (3, 500)]
-SETTINGS = {"resized": Augmentation((48,), rotation=15),
-            "cut": Augmentation((48,), crop_short_sides=(40,), crop_size=(10, 600)),
-            "cut to a share": Augmentation((48,), crop_short_sides=(1,), crop_size=(0.01, 0.1),
-                                           crop_relative=True),
-            "jittered": Augmentation((), lsj_size=64, rotation=15)}
+SETTINGS = {
+    "resized": Augmentation((48,), rotation=15),
+    "cut": Augmentation((48,), crop_short_sides=(40,), crop_size=(10, 600)),
+    "cut to a share": Augmentation(
+        (48,), crop_short_sides=(1,), crop_size=(0.01, 0.1), crop_relative=True
+    ),
+    "jittered": Augmentation((), lsj_size=64, rotation=15),
+}
 
 
 @pytest.mark.parametrize("height, width", SHAPES)
@@ -137,14 +144,22 @@ def test_frames_of_any_shape_keep_a_pixel_each_way(setting, height, width):
         assert min(pictures.shape[2:]) >= 1 and max(pictures.shape[2:]) <= 1333
 
 
-@pytest.mark.parametrize("height, width, expected", [
-    (1, 4000, (1, 1333)), (4000, 1, (1333, 1)), (1, 1, (360, 360)), (2, 3, (360, 540)),
-    (7, 90_000, (1, 1333))])
+@pytest.mark.parametrize(
+    "height, width, expected",
+    [
+        (1, 4000, (1, 1333)),
+        (4000, 1, (1333, 1)),
+        (1, 1, (360, 360)),
+        (2, 3, (360, 540)),
+        (7, 90_000, (1, 1333)),
+    ],
+)
 def test_no_side_is_resized_to_nothing(height, width, expected):
     assert short_side_size(height, width, 360, 1333) == expected
 
 
 # Sizes
+
 
 def ramps(height, width, frames=1):
     """Red is the column and green the row, in shares of 255 that may lie between two pixels."""
@@ -186,7 +201,7 @@ def test_the_long_side_before_a_crop_has_a_limit_of_its_own():
     seen = []
     for generator in generators(12):
         frames, _ = cropping(*ramps(40, 120), generator)
-        if frames.shape[-2:] == (300, 300):                       # cut out as it is
+        if frames.shape[-2:] == (300, 300):  # cut out as it is
             seen.append(frames[0, 0, 0].float().diff().mean().item())
     assert len(seen) > 2 and numpy.mean(seen) == pytest.approx(255 / 1333, rel=0.02)
 

@@ -1,6 +1,7 @@
 """Backbones: ResNet equals torchvision's, Swin equals the detectors' (and torchvision's where the
 two agree).
 """
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -66,7 +67,7 @@ def test_the_heads_of_a_swin():
     ]
     assert [table.shape[1] for table in tables] == [6] * 2 + [12] * 2 + [24] * 18 + [48] * 2
     # Windows of 12.
-    assert {table.shape[0] for table in tables} == {23 ** 2}
+    assert {table.shape[0] for table in tables} == {23**2}
 
 
 def test_another_window():
@@ -136,6 +137,7 @@ def test_fused_convolutions_are_the_same(monkeypatch, name):
     """What cuDNN's kernels are to compute, computed by PyTorch: the same maps, with the first
     convolution on pairs of pixels.
     """
+
     def convolve(x, weight, bias, stride, padding, dilation, groups):
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups).relu()
 
@@ -213,10 +215,18 @@ def test_shift_mask_by_hand():
     apart = wrapped_pairs(1, 2, 2, 1, torch.device("cpu"))
     # tokens of a window: (0,0) (0,1) / (1,0) (1,1); rows 0 and 1 never were neighbours, columns
     # only in the first window
-    assert apart[0].tolist() == [[False, False, True, True], [False, False, True, True],
-                                 [True, True, False, False], [True, True, False, False]]
-    assert apart[1].tolist() == [[False, True, True, True], [True, False, True, True],
-                                 [True, True, False, True], [True, True, True, False]]
+    assert apart[0].tolist() == [
+        [False, False, True, True],
+        [False, False, True, True],
+        [True, True, False, False],
+        [True, True, False, False],
+    ]
+    assert apart[1].tolist() == [
+        [False, True, True, True],
+        [True, False, True, True],
+        [True, True, False, True],
+        [True, True, True, False],
+    ]
 
 
 def swin_maps(
@@ -231,7 +241,8 @@ def swin_maps(
     ).eval()
     weights, _ = translate(official_weights(key))
     missing, unexpected = backbone.load_state_dict(
-        {name.removeprefix("backbone."): value for name, value in weights.items()}, strict=False)
+        {name.removeprefix("backbone."): value for name, value in weights.items()}, strict=False
+    )
     assert not unexpected and all(name.endswith("relative_position_index") for name in missing)
     frame = make_video(1, spec["H"], spec["W"], spec["salt"]).to(dtype)
     with torch.no_grad():
@@ -273,8 +284,10 @@ def test_golden_swin_large():
     with torch.device("meta"):
         official = SwinBackbone(*sizes)
     assert ours.channels == official.channels
-    shapes = [{name: value.shape for name, value in network.state_dict().items()}
-              for network in (ours, official)]
+    shapes = [
+        {name: value.shape for name, value in network.state_dict().items()}
+        for network in (ours, official)
+    ]
     assert shapes[0] == shapes[1]
     maps = swin_maps(
         constructor,
@@ -302,8 +315,9 @@ def test_strides():
 def test_paths_are_dropped_as_often_as_asked():
     """More often in later blocks: from never to that share."""
     backbone = SwinBackbone(48, (2, 2, 2, 2), (3, 6, 12, 24), 7, drop_path=0.4)
-    dropped = [module.p for module in backbone.modules()
-               if type(module).__name__ == "StochasticDepth"]
+    dropped = [
+        module.p for module in backbone.modules() if type(module).__name__ == "StochasticDepth"
+    ]
     assert dropped[0] == 0 and dropped[-1] == pytest.approx(0.4)
 
 

@@ -4,6 +4,7 @@ A valid data set and run are created once and copied; each test breaks one thing
 called in this process, where the sentence is an InputError. Three real command lines check that it
 is the only output on stderr, with exit status 2.
 """
+
 import json
 import os
 import pickle
@@ -25,8 +26,18 @@ from synthetic import suites as synthetic
 from synthetic.scenes import CATEGORIES
 
 SMALL = [
-    "--batch", "1", "--frames", "2", "--points", "64", "--workers", "0", "--short-sides", "64",
-    "--device", "cpu",
+    "--batch",
+    "1",
+    "--frames",
+    "2",
+    "--points",
+    "64",
+    "--workers",
+    "0",
+    "--short-sides",
+    "64",
+    "--device",
+    "cpu",
 ]
 
 
@@ -49,7 +60,13 @@ def dataset(good, tmp_path):
 
 def train_arguments(dataset, output, *more):
     return [
-        "--data-root", str(dataset), "--output", str(output), "--iterations", "1", *SMALL,
+        "--data-root",
+        str(dataset),
+        "--output",
+        str(output),
+        "--iterations",
+        "1",
+        *SMALL,
         *map(str, more),
     ]
 
@@ -71,8 +88,19 @@ def refuse_evaluating(dataset, tmp_path, weights, *more):
     return sentence(
         evaluate,
         [
-            "--data-root", dataset, "--weights", weights, "--short-side", "64", "--device", "cpu",
-            "--workers", "0", "--output", tmp_path / "evaluation", *more,
+            "--data-root",
+            dataset,
+            "--weights",
+            weights,
+            "--short-side",
+            "64",
+            "--device",
+            "cpu",
+            "--workers",
+            "0",
+            "--output",
+            tmp_path / "evaluation",
+            *more,
         ],
     )
 
@@ -87,6 +115,7 @@ def read_files(folder):
 
 
 # Real command lines
+
 
 def run(program, *arguments):
     """Exit code of a command line, and the lines on stderr that are neither empty nor a progress
@@ -158,6 +187,7 @@ def test_an_error_in_a_loader_process_exits_with_one_sentence(dataset, tmp_path)
 
 # The data set
 
+
 def edit(dataset, split, change):
     """Change the parsed JSON of a split, in place."""
     path = dataset / f"{split}.json"
@@ -168,10 +198,12 @@ def edit(dataset, split, change):
 
 def put(value, *place):
     """A change of a JSON that puts the value at that place."""
+
     def change(content):
         for key in place[:-1]:
             content = content[key]
         content[place[-1]] = value
+
     return change
 
 
@@ -179,8 +211,11 @@ def test_a_missing_json_names_every_path_tried(dataset, tmp_path):
     (dataset / "train.json").unlink()
     message = refuse_training(dataset, tmp_path)
     for name in (
-        "train.json", "train/instances.json", "annotations/train.json",
-        "annotations/annotations_train.json", "annotations/instances_train.json",
+        "train.json",
+        "train/instances.json",
+        "annotations/train.json",
+        "annotations/annotations_train.json",
+        "annotations/instances_train.json",
     ):
         assert str(dataset / name) in message
 
@@ -243,9 +278,20 @@ def test_a_malformed_json(dataset, tmp_path, text):
         ),
     ],
     ids=[
-        "videos missing", "videos empty", "categories no list", "number of masks", "no frames",
-        "no annotations", "no file names", "no entry", "height no number", "endless height", "huge",
-        "no width", "video no id", "length",
+        "videos missing",
+        "videos empty",
+        "categories no list",
+        "number of masks",
+        "no frames",
+        "no annotations",
+        "no file names",
+        "no entry",
+        "height no number",
+        "endless height",
+        "huge",
+        "no width",
+        "video no id",
+        "length",
     ],
 )
 def test_an_impossible_entry_is_named(dataset, tmp_path, change, expected):
@@ -256,8 +302,13 @@ def test_an_impossible_entry_is_named(dataset, tmp_path, change, expected):
 @pytest.mark.parametrize(
     "name",
     [
-        "/etc/hostname", "../valid.json", "00000/../../../valid.json", "..", "//etc/hostname",
-        "..\\..\\valid.json", "C:\\frames\\00000.jpg",
+        "/etc/hostname",
+        "../valid.json",
+        "00000/../../../valid.json",
+        "..",
+        "//etc/hostname",
+        "..\\..\\valid.json",
+        "C:\\frames\\00000.jpg",
     ],
 )
 def test_a_frame_outside_of_the_folder_is_refused(dataset, tmp_path, name):
@@ -285,15 +336,19 @@ def test_a_json_of_a_hundred_thousand_brackets(dataset, tmp_path):
     )
 
 
-@pytest.mark.parametrize("segmentation, reason", [
-    ([[-1e9, 0, 1e9, 0, 1e9, 1e9]], "a coordinate is no number or lies far outside"),
-    ([[float("nan")] * 6], "a coordinate is no number"),
-    ([[None] * 6], "a coordinate is no number"),
-    ([[0, 0, 1e5, 1e5] * 500], "its outline is longer than"),
-    ([[10 ** 400] * 6], "a coordinate is no number or lies far outside"),
-    ({"size": [64, 96], "counts": [0.5, 64 * 96 - 0.5]}, "its runs do not fill the frame"),
-    ({"size": [2 ** 32, 2 ** 32], "counts": "0"}, "its size is .*, its video's"),
-], ids=["far away", "nan", "null", "long", "huge number", "half pixels", "huge size"])
+@pytest.mark.parametrize(
+    "segmentation, reason",
+    [
+        ([[-1e9, 0, 1e9, 0, 1e9, 1e9]], "a coordinate is no number or lies far outside"),
+        ([[float("nan")] * 6], "a coordinate is no number"),
+        ([[None] * 6], "a coordinate is no number"),
+        ([[0, 0, 1e5, 1e5] * 500], "its outline is longer than"),
+        ([[10**400] * 6], "a coordinate is no number or lies far outside"),
+        ({"size": [64, 96], "counts": [0.5, 64 * 96 - 0.5]}, "its runs do not fill the frame"),
+        ({"size": [2**32, 2**32], "counts": "0"}, "its size is .*, its video's"),
+    ],
+    ids=["far away", "nan", "null", "long", "huge number", "half pixels", "huge size"],
+)
 def test_a_mask_that_would_take_all_memory(segmentation, reason):
     with pytest.raises(
         InputError, match=f"^annotation 1 has a segmentation that cannot be read: .*{reason}"
@@ -302,6 +357,7 @@ def test_a_mask_that_would_take_all_memory(segmentation, reason):
 
 
 # Frames
+
 
 def spoil_frames(dataset, split, spoil):
     """Spoil every frame, as a clip begins anywhere."""
@@ -314,18 +370,27 @@ def cut_short(path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("spoil, expected", [
-    (Path.unlink, "of video 1 is missing"),
-    (cut_short, "cannot be read: .*truncated"),
-    (lambda path: path.write_text("not a picture"), "cannot be read: cannot identify image file"),
-    (lambda path: path.write_bytes(b""), "cannot be read: cannot identify image file"),
-    (lambda path: Image.new("RGB", (40, 30)).save(path), "is 40x30, its JSON says 96x64"),
-], ids=["missing", "truncated", "no picture", "empty", "other size"])
+@pytest.mark.parametrize(
+    "spoil, expected",
+    [
+        (Path.unlink, "of video 1 is missing"),
+        (cut_short, "cannot be read: .*truncated"),
+        (
+            lambda path: path.write_text("not a picture"),
+            "cannot be read: cannot identify image file",
+        ),
+        (lambda path: path.write_bytes(b""), "cannot be read: cannot identify image file"),
+        (lambda path: Image.new("RGB", (40, 30)).save(path), "is 40x30, its JSON says 96x64"),
+    ],
+    ids=["missing", "truncated", "no picture", "empty", "other size"],
+)
 def test_a_bad_frame_is_named(good, dataset, tmp_path, spoil, expected):
     spoil_frames(dataset, "train", spoil)
     spoil_frames(dataset, "valid", spoil)
-    for split, message in (("train", refuse_training(dataset, tmp_path)),
-                           ("valid", refuse_evaluating(dataset, tmp_path, good / "run/last.pt"))):
+    for split, message in (
+        ("train", refuse_training(dataset, tmp_path)),
+        ("valid", refuse_evaluating(dataset, tmp_path, good / "run/last.pt")),
+    ):
         assert re.match(f"frame {dataset}/{split}/JPEGImages/0000./0000..jpg {expected}", message)
 
 
@@ -360,6 +425,7 @@ def test_a_picture_that_is_too_much_to_ask(tmp_path, content, expected):
 
 # Checkpoints
 
+
 class Shell:
     """Requests a command when unpickled."""
 
@@ -377,7 +443,7 @@ def test_files_that_are_no_checkpoints_are_refused(good, tmp_path, option):
         pickle.dumps({"model": Shell(f"touch {tmp_path / 'executed'}")})
     )
     whole = (good / "run/last.pt").read_bytes()
-    (tmp_path / "truncated.pt").write_bytes(whole[:len(whole) // 2])
+    (tmp_path / "truncated.pt").write_bytes(whole[: len(whole) // 2])
     torch.save(torch.zeros(3), tmp_path / "tensor.pt")
     for name, expected in (
         ("missing.pt", "no checkpoint at .*missing.pt"),
@@ -424,6 +490,7 @@ def test_a_checkpoint_of_another_preset_or_propagation(good, tmp_path):
 
 # Runs
 
+
 def test_a_run_is_not_overwritten(good):
     before = read_files(good / "run")
     assert "last.pt" in before
@@ -450,7 +517,7 @@ def test_only_a_training_checkpoint_is_resumed(good, tmp_path):
     assert (
         message
         == f"{tmp_path / 'weights.pt'} is no checkpoint of a training run: start from it with "
-           "--init"
+        "--init"
     )
 
 
@@ -474,6 +541,7 @@ def test_a_finished_run_is_not_cut_back(good, tmp_path):
 
 
 # Options
+
 
 def test_a_batch_that_cannot_be_shared(good, tmp_path, monkeypatch):
     # As if torchrun had started two.
@@ -527,7 +595,7 @@ def test_rendered_clips_stand_alone(good, dataset, tmp_path):
     assert (
         message
         == f"--evaluate-every: {dataset / 'valid.json'} has other categories than the training "
-           "clips"
+        "clips"
     )
 
 

@@ -1,4 +1,5 @@
 """Frames on their way into the model: kept in order, whatever they come in, or refused."""
+
 import numpy
 import pytest
 import torch
@@ -18,8 +19,10 @@ def frames(count, height=4, width=6):
     return torch.arange(count, dtype=torch.uint8)[:, None, None, None].repeat(1, 3, height, width)
 
 
-@pytest.mark.parametrize("size, expected", [((1, 1), (32, 32)), ((32, 64), (32, 64)),
-                                            ((33, 31), (64, 32)), ((360, 640), (384, 640))])
+@pytest.mark.parametrize(
+    "size, expected",
+    [((1, 1), (32, 32)), ((32, 64), (32, 64)), ((33, 31), (64, 32)), ((360, 640), (384, 640))],
+)
 def test_sides_are_padded_to_multiples_of_32(size, expected):
     assert padded_size(*size) == expected
 
@@ -44,8 +47,18 @@ def test_a_video_without_frames_is_refused(video):
         list(split_video(video, 4))
 
 
-@pytest.mark.parametrize("multiple, lengths", [(1, [3, 1, 5]), (2, [2, 2, 4, 1]), (4, [4, 4, 1]),
-                                               (5, [5, 4]), (9, [9]), (10, [9]), (10 ** 9, [9])])
+@pytest.mark.parametrize(
+    "multiple, lengths",
+    [
+        (1, [3, 1, 5]),
+        (2, [2, 2, 4, 1]),
+        (4, [4, 4, 1]),
+        (5, [5, 4]),
+        (9, [9]),
+        (10, [9]),
+        (10**9, [9]),
+    ],
+)
 def test_batches_are_merged_to_multiples(multiple, lengths):
     """All tensors of a batch alike; as early as possible; the rest comes last."""
     x = torch.arange(9)
@@ -71,8 +84,12 @@ def test_frames_are_put_into_batches_in_order(count):
 
 def test_a_batch_ends_where_the_size_changes():
     found = list(batch_frames([*frames(3), *frames(2, 6, 4), *frames(1)], 2))
-    assert [tuple(batch.shape) for batch in found] == [(2, 3, 4, 6),
-                                                       (1, 3, 4, 6), (2, 3, 6, 4), (1, 3, 4, 6)]
+    assert [tuple(batch.shape) for batch in found] == [
+        (2, 3, 4, 6),
+        (1, 3, 4, 6),
+        (2, 3, 6, 4),
+        (1, 3, 4, 6),
+    ]
 
 
 @pytest.mark.parametrize("count", [0, -1])
@@ -99,9 +116,14 @@ def test_what_is_no_frame_is_refused(kind):
     frame, expected = NO_FRAMES[kind]
     model = build_model("toy", 3, backbone="resnet10_thin").eval()
     batch = frame[None]
-    for refused in (lambda: check_frame(frame), lambda: list(batch_frames([frame], 2)),
-                    lambda: list(split_video([batch], 2)), lambda: model.segment_video([frame]),
-                    lambda: model.encode_video([batch]), lambda: model.step(frame)):
+    for refused in (
+        lambda: check_frame(frame),
+        lambda: list(batch_frames([frame], 2)),
+        lambda: list(split_video([batch], 2)),
+        lambda: model.segment_video([frame]),
+        lambda: model.encode_video([batch]),
+        lambda: model.step(frame),
+    ):
         with pytest.raises(ValueError, match=expected):
             refused()
 

@@ -1,4 +1,5 @@
 """Loading weights: official files fit, mismatches are errors, and no file executes code."""
+
 import argparse
 import pickle
 import zipfile
@@ -104,6 +105,7 @@ def test_detectron2_pickles_load_without_running_anything(tmp_path):
 class Malice:
     def __reduce__(self):
         import os
+
         return os.system, ("echo harm > harm",)
 
 
@@ -139,7 +141,7 @@ def test_pickles_that_claim_what_they_do_not_hold_are_refused(tmp_path, kind):
 
 class Zeros:
     def __reduce__(self):
-        return bytearray, (2 ** 34,)
+        return bytearray, (2**34,)
 
 
 def test_an_endless_row_of_zeros_is_refused(tmp_path):
@@ -215,41 +217,60 @@ def refused_config(tmp_path, config):
     return str(refusal.value)
 
 
-@pytest.mark.parametrize("name, value", [
-    ("preset", 3), ("propagation", torch.ones(2, 2)), ("categories", "red"), ("categories", [[1]]),
-    ("test_short_side", 10 ** 9), ("test_short_side", float("nan")), ("model_options", [1]),
-    ("args", argparse.Namespace(seed=0))])
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("preset", 3),
+        ("propagation", torch.ones(2, 2)),
+        ("categories", "red"),
+        ("categories", [[1]]),
+        ("test_short_side", 10**9),
+        ("test_short_side", float("nan")),
+        ("model_options", [1]),
+        ("args", argparse.Namespace(seed=0)),
+    ],
+)
 def test_a_value_that_training_does_not_write(tmp_path, name, value):
     message = refused_config(tmp_path, {"preset": "toy"} | {name: value})
     assert f"odd.pt holds a config that training did not write: {name} is " in message
 
 
-@pytest.mark.parametrize("option, value, expected", [
-    ("heads", 0, "heads is 0, not a whole number from 1"),
-    ("heads", 7, "must be divisible by heads"),
-    ("clip_length", 2.5, "clip_length is 2.5, not a whole number from 1"),
-    ("window", -5, "window is -5, not a whole number from 0"),
-    ("queries", float("nan"), "queries is nan, not a whole number"),
-    ("queries", True, "queries is True, not a whole number"),
-    ("queries", "20", "queries is '20', not a whole number"),
-    ("queries", None, "queries is None, not a whole number"),
-    ("channels", torch.ones(2, 2), "channels is tensor("),
-    ("swin_window", 10 ** 6, "swin_window is 1000000, not a whole number from 1 to 1000"),
-    ("query_noise", float("inf"), "query_noise is inf, not a finite number"),
-    ("query_noise", True, "query_noise is True, not a finite number"),
-    ("norm", ["batch"], "norm is ['batch'], not a name"),
-    ("norm", "layer", "unknown norm 'layer'"),
-    ("depth", 3, "GRAttVIS has no option depth"),
-    ("num_classes", 3, "GRAttVIS has no option num_classes")])
+@pytest.mark.parametrize(
+    "option, value, expected",
+    [
+        ("heads", 0, "heads is 0, not a whole number from 1"),
+        ("heads", 7, "must be divisible by heads"),
+        ("clip_length", 2.5, "clip_length is 2.5, not a whole number from 1"),
+        ("window", -5, "window is -5, not a whole number from 0"),
+        ("queries", float("nan"), "queries is nan, not a whole number"),
+        ("queries", True, "queries is True, not a whole number"),
+        ("queries", "20", "queries is '20', not a whole number"),
+        ("queries", None, "queries is None, not a whole number"),
+        ("channels", torch.ones(2, 2), "channels is tensor("),
+        ("swin_window", 10**6, "swin_window is 1000000, not a whole number from 1 to 1000"),
+        ("query_noise", float("inf"), "query_noise is inf, not a finite number"),
+        ("query_noise", True, "query_noise is True, not a finite number"),
+        ("norm", ["batch"], "norm is ['batch'], not a name"),
+        ("norm", "layer", "unknown norm 'layer'"),
+        ("depth", 3, "GRAttVIS has no option depth"),
+        ("num_classes", 3, "GRAttVIS has no option num_classes"),
+    ],
+)
 def test_model_options_have_types_and_ranges(tmp_path, option, value, expected):
     message = refused_config(tmp_path, {"preset": "toy", "model_options": {option: value}})
     assert "odd.pt asks for a model that cannot be built: " in message and expected in message
 
 
-@pytest.mark.parametrize("config", [
-    [], "configs/r50.yaml", argparse.Namespace(preset="toy"),
-    {"lr": torch.ones(2, 2), "clip_length": 2.5, "window": -5},
-    {"model_options": 3, "categories": None, "test_short_side": float("nan")}])
+@pytest.mark.parametrize(
+    "config",
+    [
+        [],
+        "configs/r50.yaml",
+        argparse.Namespace(preset="toy"),
+        {"lr": torch.ones(2, 2), "clip_length": 2.5, "window": -5},
+        {"model_options": 3, "categories": None, "test_short_side": float("nan")},
+    ],
+)
 def test_a_config_of_another_program_does_not_matter(tmp_path, config):
     """Only one that names a preset is ours."""
     args = argparse.Namespace(output=Path("x"))
@@ -259,9 +280,18 @@ def test_a_config_of_another_program_does_not_matter(tmp_path, config):
     assert found == {} and model.propagation == "gated"
 
 
-@pytest.mark.parametrize("changes", [
-    {"config": argparse.Namespace(preset="toy")}, {"config": [1]}, {"config": {"preset": "toy"}},
-    {"step": None}, {"step": -1}, {"step": torch.ones(2)}, {"optimizer": torch.optim.AdamW}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"config": argparse.Namespace(preset="toy")},
+        {"config": [1]},
+        {"config": {"preset": "toy"}},
+        {"step": None},
+        {"step": -1},
+        {"step": torch.ones(2)},
+        {"optimizer": torch.optim.AdamW},
+    ],
+)
 def test_only_what_training_has_written_is_resumed(tmp_path, changes):
     contents = {"step": 3, "optimizer": {"state": {}}, "config": {"preset": "toy", "args": {}}}
     torch.save(contents, tmp_path / "last.pt")
@@ -271,8 +301,15 @@ def test_only_what_training_has_written_is_resumed(tmp_path, changes):
         read_run(tmp_path / "last.pt")
 
 
-PREFIXES = ["module.", "model.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.",
-            "model.model.", "module.model.module."]
+PREFIXES = [
+    "module.",
+    "model.",
+    "_orig_mod.",
+    "module._orig_mod.",
+    "_orig_mod.module.",
+    "model.model.",
+    "module.model.module.",
+]
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
@@ -282,8 +319,9 @@ def test_prefixes_of_training_tools_are_stripped(prefix):
     assert not report.missing and not report.unexpected
 
 
-@pytest.mark.parametrize("part", ["_orig_mod.", "module.", "_fsdp_wrapped_module.",
-                                  "_checkpoint_wrapped_module."])
+@pytest.mark.parametrize(
+    "part", ["_orig_mod.", "module.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."]
+)
 def test_wrapped_parts_have_their_own_names(part):
     """torch.compile(model.backbone) puts its name into the middle of names."""
     state = {}
@@ -315,8 +353,10 @@ def test_real_wrappers_of_pytorch():
     assert not report.missing and not report.unexpected
 
 
-@pytest.mark.parametrize("wrappers", [
-    ["model"], ["state_dict"], ["model_state_dict"], ["module"], ["net"], ["model", "state_dict"]])
+@pytest.mark.parametrize(
+    "wrappers",
+    [["model"], ["state_dict"], ["model_state_dict"], ["module"], ["net"], ["model", "state_dict"]],
+)
 def test_state_dicts_are_found_next_to_other_things(wrappers):
     contents = {f"module.{name}": value for name, value in tiny_model().state_dict().items()}
     optimizer = {"state": {0: {"step": torch.ones(1)}}}
@@ -369,8 +409,11 @@ def test_weights_that_are_no_real_numbers_are_refused(tmp_path, dtype, suffix):
 def test_weights_of_other_precision_are_taken(dtype):
     """Counters, too, where all entries were cast to what holds whole numbers exactly."""
     state = tiny_model().state_dict()
-    cast = {name: value.to(dtype) for name, value in state.items()
-            if dtype != torch.bfloat16 or value.is_floating_point()}
+    cast = {
+        name: value.to(dtype)
+        for name, value in state.items()
+        if dtype != torch.bfloat16 or value.is_floating_point()
+    }
     model = tiny_model()
     assert not load_weights(model, state | cast).missing
     if dtype != torch.bfloat16:
@@ -379,9 +422,16 @@ def test_weights_of_other_precision_are_taken(dtype):
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("values", [
-    torch.tensor(2.5), torch.tensor(float("nan")), torch.tensor(True), torch.tensor(1j),
-    torch.tensor(3).bfloat16()])
+@pytest.mark.parametrize(
+    "values",
+    [
+        torch.tensor(2.5),
+        torch.tensor(float("nan")),
+        torch.tensor(True),
+        torch.tensor(1j),
+        torch.tensor(3).bfloat16(),
+    ],
+)
 def test_counters_must_be_whole_numbers(values):
     state = tiny_model().state_dict() | {"backbone.bn1.num_batches_tracked": values}
     expected = "entry backbone.bn1.num_batches_tracked is .*: it must hold whole numbers"
@@ -465,6 +515,7 @@ def test_first_mask2former_format():
 def test_torchvision_backbones(tmp_path):
     """torchvision's file, its classifier left out; group norms cannot take batch norms."""
     from torchvision.models.resnet import BasicBlock, ResNet
+
     theirs = ResNet(BasicBlock, [1, 1, 1, 1])
     torch.save(theirs.state_dict(), tmp_path / "resnet.pth")
     model = build_model("toy", 3, norm="frozen", **TINY)
@@ -483,8 +534,11 @@ def test_torchvision_backbones(tmp_path):
 
 def test_detectron2_backbone_alone():
     """R-50.pkl of detectron2: names without a "backbone." in front."""
-    state = {name.removeprefix("backbone."): torch.empty(shape, device="meta")
-             for name, shape, _ in names_shapes("r50") if name.startswith("backbone.")}
+    state = {
+        name.removeprefix("backbone."): torch.empty(shape, device="meta")
+        for name, shape, _ in names_shapes("r50")
+        if name.startswith("backbone.")
+    }
     with torch.device("meta"):
         model = build_model("r50", 3)
     report = load_weights(model, state | {"stem.fc.weight": torch.empty(1)})
@@ -503,7 +557,7 @@ def test_our_checkpoint_builds_its_model(tmp_path):
     save_checkpoint(
         tmp_path / "last.pt", {"model": model.state_dict(), "step": 3, "config": config}
     )
-    assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]          # no temporary left
+    assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]  # no temporary left
     built, found = model_from_checkpoint(tmp_path / "last.pt")
     assert found == config and built.tracker.gate_mask == "blocked" and not built.training
     assert all(

@@ -2,6 +2,7 @@
 
 Models are tiny and random. Pickles are written as by NumPy, detectron2 and Python 2.
 """
+
 import pickle
 import signal
 import struct
@@ -33,6 +34,7 @@ def same_weights(one, other):
 @contextmanager
 def within(seconds):
     """TimeoutError if the block takes longer, as one that never ends does."""
+
     def stop(number, frame):
         raise TimeoutError
 
@@ -47,6 +49,7 @@ def within(seconds):
 
 # Entries
 
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """The contents of a file that fits its model."""
@@ -58,46 +61,71 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture
 def changed(checkpoint, tmp_path):
     """Write the file with some of its weights changed, and build its model."""
+
     def changed(**weights):
-        model = {name: value for name, value in (checkpoint["model"] | weights).items()
-                 if value is not None}
+        model = {
+            name: value
+            for name, value in (checkpoint["model"] | weights).items()
+            if value is not None
+        }
         torch.save(checkpoint | {"model": model}, tmp_path / "changed.pt")
         return model_from_checkpoint(tmp_path / "changed.pt")
+
     return changed
 
 
-@pytest.mark.parametrize("name", ["backbone.conv1.weight", "frame_decoder.query_feat.weight",
-                                  "tracker.gate_proj.bias", "pixel_decoder.level_embed"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "backbone.conv1.weight",
+        "frame_decoder.query_feat.weight",
+        "tracker.gate_proj.bias",
+        "pixel_decoder.level_embed",
+    ],
+)
 def test_a_missing_entry_is_refused_by_name(checkpoint, changed, name):
     assert name in checkpoint["model"]
     with pytest.raises(
-        InputError, match=f"does not fit a toy with gated propagation: .*1 missing \\({name}\\)"):
+        InputError, match=f"does not fit a toy with gated propagation: .*1 missing \\({name}\\)"
+    ):
         changed(**{name: None})
 
 
-@pytest.mark.parametrize("name", ["backbone.conv2.weight", "tracker.second_gate.bias",
-                                  "pixel_decoder.layers.9.norm.weight"])
+@pytest.mark.parametrize(
+    "name",
+    ["backbone.conv2.weight", "tracker.second_gate.bias", "pixel_decoder.layers.9.norm.weight"],
+)
 def test_a_foreign_entry_is_refused_by_name(changed, name):
     with pytest.raises(
-        InputError,
-        match=f"does not fit a toy with gated propagation: .*1 unexpected \\({name}\\)"):
+        InputError, match=f"does not fit a toy with gated propagation: .*1 unexpected \\({name}\\)"
+    ):
         changed(**{name: torch.zeros(3)})
 
 
 def test_a_renamed_entry_is_both(checkpoint, changed):
     with pytest.raises(InputError, match="1 missing .*; 1 unexpected "):
-        changed(**{"tracker.mask_embed.0.bias": None,
-                   "tracker.mask_embed.00.bias": torch.zeros(32)})
+        changed(
+            **{"tracker.mask_embed.0.bias": None, "tracker.mask_embed.00.bias": torch.zeros(32)}
+        )
 
 
 def test_constants_of_official_files_are_no_foreign_entries(checkpoint, changed):
     """Weights of the losses, the input's mean, Swin's attention masks, classifiers of ImageNet."""
-    constants = ("criterion.empty_weight", "vita_criterion.empty_weight", "pixel_mean",
-                 "pixel_std", "backbone.norm.weight", "backbone.layers.0.blocks.1.attn_mask",
-                 "backbone.fc.bias", "backbone.head.weight", "backbone.stem.fc.weight")
+    constants = (
+        "criterion.empty_weight",
+        "vita_criterion.empty_weight",
+        "pixel_mean",
+        "pixel_std",
+        "backbone.norm.weight",
+        "backbone.layers.0.blocks.1.attn_mask",
+        "backbone.fc.bias",
+        "backbone.head.weight",
+        "backbone.stem.fc.weight",
+    )
     changed(**{name: torch.zeros(2) for name in constants})
-    report = load_weights(tiny_model(),
-                          checkpoint["model"] | {name: torch.zeros(2) for name in constants})
+    report = load_weights(
+        tiny_model(), checkpoint["model"] | {name: torch.zeros(2) for name in constants}
+    )
     assert sorted(report.ignored) == sorted(constants)
     assert not report.unexpected
     assert not report.missing
@@ -111,13 +139,16 @@ def test_frozen_norms_need_no_counters_of_batches(checkpoint):
     assert set(report.ignored) == counters
     assert not report.unexpected
     assert not report.missing
-    report = load_weights(tiny_model(), {name: value for name, value in checkpoint["model"].items()
-                                         if name not in counters})
+    report = load_weights(
+        tiny_model(),
+        {name: value for name, value in checkpoint["model"].items() if name not in counters},
+    )
     assert not report.missing
 
 
-@pytest.mark.parametrize("options", [{"channels": 64}, {"feed_forward": 48}, {"queries": 7}],
-                         ids=str)
+@pytest.mark.parametrize(
+    "options", [{"channels": 64}, {"feed_forward": 48}, {"queries": 7}], ids=str
+)
 def test_weights_of_another_size_are_refused(checkpoint, options):
     """Also where class layers may be others, as that means their number of classes alone."""
     other = tiny_model(seed=1, **options)
@@ -142,13 +173,17 @@ def test_weights_of_a_wrapped_model_are_found(checkpoint, wrapper):
     weights = {f"module.{name}": value for name, value in checkpoint["model"].items()}
     report = load_weights(model, weights if wrapper is None else {wrapper: weights, "epoch": 3})
     assert not report.missing and not report.unexpected
-    assert all(torch.equal(value, checkpoint["model"][name])
-               for name, value in model.state_dict().items())
+    assert all(
+        torch.equal(value, checkpoint["model"][name]) for name, value in model.state_dict().items()
+    )
 
 
 def test_a_report_tells_the_first_entries(checkpoint):
-    weights = {name: value for name, value in checkpoint["model"].items()
-               if not name.startswith("tracker.encoder.")}
+    weights = {
+        name: value
+        for name, value in checkpoint["model"].items()
+        if not name.startswith("tracker.encoder.")
+    }
     report = load_weights(tiny_model(), weights)
     missing = [name for name in checkpoint["model"] if name not in weights]
     assert len(missing) > 4
@@ -165,22 +200,32 @@ def test_reset_classes_leaves_the_classes_of_the_model(checkpoint):
     model = tiny_model(classes=5, seed=1)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     report = load_weights(model, checkpoint["model"], reset_classes=True)
-    assert {name.rpartition(".")[0] for name in report.reset} == {"tracker.class_embed",
-                                                                  "frame_decoder.class_embed"}
+    assert {name.rpartition(".")[0] for name in report.reset} == {
+        "tracker.class_embed",
+        "frame_decoder.class_embed",
+    }
     for name, value in model.state_dict().items():
-        assert torch.equal(value, before[name] if name in report.reset
-                           else checkpoint["model"][name])
+        assert torch.equal(
+            value, before[name] if name in report.reset else checkpoint["model"][name]
+        )
 
 
-@pytest.mark.parametrize("preset, propagation",
-                         [("toy", "memory"), ("toy", "plain"), ("toy", "clip"), ("small", "gated")])
+@pytest.mark.parametrize(
+    "preset, propagation",
+    [("toy", "memory"), ("toy", "plain"), ("toy", "clip"), ("small", "gated")],
+)
 def test_the_config_of_a_file_says_what_is_built(tmp_path, preset, propagation):
     torch.manual_seed(0)
     model = build_model(preset, 2, propagation, **TINY)
-    config = {"preset": preset, "propagation": propagation, "model_options": TINY,
-              "categories": [[1, "a"], [5, "b"]]}
-    save_checkpoint(tmp_path / "last.pt",
-                    {"model": model.state_dict(), "config": config, "step": 3})
+    config = {
+        "preset": preset,
+        "propagation": propagation,
+        "model_options": TINY,
+        "categories": [[1, "a"], [5, "b"]],
+    }
+    save_checkpoint(
+        tmp_path / "last.pt", {"model": model.state_dict(), "config": config, "step": 3}
+    )
     built, found = model_from_checkpoint(tmp_path / "last.pt")
     assert same_weights(built, model)
     assert found == config
@@ -204,17 +249,20 @@ def test_an_empty_config_says_nothing(tmp_path, config):
 
 @pytest.mark.parametrize("propagation", ["gated", "memory", "gated+memory"])
 def test_the_names_of_an_official_file_tell_its_propagation(tmp_path, propagation):
-    torch.save({"model": build_model("toy", 4, propagation).state_dict()},
-               tmp_path / "official.pth")
+    torch.save(
+        {"model": build_model("toy", 4, propagation).state_dict()}, tmp_path / "official.pth"
+    )
     model, config = model_from_checkpoint(tmp_path / "official.pth", "toy")
     assert model.propagation == propagation and model.num_classes == 4 and config == {}
     with pytest.raises(
         InputError,
-        match=f"was made with propagation '{propagation.replace('+', '.')}', not 'plain'"):
+        match=f"was made with propagation '{propagation.replace('+', '.')}', not 'plain'",
+    ):
         model_from_checkpoint(tmp_path / "official.pth", "toy", "plain")
 
 
 # Weights to hand on
+
 
 def test_norms_and_biases_handed_on_are_what_they_were(checkpoint, tmp_path):
     """To the last bit, since small errors in them show.
@@ -222,8 +270,10 @@ def test_norms_and_biases_handed_on_are_what_they_were(checkpoint, tmp_path):
     Matrices and tables are rounded to 16 bit.
     """
     generator = torch.Generator().manual_seed(0)
-    weights = {name: torch.rand(value.shape, generator=generator) if value.is_floating_point()
-               else value for name, value in checkpoint["model"].items()}
+    weights = {
+        name: torch.rand(value.shape, generator=generator) if value.is_floating_point() else value
+        for name, value in checkpoint["model"].items()
+    }
     save_checkpoint(tmp_path / "last.pt", checkpoint | {"model": weights})
     written = save_weights(tmp_path / "last.pt", tmp_path / "handed/on.pt")
     assert written == (tmp_path / "handed/on.pt").stat().st_size
@@ -247,8 +297,9 @@ def test_one_weight_that_float16_does_not_hold_is_refused(checkpoint, tmp_path, 
     assert not (tmp_path / "on.pt").exists()
 
 
-@pytest.mark.parametrize("contents", [{"model": {}}, {"config": {}}, {"model": [], "config": {}}],
-                         ids=str)
+@pytest.mark.parametrize(
+    "contents", [{"model": {}}, {"config": {}}, {"model": [], "config": {}}], ids=str
+)
 def test_what_is_no_training_checkpoint_is_not_handed_on(tmp_path, contents):
     torch.save(contents, tmp_path / "odd.pt")
     with pytest.raises(InputError, match="odd.pt is no checkpoint of train.py"):
@@ -257,8 +308,10 @@ def test_what_is_no_training_checkpoint_is_not_handed_on(tmp_path, contents):
 
 # Pickles
 
+
 class Python2Pickler(pickle._Pickler):
     """Writes bytes and text as Python 2 wrote both: as strings of bytes."""
+
     dispatch = pickle._Pickler.dispatch.copy()
 
     def save_string(self, value):
@@ -286,15 +339,20 @@ def arrays_of(model):
 
 
 @pytest.mark.parametrize("protocol", range(6))
-@pytest.mark.parametrize("change", [lambda array: array, numpy.asfortranarray, lambda array: array[
-    ::-1][::-1]], ids=["rows", "columns", "view"])
+@pytest.mark.parametrize(
+    "change",
+    [lambda array: array, numpy.asfortranarray, lambda array: array[::-1][::-1]],
+    ids=["rows", "columns", "view"],
+)
 def test_arrays_are_read_in_the_order_they_were_written_in(tmp_path, protocol, change):
     """Row by row or column by column, by every protocol of pickle."""
     model, other = small_module(), small_module(seed=1)
-    arrays = {name: change(array) if array.ndim else array
-              for name, array in arrays_of(model).items()}
-    assert not load_weights(other, write_pickle(tmp_path / "zoo.pkl",
-                                                {"model": arrays}, protocol)).missing
+    arrays = {
+        name: change(array) if array.ndim else array for name, array in arrays_of(model).items()
+    }
+    assert not load_weights(
+        other, write_pickle(tmp_path / "zoo.pkl", {"model": arrays}, protocol)
+    ).missing
     assert same_weights(other, model)
 
 
@@ -310,8 +368,11 @@ def test_arrays_of_any_byte_order_keep_their_values(tmp_path, kind, order):
 def test_a_pickle_of_python_2_is_read(tmp_path):
     """Its strings are bytes, of which the arrays have all 256."""
     model, other = small_module(), small_module(seed=1)
-    contents = {"model": dict(arrays_of(model)), "iteration": numpy.float64(-1.5e-7),
-                "__author__": "somebody"}
+    contents = {
+        "model": dict(arrays_of(model)),
+        "iteration": numpy.float64(-1.5e-7),
+        "__author__": "somebody",
+    }
     path = write_pickle(tmp_path / "old.pkl", contents, pickler=Python2Pickler)
     assert b"_codecs" not in path.read_bytes()
     assert not load_weights(other, path).missing
@@ -325,8 +386,10 @@ def test_a_container_that_holds_itself_is_refused(tmp_path, suffix):
     history, log = [], {}
     history += [history, 3]
     log["log"], log["history"] = log, history
-    contents = {"model": dict(arrays_of(model)) if suffix == ".pkl" else model.state_dict(),
-                "log": log}
+    contents = {
+        "model": dict(arrays_of(model)) if suffix == ".pkl" else model.state_dict(),
+        "log": log,
+    }
     path = tmp_path / f"endless{suffix}"
     write_pickle(path, contents) if suffix == ".pkl" else torch.save(contents, path)
     with within(60), pytest.raises(InputError, match="it holds a container that holds itself"):
@@ -335,11 +398,13 @@ def test_a_container_that_holds_itself_is_refused(tmp_path, suffix):
 
 # Files of PyTorch
 
+
 @pytest.mark.parametrize("new", [True, False], ids=["archive", "five pickles"])
 def test_files_of_old_and_new_pytorch_are_read(tmp_path, new):
     model, other = small_module(), small_module(seed=1)
-    torch.save({"model": model.state_dict()}, tmp_path / "some.pth",
-               _use_new_zipfile_serialization=new)
+    torch.save(
+        {"model": model.state_dict()}, tmp_path / "some.pth", _use_new_zipfile_serialization=new
+    )
     load_weights(other, tmp_path / "some.pth")
     assert same_weights(other, model)
 
@@ -347,19 +412,24 @@ def test_files_of_old_and_new_pytorch_are_read(tmp_path, new):
 # Quantised tensors are going to leave PyTorch
 @pytest.mark.filterwarnings("ignore")
 def test_a_quantised_tensor_is_refused(checkpoint, tmp_path):
-    weights = checkpoint["model"] | {"tracker.query_feat.weight": torch.quantize_per_tensor(
-        torch.rand(20, 32), 0.1, 0, torch.qint8)}
+    weights = checkpoint["model"] | {
+        "tracker.query_feat.weight": torch.quantize_per_tensor(
+            torch.rand(20, 32), 0.1, 0, torch.qint8
+        )
+    }
     torch.save(checkpoint | {"model": weights}, tmp_path / "quantised.pt")
     with pytest.raises(InputError, match="entry tracker.query_feat.weight is .*quantized"):
         model_from_checkpoint(tmp_path / "quantised.pt")
 
 
-@pytest.mark.parametrize("contents", [[1, 2], "text", torch.zeros(3), 5],
-                         ids=["list", "text", "tensor", "number"])
+@pytest.mark.parametrize(
+    "contents", [[1, 2], "text", torch.zeros(3), 5], ids=["list", "text", "tensor", "number"]
+)
 def test_a_file_without_named_tensors_is_refused(tmp_path, contents):
     torch.save(contents, tmp_path / "odd.pth")
-    with pytest.raises(InputError,
-                       match="odd.pth is no checkpoint: it holds a .*, not named tensors"):
+    with pytest.raises(
+        InputError, match="odd.pth is no checkpoint: it holds a .*, not named tensors"
+    ):
         load_weights(small_module(), tmp_path / "odd.pth")
 
 

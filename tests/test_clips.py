@@ -2,6 +2,7 @@
 
 More tests of clips are in test_data.py.
 """
+
 import json
 import shutil
 
@@ -21,14 +22,22 @@ VIDEOS = 4
 
 @pytest.fixture
 def root(tmp_path):
-    make_dataset(tmp_path / "set", train_videos=VIDEOS, valid_videos=1, frames=4, height=64,
-                 width=64, objects=(1, 2))
+    make_dataset(
+        tmp_path / "set",
+        train_videos=VIDEOS,
+        valid_videos=1,
+        frames=4,
+        height=64,
+        width=64,
+        objects=(1, 2),
+    )
     return tmp_path / "set"
 
 
 def open_clips(root, **options):
-    return ClipDataset(VideoSet(*find_split(root, "train")), frames=2, reach=2,
-                       augmentation=AS_IT_IS, **options)
+    return ClipDataset(
+        VideoSet(*find_split(root, "train")), frames=2, reach=2, augmentation=AS_IT_IS, **options
+    )
 
 
 def read_all(clips):
@@ -61,6 +70,7 @@ def test_a_clip_that_cannot_be_read_is_replaced(root):
 
 class Counted(list):
     """A list of which at most a hundred items are asked for."""
+
     asked = 0
 
     def __getitem__(self, index):
@@ -106,8 +116,9 @@ def test_shares_that_make_no_sense_are_refused(root, ratios):
 def test_a_mixture_knows_all_of_its_sources(root, tmp_path):
     shutil.copytree(root, tmp_path / "other")
     shutil.rmtree(tmp_path / "other/train/JPEGImages/00001")
-    other = ClipDataset(VideoSet(*find_split(tmp_path / "other", "train"), skip_bad=True), 2, 2,
-                        AS_IT_IS)
+    other = ClipDataset(
+        VideoSet(*find_split(tmp_path / "other", "train"), skip_bad=True), 2, 2, AS_IT_IS
+    )
     mixed = MixedClips([open_clips(root), other], [1, 3])
     assert len(mixed.videos) == 2 * VIDEOS - 1 and mixed.skipped.total == 1
     assert MixedClips([other, open_clips(root)], [1, 3]).skipped.total == 1  # of any source

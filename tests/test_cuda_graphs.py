@@ -1,4 +1,5 @@
 """Without a GPU no graph is captured and no stream used: functions are simply called."""
+
 import copy
 import pickle
 from types import SimpleNamespace
@@ -34,6 +35,7 @@ def test_a_function_is_called_every_time(gradients):
 
 class FakeInput:
     """What a cache looks at, of a tensor on a GPU."""
+
     is_cuda, shape, dtype = True, (2,), torch.float32
 
 
@@ -46,7 +48,7 @@ def test_a_captured_graph_is_replayed_unless_hooks_must_fire():
     def call():
         replays.clear()
         with torch.no_grad():
-            output, = graphs(lambda x: replays.append("call") or (torch.ones(1),), FakeInput())
+            (output,) = graphs(lambda x: replays.append("call") or (torch.ones(1),), FakeInput())
         assert output == 1
         return replays
 
@@ -93,5 +95,5 @@ def test_a_side_stream_has_no_effect_on_a_cpu():
         x = torch.ones(3)
     side.join(x)
     assert x.sum() == 3
-    with pytest.raises(ZeroDivisionError), side:            # errors are passed on
+    with pytest.raises(ZeroDivisionError), side:  # errors are passed on
         1 / 0

@@ -1,4 +1,5 @@
 """Training curves: which numbers of a log are added up, and what is written."""
+
 import csv
 import json
 
@@ -9,11 +10,28 @@ from runtime.errors import InputError
 from viewing.curves import curves, main, read_log
 
 LINES = [
-    {"step": 10, "loss": 10.0, "lr": 0.1, "gradient_norm": None, "data_share": 0.5, "skipped": 3,
-     "loss_ce_0": 1.0, "loss_ce": 2.0, "loss_genvis_ce_1_clip0": 3.0, "loss_genvis_sim_clip2": 4.0},
+    {
+        "step": 10,
+        "loss": 10.0,
+        "lr": 0.1,
+        "gradient_norm": None,
+        "data_share": 0.5,
+        "skipped": 3,
+        "loss_ce_0": 1.0,
+        "loss_ce": 2.0,
+        "loss_genvis_ce_1_clip0": 3.0,
+        "loss_genvis_sim_clip2": 4.0,
+    },
     {"step": 10, "AP": 30.0, "AP50": 50.0},
-    {"step": 20, "loss": 5.0, "lr": 0.01, "gradient_norm": 2.0, "data_share": 0.25,
-     "loss_vita_mask": 1.5, "loss_vita_mask_3": 3.5},
+    {
+        "step": 20,
+        "loss": 5.0,
+        "lr": 0.01,
+        "gradient_norm": 2.0,
+        "data_share": 0.25,
+        "loss_vita_mask": 1.5,
+        "loss_vita_mask_3": 3.5,
+    },
 ]
 
 
@@ -27,9 +45,15 @@ def run(tmp_path):
 
 def test_losses_of_a_kind_are_added_up(run):
     assert curves(read_log(run)) == {
-        "loss": [(10, 10.0), (20, 5.0)], "loss ce": [(10, 6.0)], "loss sim": [(10, 4.0)],
-        "loss mask": [(20, 5.0)], "AP": [(10, 30.0)], "learning rate": [(10, 0.1), (20, 0.01)],
-        "gradient norm": [(20, 2.0)], "waiting for data": [(10, 0.5), (20, 0.25)]}
+        "loss": [(10, 10.0), (20, 5.0)],
+        "loss ce": [(10, 6.0)],
+        "loss sim": [(10, 4.0)],
+        "loss mask": [(20, 5.0)],
+        "AP": [(10, 30.0)],
+        "learning rate": [(10, 0.1), (20, 0.01)],
+        "gradient norm": [(20, 2.0)],
+        "waiting for data": [(10, 0.5), (20, 0.25)],
+    }
 
 
 def test_picture_and_table(run, tmp_path):
@@ -40,13 +64,20 @@ def test_picture_and_table(run, tmp_path):
     with open(tmp_path / "all.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["run"], row["step"], row["AP"], row["loss ce"]) for row in rows] == [
-        (name, step, *values) for name in (str(run), str(run / "log.jsonl"))
-        for step, *values in (("10", "30.0", "6.0"), ("20", "", ""))]
+        (name, step, *values)
+        for name in (str(run), str(run / "log.jsonl"))
+        for step, *values in (("10", "30.0", "6.0"), ("20", "", ""))
+    ]
 
 
-@pytest.mark.parametrize("text, message", [
-    ("", "holds no steps yet"), ('{"step": 1}\n?\n{"step": 2}\n', "line 2 is no JSON"),
-    ('{"step": 1}\n[]\n', "line 2 is no line of a log of train.py")])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "holds no steps yet"),
+        ('{"step": 1}\n?\n{"step": 2}\n', "line 2 is no JSON"),
+        ('{"step": 1}\n[]\n', "line 2 is no line of a log of train.py"),
+    ],
+)
 def test_files_that_are_no_logs(tmp_path, text, message):
     (tmp_path / "log.jsonl").write_text(text)
     with pytest.raises(InputError, match=message):

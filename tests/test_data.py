@@ -4,6 +4,7 @@ Masks of all formats are compared with arrays written by hand, sizes with detect
 with Pillow. Colours identify the instances: red and green rectangles move over a background whose
 blue value identifies the video.
 """
+
 import json
 from itertools import groupby
 
@@ -34,6 +35,7 @@ SHAKEN = Augmentation(short_sides=(40, 48, 56), crop_short_sides=(44, 56), crop_
 
 # A data set in a few lines
 
+
 def run_lengths(mask):
     """Uncompressed RLE of an (H, W) mask, by hand: lengths of runs down the columns, the first one
     of zeros.
@@ -45,14 +47,16 @@ def run_lengths(mask):
 
 def rectangle(top, left, height=14, width=16):
     mask = numpy.zeros((HEIGHT, WIDTH), bool)
-    mask[top:top + height, left:left + width] = True
+    mask[top : top + height, left : left + width] = True
     return mask
 
 
 def red_and_green(length):
     """Two instances (category, (T, H, W) masks) that move through the left and the right half."""
-    return [(RED, numpy.stack([rectangle(4 + 3 * t, 5 + 2 * t) for t in range(length)])),
-            (GREEN, numpy.stack([rectangle(28 - 3 * t, 44 - 2 * t) for t in range(length)]))]
+    return [
+        (RED, numpy.stack([rectangle(4 + 3 * t, 5 + 2 * t) for t in range(length)])),
+        (GREEN, numpy.stack([rectangle(28 - 3 * t, 44 - 2 * t) for t in range(length)])),
+    ]
 
 
 def write_set(folder, videos, crowds=()):
@@ -67,10 +71,15 @@ def write_set(folder, videos, crowds=()):
         frames[..., 2] = 10 * number
         for category, masks in instances:
             frames[masks] = COLOURS[category]
-            content["annotations"].append({
-                "id": len(content["annotations"]) + 1, "video_id": number, "category_id": category,
-                "iscrowd": int(len(content["annotations"]) + 1 in crowds),
-                "segmentations": [run_lengths(mask) if mask.any() else None for mask in masks]})
+            content["annotations"].append(
+                {
+                    "id": len(content["annotations"]) + 1,
+                    "video_id": number,
+                    "category_id": category,
+                    "iscrowd": int(len(content["annotations"]) + 1 in crowds),
+                    "segmentations": [run_lengths(mask) if mask.any() else None for mask in masks],
+                }
+            )
         (folder / str(number)).mkdir(parents=True)
         for name, frame in zip(names, frames):
             Image.fromarray(frame).save(folder / name)
@@ -112,7 +121,11 @@ COMPRESSED = rle.encode(numpy.asfortranarray(SHAPE.astype(numpy.uint8)))
         {"size": [HEIGHT, WIDTH], "counts": COMPRESSED["counts"].decode()},
     ],
     ids=[
-        "polygon", "polygons", "degenerate polygons", "uncompressed RLE", "compressed RLE",
+        "polygon",
+        "polygons",
+        "degenerate polygons",
+        "uncompressed RLE",
+        "compressed RLE",
         "compressed RLE as text",
     ],
 )
@@ -172,6 +185,7 @@ def test_a_mask_never_shows_what_was_in_memory(counts):
 
 # Reading a set
 
+
 def test_labels_follow_the_order_of_category_ids(tmp_path):
     videos = write_set(tmp_path, [red_and_green(2), red_and_green(3)])
     assert videos.categories == [(GREEN, "green"), (RED, "red")]
@@ -184,17 +198,27 @@ def test_labels_follow_the_order_of_category_ids(tmp_path):
 
 
 NAMES = [
-    "train.json", "train/instances.json", "instances_train.json", "annotations_train.json",
-    "annotations/train.json", "annotations/annotations_train.json",
+    "train.json",
+    "train/instances.json",
+    "instances_train.json",
+    "annotations_train.json",
+    "annotations/train.json",
+    "annotations/annotations_train.json",
     "annotations/instances_train.json",
 ]
 FOLDERS = ["train/JPEGImages", "JPEGImages/train", "train", "JPEGImages"]
 
 
-@pytest.mark.parametrize("name, folder", [
-    (name, folder) for name in NAMES for folder in FOLDERS
-    # The folder of this JSON comes first.
-    if (name, folder) != ("train/instances.json", "JPEGImages")])
+@pytest.mark.parametrize(
+    "name, folder",
+    [
+        (name, folder)
+        for name in NAMES
+        for folder in FOLDERS
+        # The folder of this JSON comes first.
+        if (name, folder) != ("train/instances.json", "JPEGImages")
+    ],
+)
 def test_a_split_is_found_under_every_known_name(tmp_path, name, folder):
     (tmp_path / folder).mkdir(parents=True)
     (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -215,6 +239,7 @@ def test_a_split_that_is_not_there_names_every_path_tried(tmp_path):
 
 # Sizes and frames for testing
 
+
 def detectron2_size(height, width, short_side, max_long_side):
     """ResizeShortestEdge.get_output_shape of detectron2."""
     scale = short_side / min(height, width)
@@ -227,15 +252,21 @@ def detectron2_size(height, width, short_side, max_long_side):
     return int(new_height + 0.5), int(new_width + 0.5)
 
 
-@pytest.mark.parametrize("size, short_side, expected", [
-    ((720, 1280), 360, (360, 640)), ((1280, 720), 360, (640, 360)), ((96, 160), 96, (96, 160)),
-    ((50, 50), 360, (360, 360)),
-    ((1080, 1920), 1000, (750, 1333)),  # the long side would be 1778
-    ((1000, 100), 360, (1333, 133)),
-    # 2.5 is rounded up, where round() would go to the even 2.
-    ((4, 5), 2, (2, 3)), ((5, 4), 2, (3, 2)),
-    ((411, 733), 448, (448, 799)),
-])
+@pytest.mark.parametrize(
+    "size, short_side, expected",
+    [
+        ((720, 1280), 360, (360, 640)),
+        ((1280, 720), 360, (640, 360)),
+        ((96, 160), 96, (96, 160)),
+        ((50, 50), 360, (360, 360)),
+        ((1080, 1920), 1000, (750, 1333)),  # the long side would be 1778
+        ((1000, 100), 360, (1333, 133)),
+        # 2.5 is rounded up, where round() would go to the even 2.
+        ((4, 5), 2, (2, 3)),
+        ((5, 4), 2, (3, 2)),
+        ((411, 733), 448, (448, 799)),
+    ],
+)
 def test_sizes_follow_detectron2(size, short_side, expected):
     assert (
         data.short_side_size(*size, short_side, 1333)
@@ -259,6 +290,7 @@ def test_test_frames_are_pillows_bilinear_ones(tmp_path, short_side):
 
 
 # Which frames and which clips
+
 
 @pytest.mark.parametrize(
     "length, count, reach", [(20, 3, 6), (20, 5, 1), (4, 8, 2), (2, 2, 9), (9, 1, 3), (1, 4, 3)]
@@ -338,7 +370,7 @@ def test_an_epoch_shows_every_annotated_video_once(tmp_path):
     clips = ClipDataset(videos, 2, 2, AS_IT_IS, seed=0)
     # The blue of the background.
     numbers = [int(clips[index].frames[0, 2, 0, 0]) // 10 for index in range(8 * 3)]
-    epochs = [tuple(numbers[start:start + 3]) for start in range(0, 24, 3)]
+    epochs = [tuple(numbers[start : start + 3]) for start in range(0, 24, 3)]
     assert all(sorted(epoch) == [1, 3, 4] for epoch in epochs)
     assert len(set(epochs)) > 1
 
@@ -373,6 +405,7 @@ def test_ids_are_there_exactly_where_masks_are(tmp_path):
 
 
 # Clips of scenes that are drawn when asked for
+
 
 @pytest.fixture(scope="module")
 def rendered():
@@ -421,14 +454,17 @@ def test_no_rendered_scene_is_that_of_a_file(monkeypatch):
 
 # Augmentation
 
+
 def painted_clip(length=3):
     """frames (T, 3, H, W) and masks (I, T, H, W) of the red and the green rectangle on black."""
     instances = red_and_green(length)
     frames = numpy.zeros((length, HEIGHT, WIDTH, 3), numpy.uint8)
     for category, masks in instances:
         frames[masks] = COLOURS[category]
-    return (tv_tensors.Video(torch.from_numpy(frames).permute(0, 3, 1, 2)),
-            tv_tensors.Mask(torch.from_numpy(numpy.stack([masks for _, masks in instances]))))
+    return (
+        tv_tensors.Video(torch.from_numpy(frames).permute(0, 3, 1, 2)),
+        tv_tensors.Mask(torch.from_numpy(numpy.stack([masks for _, masks in instances]))),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -457,8 +493,10 @@ def test_masks_are_not_shifted_by_a_fraction_of_a_pixel():
         resizing = Augmentation(short_sides=(short_side,), flip=False)
         frames, masks = resizing(*painted_clip(), numpy.random.default_rng(0))
         for colour, instance in ((frames[:, 0], masks[0]), (frames[:, 1], masks[1])):  # red, green
-            shifts += [numpy.subtract(center_of_mass(mask.numpy()), center_of_mass(painted.numpy()))
-                       for mask, painted in zip(instance, colour)]
+            shifts += [
+                numpy.subtract(center_of_mass(mask.numpy()), center_of_mass(painted.numpy()))
+                for mask, painted in zip(instance, colour)
+            ]
     # Pixels, between the centres of a mask and of its colour; "nearest" alone would shift by 0.45
     # on average.
     assert numpy.abs(shifts).max() < 0.6
@@ -478,7 +516,7 @@ def test_all_frames_of_a_clip_share_one_size_among_those_asked_for(augmented):
 
 def test_a_crop_drifts_along_a_line():
     ramp = torch.arange(200, dtype=torch.uint8).expand(9, 3, 150, 200).clone()  # red: the column
-    ramp[:, 1] = torch.arange(150, dtype=torch.uint8)[:, None]                   # green: the row
+    ramp[:, 1] = torch.arange(150, dtype=torch.uint8)[:, None]  # green: the row
     cropping = Augmentation(short_sides=(), crop_size=(30, 60))
     drifts = []
     for seed in range(20):

@@ -2,6 +2,7 @@
 
 Data sets are those of sparse_set.py, with one change per test.
 """
+
 import copy
 import json
 import sys
@@ -41,19 +42,24 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def open_set(folder, tmp_path):
     """Open a changed copy of the set's JSON, with the frames of the set."""
+
     def open_set(change=lambda content: None, **options):
         content = sparse_content()
         change(content)
-        return VideoSet(write_json(tmp_path / "changed.json", content),
-                        folder / "JPEGImages", **options)
+        return VideoSet(
+            write_json(tmp_path / "changed.json", content), folder / "JPEGImages", **options
+        )
+
     return open_set
 
 
 # Splits
 
+
 @pytest.mark.parametrize("asked", ["valid", "val"])
-@pytest.mark.parametrize("json_path", ["valid.json", "val.json",
-                                       "annotations/instances_val.json", "val/instances.json"])
+@pytest.mark.parametrize(
+    "json_path", ["valid.json", "val.json", "annotations/instances_val.json", "val/instances.json"]
+)
 @pytest.mark.parametrize("frames", ["valid/JPEGImages", "val/JPEGImages", "JPEGImages/val"])
 def test_valid_and_val_are_one_split(tmp_path, asked, json_path, frames):
     """Of the JSON and of the frames, each by the name that it has."""
@@ -87,6 +93,7 @@ def test_train_is_no_other_split(tmp_path):
 
 # Ids
 
+
 def test_videos_and_labels_are_in_the_order_of_ids(open_set):
     videos = open_set()
     assert [video.id for video in videos.videos] == sorted(VIDEOS) and len(videos) == 3
@@ -106,12 +113,16 @@ def test_categories_are_read_in_the_order_of_ids(folder, tmp_path):
             read_categories(write_json(tmp_path / "odd.json", content))
 
 
-@pytest.mark.parametrize("key, change", [
-    ("videos", lambda content: content["videos"][2].update(id=3)),
-    ("videos", lambda content: content["videos"].append(copy.deepcopy(content["videos"][1]))),
-    ("categories", lambda content: content["categories"][0].update(id=7)),
-    ("categories", lambda content: content["categories"].append({"id": 3, "name": "bee"}))],
-    ids=["videos", "copied video", "categories", "new category"])
+@pytest.mark.parametrize(
+    "key, change",
+    [
+        ("videos", lambda content: content["videos"][2].update(id=3)),
+        ("videos", lambda content: content["videos"].append(copy.deepcopy(content["videos"][1]))),
+        ("categories", lambda content: content["categories"][0].update(id=7)),
+        ("categories", lambda content: content["categories"].append({"id": 3, "name": "bee"})),
+    ],
+    ids=["videos", "copied video", "categories", "new category"],
+)
 def test_an_id_that_two_entries_have_is_refused(open_set, key, change):
     with pytest.raises(InputError, match=f"has two {key} of one id"):
         open_set(change)
@@ -122,15 +133,19 @@ def test_another_number_of_masks_than_frames_is_refused(open_set, count):
     # Annotation 8, of video 3, which has three frames
     def change(content):
         content["annotations"][3]["segmentations"] = (
-            content["annotations"][3]["segmentations"] * 2)[:count]
-    with pytest.raises(InputError,
-                       match=f"annotation 8 .* has {count} segmentations, its video has 3 frames"):
+            content["annotations"][3]["segmentations"] * 2
+        )[:count]
+
+    with pytest.raises(
+        InputError, match=f"annotation 8 .* has {count} segmentations, its video has 3 frames"
+    ):
         open_set(change)
 
 
 @pytest.mark.parametrize("annotations", [None, [], "missing"], ids=str)
 def test_a_set_may_have_no_annotations(open_set, folder, tmp_path, annotations):
     """As those have that a server scores, in both formats."""
+
     def change(content):
         content["annotations"] = annotations
         if annotations == "missing":
@@ -149,55 +164,86 @@ def test_an_empty_list_of_images_makes_no_coco_set(open_set):
 
 def test_a_frame_of_another_format_is_another_file(open_set):
     def change(content):
-        content["videos"][1]["file_names"][1] = "17/1.jpg"              # there is 17/1.png
+        content["videos"][1]["file_names"][1] = "17/1.jpg"  # there is 17/1.png
+
     with pytest.raises(InputError, match="17/1.jpg of video 17 is missing"):
         open_set(change)
 
 
 def test_what_is_wrong_is_skipped_if_asked_for(open_set, folder):
     """Videos without a frame or a file, with their annotations; and one of too many masks."""
+
     def change(content):
         content["videos"][1]["file_names"][1] = "17/missing.png"
-        content["videos"].append({"id": 4, "height": 40, "width": 56,
-                                  "length": 0, "file_names": []})
-        content["annotations"].append(content["annotations"][0]
-                                      | {"id": 60, "video_id": 4, "segmentations": []})
-        content["annotations"][1]["segmentations"].append(None)         # annotation 12, of video 3
+        content["videos"].append(
+            {"id": 4, "height": 40, "width": 56, "length": 0, "file_names": []}
+        )
+        content["annotations"].append(
+            content["annotations"][0] | {"id": 60, "video_id": 4, "segmentations": []}
+        )
+        content["annotations"][1]["segmentations"].append(None)  # annotation 12, of video 3
+
     with pytest.raises(InputError):
         open_set(change)
     videos = open_set(change, skip_bad=True)
     assert [video.id for video in videos.videos] == [3, 5]
     assert [[entry["id"] for entry in video.annotations] for video in videos.videos] == [[8], [31]]
     assert videos.skipped.total == 3
-    for told, expected in zip(sorted(videos.skipped.sentences()), (
+    for told, expected in zip(
+        sorted(videos.skipped.sentences()),
+        (
             "annotations that cannot be used: 1; the first: annotation 12 ",
-            f"videos that cannot be used: 2; the first: frame {folder}/JPEGImages/17/missing.png")):
+            f"videos that cannot be used: 2; the first: frame {folder}/JPEGImages/17/missing.png",
+        ),
+    ):
         assert told.startswith(expected)
 
 
 def test_categories_of_another_set_are_mapped(open_set):
     """By a map of ids; annotations of other categories are left out without a word."""
-    videos = open_set(category_map={90: 2, 3: 11},
-                      categories=[(2, "wolf"), (11, "beetle"), (40, "bird")])
-    assert videos.categories == [(2, "wolf"), (11, "beetle"), (40, "bird")] 
+    videos = open_set(
+        category_map={90: 2, 3: 11}, categories=[(2, "wolf"), (11, "beetle"), (40, "bird")]
+    )
+    assert videos.categories == [(2, "wolf"), (11, "beetle"), (40, "bird")]
     assert not videos.skipped.total
     labels = {entry["id"]: entry["label"] for video in videos.videos for entry in video.annotations}
-    assert labels == {44: 0, 31: 1, 8: 0, 27: 1}                        # annotation 12 is a cat
+    assert labels == {44: 0, 31: 1, 8: 0, 27: 1}  # annotation 12 is a cat
 
 
 # COCO
 
+
 def coco_content():
     """Two images and three annotations, one of them of a crowd; ids in no order."""
-    return {"images": [{"id": 900, "height": 40, "width": 56, "file_name": "3/1.png"},
-                       {"id": 20, "height": 56, "width": 40, "file_name": "17/0.png"}],
-            "categories": [{"id": 90, "name": "dog"}, {"id": 3, "name": "ant"}],
-            "annotations": [{"id": 5, "image_id": 900, "category_id": 3,
-                             "iscrowd": 1, "segmentation": encode(rectangles(5, 1, 40, 56)[0])},
-                            {"id": 9, "image_id": 900, "category_id": 90,
-                             "iscrowd": 0, "segmentation": [[4, 3, 24, 3, 24, 19, 4, 19]]},
-                            {"id": 2, "image_id": 20, "category_id": 3,
-                             "segmentation": encode(rectangles(2, 1, 56, 40)[0])}]}
+    return {
+        "images": [
+            {"id": 900, "height": 40, "width": 56, "file_name": "3/1.png"},
+            {"id": 20, "height": 56, "width": 40, "file_name": "17/0.png"},
+        ],
+        "categories": [{"id": 90, "name": "dog"}, {"id": 3, "name": "ant"}],
+        "annotations": [
+            {
+                "id": 5,
+                "image_id": 900,
+                "category_id": 3,
+                "iscrowd": 1,
+                "segmentation": encode(rectangles(5, 1, 40, 56)[0]),
+            },
+            {
+                "id": 9,
+                "image_id": 900,
+                "category_id": 90,
+                "iscrowd": 0,
+                "segmentation": [[4, 3, 24, 3, 24, 19, 4, 19]],
+            },
+            {
+                "id": 2,
+                "image_id": 20,
+                "category_id": 3,
+                "segmentation": encode(rectangles(2, 1, 56, 40)[0]),
+            },
+        ],
+    }
 
 
 def test_images_are_videos_of_one_frame(folder, tmp_path):
@@ -207,8 +253,11 @@ def test_images_are_videos_of_one_frame(folder, tmp_path):
     assert first.files == [folder / "JPEGImages/17/0.png"]
     assert (second.id, second.height, second.width) == (900, 40, 56)
     assert second.files == [folder / "JPEGImages/3/1.png"]
-    found = {entry["id"]: (entry["label"], bool(entry["iscrowd"]), len(entry["segmentations"]))
-             for video in videos.videos for entry in video.annotations}
+    found = {
+        entry["id"]: (entry["label"], bool(entry["iscrowd"]), len(entry["segmentations"]))
+        for video in videos.videos
+        for entry in video.annotations
+    }
     assert found == {5: (0, True, 1), 9: (1, False, 1), 2: (0, False, 1)}
 
 
@@ -238,15 +287,18 @@ def test_crowds_of_images_are_not_trained_on(folder, tmp_path):
 def test_images_in_another_form_are_refused(folder, tmp_path, change):
     content = coco_content()
     change(content)
-    with pytest.raises(InputError,
-                       match="coco.json (has no (file_names|list of)|has image_id|has images)"):
+    with pytest.raises(
+        InputError, match="coco.json (has no (file_names|list of)|has image_id|has images)"
+    ):
         VideoSet(write_json(tmp_path / "coco.json", content), folder / "JPEGImages")
 
 
 # Frames
 
-@pytest.mark.parametrize("short_side, longest, size",
-                         [(32, 1333, (32, 45)), (32, 40, (29, 40)), (80, 56, (40, 56))])
+
+@pytest.mark.parametrize(
+    "short_side, longest, size", [(32, 1333, (32, 45)), (32, 40, (29, 40)), (80, 56, (40, 56))]
+)
 def test_frames_at_test_size_obey_both_sides(folder, short_side, longest, size):
     video = VideoSet(folder / "valid.json", folder / "JPEGImages").videos[0]
     frames = torch.stack(list(frames_at_test_size(video, short_side, longest)))
@@ -261,19 +313,31 @@ def test_frames_at_test_size_obey_both_sides(folder, short_side, longest, size):
 
 
 def test_the_longest_side_is_1333_unless_it_is_said(tmp_path):
-    write_json(tmp_path / "one.json", {"videos": [{"id": 1, "height": 10, "width": 100,
-                                                   "length": 1, "file_names": ["a.png"]}],
-                                       "categories": [{"id": 1, "name": "one"}], "annotations": []})
+    write_json(
+        tmp_path / "one.json",
+        {
+            "videos": [{"id": 1, "height": 10, "width": 100, "length": 1, "file_names": ["a.png"]}],
+            "categories": [{"id": 1, "name": "one"}],
+            "annotations": [],
+        },
+    )
     Image.new("RGB", (100, 10)).save(tmp_path / "a.png")
-    frame, = frames_at_test_size(VideoSet(tmp_path / "one.json", tmp_path).videos[0], 360)
+    (frame,) = frames_at_test_size(VideoSet(tmp_path / "one.json", tmp_path).videos[0], 360)
     assert frame.shape == (3, 133, 1333)
 
 
 def turned(pixels, orientation):
     """What a photograph of these EXIF orientations shows, (H, W, 3)."""
-    return {1: pixels, 2: pixels[:, ::-1], 3: pixels[::-1, ::-1],
-            4: pixels[::-1], 5: pixels.swapaxes(0, 1), 6: numpy.rot90(pixels, -1),
-            7: pixels[::-1, ::-1].swapaxes(0, 1), 8: numpy.rot90(pixels)}[orientation]
+    return {
+        1: pixels,
+        2: pixels[:, ::-1],
+        3: pixels[::-1, ::-1],
+        4: pixels[::-1],
+        5: pixels.swapaxes(0, 1),
+        6: numpy.rot90(pixels, -1),
+        7: pixels[::-1, ::-1].swapaxes(0, 1),
+        8: numpy.rot90(pixels),
+    }[orientation]
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -300,8 +364,9 @@ def test_pictures_of_all_kinds_become_rgb(tmp_path, mode):
 def test_pictures_of_all_formats_are_read(tmp_path, suffix):
     pixels = numpy.zeros((6, 9, 3), numpy.uint8)
     pixels[2:4, 3:] = 255
-    Image.fromarray(pixels).save(tmp_path / f"picture.{suffix}",
-                                 **({"lossless": True} if suffix == "webp" else {}))
+    Image.fromarray(pixels).save(
+        tmp_path / f"picture.{suffix}", **({"lossless": True} if suffix == "webp" else {})
+    )
     assert numpy.array_equal(numpy.asarray(read_picture(tmp_path / f"picture.{suffix}")), pixels)
 
 
@@ -317,22 +382,78 @@ def test_a_frame_of_another_size_than_its_json_says_is_refused(tmp_path, size):
 
 # The synthetic set from the command line
 
-@pytest.mark.parametrize("arguments, expected", [
-    (["--videos", "2", "--valid-videos", "1", "--frames", "3", "--height",
-      "40", "--width", "64", "--objects", "2", "2", "--seed", "5", "--suite", "degraded"],
-     dict(train_videos=2, valid_videos=1, frames=3, height=40,
-          width=64, objects=(2, 2), seed=5, difficulty=SUITES["degraded"].difficulty)),
-    (["--videos", "1", "--valid-videos", "2", "--height", "32", "--width", "32", "--suite",
-      "look-alike"], dict(train_videos=1, valid_videos=2, frames=20, height=32, width=32, objects=(
-          2, 4), difficulty=SUITES["look-alike"].difficulty))], ids=["all flags", "a suite's own"])
-def test_the_flags_of_data_py_are_the_arguments_of_make_dataset(tmp_path,
-                                                                monkeypatch, arguments, expected):
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        (
+            [
+                "--videos",
+                "2",
+                "--valid-videos",
+                "1",
+                "--frames",
+                "3",
+                "--height",
+                "40",
+                "--width",
+                "64",
+                "--objects",
+                "2",
+                "2",
+                "--seed",
+                "5",
+                "--suite",
+                "degraded",
+            ],
+            dict(
+                train_videos=2,
+                valid_videos=1,
+                frames=3,
+                height=40,
+                width=64,
+                objects=(2, 2),
+                seed=5,
+                difficulty=SUITES["degraded"].difficulty,
+            ),
+        ),
+        (
+            [
+                "--videos",
+                "1",
+                "--valid-videos",
+                "2",
+                "--height",
+                "32",
+                "--width",
+                "32",
+                "--suite",
+                "look-alike",
+            ],
+            dict(
+                train_videos=1,
+                valid_videos=2,
+                frames=20,
+                height=32,
+                width=32,
+                objects=(2, 4),
+                difficulty=SUITES["look-alike"].difficulty,
+            ),
+        ),
+    ],
+    ids=["all flags", "a suite's own"],
+)
+def test_the_flags_of_data_py_are_the_arguments_of_make_dataset(
+    tmp_path, monkeypatch, arguments, expected
+):
     monkeypatch.setattr(sys, "argv", ["data.py", "--root", str(tmp_path / "flags"), *arguments])
     data.main()
     make_dataset(tmp_path / "called", **expected)
     assert read_files(tmp_path / "flags") == read_files(tmp_path / "called")
-    assert len(json.loads((tmp_path / "flags/train.json").read_text())["videos"]) == expected[
-        "train_videos"]
+    assert (
+        len(json.loads((tmp_path / "flags/train.json").read_text())["videos"])
+        == expected["train_videos"]
+    )
 
 
 def test_a_synthetic_set_that_is_impossible_is_refused(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Deformable attention: the PyTorch path against a loop over every sample, and against the official
 numbers.
 """
+
 import math
 
 import pytest
@@ -86,7 +87,7 @@ def test_weighted_samples_are_those_of_grid_sample():
     value, locations, weights = (tensor.requires_grad_() for tensor in inputs)
     expected, start = 0, 0
     for level, (height, width) in enumerate(shapes):
-        image = value[:, start:start + height * width].permute(0, 2, 3, 1).flatten(0, 1)
+        image = value[:, start : start + height * width].permute(0, 2, 3, 1).flatten(0, 1)
         # (B heads, C / heads, height, width).
         image = image.unflatten(2, (height, width))
         # (B heads, queries, points, 2).
@@ -187,8 +188,10 @@ def test_levels_that_do_not_fit_are_refused():
         DeformableAttention(30, heads=4)
 
 
-@pytest.mark.parametrize("dtype, error", [(torch.bfloat16, 0.01), (torch.float16, 0.002),
-                                          (torch.float32, 2e-4), (torch.float64, 1e-12)])
+@pytest.mark.parametrize(
+    "dtype, error",
+    [(torch.bfloat16, 0.01), (torch.float16, 0.002), (torch.float32, 2e-4), (torch.float64, 1e-12)],
+)
 def test_the_result_has_the_type_of_the_inputs_and_the_digits_of_float32(dtype, error):
     """Places in a wide level need more than 16 bit: only inputs and result are rounded."""
     torch.manual_seed(0)
@@ -198,8 +201,13 @@ def test_the_result_has_the_type_of_the_inputs_and_the_digits_of_float32(dtype, 
     logits = torch.randn(1, 1300, heads, len(shapes) * points).to(dtype)
     found = deformable_attention(value, shapes, offsets, logits)
     assert found.dtype == dtype
-    assert relative_error(found.double(), deformable_attention(
-        value.double(), shapes, offsets.double(), logits.double())) < error
+    assert (
+        relative_error(
+            found.double(),
+            deformable_attention(value.double(), shapes, offsets.double(), logits.double()),
+        )
+        < error
+    )
 
 
 def test_the_query_says_where_and_the_value_what():
@@ -209,9 +217,12 @@ def test_the_query_says_where_and_the_value_what():
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter)
     query, value = torch.randn(2, 2, 26, 16, dtype=torch.float64)
-    sampled = deformable_attention(layer.value_proj(value).view(2, 26, 2, 8), shapes,
-                                   layer.sampling_offsets(query).view(2, 26, 2, 2, 3, 2),
-                                   layer.attention_weights(query).view(2, 26, 2, 6))
+    sampled = deformable_attention(
+        layer.value_proj(value).view(2, 26, 2, 8),
+        shapes,
+        layer.sampling_offsets(query).view(2, 26, 2, 2, 3, 2),
+        layer.attention_weights(query).view(2, 26, 2, 6),
+    )
     torch.testing.assert_close(layer(query, value, shapes), layer.output_proj(sampled))
 
 

@@ -3,6 +3,7 @@
 The model has trained for one step: its tracks are bad, but they are tracks. Most tests call the
 program in this process; the live test starts it and sends it one picture at a time.
 """
+
 import functools
 import io
 import json
@@ -97,8 +98,16 @@ def command(source, weights, *more):
     return [
         str(argument)
         for argument in (
-            source, "--weights", weights, "--short-side", SHORT_SIDE, "--top-k", TOP_K, "--device",
-            "cpu", *more,
+            source,
+            "--weights",
+            weights,
+            "--short-side",
+            SHORT_SIDE,
+            "--top-k",
+            TOP_K,
+            "--device",
+            "cpu",
+            *more,
         )
     ]
 
@@ -122,6 +131,7 @@ def save_animation(path, pictures, **options):
 
 
 # Frames from anywhere
+
 
 def test_a_folder_and_a_pattern_are_read_in_the_order_of_the_names(tmp_path, pictures):
     """In any order of writing, with other files and folders next to them."""
@@ -175,14 +185,18 @@ def test_ppm_pictures_one_behind_the_other(pictures):
     # Of two sizes, as that is for others to refuse.
     one, other = pictures[0], pictures[1].resize((31, 17))
     assert [(found.mode, found.size, found.tobytes()) for found in read_ppm(ppm(one, other))] == [
-        ("RGB", picture.size, picture.tobytes()) for picture in (one, other)]
+        ("RGB", picture.size, picture.tobytes()) for picture in (one, other)
+    ]
     assert read_ppm(b"") == []
 
 
 @pytest.mark.parametrize(
     "content",
     [
-        b"garbage", b"\x89PNG\r\n\x1a\n", b"P5\n2 1\n255\n\0\0", b"P6\n2\n255\n",
+        b"garbage",
+        b"\x89PNG\r\n\x1a\n",
+        b"P5\n2 1\n255\n\0\0",
+        b"P6\n2\n255\n",
         b"P6\n2 1\n65535\n" + bytes(12),
     ],
     ids=["garbage", "PNG", "grey", "one side", "16 bit"],
@@ -210,10 +224,16 @@ def test_a_camera_is_opened_by_ffmpeg(tmp_path, monkeypatch, pictures):
     assert " -f v4l2 -i /dev/null -fps_mode passthrough " in (tmp_path / "given").read_text()
 
 
-@pytest.mark.parametrize("script, reason", [
-    ("echo '[mov @ 0x5f] no light' >&2; echo 'Error opening input files: no' >&2; exit 1",
-     "no light"),
-    ("exit 3", "exit status 3")])
+@pytest.mark.parametrize(
+    "script, reason",
+    [
+        (
+            "echo '[mov @ 0x5f] no light' >&2; echo 'Error opening input files: no' >&2; exit 1",
+            "no light",
+        ),
+        ("exit 3", "exit status 3"),
+    ],
+)
 def test_what_ffmpeg_cannot_read_is_named_with_the_cause(tmp_path, monkeypatch, script, reason):
     fake_ffmpeg(tmp_path, monkeypatch, script)
     (tmp_path / "clip.mkv").touch()
@@ -222,6 +242,7 @@ def test_what_ffmpeg_cannot_read_is_named_with_the_cause(tmp_path, monkeypatch, 
 
 
 # The folder of results
+
 
 @pytest.fixture(scope="module")
 def done(folder, weights, trained):
@@ -251,7 +272,11 @@ def best_of_each_track(track_ids):
 
 def test_results_are_those_of_encode_video(results, expected, folder):
     assert {name: value for name, value in results.items() if name != "tracks"} == {
-        "source": str(folder), "height": HEIGHT, "width": WIDTH, "frames": FRAMES}
+        "source": str(folder),
+        "height": HEIGHT,
+        "width": WIDTH,
+        "frames": FRAMES,
+    }
     chosen = best_of_each_track(expected.track_ids)
     # Some are in the list under several labels.
     assert 1 < len(chosen) < len(expected.track_ids)
@@ -295,7 +320,11 @@ def test_masks_are_pictures_of_the_codes(done, results):
 def test_pictures_are_overlays_of_every_frame(done, expected, pictures):
     video = {"overlay.mp4"} if shutil.which("ffmpeg") else set()
     assert {path.name for path in done.iterdir()} == {
-        "frames", "masks", "overlay.png", "overlay.webp", "results.json",
+        "frames",
+        "masks",
+        "overlay.png",
+        "overlay.webp",
+        "results.json",
     } | video
     drawn = list(overlays(map(numpy.asarray, pictures), expected, list(CATEGORIES), 0))
     assert sorted(path.name for path in (done / "frames").iterdir()) == [
@@ -308,7 +337,9 @@ def test_pictures_are_overlays_of_every_frame(done, expected, pictures):
     assert numpy.abs(numpy.stack(animation).astype(int) - stacked(drawn)).mean() < 8
     with Image.open(done / "overlay.png") as sheet:
         assert sheet.format == "PNG" and sheet.size == (3 * drawn[0].width, 2 * drawn[0].height)
-        assert numpy.array_equal(numpy.asarray(sheet)[:drawn[0].height, :drawn[0].width], drawn[0])
+        assert numpy.array_equal(
+            numpy.asarray(sheet)[: drawn[0].height, : drawn[0].width], drawn[0]
+        )
 
 
 def test_where_nothing_scores_enough_the_frames_stay_as_they_are(
@@ -364,18 +395,25 @@ def test_a_timeline_is_drawn_if_asked_for(tmp_path, weights, pictures):
 
 # Whole or not at all
 
+
 def stop(error):
     """A function that raises the error, whatever it is given."""
+
     def raising(*given, **more):
         raise error
+
     return raising
 
 
 @pytest.mark.parametrize("where", ["save_json", "overlays", "save_pictures", "make_mp4", "publish"])
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(143), OSError(28, "No space")],
-                         ids=["Ctrl-C", "SIGTERM", "disk full"])
+@pytest.mark.parametrize(
+    "error",
+    [KeyboardInterrupt(), SystemExit(143), OSError(28, "No space")],
+    ids=["Ctrl-C", "SIGTERM", "disk full"],
+)
 def test_an_interruption_leaves_nothing_and_the_next_attempt_works(
-        tmp_path, monkeypatch, weights, pictures, where, error):
+    tmp_path, monkeypatch, weights, pictures, where, error
+):
     (tmp_path / "in").mkdir()
     pictures[0].save(tmp_path / "in/one.png")
     fake_ffmpeg(tmp_path / "in", monkeypatch, "exit 1")
@@ -401,7 +439,7 @@ def test_a_kill_leaves_no_folder_of_that_name(tmp_path):
         finally:
             os._exit(1)
     assert os.waitpid(process, 0)[1] == signal.SIGKILL
-    left, = tmp_path.iterdir()
+    (left,) = tmp_path.iterdir()
     assert left.name.startswith(".")
     demo.check_output(tmp_path / "out")
     with demo.staging_folder(tmp_path / "out") as folder:
@@ -409,16 +447,19 @@ def test_a_kill_leaves_no_folder_of_that_name(tmp_path):
     assert not list((tmp_path / "out").iterdir())
 
 
-@pytest.mark.parametrize("appear", [
-    os.mkdir, lambda path: path.write_text("of another"), lambda path: path.symlink_to("nowhere")],
-    ids=["a folder", "a file", "a link"])
+@pytest.mark.parametrize(
+    "appear",
+    [os.mkdir, lambda path: path.write_text("of another"), lambda path: path.symlink_to("nowhere")],
+    ids=["a folder", "a file", "a link"],
+)
 def test_what_appears_meanwhile_is_left_as_it_is(tmp_path, monkeypatch, weights, pictures, appear):
     pictures[0].save(tmp_path / "one.png")
     monkeypatch.setattr(demo, "make_mp4", lambda *given: [appear(tmp_path / "out")][:0])
     monkeypatch.setattr(demo.shutil, "which", lambda name: name)
     arguments = command(tmp_path / "one.png", weights, "--output", tmp_path / "out", "--top-k", 1)
-    assert sentence(demo, arguments) == (f"{tmp_path}/out has appeared meanwhile and is left as it "
-                                         "is: give another --output")
+    assert sentence(demo, arguments) == (
+        f"{tmp_path}/out has appeared meanwhile and is left as it is: give another --output"
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one.png", "out"]
     before = (tmp_path / "out").lstat()
     assert before.st_size == len("of another") or not (tmp_path / "out").is_file()
@@ -429,24 +470,30 @@ def test_the_folder_may_be_read_by_whom_the_user_allows(tmp_path, done):
     assert done.stat().st_mode == (tmp_path / "usual").stat().st_mode
 
 
-@pytest.mark.parametrize("change", [
-    lambda folder, frame: frame.save(folder / "9.png"),
-    lambda folder, frame: (folder / "1.png").unlink(),
-    lambda folder, frame: frame.resize((9, 9)).save(folder / "1.png")],
-    ids=["one more", "one less", "another size"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda folder, frame: frame.save(folder / "9.png"),
+        lambda folder, frame: (folder / "1.png").unlink(),
+        lambda folder, frame: frame.resize((9, 9)).save(folder / "1.png"),
+    ],
+    ids=["one more", "one less", "another size"],
+)
 def test_a_source_that_changes_meanwhile_is_refused(
-        tmp_path, monkeypatch, weights, pictures, change):
+    tmp_path, monkeypatch, weights, pictures, change
+):
     (tmp_path / "in").mkdir()
     for t in range(2):
         pictures[t].save(tmp_path / f"in/{t}.png")
     monkeypatch.setattr(
-        demo, "overlays",
-        lambda *given: change(tmp_path / "in", pictures[2]) or overlays(*given))
+        demo, "overlays", lambda *given: change(tmp_path / "in", pictures[2]) or overlays(*given)
+    )
     message = refuse(tmp_path, tmp_path / "in", weights, "--top-k", 1)
     assert re.search("has changed meanwhile|is 9x9, the first 80x64", message)
 
 
 # Without a source
+
 
 @pytest.fixture
 def short_scenes(tmp_path, monkeypatch):
@@ -498,11 +545,19 @@ def test_without_a_source_nothing_is_written_if_one_of_the_scenes_is_there(
 
 
 def test_without_a_source_an_interruption_blocks_no_scene(
-        tmp_path, monkeypatch, short_scenes, weights):
+    tmp_path, monkeypatch, short_scenes, weights
+):
     """Not even one that was finished before."""
     segment = demo.segment
-    monkeypatch.setattr(demo, "segment", lambda model, source, *more: (
-        stop(KeyboardInterrupt())() if source == "occlusion:6" else segment(model, source, *more)))
+    monkeypatch.setattr(
+        demo,
+        "segment",
+        lambda model, source, *more: (
+            stop(KeyboardInterrupt())()
+            if source == "occlusion:6"
+            else segment(model, source, *more)
+        ),
+    )
     with pytest.raises(KeyboardInterrupt):
         demo.main(demo.parse_arguments(without_source(weights, "--top-k", 1)))
     assert not list(tmp_path.iterdir())
@@ -520,6 +575,7 @@ def test_the_weights_that_come_with_the_code_are_found_from_any_folder():
 
 
 # Class names
+
 
 def names_of(config, *more):
     return demo.class_names(demo.parse_arguments(["frames", *map(str, more)]), config, 3)
@@ -554,8 +610,16 @@ def test_class_names_are_in_the_results(tmp_path, weights, pictures, model):
     )
     pictures[0].save(tmp_path / "one.png")
     run(
-        tmp_path / "one.png", weights, "--score", 0, "--categories", tmp_path / "names.json",
-        "--output", tmp_path / "out", "--max-long-side", 40,
+        tmp_path / "one.png",
+        weights,
+        "--score",
+        0,
+        "--categories",
+        tmp_path / "names.json",
+        "--output",
+        tmp_path / "out",
+        "--max-long-side",
+        40,
     )
     found = model.encode_video([at_test_size(pictures[0], 32)[None]], (HEIGHT, WIDTH), TOP_K)
     chosen = best_of_each_track(found.track_ids)
@@ -566,18 +630,28 @@ def test_class_names_are_in_the_results(tmp_path, weights, pictures, model):
     assert [track["score"] for track in tracks] == found.scores[chosen].tolist()
     folders = {path.name for path in (tmp_path / "out/masks").iterdir()}
     assert {re.sub("-[0-9a-f]+$", "", folder) for folder in folders} == {
-        f"{track['track_id']:03d}_{track['category'].replace('/', '_')}" for track in tracks}
+        f"{track['track_id']:03d}_{track['category'].replace('/', '_')}" for track in tracks
+    }
 
 
-@pytest.mark.parametrize("name", ["n" * 300, "../../a", "..", "CON", "nul\0byte", "two\nlines",
-                                  "\ud800", "日本語" * 100])
+@pytest.mark.parametrize(
+    "name", ["n" * 300, "../../a", "..", "CON", "nul\0byte", "two\nlines", "\ud800", "日本語" * 100]
+)
 def test_any_class_name_can_be_written(tmp_path, capsys, weights, pictures, name):
     """The results have it on one line; folders are named after it; a printed line stays a line."""
     categories = [{"id": i, "name": f"{name}{i}"} for i in range(6)]
     (tmp_path / "names.json").write_text(json.dumps({"categories": categories}))
     pictures[0].save(tmp_path / "one.png")
-    run(tmp_path / "one.png", weights, "--score", 0, "--categories", tmp_path / "names.json",
-        "--output", tmp_path / "out")
+    run(
+        tmp_path / "one.png",
+        weights,
+        "--score",
+        0,
+        "--categories",
+        tmp_path / "names.json",
+        "--output",
+        tmp_path / "out",
+    )
     tracks = json.loads((tmp_path / "out/results.json").read_text())["tracks"]
     names = {one_line(category["name"]) for category in categories}
     assert tracks and {track["category"] for track in tracks} <= names
@@ -589,6 +663,7 @@ def test_any_class_name_can_be_written(tmp_path, capsys, weights, pictures, name
 
 
 # What is refused
+
 
 def refuse(tmp_path, source, weights, *more):
     """The sentence that a source is refused with, into a folder that is not there afterwards."""
@@ -685,6 +760,7 @@ def test_class_names_of_another_number_are_refused(tmp_path, weights, folder):
 
 # Live
 
+
 def box_of(mask):
     """The first and last column and row of a mask as they are printed."""
     rows, columns = numpy.nonzero(numpy.asarray(mask))
@@ -728,7 +804,7 @@ def test_standard_input_is_followed_picture_by_picture(tmp_path, weights, pictur
         guard.cancel()
         process.kill()
     assert process.returncode == 0 and not rest, errors.decode()[-3000:]
-    assert not list(tmp_path.iterdir())                                     # nothing is written
+    assert not list(tmp_path.iterdir())  # nothing is written
 
     state = model.reset()
     for number, (line, picture) in enumerate(zip(lines, pictures, strict=True)):
@@ -769,7 +845,15 @@ def test_a_line_has_what_is_seen_and_scores_enough(capsys):
     stub, black = SimpleNamespace(reset=lambda: 0, step=step), Image.new("RGB", (WIDTH, HEIGHT))
     args = demo.parse_arguments(
         [
-            "-", "--live", "--short-side", "48", "--max-long-side", "40", "--top-k", "5", "--score",
+            "-",
+            "--live",
+            "--short-side",
+            "48",
+            "--max-long-side",
+            "40",
+            "--top-k",
+            "5",
+            "--score",
             "0.25",
         ]
     )
@@ -783,6 +867,7 @@ def test_a_line_has_what_is_seen_and_scores_enough(capsys):
 
 # With ffmpeg
 
+
 @needs_ffmpeg
 def test_an_mp4_has_every_frame_and_is_read_again(tmp_path, weights, pictures):
     """Sides of an odd number of pixels are made even; black there."""
@@ -795,7 +880,7 @@ def test_an_mp4_has_every_frame_and_is_read_again(tmp_path, weights, pictures):
     found = pixels_of(tmp_path / "out/overlay.mp4")
     assert found.shape == (3, height + 1, width + 1, 3)
     difference = numpy.abs(found[:, :height, :width].astype(int) - pixels_of(tmp_path / "frames"))
-    assert difference.mean() < 8                                            # H.264 is lossy
+    assert difference.mean() < 8  # H.264 is lossy
 
 
 @needs_ffmpeg

@@ -3,6 +3,7 @@
 One test per flag, named after it; a flag without a test fails the first test. Most tests check the
 arguments of `GRAttVIS.encode_video` or `GRAttVIS.step`, the others the output files.
 """
+
 import json
 import shutil
 import sys
@@ -24,22 +25,24 @@ from test_demo import fake_ffmpeg
 pytestmark = pytest.mark.slow  # whole programs
 
 FRAMES, HEIGHT, WIDTH = 3, 40, 56
-WHICH = shutil.which                                                    # which the tests replace
+WHICH = shutil.which  # which the tests replace
 NAMES = ["ant", "cat", "dog"]
 
 
 def test_every_flag_has_a_test():
     flags = vars(demo.parse_arguments([]))
-    assert set(flags) == {name.removeprefix("test_flag_")
-                          for name in globals() if name.startswith("test_flag_")}
+    assert set(flags) == {
+        name.removeprefix("test_flag_") for name in globals() if name.startswith("test_flag_")
+    }
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A folder with frames/, a video of blocks of colour, and tiny.pt, a model for it."""
     folder = tmp_path_factory.mktemp("demo_flags")
-    save_tiny_model(folder / "tiny.pt",
-                    categories=[[number, name] for number, name in enumerate(NAMES, 1)])
+    save_tiny_model(
+        folder / "tiny.pt", categories=[[number, name] for number, name in enumerate(NAMES, 1)]
+    )
     write_frames(folder / "frames", FRAMES)
     return folder
 
@@ -59,8 +62,16 @@ def seen(monkeypatch):
 
     def note(model, frames, output_size, top_k, found):
         amp = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
-        seen.append(SimpleNamespace(model=model, frames=frames, output_size=output_size,
-                                    top_k=top_k, amp=amp, found=found))
+        seen.append(
+            SimpleNamespace(
+                model=model,
+                frames=frames,
+                output_size=output_size,
+                top_k=top_k,
+                amp=amp,
+                found=found,
+            )
+        )
         return found
 
     def watched(model, batches, output_size=None, top_k=10):
@@ -83,8 +94,17 @@ def run(folder, tmp_path, monkeypatch, seen):
     monkeypatch.setattr(shutil, "which", lambda name: None)
 
     def run(*arguments, source=None):
-        run_demo(source or folder / "frames", "--weights", folder / "tiny.pt",
-                 "--output", tmp_path / "out", "--device", "cpu", *arguments)
+        run_demo(
+            source or folder / "frames",
+            "--weights",
+            folder / "tiny.pt",
+            "--output",
+            tmp_path / "out",
+            "--device",
+            "cpu",
+            *arguments,
+        )
+
     return run
 
 
@@ -99,7 +119,7 @@ def read_results(output):
 def test_defaults(run, seen, tmp_path):
     """What the flags below are to change."""
     run()
-    call, = seen
+    (call,) = seen
     # 56 x 32 / 40 is 44.8
     assert [tuple(batch.shape) for batch in call.frames] == [(FRAMES, 3, SIDE, 45)]
     assert call.output_size == (HEIGHT, WIDTH) and call.top_k == 20 and call.amp is None
@@ -117,6 +137,7 @@ def test_flag_source(run, seen, tmp_path):
 
 
 # Model
+
 
 def save_official(path, propagation="plain"):
     """A file that says neither its preset nor anything else."""
@@ -142,8 +163,16 @@ def test_flag_preset(run, seen, tmp_path):
 @pytest.mark.parametrize("propagation", ["plain", "clip"])
 def test_flag_propagation(run, seen, tmp_path, propagation):
     save_official(tmp_path / "official.pth")
-    run("--weights", tmp_path / "official.pth", "--preset", "toy", "--short-side", SIDE,
-        "--propagation", propagation)
+    run(
+        "--weights",
+        tmp_path / "official.pth",
+        "--preset",
+        "toy",
+        "--short-side",
+        SIDE,
+        "--propagation",
+        propagation,
+    )
     assert seen[0].model.propagation == seen[0].model.tracker.propagation == propagation
 
 
@@ -161,6 +190,7 @@ def test_flag_categories(run, tmp_path):
 
 
 # Frames and results
+
 
 def test_flag_short_side(run, seen):
     run("--short-side", 50)
@@ -234,12 +264,23 @@ def test_a_plot_without_matplotlib_is_refused_first(run, seen, tmp_path, monkeyp
 
 def test_flag_live(run, seen, tmp_path, capsys):
     """A line for each frame, of what `step` finds with the same settings; nothing is written."""
-    run("--live", "--score", 0, "--top-k", 2, "--short-side", 50, "--max-long-side", 60,
-        "--amp", "bf16")
+    run(
+        "--live",
+        "--score",
+        0,
+        "--top-k",
+        2,
+        "--short-side",
+        50,
+        "--max-long-side",
+        60,
+        "--amp",
+        "bf16",
+    )
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines] == [f"frame {t}" for t in range(FRAMES)]
     for line, call in zip(lines, seen, strict=True):
-        assert call.frames.shape == (3, 43, 60)                         # 40 x 60 / 56 is 42.9
+        assert call.frames.shape == (3, 43, 60)  # 40 x 60 / 56 is 42.9
         assert call.output_size == (HEIGHT, WIDTH)
         assert call.top_k == 2 and call.amp == torch.bfloat16
         tracks, _ = call.found
@@ -249,6 +290,7 @@ def test_flag_live(run, seen, tmp_path, capsys):
 
 # Run
 
+
 def test_flag_device(run, seen, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(InputError, match="--device cuda"):
@@ -257,8 +299,9 @@ def test_flag_device(run, seen, monkeypatch):
     assert {parameter.device.type for parameter in seen[0].model.parameters()} == {"cpu"}
 
 
-@pytest.mark.parametrize("amp, dtype",
-                         [("bf16", torch.bfloat16), ("fp16", torch.float16), ("off", None)])
+@pytest.mark.parametrize(
+    "amp, dtype", [("bf16", torch.bfloat16), ("fp16", torch.float16), ("off", None)]
+)
 def test_flag_amp(run, seen, amp, dtype):
     """Autocast is entered, and the weights of products are cast before."""
     run("--amp", amp)
@@ -271,8 +314,10 @@ def test_flag_chunk(run, seen):
     assert [len(batch) for batch in seen[0].frames] == [2, 1]
 
 
-@pytest.mark.parametrize("propagation, options", [("gated", {"clip_length": 2}),
-                                                  ("plain", {"clip_length": 3}), ("clip", {})])
+@pytest.mark.parametrize(
+    "propagation, options",
+    [("gated", {"clip_length": 2}), ("plain", {"clip_length": 3}), ("clip", {})],
+)
 def test_a_model_that_reads_clips_follows_no_live_video(run, seen, tmp_path, propagation, options):
     model = tiny_model(propagation=propagation, **options)
     config = {"preset": "toy", "propagation": propagation, "model_options": TINY | options}

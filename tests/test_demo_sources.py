@@ -1,4 +1,5 @@
 """Unusual sources of the demo: read correctly, or rejected in one sentence without output."""
+
 import io
 import os
 import shutil
@@ -54,9 +55,11 @@ def link_to_nothing(path):
     path.symlink_to("nothing")
 
 
-@pytest.mark.parametrize("make", [
-    os.mkfifo, lambda path: path.symlink_to("/dev/zero"), link_to_nothing],
-    ids=["FIFO", "device", "broken link"])
+@pytest.mark.parametrize(
+    "make",
+    [os.mkfifo, lambda path: path.symlink_to("/dev/zero"), link_to_nothing],
+    ids=["FIFO", "device", "broken link"],
+)
 def test_a_frame_that_is_no_file_is_refused(tmp_path, make):
     """Rather than left out, as a folder is, or waited for."""
     grey(5).save(tmp_path / "1.png")
@@ -75,7 +78,7 @@ def test_a_fifo_is_only_followed_live(tmp_path):
 
 def test_a_photograph_is_turned_as_in_a_folder(tmp_path):
     orientation = Image.Exif()
-    orientation[0x0112] = 6                                   # a quarter turn
+    orientation[0x0112] = 6  # a quarter turn
     grey(7).save(tmp_path / "photo.jpg", exif=orientation)
     sizes = [
         [picture.size for picture in demo.read_frames(str(source))]
@@ -88,12 +91,12 @@ def test_an_animation_that_is_cut_off_is_refused(tmp_path):
     frames = [Image.effect_noise((40, 30), 80) for _ in range(3)]
     frames[0].save(tmp_path / "cut.gif", save_all=True, append_images=frames[1:])
     content = (tmp_path / "cut.gif").read_bytes()
-    (tmp_path / "cut.gif").write_bytes(content[:len(content) // 2])
+    (tmp_path / "cut.gif").write_bytes(content[: len(content) // 2])
     with pytest.raises(InputError, match="cut.gif cannot be read"):
         list(demo.read_frames(str(tmp_path / "cut.gif")))
 
 
-@pytest.mark.parametrize("size", ["a b", "-1 4", "0 0", f"{10 ** 9} {10 ** 9}", "9" * 60])
+@pytest.mark.parametrize("size", ["a b", "-1 4", "0 0", f"{10**9} {10**9}", "9" * 60])
 def test_a_size_that_no_picture_has_is_refused(size):
     with pytest.raises(InputError, match="^the pipe is no stream of PPM pictures"):
         list(demo.read_ppm(io.BytesIO(f"P6\n{size}\n255\n".encode() + bytes(100)), "the pipe"))
@@ -117,8 +120,9 @@ def test_a_scene_is_the_one_of_the_held_out_split(tmp_path):
         assert (tmp_path / "frame.jpg").read_bytes() == file.read_bytes()
 
 
-@pytest.mark.parametrize("source", ["nothing:3", "easy:", "easy:-1", "easy:x", "easy", ":1",
-                                    "easy:" + "9" * 200])
+@pytest.mark.parametrize(
+    "source", ["nothing:3", "easy:", "easy:-1", "easy:x", "easy", ":1", "easy:" + "9" * 200]
+)
 def test_what_is_no_scene_is_refused_with_the_names_of_the_suites(tmp_path, monkeypatch, source):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
@@ -146,8 +150,13 @@ def test_a_live_frame_of_another_size_is_refused(monkeypatch):
 @pytest.mark.parametrize(
     "source, name",
     [
-        ("clip.mp4", "clip"), ("frames/*.jpg", "frames"), ("a/b/0[1-3]*.png", "b"),
-        ("*.jpg", "frames"), ("a/b", "b"), (".", "frames"), ("look-alike:12", "look-alike_12"),
+        ("clip.mp4", "clip"),
+        ("frames/*.jpg", "frames"),
+        ("a/b/0[1-3]*.png", "b"),
+        ("*.jpg", "frames"),
+        ("a/b", "b"),
+        (".", "frames"),
+        ("look-alike:12", "look-alike_12"),
         ("a:1", "a:1"),
     ],
 )
@@ -179,10 +188,14 @@ def make_video(path, *options):
 
 
 @needs_ffmpeg
-@pytest.mark.parametrize("name, options, frames", [
-    ("ten bit.mp4", ("-c:v", "libx264", "-pix_fmt", "yuv420p10le"), 10),
-    ("12:30.mp4", ("-c:v", "mpeg4"), 10),
-    ("uneven.mkv", ("-c:v", "mpeg4", "-vf", "select=eq(n\\,0)+eq(n\\,3)+eq(n\\,9)"), 3)])
+@pytest.mark.parametrize(
+    "name, options, frames",
+    [
+        ("ten bit.mp4", ("-c:v", "libx264", "-pix_fmt", "yuv420p10le"), 10),
+        ("12:30.mp4", ("-c:v", "mpeg4"), 10),
+        ("uneven.mkv", ("-c:v", "mpeg4", "-vf", "select=eq(n\\,0)+eq(n\\,3)+eq(n\\,9)"), 3),
+    ],
+)
 def test_videos_of_all_kinds_give_the_frames_they_store(
     tmp_path, monkeypatch, name, options, frames
 ):

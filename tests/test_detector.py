@@ -1,4 +1,5 @@
 """The detector against a plain reference, in 16 bit, and the weights it starts from."""
+
 import math
 
 import pytest
@@ -13,9 +14,18 @@ from model import build_model
 from plain_model import Weights
 from transformer import mask_logits
 
-SIZE = dict(backbone="resnet10", channels=32, heads=2, queries=5, frame_queries=6, pixel_layers=2,
-            pixel_feed_forward=24, frame_layers=4, tracker_encoder_layers=2,
-            feed_forward=24)
+SIZE = dict(
+    backbone="resnet10",
+    channels=32,
+    heads=2,
+    queries=5,
+    frame_queries=6,
+    pixel_layers=2,
+    pixel_feed_forward=24,
+    frame_layers=4,
+    tracker_encoder_layers=2,
+    feed_forward=24,
+)
 HEADS, CLASSES = 2, 3
 
 
@@ -37,8 +47,9 @@ def randomised(model: torch.nn.Module, seed: int = 5) -> torch.nn.Module:
         for name, value in [*model.named_parameters(), *model.named_buffers()]:
             if name.endswith("running_var") or (name.endswith("weight") and value.ndim == 1):
                 value.copy_(1 + noise(value, 0.2).abs())
-            elif name.endswith(("bias", "running_mean", "sampling_offsets.weight",
-                                "attention_weights.weight")):
+            elif name.endswith(
+                ("bias", "running_mean", "sampling_offsets.weight", "attention_weights.weight")
+            ):
                 value.add_(noise(value, 0.3))
     return model
 
@@ -46,8 +57,9 @@ def randomised(model: torch.nn.Module, seed: int = 5) -> torch.nn.Module:
 @pytest.fixture(scope="module")
 def images():
     """Two images of 64 x 96 pixels, blank at the right."""
-    images = torch.randn(2, 3, 8, 12, dtype=torch.float64,
-                         generator=torch.Generator().manual_seed(3))
+    images = torch.randn(
+        2, 3, 8, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(3)
+    )
     images[..., -4:] = 0
     return images.repeat_interleave(8, 2).repeat_interleave(8, 3)
 
@@ -62,8 +74,11 @@ def test_every_prediction_is_that_of_plain_loops(images, training):
     model = randomised(build_model("toy", CLASSES, norm="frozen", **SIZE)).train(training)
     model.pixel_decoder.mask_features.bias.data *= 4  # so that some masks are empty
     found = model.detect(images)
-    parameters = {name: parameter for name, parameter in model.named_parameters()
-                  if "decoder." in name and "tracker" not in name}
+    parameters = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if "decoder." in name and "tracker" not in name
+    }
     weights = Weights(parameters)
     head = weights.pixel_decoder.mask_features
     tracked_layers = 3 if training else 1
@@ -74,8 +89,9 @@ def test_every_prediction_is_that_of_plain_loops(images, training):
         levels, fpn = plain_model.pixel_decoder(weights.pixel_decoder, HEADS, list(maps))
         torch.testing.assert_close(found.features[number], fpn)
         features = F.conv2d(fpn[None], head.weight, head.bias)[0]
-        predictions, queries = plain_model.frame_decoder(weights.frame_decoder, HEADS, levels,
-                                                         features)
+        predictions, queries = plain_model.frame_decoder(
+            weights.frame_decoder, HEADS, levels, features
+        )
         pairs = zip(found.predictions[::-1], predictions[::-1])
         for (logits, kernel), (expected, expected_masks) in pairs:
             torch.testing.assert_close(logits[number], expected)
@@ -84,13 +100,15 @@ def test_every_prediction_is_that_of_plain_loops(images, training):
             coarse = F.interpolate(expected_masks[None], (2, 3), mode="bilinear")[0]
             empty += (coarse < 0).all((1, 2)).sum().item()
             total = total + (logits[number].square().sum() + masks.square().sum())
-            expected_total = (expected_total + expected.square().sum()
-                              + expected_masks.square().sum())
+            expected_total = (
+                expected_total + expected.square().sum() + expected_masks.square().sum()
+            )
         for layer in range(1, tracked_layers + 1):
             torch.testing.assert_close(found.queries[-layer, number], queries[-layer])
     assert empty or not training  # the rule for empty masks was needed
-    found, expected = (torch.autograd.grad(value, parameters.values())
-                       for value in (total, expected_total))
+    found, expected = (
+        torch.autograd.grad(value, parameters.values()) for value in (total, expected_total)
+    )
     for name, one, other in zip(parameters, found, expected):
         torch.testing.assert_close(one, other, msg=lambda text, name=name: f"{name}: {text}")
 
@@ -104,6 +122,7 @@ def test_sine_position():
 
 # In 16 bit
 
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_attention_masks(dtype):
     """Masks are resized; in 16 bit the features are, which is the same up to rounding."""
@@ -113,8 +132,10 @@ def test_attention_masks(dtype):
     kernel[0, 0], kernel[1, 2] = 0, 0
     kernel[0, 0, -1], kernel[1, 2, -1] = -1, 1  # an empty and a full mask
     sources = features_for_masks(features.to(dtype), sizes)
-    assert all((source.shape[-2:] == size) == (dtype == torch.bfloat16)
-               for source, size in zip(sources, sizes))
+    assert all(
+        (source.shape[-2:] == size) == (dtype == torch.bfloat16)
+        for source, size in zip(sources, sizes)
+    )
     for source, size in zip(sources, sizes):
         masks = torch.einsum("nqc,nchw->nqhw", kernel[..., :-1].double(), features.double())
         masks += kernel[:, :, -1:, None].double()
@@ -122,7 +143,8 @@ def test_attention_masks(dtype):
         logits = mask_logits(kernel.to(dtype), source)
         logits = F.interpolate(logits, size, mode="bilinear", align_corners=False).flatten(2)
         assert logits.dtype == dtype and (logits - expected).norm() / expected.norm() < (
-            1e-6 if dtype == torch.float64 else 1e-2)
+            1e-6 if dtype == torch.float64 else 1e-2
+        )
         mask = attention_mask(kernel.to(dtype), source, size)
         assert mask.shape == (2, 1, 3, size[0] * size[1]) and mask.dtype == torch.bool
         blocked = expected < 0
@@ -141,8 +163,10 @@ def test_pixel_decoder_in_16_bit():
     for layer in model.pixel_decoder.layers:  # these weights are zero at first
         torch.nn.init.normal_(layer.attention.sampling_offsets.weight, std=0.01)
         torch.nn.init.normal_(layer.attention.attention_weights.weight, std=0.02)
-    maps = [torch.randn(1, channels, 64 // step, 96 // step)
-            for channels, step in zip(model.backbone.channels, (1, 2, 4, 8))]
+    maps = [
+        torch.randn(1, channels, 64 // step, 96 // step)
+        for channels, step in zip(model.backbone.channels, (1, 2, 4, 8))
+    ]
     levels, output = model.pixel_decoder(maps)
     with torch.autocast("cpu", torch.bfloat16):
         levels_16, output_16 = model.pixel_decoder(maps)
@@ -154,6 +178,7 @@ def test_pixel_decoder_in_16_bit():
 
 # Forward hooks
 
+
 @pytest.mark.parametrize("propagation", ["gated", "gated+memory", "clip"])
 def test_forward_hooks_fire_on_every_module(propagation):
     """In a live step and in a training step, but for these:
@@ -164,10 +189,16 @@ def test_forward_hooks_fire_on_every_module(propagation):
     torch.set_default_dtype(torch.float32)
     model = build_model("toy", CLASSES, propagation, **SIZE)
     frames = torch.randint(0, 256, (3, 3, 32, 64), dtype=torch.uint8)
-    names = {module: name for name, module in model.named_modules()
-             if type(module).forward is not nn.Module.forward}
-    silent = {name for module, name in names.items()
-              if name.endswith("mask_features") or isinstance(module, nn.Embedding)}
+    names = {
+        module: name
+        for name, module in model.named_modules()
+        if type(module).forward is not nn.Module.forward
+    }
+    silent = {
+        name
+        for module, name in names.items()
+        if name.endswith("mask_features") or isinstance(module, nn.Embedding)
+    }
     called = set()
     for module in names:
         module.register_forward_hook(lambda module, inputs, output: called.add(names[module]))
@@ -185,6 +216,7 @@ def test_forward_hooks_fire_on_every_module(propagation):
 
 
 # How weights start
+
 
 def assert_uniform(weight: torch.Tensor, bound: float) -> None:
     """Whether the values are uniform in -bound..bound, by their deviation and largest value."""
@@ -222,8 +254,16 @@ def test_initial_weights_of_attention_and_feed_forward():
     for name, parameter in model.named_parameters():
         if name.startswith("backbone.") or "deform" in name:
             continue
-        if name.endswith(("in_proj_weight", "out_proj.weight", "linear1.weight", "linear2.weight",
-                          "value_proj.weight", "output_proj.weight")):
+        if name.endswith(
+            (
+                "in_proj_weight",
+                "out_proj.weight",
+                "linear1.weight",
+                "linear2.weight",
+                "value_proj.weight",
+                "output_proj.weight",
+            )
+        ):
             assert_uniform(parameter, xavier(parameter))
             counted += 1
         if name.endswith(("in_proj_bias", "out_proj.bias")):

@@ -1,4 +1,5 @@
 """Selection of the device and the precision."""
+
 import os
 from datetime import timedelta
 
@@ -13,23 +14,35 @@ from runtime.errors import InputError
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
-@pytest.mark.parametrize("asked, device, training, has_bfloat16, expected", [
-    ("auto", CPU, False, False, torch.float32),
-    ("auto", CPU, True, False, torch.float32),
-    ("auto", GPU, False, True, torch.float16),      # the nearer to float32
-    ("auto", GPU, True, True, torch.bfloat16),      # needs no scale
-    ("auto", GPU, True, False, torch.float16),
-    ("bf16", CPU, False, False, torch.bfloat16),
-    ("off", GPU, False, True, torch.float32)])
+@pytest.mark.parametrize(
+    "asked, device, training, has_bfloat16, expected",
+    [
+        ("auto", CPU, False, False, torch.float32),
+        ("auto", CPU, True, False, torch.float32),
+        ("auto", GPU, False, True, torch.float16),  # the nearer to float32
+        ("auto", GPU, True, True, torch.bfloat16),  # needs no scale
+        ("auto", GPU, True, False, torch.float16),
+        ("bf16", CPU, False, False, torch.bfloat16),
+        ("off", GPU, False, True, torch.float32),
+    ],
+)
 def test_precision(asked, device, training, has_bfloat16, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bfloat16)
     dtype, reason = choose_amp(asked, device, training)
     assert dtype == expected and reason
 
 
-@pytest.mark.parametrize("asked, local_rank, expected", [
-    ("auto", None, 0), ("cuda", None, 0), ("cuda:2", None, 2), ("auto", "3", 3), ("cuda:2", "1", 1),
-    ("cuda", "0", 0)])
+@pytest.mark.parametrize(
+    "asked, local_rank, expected",
+    [
+        ("auto", None, 0),
+        ("cuda", None, 0),
+        ("cuda:2", None, 2),
+        ("auto", "3", 3),
+        ("cuda:2", "1", 1),
+        ("cuda", "0", 0),
+    ],
+)
 def test_the_gpu_of_a_process(asked, local_rank, expected, monkeypatch):
     """The one that torchrun numbers it by, else the one that is asked for."""
     chosen = []
@@ -66,9 +79,14 @@ def test_deterministic_algorithms(monkeypatch):
 @pytest.fixture
 def second_of_three_starts(monkeypatch):
     """The environment of process 0 of 2 in a run that torchrun has restarted; returns the store."""
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1"),
-                        ("MASTER_ADDR", "localhost"), ("MASTER_PORT", "1"),
-                        ("TORCHELASTIC_RESTART_COUNT", "2")):
+    for name, value in (
+        ("RANK", "0"),
+        ("WORLD_SIZE", "2"),
+        ("LOCAL_RANK", "1"),
+        ("MASTER_ADDR", "localhost"),
+        ("MASTER_PORT", "1"),
+        ("TORCHELASTIC_RESTART_COUNT", "2"),
+    ):
         monkeypatch.setenv(name, value)
     store = distributed.HashStore()
     monkeypatch.setattr(processes, "CONNECT_TIMEOUT", timedelta(seconds=1), raising=False)
@@ -83,13 +101,16 @@ def second_of_three_starts(monkeypatch):
 def test_a_restarted_process_joins_the_others(gpus, expected, second_of_three_starts, monkeypatch):
     """It does not read what processes of an earlier start have left in the store."""
     joined = []
-    monkeypatch.setattr(distributed, "init_process_group",
-                        lambda backend, **options: joined.append((backend, options)))
+    monkeypatch.setattr(
+        distributed,
+        "init_process_group",
+        lambda backend, **options: joined.append((backend, options)),
+    )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     assert processes.start_processes("auto") == (0, 2, expected)
-    (backend, options), = joined
+    ((backend, options),) = joined
     assert ("nccl" in backend) == (gpus > 0) and "gloo" in backend
     assert (options["rank"], options["world_size"]) == (0, 2)
     assert options["timeout"] >= timedelta(hours=1)  # an evaluation takes long

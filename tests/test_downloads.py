@@ -1,4 +1,5 @@
 """Weights by address and by official name; the server is one on this machine."""
+
 import hashlib
 import urllib.request
 from functools import partial
@@ -44,8 +45,11 @@ def requests(tmp_path, monkeypatch):
     Thread(target=server.serve_forever, daemon=True).start()
     open_url = urllib.request.urlopen
     local = f"http://127.0.0.1:{server.server_address[1]}"
-    monkeypatch.setattr(urllib.request, "urlopen", lambda url, timeout: open_url(
-        url.replace("https://example.org", local), timeout=timeout))
+    monkeypatch.setattr(
+        urllib.request,
+        "urlopen",
+        lambda url, timeout: open_url(url.replace("https://example.org", local), timeout=timeout),
+    )
     monkeypatch.setattr(Handler, "requests", [])
     monkeypatch.setattr(torch.hub, "_hub_dir", None)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
@@ -54,9 +58,14 @@ def requests(tmp_path, monkeypatch):
     server.server_close()
 
 
-@pytest.mark.parametrize("name, file", [
-    ("model.pt", "model.pt"), (f"model-{DIGEST}.pt?download=1", f"model-{DIGEST}.pt"),
-    ("folder/../a%20b.pt", "a b.pt")])
+@pytest.mark.parametrize(
+    "name, file",
+    [
+        ("model.pt", "model.pt"),
+        (f"model-{DIGEST}.pt?download=1", f"model-{DIGEST}.pt"),
+        ("folder/../a%20b.pt", "a b.pt"),
+    ],
+)
 def test_a_file_is_downloaded_once(requests, tmp_path, name, file):
     for _ in range(2):
         path = find_weights(f"https://example.org/{name}")
@@ -64,11 +73,15 @@ def test_a_file_is_downloaded_once(requests, tmp_path, name, file):
     assert len(requests) == 1
 
 
-@pytest.mark.parametrize("name, message", [
-    ("missing.pt", "cannot be downloaded: File not found; to work offline, put the file into"),
-    ("cut.pt", "has 2309 bytes, of which 2304 arrived"),
-    ("model-00000000.pt", f"SHA-256 {DIGEST}.* promises 00000000"),
-    ("", "names no file")])
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("missing.pt", "cannot be downloaded: File not found; to work offline, put the file into"),
+        ("cut.pt", "has 2309 bytes, of which 2304 arrived"),
+        ("model-00000000.pt", f"SHA-256 {DIGEST}.* promises 00000000"),
+        ("", "names no file"),
+    ],
+)
 def test_a_failed_download_leaves_nothing(requests, tmp_path, name, message):
     with pytest.raises(InputError, match=message):
         find_weights(f"https://example.org/{name}")
@@ -77,8 +90,11 @@ def test_a_failed_download_leaves_nothing(requests, tmp_path, name, message):
 
 def test_official_files_are_told_with_their_link(tmp_path):
     for name in ("grattvis_r50_ovis.pth", "grattvis_r50_ovis"):
-        with pytest.raises(InputError, match=rf"drive.google.com.*{OFFICIAL['grattvis_r50_ovis.pth']}"
-                                             rf".* save it as .*grattvis_r50_ovis.pth"):
+        with pytest.raises(
+            InputError,
+            match=rf"drive.google.com.*{OFFICIAL['grattvis_r50_ovis.pth']}"
+            rf".* save it as .*grattvis_r50_ovis.pth",
+        ):
             find_weights(tmp_path / name)
     (tmp_path / "grattvis_r50_ovis.pth").write_bytes(b"")
     for path in (tmp_path / "grattvis_r50_ovis.pth", Path("runs/last.pt")):

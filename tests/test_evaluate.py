@@ -1,4 +1,5 @@
 """Evaluation from the command line: of a results file, and of a model."""
+
 import json
 
 import numpy
@@ -20,8 +21,12 @@ def test_golden_results_file_scored_from_the_command_line(golden_dir, tmp_path):
     evaluate.main(
         evaluate.parse_arguments(
             [
-                "--results", str(golden_dir / spec["results"]), "--annotations",
-                str(golden_dir / spec["gt"]), "--output", str(tmp_path / "scores"),
+                "--results",
+                str(golden_dir / spec["results"]),
+                "--annotations",
+                str(golden_dir / spec["gt"]),
+                "--output",
+                str(tmp_path / "scores"),
             ]
         )
     )
@@ -51,9 +56,24 @@ def trained(tmp_path_factory):
     train.main(
         train.parse_arguments(
             [
-                "--data-root", str(folder / "set"), "--output", str(folder / "run"), "--iterations",
-                "1", "--batch", "1", "--frames", "2", "--points", "64", "--short-sides", "64",
-                "--workers", "0", "--device", "cpu",
+                "--data-root",
+                str(folder / "set"),
+                "--output",
+                str(folder / "run"),
+                "--iterations",
+                "1",
+                "--batch",
+                "1",
+                "--frames",
+                "2",
+                "--points",
+                "64",
+                "--short-sides",
+                "64",
+                "--workers",
+                "0",
+                "--device",
+                "cpu",
             ]
         )
     )
@@ -62,8 +82,18 @@ def trained(tmp_path_factory):
 
 def test_from_frames_to_metrics_and_pictures(trained):
     arguments = [
-        "--weights", str(trained / "run/last.pt"), "--data-root", str(trained / "set"),
-        "--short-side", "64", "--top-k", "4", "--draw", "1", "--device", "cpu",
+        "--weights",
+        str(trained / "run/last.pt"),
+        "--data-root",
+        str(trained / "set"),
+        "--short-side",
+        "64",
+        "--top-k",
+        "4",
+        "--draw",
+        "1",
+        "--device",
+        "cpu",
     ]
     metrics = evaluate.main(evaluate.parse_arguments(arguments))
     output = trained / "run/evaluation"
@@ -98,10 +128,18 @@ def test_a_set_without_annotations_gets_results_but_no_metrics(trained, tmp_path
         evaluate.main(
             evaluate.parse_arguments(
                 [
-                    "--weights", str(trained / "run/last.pt"), "--json",
-                    str(tmp_path / "hidden.json"), "--images",
-                    str(trained / "set/valid/JPEGImages"), "--output", str(tmp_path / "out"),
-                    "--short-side", "64", "--device", "cpu",
+                    "--weights",
+                    str(trained / "run/last.pt"),
+                    "--json",
+                    str(tmp_path / "hidden.json"),
+                    "--images",
+                    str(trained / "set/valid/JPEGImages"),
+                    "--output",
+                    str(tmp_path / "out"),
+                    "--short-side",
+                    "64",
+                    "--device",
+                    "cpu",
                 ]
             )
         )

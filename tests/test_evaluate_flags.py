@@ -3,6 +3,7 @@
 One test per flag, named after it; a flag without a test fails the first test. Most tests check the
 arguments of `GRAttVIS.encode_video`, the others the output files.
 """
+
 import json
 import multiprocessing
 import re
@@ -42,8 +43,9 @@ LENGTHS = {number: VIDEOS[number][0] for number in sorted(VIDEOS)}
 
 def test_every_flag_has_a_test():
     flags = vars(evaluate.parse_arguments([]))
-    assert set(flags) == {name.removeprefix("test_flag_")
-                          for name in globals() if name.startswith("test_flag_")}
+    assert set(flags) == {
+        name.removeprefix("test_flag_") for name in globals() if name.startswith("test_flag_")
+    }
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +65,18 @@ def seen(monkeypatch):
     def watched(model, batches, output_size=None, top_k=10):
         batches = list(batches)
         amp = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
-        seen.append(SimpleNamespace(
-            model=model, batches=batches, output_size=output_size, top_k=top_k, amp=amp,
-            training=model.training, processes=len(multiprocessing.active_children()),
-            found=encode_video(model, batches, output_size, top_k)))
+        seen.append(
+            SimpleNamespace(
+                model=model,
+                batches=batches,
+                output_size=output_size,
+                top_k=top_k,
+                amp=amp,
+                training=model.training,
+                processes=len(multiprocessing.active_children()),
+                found=encode_video(model, batches, output_size, top_k),
+            )
+        )
         return seen[-1].found
 
     monkeypatch.setattr(GRAttVIS, "encode_video", watched)
@@ -80,10 +90,22 @@ def evaluate_with(*arguments):
 @pytest.fixture
 def run(folder, tmp_path, seen):
     """Evaluate tiny.pt on the set into tmp_path/out, but for what the given arguments say."""
+
     def run(*arguments):
-        defaults = ["--weights", folder / "tiny.pt", "--data-root", folder,
-                    "--output", tmp_path / "out", "--device", "cpu", "--workers", 0]
-        return evaluate_with(*defaults, *arguments)                     # later ones count
+        defaults = [
+            "--weights",
+            folder / "tiny.pt",
+            "--data-root",
+            folder,
+            "--output",
+            tmp_path / "out",
+            "--device",
+            "cpu",
+            "--workers",
+            0,
+        ]
+        return evaluate_with(*defaults, *arguments)  # later ones count
+
     return run
 
 
@@ -103,13 +125,20 @@ def test_defaults(run, seen, tmp_path, capsys):
     assert all(not call.processes for call in seen)
     assert [call.output_size for call in seen] == [VIDEOS[number][1:] for number in LENGTHS]
     assert [tuple(call.batches[0].shape) for call in seen] == [
-        (3, 3, SIDE, 45), (3, 3, SIDE, 45), (2, 3, 45, SIDE)]           # 56 x 32 / 40 is 44.8
+        (3, 3, SIDE, 45),
+        (3, 3, SIDE, 45),
+        (2, 3, 45, SIDE),
+    ]  # 56 x 32 / 40 is 44.8
     assert all(call.amp is None and call.top_k == 10 and not call.training for call in seen)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "results.json", "results.json.zip", "metrics.json"}
+        "results.json",
+        "results.json.zip",
+        "metrics.json",
+    }
 
 
 # Model
+
 
 def save_official(path, propagation="plain"):
     """A file that says neither its preset nor anything else."""
@@ -138,8 +167,16 @@ def test_flag_preset(run, seen, tmp_path):
 def test_flag_propagation(run, seen, tmp_path):
     save_official(tmp_path / "official.pth")
     for propagation in ("plain", "clip"):
-        run("--weights", tmp_path / "official.pth", "--preset", "toy", "--short-side", SIDE,
-            "--propagation", propagation)
+        run(
+            "--weights",
+            tmp_path / "official.pth",
+            "--preset",
+            "toy",
+            "--short-side",
+            SIDE,
+            "--propagation",
+            propagation,
+        )
         assert seen[-1].model.propagation == seen[-1].model.tracker.propagation == propagation
 
 
@@ -151,6 +188,7 @@ def test_flag_gate_mask(run, seen, tmp_path):
 
 
 # Data
+
 
 def test_flag_data_root(run, seen, tmp_path):
     write_sparse_set(tmp_path / "other")
@@ -199,8 +237,20 @@ def suites(tmp_path):
 
 
 def evaluate_suites(folder, *names, sets="sets"):
-    return evaluate_with("--weights", folder / "six.pt", "--device", "cpu", "--workers", 0,
-                         "--output", folder / "out", "--sets", folder / sets, "--suites", *names)
+    return evaluate_with(
+        "--weights",
+        folder / "six.pt",
+        "--device",
+        "cpu",
+        "--workers",
+        0,
+        "--output",
+        folder / "out",
+        "--sets",
+        folder / sets,
+        "--suites",
+        *names,
+    )
 
 
 def test_flag_suites(suites, seen):
@@ -238,6 +288,7 @@ def test_flag_max_long_side(run, seen):
 
 # Result
 
+
 def test_flag_top_k(run, seen, tmp_path):
     run("--top-k", 3)
     assert [call.top_k for call in seen] == [3, 3, 3]
@@ -250,8 +301,9 @@ def test_flag_output(run, folder, tmp_path):
     run("--output", tmp_path / "new/place")
     assert (tmp_path / "new/place/metrics.json").exists() and not (tmp_path / "out").exists()
     save_tiny_model(tmp_path / "last.pt")
-    evaluate_with("--weights", tmp_path / "last.pt", "--data-root", folder, "--device", "cpu",
-                  "--workers", 0)
+    evaluate_with(
+        "--weights", tmp_path / "last.pt", "--data-root", folder, "--device", "cpu", "--workers", 0
+    )
     assert (tmp_path / "evaluation/metrics.json").exists()
 
 
@@ -259,7 +311,8 @@ def test_flag_draw(run, seen, folder, tmp_path):
     """Of the first two videos in the order of the ids, the instances that score 0.3 or more."""
     run("--draw", 2, "--short-side", 40)
     assert {path.name for path in (tmp_path / "out/overlays").iterdir()} == {
-        f"{number:05d}.{suffix}" for number in (3, 5) for suffix in ("png", "webp")}
+        f"{number:05d}.{suffix}" for number in (3, 5) for suffix in ("png", "webp")
+    }
     scores = seen[1].found.scores
     assert (scores >= 0.3).any() and (scores < 0.3).any()
     frames = [numpy.asarray(Image.open(folder / f"JPEGImages/5/{t}.png")) for t in range(3)]
@@ -274,11 +327,16 @@ def test_flag_plot(run, tmp_path):
     pytest.importorskip("matplotlib", reason="plots need matplotlib")
     run("--plot", 1)
     assert {path.name for path in (tmp_path / "out/plots").iterdir()} == {
-        "00003.png", "precision_valid.png", "classes_valid.png"}
+        "00003.png",
+        "precision_valid.png",
+        "classes_valid.png",
+    }
     # No video, but the plots of the whole set
     run("--plot", 0, "--output", tmp_path / "none")
     assert {path.name for path in (tmp_path / "none/plots").iterdir()} == {
-        "precision_valid.png", "classes_valid.png"}
+        "precision_valid.png",
+        "classes_valid.png",
+    }
 
 
 def test_plots_without_matplotlib_are_refused_first(run, seen, monkeypatch):
@@ -309,8 +367,9 @@ def test_flag_annotations(run, tmp_path):
     undefined = {name for name, value in metrics["per_class"].items() if value == -1}
     assert undefined == {"ant", "cat"}
     parts = [write_json(tmp_path / f"part{number}.json", part_of_set(number)) for number in VIDEOS]
-    metrics = run("--results", write_json(tmp_path / "r.json", perfect_results()),
-                  "--annotations", *parts)
+    metrics = run(
+        "--results", write_json(tmp_path / "r.json", perfect_results()), "--annotations", *parts
+    )
     assert list(metrics["parts"]) == ["part3", "part17", "part5"]
     assert metrics["AP"] == pytest.approx(1)
     own = [entry for entry in perfect_results() if entry["video_id"] == 17]
@@ -318,6 +377,7 @@ def test_flag_annotations(run, tmp_path):
 
 
 # Run
+
 
 def test_flag_device(run, seen, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -327,14 +387,18 @@ def test_flag_device(run, seen, monkeypatch):
     assert {parameter.device.type for parameter in seen[0].model.parameters()} == {"cpu"}
 
 
-@pytest.mark.parametrize("amp, dtype",
-                         [("bf16", torch.bfloat16), ("fp16", torch.float16), ("off", None)])
+@pytest.mark.parametrize(
+    "amp, dtype", [("bf16", torch.bfloat16), ("fp16", torch.float16), ("off", None)]
+)
 def test_flag_amp(run, seen, amp, dtype):
     """Autocast is entered around every video, and the weights of products are cast before."""
     run("--amp", amp)
     assert [call.amp for call in seen] == [dtype] * 3
-    products = {module.weight.dtype for module in seen[0].model.modules()
-                if type(module) in (nn.Linear, nn.Conv2d)}
+    products = {
+        module.weight.dtype
+        for module in seen[0].model.modules()
+        if type(module) in (nn.Linear, nn.Conv2d)
+    }
     assert products == {dtype or torch.float32}
 
 
@@ -347,8 +411,9 @@ def test_flag_skip_bad(run, folder, tmp_path):
         run("--data-root", tmp_path / "damaged")
     run("--data-root", tmp_path / "damaged", "--skip-bad", "--output", tmp_path / "rest")
     run("--output", tmp_path / "whole")
-    expected = [entry for entry in read_results(tmp_path / "whole")
-                if entry["video_id"] != video["id"]]
+    expected = [
+        entry for entry in read_results(tmp_path / "whole") if entry["video_id"] != video["id"]
+    ]
     assert read_results(tmp_path / "rest") == expected
 
 

@@ -2,6 +2,7 @@
 
 All changes are applied to one copy of the repository, and the examples below them run there.
 """
+
 import re
 import shutil
 import subprocess
@@ -59,6 +60,12 @@ def test_the_examples_run_with_the_changes(changed, tmp_path):
     script = tmp_path / "examples.py"
     script.write_text("\n\n".join(EXAMPLES), encoding="utf-8")
     environment = ENVIRONMENT | {"PYTHONPATH": str(changed)}
-    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, env=environment,
-                          capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
     assert done.returncode == 0, done.stderr[-3000:]

@@ -3,6 +3,7 @@
 Flags that change a step are tested in test_train_by_hand.py, the others here. A new flag needs a
 test with `covers`; until then, test_every_flag_is_tested fails.
 """
+
 import json
 import shutil
 from contextlib import nullcontext
@@ -42,20 +43,24 @@ def test_every_flag_is_tested():
 @pytest.fixture(scope="module")
 def data_root(tmp_path_factory):
     root = tmp_path_factory.mktemp("data") / "set"
-    make_dataset(root, train_videos=3, valid_videos=1, frames=4, height=64, width=64,
-                 objects=(1, 2))
+    make_dataset(
+        root, train_videos=3, valid_videos=1, frames=4, height=64, width=64, objects=(1, 2)
+    )
     return root
 
 
 @pytest.fixture
 def run(data_root, tmp_path):
     """Train on the synthetic set: run(name of a folder, options...)."""
+
     def start(name, **options):
         return train_tiny(tmp_path / name, **{"data_root": data_root} | options)
+
     return start
 
 
 # Setting, model
+
 
 @covers("recipe", "stage", "dry_run")
 def test_a_dry_run_prints_the_setting_and_leaves_no_trace(tmp_path, monkeypatch, capsys):
@@ -73,13 +78,16 @@ def test_a_dry_run_prints_the_setting_and_leaves_no_trace(tmp_path, monkeypatch,
 
 @covers("preset")
 def test_the_preset_is_the_model(run):
-    weights = (run("small", preset="small", iterations=0).last["model"],
-               build_model("small", CLASSES).state_dict())
+    weights = (
+        run("small", preset="small", iterations=0).last["model"],
+        build_model("small", CLASSES).state_dict(),
+    )
     found, expected = ({name: value.shape for name, value in state.items()} for state in weights)
     assert found == expected
 
 
 # Weights
+
 
 def random_weights(classes):
     """A state dict of the tiny model without any initial value."""
@@ -132,6 +140,7 @@ def test_a_run_goes_on_from_its_checkpoint(run, tmp_path):
 
 # Data
 
+
 @covers("data_root", "train_json", "train_images")
 def test_clips_come_from_the_named_files(run, data_root, tmp_path):
     shutil.copytree(data_root, tmp_path / "other")
@@ -146,8 +155,14 @@ def test_clips_come_from_the_named_files(run, data_root, tmp_path):
 @covers("train_sets", "train_ratio", "test_sets")
 def test_sets_by_name(run, data_sets):  # noqa: F811
     """Three of four clips are of COCO; evaluation is on three videos of three frames."""
-    seen = run("run", data_root=data_sets, train_sets=["coco2ovis_train", "ovis_train"],
-               train_ratio=[3, 1], test_sets=["ovis_train"], evaluate_every=1)
+    seen = run(
+        "run",
+        data_root=data_sets,
+        train_sets=["coco2ovis_train", "ovis_train"],
+        train_ratio=[3, 1],
+        test_sets=["ovis_train"],
+        evaluate_every=1,
+    )
     sources = [seen.clips[number].source for number in range(80)]
     images = sum(source.startswith(str(data_sets / "coco")) for source in sources)
     assert sum(source.startswith(str(data_sets / "ovis")) for source in sources) == 80 - images
@@ -183,20 +198,40 @@ def test_the_loader_has_processes(run):
 
 # Augmentation
 
-CHANGES = dict(short_sides=[40, 44], pseudo_short_sides=[36], max_long_side=70,
-               crop_short_sides=[48, 52], crop_size=[0.7, 0.8], crop_relative=True,
-               pseudo_crop_size=[20, 30], rotation=7.0, flip=False)
-OF_VIDEOS = Augmentation((40, 44), 70, (48, 52), (0.7, 0.8), crop_relative=True, flip=False,
-                         rotation=0, lsj_size=0)
-OF_IMAGES = Augmentation((36,), 70, (48, 52), (20, 30), crop_relative=False, flip=False,
-                         rotation=7.0, lsj_size=0)
+CHANGES = dict(
+    short_sides=[40, 44],
+    pseudo_short_sides=[36],
+    max_long_side=70,
+    crop_short_sides=[48, 52],
+    crop_size=[0.7, 0.8],
+    crop_relative=True,
+    pseudo_crop_size=[20, 30],
+    rotation=7.0,
+    flip=False,
+)
+OF_VIDEOS = Augmentation(
+    (40, 44), 70, (48, 52), (0.7, 0.8), crop_relative=True, flip=False, rotation=0, lsj_size=0
+)
+OF_IMAGES = Augmentation(
+    (36,), 70, (48, 52), (20, 30), crop_relative=False, flip=False, rotation=7.0, lsj_size=0
+)
 
 
-@covers("short_sides", "pseudo_short_sides", "max_long_side", "crop_short_sides", "crop_size",
-        "crop_relative", "pseudo_crop_size", "rotation", "flip")
+@covers(
+    "short_sides",
+    "pseudo_short_sides",
+    "max_long_side",
+    "crop_short_sides",
+    "crop_size",
+    "crop_relative",
+    "pseudo_crop_size",
+    "rotation",
+    "flip",
+)
 def test_every_source_is_augmented_in_its_own_way(run, data_sets):  # noqa: F811
-    named = dict(data_root=data_sets, train_sets=["coco2ovis_train", "ovis_train"],
-                 train_ratio=[1, 1])
+    named = dict(
+        data_root=data_sets, train_sets=["coco2ovis_train", "ovis_train"], train_ratio=[1, 1]
+    )
     mixed = run("mixed", iterations=0, **CHANGES, **named).clips
     assert [source.augmentation for source in mixed.sources] == [OF_IMAGES, OF_VIDEOS]
     assert run("videos", iterations=0, **CHANGES).clips.augmentation == OF_VIDEOS
@@ -207,19 +242,27 @@ def test_every_source_is_augmented_in_its_own_way(run, data_sets):  # noqa: F811
 
 @covers("lsj", "lsj_size")
 def test_all_sources_have_large_scale_jitter(run, data_sets):  # noqa: F811
-    seen = run("mixed", data_root=data_sets, train_sets=["coco2ovis_train", "ovis_train"],
-               train_ratio=[1, 1], lsj=True, lsj_size=96)
+    seen = run(
+        "mixed",
+        data_root=data_sets,
+        train_sets=["coco2ovis_train", "ovis_train"],
+        train_ratio=[1, 1],
+        lsj=True,
+        lsj_size=96,
+    )
     assert [source.augmentation.lsj_size for source in seen.clips.sources] == [96, 96]
     assert seen.frames[0][0].shape[-2:] == (96, 96)
 
 
 # Loss and optimisation
 
+
 @covers("query_noise")
 def test_queries_are_disturbed_between_clips(run):
     """With the same seed, the predictions for the first clip are equal, for the second not."""
-    (quiet,), (noisy,) = (run(str(share), query_noise=share, propagation="plain").outputs
-                          for share in (0.0, 1.0))
+    (quiet,), (noisy,) = (
+        run(str(share), query_noise=share, propagation="plain").outputs for share in (0.0, 1.0)
+    )
     for clip, same in ((0, True), (1, False)):
         for one, other in zip(quiet.clips[clip].logits, noisy.clips[clip].logits):
             assert torch.equal(one, other) == same
@@ -270,6 +313,7 @@ def test_parts_are_compiled(run):
 
 # Evaluation
 
+
 @covers("test_short_side", "test_max_long_side")
 @pytest.mark.parametrize("short, longest, side", [(96, 1333, 96), (128, 96, 96)])
 def test_the_size_of_frames_that_are_evaluated_on(run, short, longest, side):
@@ -291,6 +335,7 @@ def test_the_number_of_instances_that_are_evaluated(run):
 
 
 # The run
+
 
 @covers("output")
 def test_everything_is_in_the_output_folder(run, tmp_path):

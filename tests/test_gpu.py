@@ -1,4 +1,5 @@
 """GPU results: official numbers in float64, and training steps in 16 bit."""
+
 import copy
 import json
 
@@ -54,8 +55,20 @@ def test_training_steps(tmp_path, amp):
         objects=(1, 2),
     )
     common = [
-        "--data-root", str(tmp_path / "set"), "--frames", "2", "--points", "64", "--short-sides",
-        "64", "--workers", "0", "--batch", "2", "--amp", amp,
+        "--data-root",
+        str(tmp_path / "set"),
+        "--frames",
+        "2",
+        "--points",
+        "64",
+        "--short-sides",
+        "64",
+        "--workers",
+        "0",
+        "--batch",
+        "2",
+        "--amp",
+        amp,
     ]
     states = []
     for iterations in (0, 20):  # in fp16 the first steps only find the scale
@@ -91,8 +104,22 @@ def test_deterministic_training(tmp_path, more):
         objects=(2, 4),
     )
     common = [
-        "--data-root", str(tmp_path / "set"), "--frames", "3", "--short-sides", "96", "--workers",
-        "0", "--batch", "4", "--iterations", "10", "--log-every", "1", "--deterministic", *more,
+        "--data-root",
+        str(tmp_path / "set"),
+        "--frames",
+        "3",
+        "--short-sides",
+        "96",
+        "--workers",
+        "0",
+        "--batch",
+        "4",
+        "--iterations",
+        "10",
+        "--log-every",
+        "1",
+        "--deterministic",
+        *more,
     ]
     try:
         for name in ("one", "other"):

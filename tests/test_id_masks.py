@@ -1,4 +1,5 @@
 """Data sets from mask images: every format, compared with the masks that were drawn."""
+
 import csv
 import json
 import shutil
@@ -22,7 +23,7 @@ def ids_of(video, t):
     ids = np.zeros(SIZE, dtype=np.int64)
     for number, instance in enumerate(VIDEOS[video]):
         if t != 1 or instance != VIDEOS[video][-1]:
-            ids[2 + 10 * number:10 + 10 * number, 4 + t:12 + t] = instance
+            ids[2 + 10 * number : 10 + 10 * number, 4 + t : 12 + t] = instance
     return ids
 
 
@@ -44,7 +45,9 @@ def write(folder, kind="grey"):
         (folder / "frames" / video).mkdir(parents=True)
         (folder / "masks" / video).mkdir(parents=True)
         for t in range(3):
-            Image.new("RGB", SIZE[::-1], (90 * t, 0, 0)).save(folder / f"frames/{video}/{t:03d}.jpg")
+            Image.new("RGB", SIZE[::-1], (90 * t, 0, 0)).save(
+                folder / f"frames/{video}/{t:03d}.jpg"
+            )
             save(ids_of(video, t), folder / f"masks/{video}/{t:03d}.png", kind)
 
 
@@ -115,12 +118,15 @@ def break_image(folder):
     (folder / "masks/c/000.png").write_bytes(b"no picture")
 
 
-@pytest.mark.parametrize("damage, message", [
-    (break_size, "002.png is 7x7, the mask images before it 40x24"),
-    (break_frames, "neither a folder nor a video file named b"),
-    (break_names, "no frame in .* has the name of a mask image"),
-    (break_image, "000.png cannot be read"),
-])
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (break_size, "002.png is 7x7, the mask images before it 40x24"),
+        (break_frames, "neither a folder nor a video file named b"),
+        (break_names, "no frame in .* has the name of a mask image"),
+        (break_image, "000.png cannot be read"),
+    ],
+)
 def test_errors_are_told_and_leave_nothing(tmp_path, damage, message):
     write(tmp_path)
     damage(tmp_path)

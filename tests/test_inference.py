@@ -3,6 +3,7 @@
 Results are compared byte by byte, so all tests use one thread: rounding on a CPU depends on the
 number of threads.
 """
+
 import json
 import math
 import shutil
@@ -32,7 +33,7 @@ from test_model import HEIGHT, WIDTH, make_frames, make_model
 
 pytestmark = pytest.mark.slow  # whole programs
 
-LENGTHS = (5, 2, 4, 3, 2, 2, 3, 2)                  # frames of the videos
+LENGTHS = (5, 2, 4, 3, 2, 2, 3, 2)  # frames of the videos
 # The frames are shrunk, so that masks are enlarged again.
 SIZES = ["--short-side", "48", "--top-k", "4"]
 ONE_THREAD = ENVIRONMENT | {"OMP_NUM_THREADS": "1"}
@@ -58,16 +59,31 @@ def trained(tmp_path_factory):
     for entry in content["videos"] + content["annotations"]:
         entry["length"] = LENGTHS[entry.get("video_id", entry["id"]) - 1]
         for name in {"file_names", "segmentations", "bboxes", "areas"} & entry.keys():
-            entry[name] = entry[name][:entry["length"]]
+            entry[name] = entry[name][: entry["length"]]
     for name in ("segmentations", "bboxes", "areas"):
-        content["annotations"][0][name][0] = None   # an object that comes later
+        content["annotations"][0][name][0] = None  # an object that comes later
     (folder / "set/valid.json").write_text(json.dumps(content))
     train.main(
         train.parse_arguments(
             [
-                "--data-root", str(folder / "set"), "--output", str(folder / "run"), "--iterations",
-                "1", "--batch", "1", "--frames", "2", "--points", "64", "--short-sides", "64",
-                "--workers", "0", "--device", "cpu",
+                "--data-root",
+                str(folder / "set"),
+                "--output",
+                str(folder / "run"),
+                "--iterations",
+                "1",
+                "--batch",
+                "1",
+                "--frames",
+                "2",
+                "--points",
+                "64",
+                "--short-sides",
+                "64",
+                "--workers",
+                "0",
+                "--device",
+                "cpu",
             ]
         )
     )
@@ -80,8 +96,18 @@ def arguments(trained, output, *more):
     Without --workers in `more`, this process reads the frames itself.
     """
     return [
-        "--weights", str(trained / "run/last.pt"), "--data-root", str(trained / "set"), *SIZES,
-        "--device", "cpu", "--output", str(output), "--workers", "0", *more,
+        "--weights",
+        str(trained / "run/last.pt"),
+        "--data-root",
+        str(trained / "set"),
+        *SIZES,
+        "--device",
+        "cpu",
+        "--output",
+        str(output),
+        "--workers",
+        "0",
+        *more,
     ]
 
 
@@ -181,7 +207,7 @@ def test_gates_are_those_of_every_step(mode, monkeypatch):
     for frame in frames:
         tracks, state = model.step(frame, state, top_k=1000)
         seen.append(dict(zip(tracks.track_ids.tolist(), tracks.gates)))
-    by_frame = torch.stack(logits) >= 0                                     # (T, D, Q)
+    by_frame = torch.stack(logits) >= 0  # (T, D, Q)
     assert 0 < by_frame.double().mean() < 1
 
     found = model.encode_video([frames], top_k=12)
@@ -205,6 +231,7 @@ def test_what_is_no_video_is_not_encoded():
 
 
 # Frames and shares
+
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 32])
 def test_batches_hold_all_frames_in_order(videos, chunk):
@@ -297,7 +324,7 @@ def test_results_of_another_setting_are_refused(tmp_path, change, named):
     with pytest.raises(InputError, match=rf"of another setting \({named} differ\)") as refusal:
         Unfinished(tmp_path, SETTING | change)
     assert str(tmp_path) in str(refusal.value)
-    assert Unfinished(tmp_path, SETTING).remaining(everything) == []        # and stay as they were
+    assert Unfinished(tmp_path, SETTING).remaining(everything) == []  # and stay as they were
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 5])
@@ -320,6 +347,7 @@ def test_joined_results_are_one_list_in_the_order_of_the_videos(tmp_path, count)
 
 
 # The whole evaluation
+
 
 def assert_equal_results(folder, whole):
     """The same results.json to the last byte, without unfinished results."""
@@ -363,7 +391,12 @@ def test_chunks_and_workers_change_no_byte(trained, whole, tmp_path, more):
 
 def test_two_processes_write_what_one_writes(trained, whole, tmp_path):
     launcher = [
-        "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port(),
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        free_port(),
     ]
     process = subprocess.run(
         [sys.executable, *launcher, str(REPOSITORY / "evaluate.py"), *arguments(trained, tmp_path)],
@@ -384,6 +417,7 @@ def test_a_killed_evaluation_goes_on_where_it_was(trained, whole, tmp_path, caps
 
     Then the same command does the others, and nobody can tell.
     """
+
     def done():
         return [path for path in (tmp_path / "unfinished").glob("*.json") if path.stem.isdecimal()]
 
@@ -439,6 +473,7 @@ def test_the_archive_holds_the_results_and_nothing_else(whole):
 
 # A results file scored alone
 
+
 def perfect(ground_truth):
     """The ground truth as results, with null where an object is not seen."""
     return [
@@ -460,7 +495,11 @@ def write(path, content):
 def test_the_ground_truth_scores_one(trained, ground_truth, tmp_path):
     results = write(tmp_path / "own.json", perfect(ground_truth))
     metrics = run(
-        "--results", results, "--annotations", trained / "set/valid.json", "--output",
+        "--results",
+        results,
+        "--annotations",
+        trained / "set/valid.json",
+        "--output",
         tmp_path / "out",
     )
     assert [metrics[name] for name in ("AP", "AP50", "AP75", "AR10", "AR100")] == pytest.approx(
@@ -476,6 +515,7 @@ def test_the_ground_truth_scores_one(trained, ground_truth, tmp_path):
 
 def in_two_parts(ground_truth, folder):
     """The first three videos and the others, each with their annotations, as two files."""
+
     def part(keep):
         return ground_truth | {
             "videos": [video for video in ground_truth["videos"] if keep(video["id"])],
@@ -498,7 +538,11 @@ def test_two_parts_are_scored_each_and_averaged(ground_truth, tmp_path):
             entry["category_id"] % 6 + 1 if number % 3 == 0 else entry["category_id"]
         )
     run(
-        "--results", write(tmp_path / "r.json", results), "--annotations", *paths, "--output",
+        "--results",
+        write(tmp_path / "r.json", results),
+        "--annotations",
+        *paths,
+        "--output",
         tmp_path / "out",
     )
     metrics = json.loads((tmp_path / "out/metrics.json").read_text())
@@ -522,7 +566,18 @@ def test_two_parts_are_scored_each_and_averaged(ground_truth, tmp_path):
         value == both(lambda part: part["per_class"][name]) for name, value in per_class.items()
     )
     assert list(metrics) == [
-        "AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl",
+        "AP",
+        "AP50",
+        "AP75",
+        "APs",
+        "APm",
+        "APl",
+        "AR1",
+        "AR10",
+        "AR100",
+        "ARs",
+        "ARm",
+        "ARl",
     ]
     assert all(value == both(lambda part: part[name]) for name, value in metrics.items())
 
@@ -533,7 +588,11 @@ def test_results_of_an_unknown_video_are_not_even_zipped(ground_truth, tmp_path)
     results[-1]["video_id"] = 999
     with pytest.raises(InputError, match=rf"results\[{len(results) - 1}\] has video_id 999"):
         run(
-            "--results", write(tmp_path / "r.json", results), "--annotations", *paths, "--output",
+            "--results",
+            write(tmp_path / "r.json", results),
+            "--annotations",
+            *paths,
+            "--output",
             tmp_path / "out",
         )
     assert not list(tmp_path.glob("**/*.zip*"))
@@ -545,8 +604,13 @@ def test_parts_of_one_name_are_both_scored(whole, ground_truth, tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "gt.json").write_text(json.dumps(ground_truth | {"videos": half}))
     metrics = run(
-        "--results", whole / "results.json", "--annotations", tmp_path / "a/gt.json",
-        tmp_path / "b/gt.json", "--output", tmp_path,
+        "--results",
+        whole / "results.json",
+        "--annotations",
+        tmp_path / "a/gt.json",
+        tmp_path / "b/gt.json",
+        "--output",
+        tmp_path,
     )
     assert len(metrics["parts"]) == 2
 
@@ -570,7 +634,11 @@ def test_parts_of_other_categories_are_refused(whole, ground_truth, tmp_path):
     ):
         (tmp_path / f"{name}.json").write_text(json.dumps(ground_truth | change))
     given = (
-        "--results", whole / "results.json", "--output", tmp_path / "scores", "--annotations",
+        "--results",
+        whole / "results.json",
+        "--output",
+        tmp_path / "scores",
+        "--annotations",
         tmp_path / "one.json",
     )
     with pytest.raises(InputError, match="other.json has other categories than"):
@@ -579,17 +647,20 @@ def test_parts_of_other_categories_are_refused(whole, ground_truth, tmp_path):
     assert run(*given, tmp_path / "bare.json")["parts"]["bare"]["AP"] == -1
 
 
-@pytest.mark.parametrize("lengths, frames", [
-    ((4, 1, 1, 1, 1), [4, 4]), ((100, 1, 1, 1, 1, 1), [100, 5]),
-    ((1, 5, 1, 2, 1, 8), [8, 5, 5])], ids=str)
+@pytest.mark.parametrize(
+    "lengths, frames",
+    [((4, 1, 1, 1, 1), [4, 4]), ((100, 1, 1, 1, 1, 1), [100, 5]), ((1, 5, 1, 2, 1, 8), [8, 5, 5])],
+    ids=str,
+)
 def test_a_long_video_is_shared_against_many_short_ones(lengths, frames):
     shares = [share(blank_videos(*lengths), rank, len(frames)) for rank in range(len(frames))]
     found = [sum(len(video.files) for video in own) for own in shares]
     assert sorted(found, reverse=True) == frames
 
 
-@pytest.mark.parametrize("before, now", [
-    ({"top_k": 1}, {"top_k": 2}), ({"top_k": 1}, {}), ({}, {"top_k": 1})])
+@pytest.mark.parametrize(
+    "before, now", [({"top_k": 1}, {"top_k": 2}), ({"top_k": 1}, {}), ({}, {"top_k": 1})]
+)
 def test_a_setting_that_lacks_a_part_is_another(tmp_path, before, now):
     """Also where a part of the setting has become known, or has gone."""
     Unfinished(tmp_path / "unfinished", {"seed": 0} | before)

@@ -1,4 +1,5 @@
 """What `record_attention` returns, and that the model is as before afterwards."""
+
 import math
 
 import pytest
@@ -10,9 +11,18 @@ from test_detector import randomised
 from transformer import Attention
 from viewing.introspection import pixel_maps, record_attention
 
-SIZE = dict(channels=32, heads=2, queries=4, frame_queries=5, pixel_layers=2, frame_layers=3,
-            pixel_feed_forward=24, tracker_encoder_layers=2, tracker_decoder_layers=2,
-            feed_forward=24)
+SIZE = dict(
+    channels=32,
+    heads=2,
+    queries=4,
+    frame_queries=5,
+    pixel_layers=2,
+    frame_layers=3,
+    pixel_feed_forward=24,
+    tracker_encoder_layers=2,
+    tracker_decoder_layers=2,
+    feed_forward=24,
+)
 
 
 def make_model(propagation="gated", **options):
@@ -40,19 +50,22 @@ def test_every_layer_and_frame_is_recorded():
 
     names = {name for name, module in model.named_modules() if isinstance(module, Attention)}
     assert record.weights.keys() == names and len(names) == 2 * 3 + 2 + 2 * 2
-    shapes = {"frame_decoder.layers.0.cross_attention.attention": (1, 2, 5, 4),
-              "frame_decoder.layers.2.cross_attention.attention": (1, 2, 5, 64),
-              "tracker.encoder.1.self_attention.attention": (1, 2, 5, 5),
-              "tracker.decoder.0.cross_attention.attention": (1, 2, 4, 5),
-              "tracker.decoder.1.self_attention.attention": (1, 2, 4, 4)}
+    shapes = {
+        "frame_decoder.layers.0.cross_attention.attention": (1, 2, 5, 4),
+        "frame_decoder.layers.2.cross_attention.attention": (1, 2, 5, 64),
+        "tracker.encoder.1.self_attention.attention": (1, 2, 5, 5),
+        "tracker.decoder.0.cross_attention.attention": (1, 2, 4, 5),
+        "tracker.decoder.1.self_attention.attention": (1, 2, 4, 4),
+    }
     for name, calls in record.weights.items():
         assert len(calls) == len(frames)
         for weights in calls:
             assert weights.shape == shapes.get(name, weights.shape)
             assert_distributions(weights)
 
-    names = {name for name, module in model.named_modules()
-             if isinstance(module, DeformableAttention)}
+    names = {
+        name for name, module in model.named_modules() if isinstance(module, DeformableAttention)
+    }
     assert record.sampling.keys() == names and len(names) == 2
     for calls in record.sampling.values():
         assert len(calls) == len(frames)
@@ -76,8 +89,10 @@ def test_weights_are_a_softmax_by_hand():
     for frame in range(2):
         closed = record.gate_logits[frame][layer, 0, 0] < 0
         x = entered[frame][0] + model.tracker.query_embed.weight
-        q, k, _ = (x @ part.T + bias for part, bias in zip(weights.in_proj_weight.chunk(3),
-                                                           weights.in_proj_bias.chunk(3)))
+        q, k, _ = (
+            x @ part.T + bias
+            for part, bias in zip(weights.in_proj_weight.chunk(3), weights.in_proj_bias.chunk(3))
+        )
         for head, part in enumerate((slice(0, 16), slice(16, 32))):
             logits = q[:, part] @ k[:, part].T / math.sqrt(16)
             logits = logits + closed[:, None] * (1 - torch.eye(4))
@@ -130,16 +145,18 @@ def test_a_compiled_model_is_recorded(monkeypatch):
 
 
 def test_only_modules_under_the_prefix_are_recorded():
-    """"tracker" is a prefix, and not just any part of a name; a wrong one is told."""
+    """ "tracker" is a prefix, and not just any part of a name; a wrong one is told."""
     model, frames = make_model(), make_frames(1)
-    with pytest.raises(ValueError, match="no attention in modules that start with 'cross_attention'"):
+    with pytest.raises(
+        ValueError, match="no attention in modules that start with 'cross_attention'"
+    ):
         with record_attention(model, "cross_attention"):
             pass
     with record_attention(model, "tracker.decoder.0") as record:
         model.segment_video(frames)
     assert record.weights and all(name.startswith("tracker.decoder.0") for name in record.weights)
     with pytest.raises(KeyError):
-        record.weights["tracker.decoder.0.cross_attention"]           # .attention is missing
+        record.weights["tracker.decoder.0.cross_attention"]  # .attention is missing
 
 
 def test_pixel_maps():
@@ -158,7 +175,7 @@ def test_pixel_maps():
 def test_gates_of_several_clips():
     """One entry for each clip of a call of the tracker."""
     model = make_model()
-    queries = torch.randn(1, 1, 3, 1, 5, 32).double()                  # (L, B, G, U, F, C)
+    queries = torch.randn(1, 1, 3, 1, 5, 32).double()  # (L, B, G, U, F, C)
     with record_attention(model, "tracker") as record:
         predictions, _ = model.tracker(queries)
     for gates, prediction in zip(record.gate_logits, predictions, strict=True):

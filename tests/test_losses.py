@@ -209,8 +209,9 @@ def test_similarity_loss_is_a_loop_over_pairs(span):
         ]
     )  # (T, L, B, I)
     frame_matches = Matches(frame_query_of, targets.visible.transpose(0, 1), None)
-    matches = SampledMatches(**vars(matches), point_logits=None, point_targets=None,
-                             frames=frame_matches)
+    matches = SampledMatches(
+        **vars(matches), point_logits=None, point_targets=None, frames=frame_matches
+    )
     criterion = Criterion(CLASSES, similarity_span=span)
     total, count = criterion.similarity_loss(predictions, targets, matches)
 

@@ -36,8 +36,12 @@ def prediction(segmentations, score=0.9, video=1, category=1):
 def annotation(segmentations, number=1, video=1, category=1, crowd=0):
     areas = [None if rle is None else int(coco_mask.area(rle)) for rle in segmentations]
     return {
-        "id": number, "video_id": video, "category_id": category, "iscrowd": crowd,
-        "segmentations": segmentations, "areas": areas,
+        "id": number,
+        "video_id": video,
+        "category_id": category,
+        "iscrowd": crowd,
+        "segmentations": segmentations,
+        "areas": areas,
     }
 
 
@@ -81,7 +85,18 @@ def test_perfect_prediction():
     ground_truth = truth(annotation(LEFT), annotation(RIGHT))
     metrics = metric.evaluate_results([prediction(LEFT), prediction(RIGHT)], ground_truth)
     assert list(metrics) == [
-        "AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl",
+        "AP",
+        "AP50",
+        "AP75",
+        "APs",
+        "APm",
+        "APl",
+        "AR1",
+        "AR10",
+        "AR100",
+        "ARs",
+        "ARm",
+        "ARl",
         "per_class",
     ]
     for name in ("AP", "AP50", "AP75", "APs", "AR10", "AR100", "ARs"):
@@ -102,8 +117,7 @@ def test_identity_switch_halfway():
 
 
 def test_broken_track():
-    """A track broken into halves of IoU 0.5: the first half is found, at the lowest threshold only.
-    """
+    """A track broken into halves of IoU 0.5: the first half is found, at the lowest threshold only."""
     halves = [
         prediction(LEFT[:2] + [None] * 2, score=0.9),
         prediction([None] * 2 + LEFT[2:], score=0.8),
@@ -499,9 +513,11 @@ def test_against_naive_implementation(seed, monkeypatch):
 
 def test_the_mean_of_parts_is_that_of_what_is_defined():
     """A class or a size that a part does not have counts in the others alone."""
-    parts = [{"AP": 0.5, "APl": -1.0, "per_class": {"ant": 0.2, "bee": -1.0}},
-             {"AP": 0.1, "APl": 0.4, "per_class": {"bee": 0.6}},
-             {"AP": 0.0, "APl": -1.0, "per_class": {"cat": -1.0, "ant": 0.4}}]
+    parts = [
+        {"AP": 0.5, "APl": -1.0, "per_class": {"ant": 0.2, "bee": -1.0}},
+        {"AP": 0.1, "APl": 0.4, "per_class": {"bee": 0.6}},
+        {"AP": 0.0, "APl": -1.0, "per_class": {"cat": -1.0, "ant": 0.4}},
+    ]
     mean = metric.mean_metrics(parts)
     assert (mean["AP"], mean["APl"]) == pytest.approx((0.2, 0.4))
     assert mean["per_class"] == {"ant": pytest.approx(0.3), "bee": pytest.approx(0.6), "cat": -1}
@@ -509,8 +525,9 @@ def test_the_mean_of_parts_is_that_of_what_is_defined():
 
 def test_curves_are_in_the_order_of_category_ids():
     """Wherever the categories stand in the file: the K axis is that of 3, 7, 90, 1000."""
-    ground_truth = truth(annotation(LEFT, category=90), annotation(RIGHT, category=3),
-                         categories=(90, 1000, 7, 3))
+    ground_truth = truth(
+        annotation(LEFT, category=90), annotation(RIGHT, category=3), categories=(90, 1000, 7, 3)
+    )
     results = [prediction(LEFT, category=90), prediction(LEFT, category=3, score=0.4)]
     precision, recall, scores = metric.accumulate(results, ground_truth)
     assert recall[0, :, 0, 2].tolist() == [0, -1, 1, -1]
@@ -533,9 +550,11 @@ def test_no_polygon_is_an_empty_mask():
         assert metric.evaluate_results(results, ground_truth)["AP"] == pytest.approx(1)
 
 
-@pytest.mark.parametrize("change", [
-    {"score": float("nan")}, {"video_id": 2}, {"segmentations": LEFT[:3]}],
-    ids=["score", "video", "masks"])
+@pytest.mark.parametrize(
+    "change",
+    [{"score": float("nan")}, {"video_id": 2}, {"segmentations": LEFT[:3]}],
+    ids=["score", "video", "masks"],
+)
 def test_results_are_checked_before_they_are_scored(change):
     with pytest.raises(InputError, match=r"results\[0\] has"):
         metric.evaluate_results([prediction(LEFT) | change], truth(annotation(LEFT)))

@@ -2,6 +2,7 @@
 
 Cells of the gate strip are located by comparing two strips that differ only in that cell.
 """
+
 from dataclasses import replace
 
 import numpy
@@ -33,7 +34,7 @@ def grey(height=HEIGHT, width=WIDTH):
 
 def rectangle(top, left, height=40, width=60):
     mask = numpy.zeros((HEIGHT, WIDTH), bool)
-    mask[top:top + height, left:left + width] = True
+    mask[top : top + height, left : left + width] = True
     return mask
 
 
@@ -63,8 +64,11 @@ def cast_of(colour):
 
 def test_colours_tell_tracks_apart():
     colours = [colour_of(track) for track in range(12)]
-    assert all(numpy.linalg.norm(numpy.subtract(one, other)) > 40
-               for place, one in enumerate(colours) for other in colours[:place])
+    assert all(
+        numpy.linalg.norm(numpy.subtract(one, other)) > 40
+        for place, one in enumerate(colours)
+        for other in colours[:place]
+    )
 
 
 def test_an_overlay_changes_the_masked_pixels_and_no_others():
@@ -85,8 +89,10 @@ def test_half_of_the_frame_shows_through_and_the_outline_is_solid():
 
 
 def test_a_caption_is_written_at_its_mask_in_its_colour():
-    plain, captioned = (numpy.asarray(overlay(grey(), numpy.stack([LEFT, RIGHT]), [2, 6], captions))
-                        for captions in (["", ""], ["disc 0.9", "star 0.8"]))
+    plain, captioned = (
+        numpy.asarray(overlay(grey(), numpy.stack([LEFT, RIGHT]), [2, 6], captions))
+        for captions in (["", ""], ["disc 0.9", "star 0.8"])
+    )
     written = (plain != captioned).any(2)
     for columns, colour in ((slice(18, 110), 2), (slice(198, 290), 6)):
         pixels = captioned[80:104, columns][written[80:104, columns]]
@@ -115,8 +121,10 @@ def test_the_best_caption_is_on_top():
 
 
 def test_a_colour_has_nothing_to_do_with_the_place_in_the_list():
-    one, other = (overlay(grey(), numpy.stack(masks), colours, ["", ""])
-                  for masks, colours in (([LEFT, RIGHT], [3, 7]), ([RIGHT, LEFT], [7, 3])))
+    one, other = (
+        overlay(grey(), numpy.stack(masks), colours, ["", ""])
+        for masks, colours in (([LEFT, RIGHT], [3, 7]), ([RIGHT, LEFT], [7, 3]))
+    )
     assert numpy.array_equal(one, other)
     assert numpy.allclose(middle(one, LEFT), cast_of(colour_of(3)), atol=1)
     assert numpy.allclose(middle(one, RIGHT), cast_of(colour_of(7)), atol=1)
@@ -135,9 +143,17 @@ def test_small_frames_are_enlarged_by_a_whole_factor(height, factor):
     )
 
 
-@pytest.mark.parametrize("height, width, size", [
-    (1, 4000, (4000, 1)), (16, 1300, (3900, 48)), (1, 1, (240, 240)), (4000, 1, (1, 4000)),
-    (3, 2, (160, 240)), (100, 5000, (5000, 100))])
+@pytest.mark.parametrize(
+    "height, width, size",
+    [
+        (1, 4000, (4000, 1)),
+        (16, 1300, (3900, 48)),
+        (1, 1, (240, 240)),
+        (4000, 1, (1, 4000)),
+        (3, 2, (160, 240)),
+        (100, 5000, (5000, 100)),
+    ],
+)
 def test_frames_of_any_shape_are_enlarged_to_a_size_that_can_be_shown(height, width, size):
     mask = numpy.ones((1, height, width), bool)
     frame = numpy.zeros((height, width, 3), numpy.uint8)
@@ -146,8 +162,17 @@ def test_frames_of_any_shape_are_enlarged_to_a_size_that_can_be_shown(height, wi
 
 # Names
 
-NAMES = ["n" * 300, "two\nlines", "\ud800", "nul\0", "日本語", "\N{RIGHT-TO-LEFT OVERRIDE}a", "\t",
-         "😀" * 100, "e" + "\N{COMBINING ACUTE ACCENT}" * 1000]
+NAMES = [
+    "n" * 300,
+    "two\nlines",
+    "\ud800",
+    "nul\0",
+    "日本語",
+    "\N{RIGHT-TO-LEFT OVERRIDE}a",
+    "\t",
+    "😀" * 100,
+    "e" + "\N{COMBINING ACUTE ACCENT}" * 1000,
+]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -155,8 +180,8 @@ def test_any_class_name_can_be_drawn(name):
     """On one line above the mask; what the font does not have is a box."""
     frames, masks = moving(1)
     found = video_of(masks, [5, 8])
-    plain, = overlays(frames, found, ["", ""], 0.3)
-    named, = overlays(frames, found, [name, name], 0.3)
+    (plain,) = overlays(frames, found, ["", ""], 0.3)
+    (named,) = overlays(frames, found, [name, name], 0.3)
     assert plain.size == named.size
     rows = changed(named, numpy.asarray(plain))[:HEIGHT].any(1).nonzero()[0]
     assert rows.min() >= 0 and rows.max() < 40
@@ -229,8 +254,10 @@ def test_a_track_is_shown_once_under_its_best_label_if_its_score_is_high_enough(
 def test_a_track_keeps_its_colour_over_the_video(tmp_path):
     frames, masks = moving(4)
     save_pictures(tmp_path, "video", overlays(frames, video_of(masks, [5, 8]), ["", ""], 0.0), 4)
-    casts = [[middle(picture, mask.numpy()) for mask in masks[:, t]]
-             for t, picture in enumerate(read_animation(tmp_path / "video.webp"))]
+    casts = [
+        [middle(picture, mask.numpy()) for mask in masks[:, t]]
+        for t, picture in enumerate(read_animation(tmp_path / "video.webp"))
+    ]
     left, right = numpy.swapaxes(casts, 0, 1)
     # 4 grey levels: WebP is lossy; and a caption lies on the first row of the others.
     for cast in left[1:]:
@@ -277,7 +304,7 @@ def test_what_webp_cannot_hold_is_written_as_png_with_a_note(tmp_path, capsys, s
     assert names == ["00000.png", "00001.png"]
     with Image.open(tmp_path / "00007/00001.png") as file:
         assert file.size == size and file.getpixel((1, 1)) == (10, 10, 10)
-    note, = capsys.readouterr().err.splitlines()
+    (note,) = capsys.readouterr().err.splitlines()
     assert "00007.webp was not made" in note and f"{size[0]}x{size[1]}" in note and "00007/" in note
 
 
@@ -295,11 +322,12 @@ def test_every_picture_is_a_png_where_a_folder_for_them_is_given(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clip.png", "clip.webp", "new"]
 
 
-@pytest.mark.parametrize("count, expected", [
-    (2, (200, 100)), (4, (141, 70)), (8, (100, 50)), (20, (63, 31))])
+@pytest.mark.parametrize(
+    "count, expected", [(2, (200, 100)), (4, (141, 70)), (8, (100, 50)), (20, (63, 31))]
+)
 def test_an_animation_keeps_to_its_memory(tmp_path, monkeypatch, count, expected):
     """Its pictures are smaller, the longer it is; those of the sheet are not."""
-    monkeypatch.setattr(draw, "MAX_ANIMATION_BYTES", 2 * 200 * 100 * 4)          # of two pictures
+    monkeypatch.setattr(draw, "MAX_ANIMATION_BYTES", 2 * 200 * 100 * 4)  # of two pictures
     save_pictures(tmp_path, "clip", shades(count, (200, 100)), count)
     pictures = read_animation(tmp_path / "clip.webp")
     assert {picture.shape[1::-1] for picture in pictures} == {expected}
@@ -404,8 +432,10 @@ def test_a_strip_is_as_wide_as_its_picture_for_any_number_of_frames():
     assert [value.tolist() for value in runs((opened != picture).any((0, 2)))] == [[30], [26]]
 
 
-@pytest.mark.parametrize("height, width, size", [
-    (1, 1, (240, 240)), (300, 1, (1, 300)), (1, 300, (3900, 13)), (2, 3, (360, 240))])
+@pytest.mark.parametrize(
+    "height, width, size",
+    [(1, 1, (240, 240)), (300, 1, (1, 300)), (1, 300, (3900, 13)), (2, 3, (360, 240))],
+)
 def test_frames_of_any_shape_have_a_strip(height, width, size):
     masks = torch.ones(2, 3, height, width, dtype=torch.bool)
     frames = numpy.zeros((3, height, width, 3), numpy.uint8)
@@ -432,10 +462,11 @@ def test_the_strip_is_below_the_overlay_where_there_are_gates(layers):
             numpy.array([[1, 1], [1, 0]], bool),
             captions=captions,
         )
-        assert numpy.array_equal(picture[HEIGHT:], expected[:None if layers else 0])
+        assert numpy.array_equal(picture[HEIGHT:], expected[: None if layers else 0])
 
 
 # Instances that are chosen among others
+
 
 def three_tracks():
     """Frames, masks (4, T, H, W), and what was found.
@@ -476,10 +507,13 @@ def test_who_scores_as_much_as_is_asked_for_is_shown():
     assert best_labels(found, 0.75) == [0] and best_labels(found, 0.7500001) == []
 
 
-@pytest.mark.parametrize("milliseconds, count, limit, duration, shown", [
-    (125, 4, 240, 125, 4), (50, 6, 3, 100, 3), (40, 7, 3, 120, 3)])
-def test_an_animation_takes_as_long_as_its_video(tmp_path, monkeypatch, milliseconds, count, limit,
-                                                 duration, shown):
+@pytest.mark.parametrize(
+    "milliseconds, count, limit, duration, shown",
+    [(125, 4, 240, 125, 4), (50, 6, 3, 100, 3), (40, 7, 3, 120, 3)],
+)
+def test_an_animation_takes_as_long_as_its_video(
+    tmp_path, monkeypatch, milliseconds, count, limit, duration, shown
+):
     """If frames are dropped, the others last longer; the animation loops forever."""
     monkeypatch.setattr(draw, "MAX_ANIMATION_FRAMES", limit)
     pictures = (Image.fromarray(numpy.full((16, 24, 3), 30 * t, numpy.uint8)) for t in range(count))
@@ -495,10 +529,12 @@ def test_a_caption_stays_inside_of_the_picture():
     """Above its mask, or at the top; shifted to the left where it would be cut off."""
     for mask in (rectangle(0, 0), rectangle(0, WIDTH - 60), rectangle(HEIGHT - 40, WIDTH - 60)):
         frame = grey()
-        plain, captioned = (numpy.asarray(overlay(frame, mask[None], [4], [caption]))
-                            for caption in ("", "a long caption 0.87"))
+        plain, captioned = (
+            numpy.asarray(overlay(frame, mask[None], [4], [caption]))
+            for caption in ("", "a long caption 0.87")
+        )
         rows, columns = (plain != captioned).any(2).nonzero()
-        assert numpy.ptp(columns) > 100              # all of it, though the mask is 60 pixels wide
+        assert numpy.ptp(columns) > 100  # all of it, though the mask is 60 pixels wide
         top = mask.any(1).argmax()
         assert rows.max() <= max(top, 20) + 3 and rows.min() >= top - 16
 

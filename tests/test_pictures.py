@@ -278,7 +278,7 @@ def test_frames_of_an_animation_do_not_overwrite_one_another(tmp_path):
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
 def test_a_file_that_states_no_size_is_read_whole_or_refused():
-    content = read_regular(Path("/proc/self/maps"), 2 ** 26)
+    content = read_regular(Path("/proc/self/maps"), 2**26)
     assert len(content) > 20_000 and content.startswith(Path("/proc/self/maps").read_bytes()[:12])
     with pytest.raises(InputError, match="has more than 20000 bytes"):
         read_regular(Path("/proc/self/maps"), 20_000)
@@ -287,7 +287,7 @@ def test_a_file_that_states_no_size_is_read_whole_or_refused():
 def test_reading_more_than_there_is_takes_no_memory(tmp_path):
     (tmp_path / "a").write_bytes(b"0123456789")
     with open_regular(tmp_path / "a") as file:
-        assert file.read(3) == b"012" and file.read(2 ** 50) == b"3456789"
+        assert file.read(3) == b"012" and file.read(2**50) == b"3456789"
 
 
 def test_a_size_is_told_as_width_by_height():

@@ -1,4 +1,5 @@
 """Plots: files that open and show the data, and a timeline of visible tracks."""
+
 from dataclasses import replace
 
 import numpy
@@ -61,6 +62,7 @@ def extent(pixels, chosen):
 
 # Precision and classes
 
+
 def test_a_plot_of_precision(tmp_path):
     square = numpy.zeros((8, 8), bool)
     square[2:6, 2:6] = True
@@ -96,13 +98,14 @@ def test_a_bar_for_each_class(tmp_path):
     )
 
 
-@pytest.mark.parametrize("name", [
-    "n" * 300, "$x$ and $\\frac{1", "two\nlines", "\ud800", "日本", ""])
+@pytest.mark.parametrize(
+    "name", ["n" * 300, "$x$ and $\\frac{1", "two\nlines", "\ud800", "日本", ""]
+)
 @pytest.mark.filterwarnings("ignore:Glyph:UserWarning")
 def test_any_class_name_is_a_label(tmp_path, name):
     """Beside bars and rows that still have half of the width, and never read as a formula."""
     plot_classes(tmp_path / "classes.png", {name: 0.8, "star": 0.4})
-    bar_colour = [int(plots.BAR_COLOUR[place:place + 2], 16) for place in (1, 3, 5)]
+    bar_colour = [int(plots.BAR_COLOUR[place : place + 2], 16) for place in (1, 3, 5)]
     bars = coloured(pixels_of(tmp_path / "classes.png"), bar_colour)
     assert bars.any(0).sum() > 0.35 * bars.shape[1]
     plot_timeline(tmp_path / "tracks.png", video_of(seen_in(1, 1)[None], [7], [0.9]), [name], 0.3)
@@ -111,10 +114,11 @@ def test_any_class_name_is_a_label(tmp_path, name):
 
 def test_a_row_for_each_of_thousands_is_no_larger_than_matplotlib_draws():
     figure, _ = plots.new_figure(6, 1 + 0.25 * 10_000)
-    assert (figure.get_size_inches() * figure.dpi < 2 ** 16).all()
+    assert (figure.get_size_inches() * figure.dpi < 2**16).all()
 
 
 # The timeline of a video
+
 
 @pytest.mark.parametrize(
     "side, frames", [(0, (1, 1, 1, 1, 0, 0, 0, 0, 0, 0)), (1, (0, 0, 0, 0, 0, 0, 1, 1, 1, 1))]
@@ -175,6 +179,7 @@ def test_nothing_over_the_threshold_still_makes_a_picture(tmp_path):
 
 # Without matplotlib
 
+
 def test_a_sentence_where_matplotlib_is_missing(tmp_path, monkeypatch):
     require_matplotlib()
     monkeypatch.setattr(plots, "find_spec", lambda name: None)
@@ -189,10 +194,12 @@ def test_a_sentence_where_matplotlib_is_missing(tmp_path, monkeypatch):
 
 # What is drawn, as matplotlib has it
 
+
 @pytest.fixture
 def figure(monkeypatch):
     """The axes of the last figure that was saved, when it is called."""
     from matplotlib.figure import Figure
+
     saved, savefig = [], Figure.savefig
 
     def save(figure, path, **options):
@@ -206,7 +213,7 @@ def figure(monkeypatch):
 def test_the_curves_of_precision_are_means_over_the_classes_that_are_there(tmp_path, figure):
     """Of all sizes, with 100 predictions a video; the legend names each overlap and its AP."""
     precision = numpy.random.default_rng(0).random((10, 101, 3, 4, 3))
-    precision[:, :, 1] = -1                                 # a class that the ground truth has not
+    precision[:, :, 1] = -1  # a class that the ground truth has not
     plot_precision(tmp_path / "precision.png", precision)
     expected = precision[:, :, [0, 2], 0, 2].mean(2)
     lines, legend = figure().lines, [text.get_text() for text in figure().get_legend().get_texts()]
@@ -236,11 +243,13 @@ def test_the_rows_of_a_timeline_are_those_of_the_instances_shown(tmp_path, figur
     captions = [text.get_text() for text in axes.get_yticklabels()]
     assert captions == ["star #5 0.90", "square #8 0.60"]
     assert axes.get_xlim() == (0, 3) and axes.get_ylim() == (2, 0)
-    bars = [sorted(path.vertices[:, 0].min() for path in bar.get_paths())
-            for bar in axes.collections]
-    assert bars == [[0, 1], [1, 2]]                         # where the parts of a bar begin
-    colours = [tuple(numpy.round(255 * bar.get_facecolor()[0, :3]).astype(int))
-               for bar in axes.collections]
+    bars = [
+        sorted(path.vertices[:, 0].min() for path in bar.get_paths()) for bar in axes.collections
+    ]
+    assert bars == [[0, 1], [1, 2]]  # where the parts of a bar begin
+    colours = [
+        tuple(numpy.round(255 * bar.get_facecolor()[0, :3]).astype(int)) for bar in axes.collections
+    ]
     assert colours == [colour_of(5), colour_of(8)]
     for image, index in zip(axes.images, (0, 2), strict=True):
         assert numpy.allclose(image.get_array(), gates[index].double().mean(1)[None])

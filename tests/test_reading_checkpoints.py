@@ -1,4 +1,5 @@
 """Untrusted checkpoints: all containers give the same contents, and no code is executed."""
+
 import argparse
 import collections
 import datetime
@@ -44,26 +45,53 @@ def refusal(path):
 
 # What is read
 
-GRID = torch.arange(12.).reshape(3, 4)
+GRID = torch.arange(12.0).reshape(3, 4)
 TENSORS = {
-    "plain": GRID, "transposed": GRID.T, "part": GRID[1:, 2:], "number": torch.tensor(5),
-    "empty": torch.empty(0, 3), "parameter": torch.nn.Parameter(GRID.clone()),
-    "buffer": torch.nn.Buffer(GRID.clone()), "half": GRID.half(), "bfloat16": GRID.bfloat16(),
-    "double": GRID.double(), "int64": torch.arange(3), "uint16": torch.ones(2, dtype=torch.uint16),
-    "float8": GRID.to(torch.float8_e4m3fn), "complex": GRID + 1j, "bool": GRID > 3,
+    "plain": GRID,
+    "transposed": GRID.T,
+    "part": GRID[1:, 2:],
+    "number": torch.tensor(5),
+    "empty": torch.empty(0, 3),
+    "parameter": torch.nn.Parameter(GRID.clone()),
+    "buffer": torch.nn.Buffer(GRID.clone()),
+    "half": GRID.half(),
+    "bfloat16": GRID.bfloat16(),
+    "double": GRID.double(),
+    "int64": torch.arange(3),
+    "uint16": torch.ones(2, dtype=torch.uint16),
+    "float8": GRID.to(torch.float8_e4m3fn),
+    "complex": GRID + 1j,
+    "bool": GRID > 3,
 }
 ARRAYS = {
-    "plain": GRID.numpy(), "by columns": np.asfortranarray(GRID.numpy()),
-    "half": np.ones(3, np.float16), "bytes": np.arange(3, dtype=np.uint8), "bool": GRID.numpy() > 3,
-    "number": np.array(2.5), "empty": np.zeros((0, 3)), "big-endian": np.arange(3, dtype=">f4"),
-    "float32": np.float32(1.5), "int64": np.int64(3), "bool_": np.bool_(True),
+    "plain": GRID.numpy(),
+    "by columns": np.asfortranarray(GRID.numpy()),
+    "half": np.ones(3, np.float16),
+    "bytes": np.arange(3, dtype=np.uint8),
+    "bool": GRID.numpy() > 3,
+    "number": np.array(2.5),
+    "empty": np.zeros((0, 3)),
+    "big-endian": np.arange(3, dtype=">f4"),
+    "float32": np.float32(1.5),
+    "int64": np.int64(3),
+    "bool_": np.bool_(True),
 }
 CONTENTS = {
-    "ordered": collections.OrderedDict(b=1, a=2), "default": collections.defaultdict(list, a=[1]),
-    "counter": collections.Counter("aab"), "set": {1, 2}, "frozen": frozenset({"a"}),
-    "tuple": (1, [2, (3,)]), "size": torch.Size([1, 2]), "bytes": b"a\xff", "empty": b"",
-    "bytearray": bytearray(b"a\xff"), "complex": 1 + 2j, "large": 10 ** 30, "none": None,
-    "dtype": np.dtype("f4"), "text": "\u4e2d",
+    "ordered": collections.OrderedDict(b=1, a=2),
+    "default": collections.defaultdict(list, a=[1]),
+    "counter": collections.Counter("aab"),
+    "set": {1, 2},
+    "frozen": frozenset({"a"}),
+    "tuple": (1, [2, (3,)]),
+    "size": torch.Size([1, 2]),
+    "bytes": b"a\xff",
+    "empty": b"",
+    "bytearray": bytearray(b"a\xff"),
+    "complex": 1 + 2j,
+    "large": 10**30,
+    "none": None,
+    "dtype": np.dtype("f4"),
+    "text": "\u4e2d",
 }
 
 
@@ -118,7 +146,7 @@ def test_the_content_decides_and_not_the_name(tmp_path):
 
 def test_an_archive_of_a_machine_with_the_other_byte_order(tmp_path):
     source, target = tmp_path / "little.pth", tmp_path / "big.pth"
-    torch.save({"a": torch.tensor([1.5, -2.])}, source)
+    torch.save({"a": torch.tensor([1.5, -2.0])}, source)
     with zipfile.ZipFile(source) as little, zipfile.ZipFile(target, "w") as big:
         for name in little.namelist():
             content = little.read(name)
@@ -130,8 +158,10 @@ def test_an_archive_of_a_machine_with_the_other_byte_order(tmp_path):
 
 # What is ignored
 
+
 class Unknown:
     """A class of another program that records what is done with it."""
+
     calls = []
 
     def __init__(self, *arguments):
@@ -147,6 +177,7 @@ class Unknown:
 
 class Settings(dict):
     """As EasyDict, yacs' CfgNode or mmengine's ConfigDict."""
+
     __getattr__ = dict.__getitem__
 
     def __setitem__(self, key, value):
@@ -160,6 +191,7 @@ class Color(enum.Enum):
 
 class Zone:
     """As zoneinfo.ZoneInfo: made by a method, which old protocols look up by getattr."""
+
     @classmethod
     def _unpickle(cls, key):
         Unknown.calls.append(key)
@@ -170,6 +202,7 @@ class Zone:
 
 class Keywords:
     """Made with keywords, for which old protocols use functools.partial."""
+
     def __new__(cls, *, key):
         Unknown.calls.append(key)
         return object.__new__(cls)
@@ -179,16 +212,27 @@ class Keywords:
 
 
 NEIGHBOURS = {
-    "path": Path("a/b"), "date": datetime.datetime(2024, 5, 6, tzinfo=datetime.timezone.utc),
-    "namespace": argparse.Namespace(lr=1, output=Path("x")), "enum": Color.RED,
-    "settings": Settings(a=Settings(b=1)), "unknown": Unknown(1), "class": Unknown,
-    "zone": Zone(), "keywords": Keywords(key=1),
-    "module": torch.nn.Linear(2, 2), "dtype": torch.float32, "device": torch.device("cpu"),
+    "path": Path("a/b"),
+    "date": datetime.datetime(2024, 5, 6, tzinfo=datetime.timezone.utc),
+    "namespace": argparse.Namespace(lr=1, output=Path("x")),
+    "enum": Color.RED,
+    "settings": Settings(a=Settings(b=1)),
+    "unknown": Unknown(1),
+    "class": Unknown,
+    "zone": Zone(),
+    "keywords": Keywords(key=1),
+    "module": torch.nn.Linear(2, 2),
+    "dtype": torch.float32,
+    "device": torch.device("cpu"),
     "optimizer": torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=1),
-    "version": torch.torch_version.TorchVersion("2.1"), "random": np.random.default_rng(0),
-    "objects": np.array([{}, None], dtype=object), "days": np.array(["2024-05-06"], "M8[D]"),
-    "sparse": torch.eye(2).to_sparse(), "meta": torch.empty(2, device="meta"),
-    "names": np.array(["a", "b"]), "numpy type": np.float32,
+    "version": torch.torch_version.TorchVersion("2.1"),
+    "random": np.random.default_rng(0),
+    "objects": np.array([{}, None], dtype=object),
+    "days": np.array(["2024-05-06"], "M8[D]"),
+    "sparse": torch.eye(2).to_sparse(),
+    "meta": torch.empty(2, device="meta"),
+    "names": np.array(["a", "b"]),
+    "numpy type": np.float32,
 }
 
 
@@ -222,6 +266,7 @@ def test_a_whole_model_is_no_state_dict(tmp_path, container):
 
 # What is refused
 
+
 class Call:
     """Requests a function call when unpickled."""
 
@@ -233,13 +278,16 @@ class Call:
 
 
 HOSTILE = {
-    "posix.system": (os.system, "touch harm"), "builtins.eval": (eval, "open('harm', 'w')"),
-    "builtins.exec": (exec, "open('harm', 'w')"), f"{open.__module__}.open": (open, "harm", "w"),
+    "posix.system": (os.system, "touch harm"),
+    "builtins.eval": (eval, "open('harm', 'w')"),
+    "builtins.exec": (exec, "open('harm', 'w')"),
+    f"{open.__module__}.open": (open, "harm", "w"),
     "subprocess.Popen": (subprocess.Popen, ["touch", "harm"]),
     "xml.dom.minidom.parseString": (minidom.parseString, "<a/>"),
     "shutil.copy": (shutil.copy, "/etc/hostname", "harm"),
-    "builtins.__import__": (__import__, "harm"), "builtins.compile": (compile, "1", "", "exec"),
-    "builtins.bytearray": (bytearray, 2 ** 34),
+    "builtins.__import__": (__import__, "harm"),
+    "builtins.compile": (compile, "1", "", "exec"),
+    "builtins.bytearray": (bytearray, 2**34),
 }
 
 
@@ -257,7 +305,7 @@ def test_a_file_that_calls_functions_is_refused_by_name(tmp_path, monkeypatch, c
 def test_a_method_that_is_looked_up_is_not_called(tmp_path):
     (tmp_path / "harm").touch()
     method = pickle.dumps({"a": Call(getattr, tmp_path / "harm", "unlink")}, 2)
-    (tmp_path / "hostile.pkl").write_bytes(method[:method.rindex(b"s.")] + b")Rs.")  # call it
+    (tmp_path / "hostile.pkl").write_bytes(method[: method.rindex(b"s.")] + b")Rs.")  # call it
     assert "a call of what builtins.getattr returns" in refusal(tmp_path / "hostile.pkl")
     assert (tmp_path / "harm").exists()
 
@@ -271,8 +319,9 @@ def test_functions_of_other_packages_are_not_called_either(tmp_path, container):
     assert [file.name for file in tmp_path.iterdir()] == ["hostile"]
 
 
-@pytest.mark.parametrize("call", [
-    Call(os.system, "touch harm"), Call(torch.storage._load_from_bytes, b"x")])
+@pytest.mark.parametrize(
+    "call", [Call(os.system, "touch harm"), Call(torch.storage._load_from_bytes, b"x")]
+)
 def test_a_pickle_inside_of_a_pickle_is_no_way_around(tmp_path, monkeypatch, call):
     """The numbers of a tensor in a .pkl are a file of torch.save themselves."""
     monkeypatch.chdir(tmp_path)
@@ -289,12 +338,13 @@ def storage_bytes(count):
     return stream.getvalue()
 
 
-NUMBERS = bytes(10 ** 6)
+NUMBERS = bytes(10**6)
 REPEATED = {
     "storage": (torch.storage._load_from_bytes, storage_bytes(250_000)),
     "array": (np.zeros(1).__reduce_ex__(5)[0], NUMBERS, np.dtype("f4"), (250_000,), "C"),
-    "bytearray": (bytearray, NUMBERS), "set": (set, list(range(10 ** 4))),
-    "dict": (collections.OrderedDict, dict.fromkeys(range(10 ** 4))),
+    "bytearray": (bytearray, NUMBERS),
+    "set": (set, list(range(10**4))),
+    "dict": (collections.OrderedDict, dict.fromkeys(range(10**4))),
 }
 
 
@@ -303,7 +353,7 @@ def test_the_same_bytes_cannot_be_asked_for_again_and_again(tmp_path, kind):
     """10,000 times a megabyte, or as many items: gigabytes, if they were made."""
     things = [Call(*REPEATED[kind]) for _ in range(10_000)]
     path = write({"a": things}, tmp_path / "bomb.pkl", "pickle 4")
-    assert path.stat().st_size < 4 * 10 ** 6
+    assert path.stat().st_size < 4 * 10**6
     assert refusal(path).endswith("it asks for more memory than it holds numbers")
 
 
@@ -322,12 +372,18 @@ TRUNCATED = pickle.dumps({"a": np.ones(100)}, 4)[:-50]
 KINDS = {
     "empty": (b"", "it is empty"),
     "page": (b"\n<!DOCTYPE HTML>\n<html>Sign in</html>", "it is a web page"),
-    "bucket": (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>',
-               "it is an XML document"),
-    "pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 5\n",
-                "it is a Git LFS pointer"),
-    "safetensors": (b'\x30\0\0\0\0\0\0\0{"a":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}',
-                    "it is a safetensors file"),
+    "bucket": (
+        b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>',
+        "it is an XML document",
+    ),
+    "pointer": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 5\n",
+        "it is a Git LFS pointer",
+    ),
+    "safetensors": (
+        b'\x30\0\0\0\0\0\0\0{"a":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}',
+        "it is a safetensors file",
+    ),
     "keras": (b"\x89HDF\r\n\x1a\n" + bytes(50), "it is an HDF5 file"),
     "onnx": (b"\x08\x07\x12\x07pytorch\x1a\x052.1.0", "it is an ONNX model"),
     "model.ckpt.index": (b"\0\0\1\2\3" * 20, "it is a TensorFlow file"),
@@ -353,30 +409,37 @@ def test_another_kind_of_file_is_called_what_it_is(tmp_path, kind):
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.95])
 def test_half_a_download_is_damaged(tmp_path, container, share):
     path = write({"a": torch.ones(10_000)}, tmp_path / "weights", container)
-    path.write_bytes(path.read_bytes()[:int(path.stat().st_size * share)])
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
     assert refusal(path).endswith("it is damaged, or cut short")
 
 
 def test_other_archives(tmp_path):
     np.savez(tmp_path / "arrays.npz", a=np.ones(3))
-    for archive, entries in (("photos.zip", ["a.txt"]),
-                             ("program.pt", ["net/data.pkl", "net/constants.pkl"])):
+    for archive, entries in (
+        ("photos.zip", ["a.txt"]),
+        ("program.pt", ["net/data.pkl", "net/constants.pkl"]),
+    ):
         with zipfile.ZipFile(tmp_path / archive, "w") as target:
             for entry in entries:
                 target.writestr(entry, b"\x80\x02N.")
     torch.save({"a": torch.zeros(1000)}, tmp_path / "plain.pth")
-    with zipfile.ZipFile(tmp_path / "plain.pth") as plain, \
-            zipfile.ZipFile(tmp_path / "packed.pth", "w", zipfile.ZIP_DEFLATED) as packed:
+    with (
+        zipfile.ZipFile(tmp_path / "plain.pth") as plain,
+        zipfile.ZipFile(tmp_path / "packed.pth", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
         for name in plain.namelist():
             packed.writestr(name, plain.read(name))
-    for name, expected in (("arrays.npz", "it is a ZIP archive of NumPy arrays (.npz)"),
-                           ("program.pt", "it is a program (torch.jit.save)"),
-                           ("photos.zip", "it is a ZIP archive of other files, such as 'a.txt'"),
-                           ("packed.pth", "it is a ZIP archive that is packed")):
+    for name, expected in (
+        ("arrays.npz", "it is a ZIP archive of NumPy arrays (.npz)"),
+        ("program.pt", "it is a program (torch.jit.save)"),
+        ("photos.zip", "it is a ZIP archive of other files, such as 'a.txt'"),
+        ("packed.pth", "it is a ZIP archive that is packed"),
+    ):
         assert expected in refusal(tmp_path / name)
 
 
 # What the system does not let us read
+
 
 def test_what_cannot_be_opened_is_not_called_damaged(tmp_path):
     (tmp_path / "loop.pth").symlink_to("loop.pth")
@@ -449,7 +512,7 @@ class View:
 
 def test_a_view_of_a_storage_begins_where_it_says(tmp_path):
     stream = io.BytesIO()
-    for contents in (0x1950a86a20f9469cfc6c, 1001, {"little_endian": True}):
+    for contents in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}):
         pickle.dump(contents, stream, 2)
     ViewPickler(stream, 2).dump({"model": {"a": View()}})
     pickle.dump(["7"], stream, 2)

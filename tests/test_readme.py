@@ -1,4 +1,5 @@
 """README.md and docs/: length, tables, links, references to code, and arguments of commands."""
+
 import re
 import shlex
 import sys
@@ -16,17 +17,27 @@ REPOSITORY = Path(__file__).parent.parent
 sys.path.append(str(REPOSITORY / "benchmarks"))
 import study  # noqa: E402
 
-PAGES = {path.relative_to(REPOSITORY).as_posix(): path.read_text(encoding="utf-8")
-         for path in [REPOSITORY / "README.md", *sorted(REPOSITORY.glob("docs/*.md"))]}
+PAGES = {
+    path.relative_to(REPOSITORY).as_posix(): path.read_text(encoding="utf-8")
+    for path in [REPOSITORY / "README.md", *sorted(REPOSITORY.glob("docs/*.md"))]
+}
 README = PAGES["README.md"]
-PROGRAMS = {"data.py": data, "demo.py": demo, "evaluate.py": evaluate, "train.py": train,
-            "benchmarks/study.py": study}
+PROGRAMS = {
+    "data.py": data,
+    "demo.py": demo,
+    "evaluate.py": evaluate,
+    "train.py": train,
+    "benchmarks/study.py": study,
+}
 
 
 def find_all(pattern):
     """[(page, match), ...] of a regular expression in all pages."""
-    return [(page, match) for page, text in PAGES.items()
-            for match in re.findall(pattern, text, re.MULTILINE | re.DOTALL)]
+    return [
+        (page, match)
+        for page, text in PAGES.items()
+        for match in re.findall(pattern, text, re.MULTILINE | re.DOTALL)
+    ]
 
 
 def links():
@@ -40,13 +51,17 @@ def links():
 def commands():
     """[(page, command), ...] of PROGRAMS, in blocks without a language and in `code`."""
     blocks = find_all(r"^```(\w*)\n(.*?)^```")
-    lines = [(page, line) for page, (language, block) in blocks if not language
-             for line in re.split(r"\n|&&", block.replace("\\\n", " "))]
+    lines = [
+        (page, line)
+        for page, (language, block) in blocks
+        if not language
+        for line in re.split(r"\n|&&", block.replace("\\\n", " "))
+    ]
     for page, line in lines + find_all(r"`(python [^`]*)`"):
         words = shlex.split(line, comments=True)
         programs = [number for number, word in enumerate(words) if word in PROGRAMS]
         if programs:
-            yield page, tuple(words[programs[0]:])
+            yield page, tuple(words[programs[0] :])
 
 
 def test_the_readme_has_at_most_1500_words():
@@ -67,8 +82,9 @@ def test_links_lead_to_a_file_and_a_heading(page, link):
     assert file.exists()
     if anchor:
         headings = re.findall(r"^#+ (.*)", file.read_text(encoding="utf-8"), re.MULTILINE)
-        assert anchor in [re.sub(r"[^\w -]", "", text.lower()).replace(" ", "-")
-                          for text in headings]
+        assert anchor in [
+            re.sub(r"[^\w -]", "", text.lower()).replace(" ", "-") for text in headings
+        ]
 
 
 @pytest.mark.parametrize("page, command", list(dict.fromkeys(commands())))

@@ -1,4 +1,5 @@
 """Official settings and data sets: every field, every layout on disk, one training step each."""
+
 import inspect
 import json
 import shutil
@@ -29,10 +30,41 @@ CLASSES = {"ovis": 25, "ytvis_2019": 40, "ytvis_2021": 40}
 COCO_IDS = [i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)]
 HEIGHT, WIDTH, FRAMES = 40, 56, 3
 SMALL = [
-    "--preset", "toy", "--norm", "group", "--device", "cpu", "--workers", "0", "--points", "32",
-    "--short-sides", "32", "48", "--pseudo-short-sides", "32", "--lsj-size", "64", "--crop-size",
-    "24", "36", "--pseudo-crop-size", "24", "36", "--no-crop-relative", "--init", "",
-    "--backbone-weights", "", "--iterations", "1", "--batch", "1", "--lr-steps", "--seed", "3",
+    "--preset",
+    "toy",
+    "--norm",
+    "group",
+    "--device",
+    "cpu",
+    "--workers",
+    "0",
+    "--points",
+    "32",
+    "--short-sides",
+    "32",
+    "48",
+    "--pseudo-short-sides",
+    "32",
+    "--lsj-size",
+    "64",
+    "--crop-size",
+    "24",
+    "36",
+    "--pseudo-crop-size",
+    "24",
+    "36",
+    "--no-crop-relative",
+    "--init",
+    "",
+    "--backbone-weights",
+    "",
+    "--iterations",
+    "1",
+    "--batch",
+    "1",
+    "--lr-steps",
+    "--seed",
+    "3",
 ]
 LAYOUTS = {  # annotation file and frames folder of a split that people have on disk
     "as upstream, YouTube-VIS": ("train.json", "train/JPEGImages"),
@@ -45,6 +77,7 @@ LAYOUTS = {  # annotation file and frames folder of a split that people have on 
 
 # ---- Settings ------------------------------------------------------------------------------------
 # -------------------
+
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_dry_run_prints_the_official_setting(name, capsys):
@@ -62,8 +95,17 @@ def test_every_official_setting_has_one_name():
 def test_flags_override_a_recipe_and_its_stage():
     args = parse_arguments(
         [
-            "--recipe", "grattvis/ovis/r50", "--lr", "1e-4", "--no-freeze-detector", "--no-flip",
-            "--frames", "3", "--propagation", "memory", "--crop-short-sides",
+            "--recipe",
+            "grattvis/ovis/r50",
+            "--lr",
+            "1e-4",
+            "--no-freeze-detector",
+            "--no-flip",
+            "--frames",
+            "3",
+            "--propagation",
+            "memory",
+            "--crop-short-sides",
         ]
     )
     setting = official_setting(args)
@@ -73,7 +115,14 @@ def test_flags_override_a_recipe_and_its_stage():
         if setting[name] != value
     }
     assert changed == {
-        "lr", "freeze_detector", "flip", "frames", "use_mem", "gated", "crop", "meta",
+        "lr",
+        "freeze_detector",
+        "flip",
+        "frames",
+        "use_mem",
+        "gated",
+        "crop",
+        "meta",
     }
 
 
@@ -91,11 +140,12 @@ def test_a_stage_without_a_recipe():
 # ---- Data on disk --------------------------------------------------------------------------------
 # -------------------
 
+
 def draw_frame(path, generator):
     """A noisy picture with a bright rectangle; returns the rectangle: left, top, right, bottom."""
     picture = generator.integers(0, 90, (HEIGHT, WIDTH, 3), dtype=numpy.uint8)
     left, top = generator.integers(2, 20, 2)
-    picture[top:top + 18, left:left + 22] += 150
+    picture[top : top + 18, left : left + 22] += 150
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(picture).save(path, quality=95)
     return left, top, left + 22, top + 18
@@ -183,9 +233,11 @@ def data_sets(tmp_path_factory):
 
 
 SIZES = ("preset", "test_short_side", "iterations", "lr_steps", "init", "backbone_weights")
-DIFFERENT = {repr({key: value for key, value in setting.items() if key not in SIZES}): name
-             # The same data, augmentation, stage: one of them.
-             for name, (_, setting) in RECIPES.items()}
+DIFFERENT = {
+    repr({key: value for key, value in setting.items() if key not in SIZES}): name
+    # The same data, augmentation, stage: one of them.
+    for name, (_, setting) in RECIPES.items()
+}
 
 
 @pytest.mark.slow
@@ -291,8 +343,13 @@ def test_every_category_of_coco_becomes_the_official_one(target, tmp_path):
     (coco / "annotations").mkdir()
     (coco / "annotations/instances_train2017.json").write_text(json.dumps(content))
     images, _ = open_clips(
-        tmp_path, "--train-sets", f"coco2{target}_train", f"{name}_train", "--num-classes",
-        str(CLASSES[name]), "--crop-short-sides",
+        tmp_path,
+        "--train-sets",
+        f"coco2{target}_train",
+        f"{name}_train",
+        "--num-classes",
+        str(CLASSES[name]),
+        "--crop-short-sides",
     ).sources
     clips = [images[index] for index in range(len(images.videos))]
     found = {Path(clip.source.split(", ")[0]).stem: clip.labels.item() + 1 for clip in clips}
@@ -311,8 +368,12 @@ def test_every_source_of_a_recipe_is_augmented_as_officially(name, data_sets):
         lsj_size=official["lsj_image_size"] if official["lsj"] else 0,
     )
     assert videos.augmentation == Augmentation(
-        tuple(official["short_sides"]), crop_size=tuple(official["crop_size"]), rotation=0.0,
-        crop_relative=official["crop_type"] == "relative_range", **common)
+        tuple(official["short_sides"]),
+        crop_size=tuple(official["crop_size"]),
+        rotation=0.0,
+        crop_relative=official["crop_type"] == "relative_range",
+        **common,
+    )
     for source in images:
         assert source.augmentation == Augmentation(
             tuple(official["pseudo_short_sides"]),
@@ -368,10 +429,17 @@ def test_a_target_without_the_mapped_classes_is_refused(tmp_path):
         open_clips(tmp_path, "--num-classes", "23")
 
 
-@pytest.mark.parametrize("key, value, expected", [
-    ("annotations", [], "has no annotations"),
-    ("categories", [{"id": number, "name": f"other {number}"} for number in (1, 2, 3)],
-     "has other categories than the training clips")])
+@pytest.mark.parametrize(
+    "key, value, expected",
+    [
+        ("annotations", [], "has no annotations"),
+        (
+            "categories",
+            [{"id": number, "name": f"other {number}"} for number in (1, 2, 3)],
+            "has other categories than the training clips",
+        ),
+    ],
+)
 def test_a_held_out_set_that_cannot_be_scored_is_refused(tmp_path, key, value, expected):
     """Before the first step, not at the first evaluation."""
     make_videos(tmp_path, ("train.json", "train/JPEGImages"), 3)
@@ -386,10 +454,21 @@ def test_a_held_out_set_that_cannot_be_scored_is_refused(tmp_path, key, value, e
 def test_evaluation_of_a_single_annotation_file_is_refused(tmp_path):
     make_videos(tmp_path, ("train.json", "train/JPEGImages"), 3)
     with pytest.raises(InputError, match="--evaluate-every needs --data-root or --test-sets"):
-        train.main(parse_arguments([
-            "--train-json", str(tmp_path / "train.json"), "--train-images",
-            str(tmp_path / "train/JPEGImages"), "--output", str(tmp_path / "run"), *SMALL,
-            "--evaluate-every", "1"]))
+        train.main(
+            parse_arguments(
+                [
+                    "--train-json",
+                    str(tmp_path / "train.json"),
+                    "--train-images",
+                    str(tmp_path / "train/JPEGImages"),
+                    "--output",
+                    str(tmp_path / "run"),
+                    *SMALL,
+                    "--evaluate-every",
+                    "1",
+                ]
+            )
+        )
 
 
 def test_other_classes_than_expected_are_refused(data_sets):
@@ -399,6 +478,7 @@ def test_other_classes_than_expected_are_refused(data_sets):
 
 # ---- Broken data ---------------------------------------------------------------------------------
 # -------------------
+
 
 @pytest.fixture
 def broken(tmp_path):
@@ -444,8 +524,16 @@ def test_skip_bad_goes_on_and_counts(broken, tmp_path_factory, capsys):
     train.main(
         parse_arguments(
             [
-                "--data-root", str(root), "--output", str(output), "--skip-bad", *SMALL,
-                "--iterations", "4", "--log-every", "4",
+                "--data-root",
+                str(root),
+                "--output",
+                str(output),
+                "--skip-bad",
+                *SMALL,
+                "--iterations",
+                "4",
+                "--log-every",
+                "4",
             ]
         )
     )
@@ -468,14 +556,16 @@ def test_a_stage_counts_more_than_that_of_the_recipe():
 
 def test_rendered_clips_have_the_seed_and_the_suites_in_turn():
     arguments = ["--render", "easy", "occlusion", "--frames", "2", "--short-sides", "48"]
-    first, second = (datasets.open_clips(parse_arguments([*arguments, "--seed", seed]))
-                     for seed in ("5", "6"))
+    first, second = (
+        datasets.open_clips(parse_arguments([*arguments, "--seed", seed])) for seed in ("5", "6")
+    )
     assert not torch.equal(first[0].frames, second[0].frames)
     assert [first[number].source.split()[-1] for number in range(4)] == ["easy", "occlusion"] * 2
 
 
 def test_a_new_option_is_one_argument_and_one_flag(monkeypatch):
     """Of the model, the losses or the augmentation: float, bool and int; checkpoints accept it."""
+
     def with_option(component, **option):
         create = component.__init__
 
@@ -484,10 +574,13 @@ def test_a_new_option_is_one_argument_and_one_flag(monkeypatch):
             create(self, *arguments, **options)
 
         signature = inspect.signature(create)
-        added = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=value)
-                 for name, value in option.items()]
+        added = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=value)
+            for name, value in option.items()
+        ]
         __init__.__signature__ = signature.replace(
-            parameters=[*signature.parameters.values(), *added])
+            parameters=[*signature.parameters.values(), *added]
+        )
         types = {name: type(value) for name, value in option.items()}
         __init__.__annotations__ = create.__annotations__ | types
         monkeypatch.setattr(component, "__init__", __init__)
@@ -501,6 +594,6 @@ def test_a_new_option_is_one_argument_and_one_flag(monkeypatch):
     assert model.tracker.option == given and given.items() <= config["model_options"].items()
     assert read_config({"config": config}, "last.pt") == config
     assert train.make_criterion(args, 1).option == {"consistency_weight": 2.0}
-    args.momentum = float("nan")                    # refused before training, not after
+    args.momentum = float("nan")  # refused before training, not after
     with pytest.raises(InputError, match="momentum is nan, not a finite number"):
         train.make_model(args, [(1, "cell")], None, print)

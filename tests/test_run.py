@@ -1,4 +1,5 @@
 """tests/run.py: what fails in any file fails the whole, and nothing else does."""
+
 import pytest
 
 import run
@@ -13,14 +14,23 @@ FILES = {
 }
 
 
-@pytest.mark.parametrize("names, arguments, code, lines", [
-    (["good", "slow"], [], 0, ["3 passed"]),
-    (["good", "slow"], ["-m", "slow"], 0, ["1 passed"]),        # a file without such tests is fine
-    (["good"], ["-m", "slow"], 1, []),                          # no test at all is not
-    (["good", "bad"], [], 1, ["3 passed", "1 failed", "assert 1 == 2", "FAILED folder/test_bad.py"]),
-    (["good", "broken"], [], 1, ["2 passed", "no_such_module", "FAILED folder/test_broken.py"]),
-    (["good", "dead"], [], 1, ["2 passed", "FAILED folder/test_dead.py"]),
-], ids=str)
+@pytest.mark.parametrize(
+    "names, arguments, code, lines",
+    [
+        (["good", "slow"], [], 0, ["3 passed"]),
+        (["good", "slow"], ["-m", "slow"], 0, ["1 passed"]),  # a file without such tests is fine
+        (["good"], ["-m", "slow"], 1, []),  # no test at all is not
+        (
+            ["good", "bad"],
+            [],
+            1,
+            ["3 passed", "1 failed", "assert 1 == 2", "FAILED folder/test_bad.py"],
+        ),
+        (["good", "broken"], [], 1, ["2 passed", "no_such_module", "FAILED folder/test_broken.py"]),
+        (["good", "dead"], [], 1, ["2 passed", "FAILED folder/test_dead.py"]),
+    ],
+    ids=str,
+)
 def test_exit_code_and_output(tmp_path, monkeypatch, capfd, names, arguments, code, lines):
     folder = tmp_path / "folder"
     folder.mkdir()

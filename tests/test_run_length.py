@@ -1,4 +1,5 @@
 """Run-length codes equal those of pycocotools; invalid codes are detected."""
+
 import numpy
 import pytest
 import torch
@@ -18,8 +19,16 @@ from evaluation.run_length import (
 )
 
 SIZES = [
-    (1, 1, 1), (3, 1, 9), (3, 9, 1), (4, 6, 7), (3, 7, 10), (2, 5, 12), (2, 13, 8), (3, 4, 16),
-    (2, 24, 54), (5, 2, 25),
+    (1, 1, 1),
+    (3, 1, 9),
+    (3, 9, 1),
+    (4, 6, 7),
+    (3, 7, 10),
+    (2, 5, 12),
+    (2, 13, 8),
+    (3, 4, 16),
+    (2, 24, 54),
+    (5, 2, 25),
 ]
 
 
@@ -63,6 +72,7 @@ def runs_by_pixel(mask):
 
 # Encoding
 
+
 @pytest.mark.parametrize("density", [0, 0.02, 0.5, 1])
 @pytest.mark.parametrize("shape", SIZES, ids=str)
 def test_codes_are_those_of_pycocotools(shape, density):
@@ -91,7 +101,7 @@ def test_long_runs_take_several_characters(density):
 
 def test_a_whole_frame_in_one_run():
     masks = torch.zeros(1, 720, 1280, dtype=torch.bool)
-    code, = encode(masks)
+    (code,) = encode(masks)
     assert [code] == official(masks) and len(code["counts"]) == 5
 
 
@@ -136,8 +146,7 @@ def test_views_of_other_tensors(view):
 
 
 def test_parts_and_threads_change_nothing(monkeypatch):
-    """However few pixels are searched at once, and however few masks there are for so many threads.
-    """
+    """However few pixels are searched at once, and however few masks there are for so many threads."""
     masks = torch.cat((noise(6, 9, 12), blobs(5, 9, 12)))
     expected = official(masks)
     monkeypatch.setattr(run_length, "THREADS", 4)
@@ -167,6 +176,7 @@ def test_what_is_no_stack_of_masks_is_refused(masks):
 
 # The same text for tensors
 
+
 @pytest.mark.parametrize("shape", [*SIZES, (2, 300, 400)], ids=str)
 def test_tensors_give_the_codes_of_arrays(shape):
     """What a GPU does, here on the CPU; `encode` itself goes through NumPy there."""
@@ -190,6 +200,7 @@ def test_a_gpu_gives_the_codes_of_the_cpu(monkeypatch):
 
 
 # Decoding
+
 
 @pytest.mark.parametrize("shape", [*SIZES, (3, 90, 120)], ids=str)
 def test_decoded_runs_are_those_counted_pixel_by_pixel(shape):
@@ -243,7 +254,7 @@ def test_a_good_code_of_another_size_is_a_fault():
 @pytest.mark.parametrize("place", [0, 2, 3])
 def test_a_bad_code_is_found_at_its_place(kind, place):
     code, sentence = BAD[kind]
-    codes = GOOD[:place] + [code] + GOOD[place + 1:]
+    codes = GOOD[:place] + [code] + GOOD[place + 1 :]
     assert find_fault(codes, PIXELS) == (place, sentence)
     if isinstance(code, str):
         codes = [code.encode() for code in codes]
@@ -274,8 +285,8 @@ def test_runs_whose_sum_wraps_round_are_a_fault():
     """None is negative, and in 64 bits they add up to the very number of pixels."""
     # Of a length that each run is longer than the one before the last.
     steps = numpy.arange(97_000) // 2 + 1
-    length = 2 ** 64 // int(steps.sum())
-    runs = numpy.concatenate(([2 ** 64 - length * int(steps.sum()) + 20 * 30], steps * length))
+    length = 2**64 // int(steps.sum())
+    runs = numpy.concatenate(([2**64 - length * int(steps.sum()) + 20 * 30], steps * length))
     code = compress(runs, numpy.array([len(runs)]))[0].tobytes()
     assert (decode_runs([code])[0] == runs).all() and runs.min() > 0 and runs.sum() == 20 * 30
     assert find_fault([GOOD[0], code], [20 * 30] * 2) == (1, "its runs do not fill the frame")
@@ -303,8 +314,9 @@ def test_packed_codes_come_out_as_they_went_in(lengths):
 
 def test_packed_codes_stay_in_the_order_of_the_frames():
     """Of three instances, four frames that were added one by one and two together."""
-    frames = [[f"{thing}{frame}".encode() * (thing + 1) for thing in range(3)]
-              for frame in range(6)]
+    frames = [
+        [f"{thing}{frame}".encode() * (thing + 1) for thing in range(3)] for frame in range(6)
+    ]
     kept = PackedCodes(3)
     for codes in (*frames[:4], frames[4] + frames[5]):
         kept.add(codes)

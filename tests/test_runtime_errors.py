@@ -1,4 +1,5 @@
 """Errors of the command line: one sentence and the right exit status, or a traceback for a bug."""
+
 import argparse
 import errno
 import signal
@@ -11,15 +12,22 @@ from runtime.flags import at_least
 from runtime.stopping import Stopped, stop_requested, stop_signals
 
 
-@pytest.mark.parametrize("error, status, sentence", [
-    (InputError("a.json is empty"), 2, "error: a.json is empty"),
-    (FloatingPointError("the loss is not finite"), 2, "error: the loss is not finite"),
-    (FileNotFoundError(errno.ENOENT, "No such file", "a.json"), 2, "error: a.json: No such file"),
-    (OSError(errno.ENOSPC, "No space left"), 2, "error: a file: No space left"),
-    (OSError(errno.EMFILE, "Too many open files"), 2, "error: too many open files"),
-    (OSError(errno.ENFILE, "Too many open files in system"), 2, "error: too many open files"),
-    (Stopped(signal.SIGTERM, "stopped by SIGTERM"), 143, "stopped by SIGTERM"),
-])
+@pytest.mark.parametrize(
+    "error, status, sentence",
+    [
+        (InputError("a.json is empty"), 2, "error: a.json is empty"),
+        (FloatingPointError("the loss is not finite"), 2, "error: the loss is not finite"),
+        (
+            FileNotFoundError(errno.ENOENT, "No such file", "a.json"),
+            2,
+            "error: a.json: No such file",
+        ),
+        (OSError(errno.ENOSPC, "No space left"), 2, "error: a file: No space left"),
+        (OSError(errno.EMFILE, "Too many open files"), 2, "error: too many open files"),
+        (OSError(errno.ENFILE, "Too many open files in system"), 2, "error: too many open files"),
+        (Stopped(signal.SIGTERM, "stopped by SIGTERM"), 143, "stopped by SIGTERM"),
+    ],
+)
 def test_what_a_user_can_correct_is_one_sentence(capsys, error, status, sentence):
     with pytest.raises(SystemExit) as ended, cli_errors():
         raise error

@@ -1,4 +1,5 @@
 """Result files, locks and streams: accidents lose nothing."""
+
 import io
 import json
 import os
@@ -26,8 +27,10 @@ def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path, err
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 def test_json_is_unicode_whatever_the_locale_says(tmp_path, encoding):
     (tmp_path / "a.json").write_bytes('{"name": "犬 собака"}'.encode(encoding))
-    script = ("from runtime.files import read_json; "
-              f"print(ascii(read_json({str(tmp_path / 'a.json')!r})['name']))")
+    script = (
+        "from runtime.files import read_json; "
+        f"print(ascii(read_json({str(tmp_path / 'a.json')!r})['name']))"
+    )
     other = ENVIRONMENT | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     done = subprocess.run([sys.executable, "-c", script], env=other, capture_output=True, text=True)
     assert done.stdout.strip() == ascii("犬 собака"), done.stderr
@@ -54,8 +57,12 @@ with folder_lock(Path(sys.argv[1])):
 @pytest.fixture
 def holder(tmp_path):
     """A process that holds tmp_path."""
-    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], env=ENVIRONMENT,
-                               stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path)],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert process.stdout.readline() == "held\n"
     yield process
     process.kill()
@@ -105,15 +112,36 @@ with cli_errors():
 """
 
 
-@pytest.mark.parametrize("how", [
-    '"$@" | head -1', '"$@" >&-', '"$@" 2>&-', '"$@" >&- 2>&-', '"$@" >/dev/full',
-    '"$@" >/dev/full 2>/dev/full', 'PYTHONIOENCODING=ascii "$@"', 'LC_ALL=C PYTHONUTF8=0 "$@"',
-    'PYTHONIOENCODING=latin1:strict "$@"'])
+@pytest.mark.parametrize(
+    "how",
+    [
+        '"$@" | head -1',
+        '"$@" >&-',
+        '"$@" 2>&-',
+        '"$@" >&- 2>&-',
+        '"$@" >/dev/full',
+        '"$@" >/dev/full 2>/dev/full',
+        'PYTHONIOENCODING=ascii "$@"',
+        'LC_ALL=C PYTHONUTF8=0 "$@"',
+        'PYTHONIOENCODING=latin1:strict "$@"',
+    ],
+)
 def test_what_nobody_can_read_costs_no_results(tmp_path, how):
-    command = ["bash", "-o", "pipefail", "-c", how, "-", sys.executable, "-c", TALKING,
-               str(tmp_path / "result.json")]
-    done = subprocess.run(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL,
-                          stderr=subprocess.PIPE, text=True)
+    command = [
+        "bash",
+        "-o",
+        "pipefail",
+        "-c",
+        how,
+        "-",
+        sys.executable,
+        "-c",
+        TALKING,
+        str(tmp_path / "result.json"),
+    ]
+    done = subprocess.run(
+        command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "result.json").read_text()) == "done"
     assert "Traceback" not in done.stderr and "Exception" not in done.stderr

@@ -1,4 +1,5 @@
 """Loader processes: the same batches as without them, and no deadlocks."""
+
 import errno
 import os
 import re
@@ -52,9 +53,18 @@ def test_batches_are_those_of_the_dataset_in_order(workers):
         assert_equal_items(item, Items()[index])
 
 
-@pytest.mark.parametrize("tensor", [
-    torch.randn(3, 4).t(), torch.randn(2, 6, 4)[:, ::2], torch.zeros(0, 5), torch.tensor(2.5),
-    torch.tensor([True, False]), torch.arange(6.0).half(), torch.ones(3, 1).expand(3, 4)])
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.randn(3, 4).t(),
+        torch.randn(2, 6, 4)[:, ::2],
+        torch.zeros(0, 5),
+        torch.tensor(2.5),
+        torch.tensor([True, False]),
+        torch.arange(6.0).half(),
+        torch.ones(3, 1).expand(3, 4),
+    ],
+)
 def test_a_packed_tensor_keeps_values_dtype_and_shape(tensor):
     found = PackedBatch([tensor], shared=False).unpack()[0]
     assert torch.equal(found, tensor) and found.dtype == tensor.dtype
@@ -140,11 +150,11 @@ def test_an_error_while_sending_arrives(monkeypatch):
 def test_the_default_number_of_workers_fits_shared_memory(monkeypatch):
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(os, "access", lambda path, mode: True)
-    usage = type("Usage", (), {"free": 64 * 2 ** 20})
+    usage = type("Usage", (), {"free": 64 * 2**20})
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
-    assert choose_workers(16, batch_bytes=10 ** 6) == 16
-    assert choose_workers(16, batch_bytes=2 ** 23) == 2   # two batches each, in half of it
-    assert choose_workers(16, batch_bytes=10 ** 8) == 0
+    assert choose_workers(16, batch_bytes=10**6) == 16
+    assert choose_workers(16, batch_bytes=2**23) == 2  # two batches each, in half of it
+    assert choose_workers(16, batch_bytes=10**8) == 0
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # no /dev/shm at all
     assert choose_workers(16, batch_bytes=1) == 0
 
@@ -163,13 +173,19 @@ with cli_errors():
 
 def run_limited(limit):
     """LIMITED in a shell with limited resources: exit status and what it printed last."""
-    root = subprocess.run(["unshare", "--user", "--map-root-user", "--mount", "true"],
-                          capture_output=True)
+    root = subprocess.run(
+        ["unshare", "--user", "--map-root-user", "--mount", "true"], capture_output=True
+    )
     if root.returncode:
         pytest.skip("needs unshare(1) and user namespaces")
-    shell = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", f"{limit} exec \"$@\""]
-    done = subprocess.run([*shell, "-", sys.executable, "-c", LIMITED], env=ENVIRONMENT,
-                          capture_output=True, text=True, timeout=60)
+    shell = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", f'{limit} exec "$@"']
+    done = subprocess.run(
+        [*shell, "-", sys.executable, "-c", LIMITED],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     return done.returncode, (done.stdout + done.stderr).strip().splitlines()[-1]
 
 
@@ -181,11 +197,18 @@ def test_small_shared_memory_is_enough(size):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("limit, expected", [
-    ("mount -t tmpfs -o ro none /dev/shm &&", "loader processes need shared memory .*--workers 0"),
-    ("mount -t tmpfs -o size=8k none /dev/shm &&", "loader processes need shared memory"),
-    ("ulimit -n 30 &&", "2 loader processes need about 48 open files and the limit is 30"),
-    ("ulimit -n 12 &&", "the limit is 12: raise it .ulimit -n 48")])
+@pytest.mark.parametrize(
+    "limit, expected",
+    [
+        (
+            "mount -t tmpfs -o ro none /dev/shm &&",
+            "loader processes need shared memory .*--workers 0",
+        ),
+        ("mount -t tmpfs -o size=8k none /dev/shm &&", "loader processes need shared memory"),
+        ("ulimit -n 30 &&", "2 loader processes need about 48 open files and the limit is 30"),
+        ("ulimit -n 12 &&", "the limit is 12: raise it .ulimit -n 48"),
+    ],
+)
 def test_too_little_of_a_resource_is_one_sentence(limit, expected):
     status, said = run_limited(limit)
     assert status == 2 and re.match(f"error: .*{expected}", said)

@@ -1,4 +1,5 @@
 """Distributed processes: incomplete variables, disagreement and errors are reported by all."""
+
 import subprocess
 import sys
 from pathlib import Path
@@ -15,19 +16,32 @@ from synthetic.suites import make_dataset
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
-@pytest.mark.parametrize("given, expected", [
-    ({"RANK": "1"}, "has RANK but not WORLD_SIZE"),
-    ({"RANK": "0"}, "has RANK but not WORLD_SIZE"),
-    ({"WORLD_SIZE": "2"}, "has WORLD_SIZE but not RANK and MASTER_ADDR and MASTER_PORT"),
-    ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}, "but not MASTER_PORT"),
-    ({"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"},
-     "RANK is 2 in the environment and WORLD_SIZE 2"),
-    ({"RANK": "3", "WORLD_SIZE": "1"}, "RANK is 3 in the environment and WORLD_SIZE 1"),
-    ({"RANK": "one", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"}, "RANK is 'one'"),
-    ({"RANK": "0", "WORLD_SIZE": "-2", "MASTER_ADDR": "x", "MASTER_PORT": "1"},
-     "WORLD_SIZE is '-2'"),
-    ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "http"},
-     "MASTER_PORT is 'http'")])
+@pytest.mark.parametrize(
+    "given, expected",
+    [
+        ({"RANK": "1"}, "has RANK but not WORLD_SIZE"),
+        ({"RANK": "0"}, "has RANK but not WORLD_SIZE"),
+        ({"WORLD_SIZE": "2"}, "has WORLD_SIZE but not RANK and MASTER_ADDR and MASTER_PORT"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}, "but not MASTER_PORT"),
+        (
+            {"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"},
+            "RANK is 2 in the environment and WORLD_SIZE 2",
+        ),
+        ({"RANK": "3", "WORLD_SIZE": "1"}, "RANK is 3 in the environment and WORLD_SIZE 1"),
+        (
+            {"RANK": "one", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"},
+            "RANK is 'one'",
+        ),
+        (
+            {"RANK": "0", "WORLD_SIZE": "-2", "MASTER_ADDR": "x", "MASTER_PORT": "1"},
+            "WORLD_SIZE is '-2'",
+        ),
+        (
+            {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "http"},
+            "MASTER_PORT is 'http'",
+        ),
+    ],
+)
 def test_incomplete_variables_are_named(monkeypatch, given, expected):
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
@@ -37,9 +51,15 @@ def test_incomplete_variables_are_named(monkeypatch, given, expected):
         start_processes("cpu")
 
 
-@pytest.mark.parametrize("given", [
-    {}, {"MASTER_ADDR": "login-node", "MASTER_PORT": "29500"}, {"RANK": "0", "WORLD_SIZE": "1"},
-    {"LOCAL_RANK": "3"}])
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"MASTER_ADDR": "login-node", "MASTER_PORT": "29500"},
+        {"RANK": "0", "WORLD_SIZE": "1"},
+        {"LOCAL_RANK": "3"},
+    ],
+)
 def test_a_single_process_needs_no_variables(monkeypatch, given):
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
@@ -58,10 +78,25 @@ def test_a_gpu_that_the_machine_lacks(monkeypatch):
 
 def start_two(script, *arguments, folder):
     """Two processes that run a script, each with its own rank in RANK."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
-               "--master-port", free_port(), str(script), *map(str, arguments)]
-    return subprocess.Popen(command, env=ENVIRONMENT, cwd=folder, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        free_port(),
+        str(script),
+        *map(str, arguments),
+    ]
+    return subprocess.Popen(
+        command,
+        env=ENVIRONMENT,
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 COLLECTIVES = """
@@ -129,10 +164,11 @@ def datasets(tmp_path_factory):
 
 DISAGREEMENTS = {  # arguments of process 1 -> the error
     "word.replace('/one', '/two')": "the processes disagree about the contents of the annotation "
-                                    "files",
+    "files",
     "'64' if word == '48' else word": "the processes disagree about --short-sides",
     "word.replace('/one', '/three')": "no annotation file found; tried",
-    "'0.5' if word == '0.25' else word": "the processes disagree about --lr: 0.25"}
+    "'0.5' if word == '0.25' else word": "the processes disagree about --lr: 0.25",
+}
 
 
 @pytest.mark.slow
@@ -142,10 +178,36 @@ def test_processes_that_see_different_things_do_not_train(datasets, tmp_path):
     for number, change in enumerate(DISAGREEMENTS):
         script, output = tmp_path / f"{number}.py", tmp_path / f"run{number}"
         script.write_text(SEES_OTHER_THINGS.format(change=f"(lambda word: {change})"))
-        started.append((output, start_two(
-            script, REPOSITORY / "train.py", "--data-root", datasets / "one", "--output", output,
-            "--device", "cpu", "--frames", 2, "--points", 64, "--short-sides", 48, "--batch", 2,
-            "--workers", 0, "--iterations", 2, "--lr", 0.25, folder=tmp_path)))
+        started.append(
+            (
+                output,
+                start_two(
+                    script,
+                    REPOSITORY / "train.py",
+                    "--data-root",
+                    datasets / "one",
+                    "--output",
+                    output,
+                    "--device",
+                    "cpu",
+                    "--frames",
+                    2,
+                    "--points",
+                    64,
+                    "--short-sides",
+                    48,
+                    "--batch",
+                    2,
+                    "--workers",
+                    0,
+                    "--iterations",
+                    2,
+                    "--lr",
+                    0.25,
+                    folder=tmp_path,
+                ),
+            )
+        )
     for (output, process), expected in zip(started, DISAGREEMENTS.values(), strict=True):
         said, _ = process.communicate(timeout=240)
         assert process.returncode, said
@@ -154,10 +216,31 @@ def test_processes_that_see_different_things_do_not_train(datasets, tmp_path):
 
 
 def arguments(datasets, output, *more):
-    return train.parse_arguments([
-        "--data-root", str(datasets / "one"), "--output", str(output), "--device", "cpu",
-        "--frames", "2", "--points", "64", "--short-sides", "48", "--batch", "1", "--workers", "0",
-        "--iterations", "1", "--log-every", "1", *map(str, more)])
+    return train.parse_arguments(
+        [
+            "--data-root",
+            str(datasets / "one"),
+            "--output",
+            str(output),
+            "--device",
+            "cpu",
+            "--frames",
+            "2",
+            "--points",
+            "64",
+            "--short-sides",
+            "48",
+            "--batch",
+            "1",
+            "--workers",
+            "0",
+            "--iterations",
+            "1",
+            "--log-every",
+            "1",
+            *map(str, more),
+        ]
+    )
 
 
 @pytest.mark.parametrize("part", ["best.pt", "log.jsonl", "args.json"])
@@ -172,8 +255,10 @@ def test_a_folder_with_any_part_of_a_run_is_refused(datasets, tmp_path, part, re
 
 def test_a_run_has_a_checkpoint_before_its_first_step(datasets, tmp_path, monkeypatch):
     """So a run that dies early can be resumed, and is not overwritten."""
+
     def dies(*_):
         raise KeyboardInterrupt
+
     monkeypatch.setattr(train, "train_step", dies)
     with pytest.raises(KeyboardInterrupt):
         train.main(arguments(datasets, tmp_path / "run"))

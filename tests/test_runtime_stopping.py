@@ -1,4 +1,5 @@
 """Signals: training saves its step, evaluation its videos, with a one-sentence message."""
+
 import json
 import signal
 import subprocess
@@ -11,15 +12,28 @@ from processes import ENVIRONMENT, REPOSITORY, free_port, wait_until
 from synthetic.suites import make_dataset
 
 pytestmark = pytest.mark.slow
-SMALL = ["--device", "cpu", "--frames", "2", "--points", "64", "--short-sides", "48", "--batch",
-         "2", "--log-every", "1"]
+SMALL = [
+    "--device",
+    "cpu",
+    "--frames",
+    "2",
+    "--points",
+    "64",
+    "--short-sides",
+    "48",
+    "--batch",
+    "2",
+    "--log-every",
+    "1",
+]
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
     root = tmp_path_factory.mktemp("stopping") / "set"
-    make_dataset(root, train_videos=3, valid_videos=24, frames=3, height=48, width=64,
-                 objects=(1, 2))
+    make_dataset(
+        root, train_videos=3, valid_videos=24, frames=3, height=48, width=64, objects=(1, 2)
+    )
     return root
 
 
@@ -42,8 +56,9 @@ def default_signals():
 
 
 def train(dataset, output, *more, handler=default_signals):
-    return start("train.py", "--data-root", dataset, "--output", output, *SMALL, *more,
-                 handler=handler)
+    return start(
+        "train.py", "--data-root", dataset, "--output", output, *SMALL, *more, handler=handler
+    )
 
 
 def steps(output):
@@ -77,8 +92,12 @@ def test_training_saves_the_step_and_resumes_exactly(dataset, tmp_path):
         assert last_line(said).startswith(message)
         done = torch.load(run / "last.pt", weights_only=True)["step"]
         assert done == steps(run)[-1]
-        resumed[number] = done + 2, train(dataset, run, "--iterations", done + 2, *options,
-                                          *cases[number], "--resume", "auto")
+        resumed[number] = (
+            done + 2,
+            train(
+                dataset, run, "--iterations", done + 2, *options, *cases[number], "--resume", "auto"
+            ),
+        )
     longest = max(iterations for iterations, _ in resumed.values())
     whole = train(dataset, tmp_path / "whole", "--iterations", longest, *options, "--workers", 0)
     for process in (*(process for _, process in resumed.values()), whole):
@@ -118,7 +137,7 @@ def test_an_interrupted_evaluation_of_a_run_is_repeated(dataset, tmp_path):
     options = ["--workers", 0, "--evaluate-every", 2, "--test-short-side", 48, "--iterations", 4]
     process = train(dataset, tmp_path / "run", *options)
     wait_until(lambda: 2 in steps(tmp_path / "run"), process)
-    process.send_signal(signal.SIGTERM)                 # the evaluation has begun
+    process.send_signal(signal.SIGTERM)  # the evaluation has begun
     _, said = process.communicate(timeout=60)
     assert process.returncode == 143, said
     again = train(dataset, tmp_path / "run", *options, "--resume", "auto")
@@ -130,6 +149,7 @@ def test_an_interrupted_evaluation_of_a_run_is_repeated(dataset, tmp_path):
 
 def test_an_ignored_signal_stays_ignored(dataset, tmp_path):
     """As under nohup, or for background jobs of a script."""
+
     def ignored():
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -143,8 +163,21 @@ def test_an_ignored_signal_stays_ignored(dataset, tmp_path):
 def test_evaluation_keeps_what_is_done(dataset, tmp_path):
     process = train(dataset, tmp_path / "run", "--iterations", 1, "--workers", 0)
     assert process.wait(timeout=60) == 0
-    command = ["evaluate.py", "--weights", tmp_path / "run/last.pt", "--data-root", dataset,
-               "--short-side", 48, "--device", "cpu", "--workers", 1, "--output", tmp_path / "out"]
+    command = [
+        "evaluate.py",
+        "--weights",
+        tmp_path / "run/last.pt",
+        "--data-root",
+        dataset,
+        "--short-side",
+        48,
+        "--device",
+        "cpu",
+        "--workers",
+        1,
+        "--output",
+        tmp_path / "out",
+    ]
     process = start(*command, handler=default_signals)
     unfinished = tmp_path / "out/unfinished"
     wait_until(lambda: len(list(unfinished.glob("[0-9]*.json"))) > 1, process)
@@ -152,8 +185,10 @@ def test_evaluation_keeps_what_is_done(dataset, tmp_path):
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in said
     done = len(list(unfinished.glob("[0-9]*.json")))
-    assert last_line(said) == (f"stopped by SIGINT: {done} of 24 videos are done and kept in "
-                               f"{unfinished}; the same command continues")
+    assert last_line(said) == (
+        f"stopped by SIGINT: {done} of 24 videos are done and kept in "
+        f"{unfinished}; the same command continues"
+    )
     process = start(*command)
     printed, said = process.communicate(timeout=120)
     assert process.returncode == 0 and f"{done} of them done before" in printed, said
@@ -161,18 +196,37 @@ def test_evaluation_keeps_what_is_done(dataset, tmp_path):
 
 def test_all_processes_stop_after_the_same_step(dataset, tmp_path):
     """The signal reaches one of two only; torchrun's own would reach both."""
-    arguments = ["-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port",
-                 free_port(), REPOSITORY / "train.py", "--data-root", dataset, "--output",
-                 tmp_path / "run", *SMALL, "--workers", 0, "--iterations", 5000]
+    arguments = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        2,
+        "--master-port",
+        free_port(),
+        REPOSITORY / "train.py",
+        "--data-root",
+        dataset,
+        "--output",
+        tmp_path / "run",
+        *SMALL,
+        "--workers",
+        0,
+        "--iterations",
+        5000,
+    ]
     process = start(*arguments)
     wait_until(lambda: len(steps(tmp_path / "run")) >= 2, process)
-    children = subprocess.run(["pgrep", "-f", f"train.py.*{tmp_path}/run"], capture_output=True,
-                              text=True).stdout.split()
+    children = subprocess.run(
+        ["pgrep", "-f", f"train.py.*{tmp_path}/run"], capture_output=True, text=True
+    ).stdout.split()
     second = [int(child) for child in children if rank_of(child) == b"1"]
     subprocess.run(["kill", "-TERM", str(second[0])], check=True)
     _, said = process.communicate(timeout=120)
-    assert "stopped by SIGTERM" in said and "Traceback (most recent call last):\n  File \"" not in \
-        said.split("stopped by SIGTERM")[0]
+    assert (
+        "stopped by SIGTERM" in said
+        and 'Traceback (most recent call last):\n  File "'
+        not in said.split("stopped by SIGTERM")[0]
+    )
     done = torch.load(tmp_path / "run/last.pt", weights_only=True)["step"]
     assert done == steps(tmp_path / "run")[-1]
 

@@ -3,6 +3,7 @@
 The table contains statistics of the first held-out scenes of every suite, rendered at a small size.
 They are compared with a tolerance, because the last digits of a sine depend on the processor.
 """
+
 import math
 
 import numpy
@@ -28,14 +29,23 @@ def describe(suite):
     """The numbers of SCENES for the first videos of a suite."""
     levels, categories, pixels, shown, first = [], [], 0, 0, 0
     for number in range(VIDEOS):
-        frames, instances = rendering.make_video(numpy.random.default_rng(
-            (0, 1, number)), suite.frames, HEIGHT, WIDTH, suite.objects, suite.difficulty)
+        frames, instances = rendering.make_video(
+            numpy.random.default_rng((0, 1, number)),
+            suite.frames,
+            HEIGHT,
+            WIDTH,
+            suite.objects,
+            suite.difficulty,
+        )
         levels.append(frames.astype(float))
         for category, masks in instances:
             visible = masks.any((1, 2))
             categories.append(category)
-            pixels, shown, first = pixels + int(masks.sum()), shown + int(
-                visible.sum()), first + int(visible.argmax())
+            pixels, shown, first = (
+                pixels + int(masks.sum()),
+                shown + int(visible.sum()),
+                first + int(visible.argmax()),
+            )
     levels = numpy.stack(levels)
     return levels.mean(), levels.std(), categories, pixels, shown, first
 
@@ -58,15 +68,23 @@ def test_the_scenes_of_a_suite_stay_what_they_are(name):
     assert (shown, first) == pytest.approx(expected[4:], abs=1)
 
 
-@pytest.mark.parametrize("name, area", [("disc", math.pi), (
-    "square", 2), ("triangle", 3 * math.sqrt(3) / 4), ("star", 5 * 0.48 * math.sin(math.pi / 5)), (
-        "cross", 2 * 1.9 * 0.62 - 0.62 ** 2), ("ring", math.pi * (1 - 0.48 ** 2))])
+@pytest.mark.parametrize(
+    "name, area",
+    [
+        ("disc", math.pi),
+        ("square", 2),
+        ("triangle", 3 * math.sqrt(3) / 4),
+        ("star", 5 * 0.48 * math.sin(math.pi / 5)),
+        ("cross", 2 * 1.9 * 0.62 - 0.62**2),
+        ("ring", math.pi * (1 - 0.48**2)),
+    ],
+)
 def test_shapes_have_their_area_and_reach_one(name, area):
     """Negative inside; the farthest tip at radius one, where nothing lies beyond."""
     steps = (numpy.arange(1200) + 0.5) / 500 - 1.2
     x, y = steps[None], steps[:, None]
     inside = scenes.SHAPES[name](x, y) < 0
-    assert inside.sum() / 500 ** 2 == pytest.approx(area, rel=0.01)
+    assert inside.sum() / 500**2 == pytest.approx(area, rel=0.01)
     assert numpy.hypot(x, y)[inside].max() == pytest.approx(1, abs=0.01)
 
 
@@ -86,20 +104,31 @@ def test_every_shape_is_a_category_and_every_texture_is_used():
 def test_a_colour_stands_out_against_the_background():
     """Of eight pairs, the one whose bright tone is farthest from it."""
     for background in (numpy.zeros(3), numpy.full(3, 255.0), numpy.array([255.0, 0, 0])):
-        chosen = [numpy.linalg.norm(scenes.class_colours(
-            numpy.random.default_rng(seed), 1, background)[0] - background) for seed in range(40)]
-        alone = [numpy.linalg.norm(scenes.class_colours(numpy.random.default_rng(
-            seed), 1, background, candidates=1)[0] - background) for seed in range(40)]
+        chosen = [
+            numpy.linalg.norm(
+                scenes.class_colours(numpy.random.default_rng(seed), 1, background)[0] - background
+            )
+            for seed in range(40)
+        ]
+        alone = [
+            numpy.linalg.norm(
+                scenes.class_colours(numpy.random.default_rng(seed), 1, background, candidates=1)[0]
+                - background
+            )
+            for seed in range(40)
+        ]
         assert numpy.mean(chosen) > numpy.mean(alone) + 3
 
 
 def test_paths_cross_the_middle_or_come_back():
     """A crossing path passes the middle of the frame; a returning one is outside for a while."""
     for seed in range(30):
-        path = scenes.crossing_path(numpy.random.default_rng(seed),
-                                    40, HEIGHT, WIDTH) / (WIDTH, HEIGHT)
+        path = scenes.crossing_path(numpy.random.default_rng(seed), 40, HEIGHT, WIDTH) / (
+            WIDTH,
+            HEIGHT,
+        )
         assert ((path > 0.05) & (path < 0.95)).all(1).any()
-        assert numpy.abs(numpy.diff(path, axis=0)).max() < 0.08      # no jump
+        assert numpy.abs(numpy.diff(path, axis=0)).max() < 0.08  # no jump
         radius = 8
         path = scenes.returning_path(numpy.random.default_rng(seed), 200, HEIGHT, WIDTH, radius)
         outside = ((path < -radius) | (path > numpy.array([WIDTH, HEIGHT]) + radius)).any(1)
@@ -108,8 +137,10 @@ def test_paths_cross_the_middle_or_come_back():
 
 def test_objects_come_back_through_any_border():
     """As often through the upper or left one as through the others."""
-    paths = [scenes.returning_path(numpy.random.default_rng(seed), 200, HEIGHT, WIDTH, radius=8)
-             for seed in range(600)]
+    paths = [
+        scenes.returning_path(numpy.random.default_rng(seed), 200, HEIGHT, WIDTH, radius=8)
+        for seed in range(600)
+    ]
     below = sum((path < -8).any(0).sum() for path in paths)
     beyond = sum((path > numpy.array([WIDTH, HEIGHT]) + 8).any(0).sum() for path in paths)
     assert below + beyond > 600 and 0.46 < below / (below + beyond) < 0.54
@@ -133,15 +164,16 @@ def test_covers_hide_as_many_objects_for_as_long_as_asked_for():
     assert 70 < len(covers) < 130
     centres, lengths = numpy.stack([thing.centres for thing in things]), set()
     for cover in covers:
-        distances = numpy.linalg.norm(centres - cover.centres, axis=2)     # (things, T)
-        lengths.add(int((distances < 1e-6).sum(1).max()))                  # frames in front of one
+        distances = numpy.linalg.norm(centres - cover.centres, axis=2)  # (things, T)
+        lengths.add(int((distances < 1e-6).sum(1).max()))  # frames in front of one
     assert lengths == {3, 4, 5}
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 1.0])
 def test_so_many_frames_are_lost_in_noise(share):
-    light, lost = scenes.make_degradation(numpy.random.default_rng(0),
-                                          40, scenes.Difficulty(noisy=share))
+    light, lost = scenes.make_degradation(
+        numpy.random.default_rng(0), 40, scenes.Difficulty(noisy=share)
+    )
     assert lost.sum() == 40 * share
     assert lost.dtype == bool
     assert (light == 1).all()
@@ -151,13 +183,14 @@ def test_so_many_frames_are_lost_in_noise(share):
 def test_light_stays_as_it_has_become():
     changed = 0
     for seed in range(40):
-        light, lost = scenes.make_degradation(numpy.random.default_rng(seed),
-                                              10, scenes.Difficulty(light=0.5))
+        light, lost = scenes.make_degradation(
+            numpy.random.default_rng(seed), 10, scenes.Difficulty(light=0.5)
+        )
         steps = (numpy.diff(light, axis=0) != 0).any(1)
         assert steps.sum() <= 1 and not lost.any()
         after = light[-1]
         if (after != 1).any():
             changed += 1
             assert (after < 0.7).all() or (after > 1.15).all()
-            assert numpy.ptp(after) > 0                              # a tint of its own
+            assert numpy.ptp(after) > 0  # a tint of its own
     assert 10 < changed < 30

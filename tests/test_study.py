@@ -1,4 +1,5 @@
 """The gate study: switches, gaps and bins of hand-made tracks, noisy frames, and tables."""
+
 import json
 import signal
 import subprocess
@@ -54,6 +55,7 @@ def assigned(found, *instances):
 
 # Identity switches
 
+
 def test_a_swap_of_two_tracks_is_two_switches():
     found = found_of(LEFT[:2] + RIGHT[2:], RIGHT[:2] + LEFT[2:])
     given = assigned(found, LEFT, RIGHT)
@@ -95,6 +97,7 @@ def test_weak_tracks_and_none_at_all():
 
 
 # Gaps, bins and states
+
 
 @pytest.mark.parametrize(
     "seen, gap", [("1", 0), ("0110", 0), ("101", 1), ("1001011", 2), ("0100001", 4)]
@@ -175,6 +178,7 @@ def test_an_unmatched_detection_is_an_error_in_every_bin():
 
 # From frames to records
 
+
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory):
     """A folder with sets of two suites, each of one held-out video.
@@ -200,7 +204,7 @@ def test_frames_lost_in_noise_are_found(sets):
     )
     lost = (noisy != clean).any((1, 2, 3))
     assert lost.sum() == 4
-    video, = study.open_suite("degraded", sets / "degraded", 24).videos
+    (video,) = study.open_suite("degraded", sets / "degraded", 24).videos
     assert gate_measures.noisy_frames(video, difficulty.noise).tolist() == lost.tolist()
 
 
@@ -264,13 +268,25 @@ def test_measure_then_table(sets, tmp_path, capsys):
         tmp_path / "last.pt", {"model": build_model("toy", 6).state_dict(), "config": config}
     )
     arguments = [
-        "measure", str(tmp_path / "last.pt"), "--suites", "occlusion", "--sets", str(sets),
-        "--device", "cpu", "--output", str(tmp_path / "new/study.json"),
+        "measure",
+        str(tmp_path / "last.pt"),
+        "--suites",
+        "occlusion",
+        "--sets",
+        str(sets),
+        "--device",
+        "cpu",
+        "--output",
+        str(tmp_path / "new/study.json"),
     ]
     study.measure(study.parse_arguments(arguments))
-    record, = json.loads((tmp_path / "new/study.json").read_text())
+    (record,) = json.loads((tmp_path / "new/study.json").read_text())
     assert [record[key] for key in ("name", "seed", "suite", "videos", "amp")] == [
-        "gated, additive", 3, "occlusion", 1, "float32",
+        "gated, additive",
+        3,
+        "occlusion",
+        1,
+        "float32",
     ]
     assert 0 <= record["scores"]["AP"] <= 1
     assert record["AP by gap"].keys() == gate_measures.GAPS.keys()
@@ -284,6 +300,7 @@ def test_measure_then_table(sets, tmp_path, capsys):
 
 
 # Tables
+
 
 def record_of(name, seed, average, switches=0.0, suite="easy", by_gap=(0.5, -1.0), checksum="a"):
     """A record with hand-made numbers, of bins of its own."""
@@ -371,10 +388,14 @@ def test_plots(tmp_path):
     )
     study.table(study.parse_arguments(["table", path, "--plot", str(tmp_path / "plots")]))
     assert sorted(file.name for file in (tmp_path / "plots").iterdir()) == [
-        "AP_by_gap_easy.png", "last_open_by_share_easy.png", "open_by_share_easy.png"]
+        "AP_by_gap_easy.png",
+        "last_open_by_share_easy.png",
+        "open_by_share_easy.png",
+    ]
 
 
 # Training
+
 
 def test_no_run_is_left_behind(tmp_path):
     """Whatever ends the study, Ctrl-C too."""

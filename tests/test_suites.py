@@ -42,8 +42,12 @@ def read_files(root):
 def decode(annotation):
     """The (T, H, W) bool masks of an annotation, empty where it says null."""
     empty = np.zeros((annotation["height"], annotation["width"]), dtype=bool)
-    return np.stack([empty if code is None else rle.decode(code).astype(bool)
-                     for code in annotation["segmentations"]])
+    return np.stack(
+        [
+            empty if code is None else rle.decode(code).astype(bool)
+            for code in annotation["segmentations"]
+        ]
+    )
 
 
 def masks_by_video(content):
@@ -75,7 +79,7 @@ def test_more_videos_begin_with_the_fewer(tmp_path):
     synthetic.make_dataset(tmp_path / "many", **{**SMALL, "train_videos": 5, "valid_videos": 2})
     few, many = read_json(tmp_path / "few"), read_json(tmp_path / "many")
     assert many["videos"][:3] == few["videos"]
-    assert many["annotations"][:len(few["annotations"])] == few["annotations"]
+    assert many["annotations"][: len(few["annotations"])] == few["annotations"]
     assert all(
         annotation["video_id"] > 3 for annotation in many["annotations"][len(few["annotations"]) :]
     )
@@ -106,8 +110,13 @@ def test_boxes_and_areas_agree_with_the_masks(scene_set):
         masks = decode(annotation)
         assert masks.shape == (annotation["length"], annotation["height"], annotation["width"])
         assert masks.any()
-        for mask, code, box, area in zip(masks, annotation["segmentations"], annotation["bboxes"],
-                                         annotation["areas"], strict=True):
+        for mask, code, box, area in zip(
+            masks,
+            annotation["segmentations"],
+            annotation["bboxes"],
+            annotation["areas"],
+            strict=True,
+        ):
             if code is None:
                 assert box is None and area is None
                 continue
@@ -125,7 +134,7 @@ def test_some_instance_has_a_gap(scene_set):
     visible = [
         decode(annotation).any(axis=(1, 2)) for annotation in read_json(scene_set)["annotations"]
     ]
-    spans = [frames[frames.argmax():len(frames) - frames[::-1].argmax()] for frames in visible]
+    spans = [frames[frames.argmax() : len(frames) - frames[::-1].argmax()] for frames in visible]
     assert any(not span.all() for span in spans)
 
 
@@ -180,6 +189,7 @@ def test_an_existing_set_is_left_alone(tmp_path):
 def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch):
     def interrupt(*arguments):
         raise KeyboardInterrupt
+
     monkeypatch.setattr(synthetic, "describe_instance", interrupt)
     with pytest.raises(KeyboardInterrupt):
         synthetic.make_dataset(tmp_path / "set", **SMALL)
@@ -189,8 +199,13 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "wrong",
     [
-        dict(frames=0), dict(height=31), dict(width=8), dict(train_videos=0), dict(objects=(0, 2)),
-        dict(objects=(3, 2)), dict(objects=(1,)),
+        dict(frames=0),
+        dict(height=31),
+        dict(width=8),
+        dict(train_videos=0),
+        dict(objects=(0, 2)),
+        dict(objects=(3, 2)),
+        dict(objects=(1,)),
     ],
 )
 def test_impossible_arguments_are_refused(tmp_path, wrong):
@@ -200,6 +215,7 @@ def test_impossible_arguments_are_refused(tmp_path, wrong):
 
 
 # Chosen frames
+
 
 @pytest.mark.parametrize("name", synthetic.SUITES)
 def test_chosen_frames_are_those_of_the_whole_video(name):
@@ -238,6 +254,7 @@ def test_a_view_is_what_pillow_cuts_out():
 
 
 # Difficulties
+
 
 def make_pair(difficulty, video=0, frames=20, objects=(1, 4)):
     """The same scene without and with a difficulty."""
@@ -291,7 +308,7 @@ def test_pictures_change_and_masks_do_not(name, value):
     changed = (images != harder).any((1, 2, 3))
     assert changed.any()
     if name == "noisy":
-        assert changed.sum() == 6               # 0.3 of 20
+        assert changed.sum() == 6  # 0.3 of 20
 
 
 def test_light_changes_once():
@@ -314,8 +331,14 @@ def test_speed_stretches_the_path():
 @pytest.mark.parametrize(
     "wrong",
     [
-        dict(occluded=1.5), dict(blur=-0.1), dict(occluded_frames=(3, 2)),
-        dict(occluded_frames=(0, 2)), dict(speed=0), dict(noise=-1), dict(light=2), dict(texture=2),
+        dict(occluded=1.5),
+        dict(blur=-0.1),
+        dict(occluded_frames=(3, 2)),
+        dict(occluded_frames=(0, 2)),
+        dict(speed=0),
+        dict(noise=-1),
+        dict(light=2),
+        dict(texture=2),
         dict(noisy=2),
     ],
 )
@@ -350,11 +373,24 @@ def test_suites(tmp_path, name):
 
 def test_flags_of_the_program_count_more_than_the_suite(tmp_path, monkeypatch):
     """--frames and --objects replace the suite's own; without them these are used."""
-    command = ["data.py", "--videos", "1", "--valid-videos", "1", "--height", "48", "--width", "64",
-               "--suite", "look-alike", "--root"]
+    command = [
+        "data.py",
+        "--videos",
+        "1",
+        "--valid-videos",
+        "1",
+        "--height",
+        "48",
+        "--width",
+        "64",
+        "--suite",
+        "look-alike",
+        "--root",
+    ]
     suite = synthetic.SUITES["look-alike"]
     for flags, frames, objects in (
-        ([], suite.frames, suite.objects), (["--frames", "2", "--objects", "1", "1"], 2, (1, 1)),
+        ([], suite.frames, suite.objects),
+        (["--frames", "2", "--objects", "1", "1"], 2, (1, 1)),
     ):
         root = tmp_path / str(frames)
         monkeypatch.setattr("sys.argv", [*command, str(root), *flags])
@@ -364,7 +400,8 @@ def test_flags_of_the_program_count_more_than_the_suite(tmp_path, monkeypatch):
         assert objects[0] <= len(content["annotations"]) <= objects[1]
     assert suite.objects == (2, 4)
     again = tmp_path / "again"
-    monkeypatch.setattr("sys.argv", [*command, str(again), "--frames", "2", "--objects", "1", "1",
-                                     "--seed", "5"])
+    monkeypatch.setattr(
+        "sys.argv", [*command, str(again), "--frames", "2", "--objects", "1", "1", "--seed", "5"]
+    )
     data.main()
     assert read_json(again)["annotations"] != read_json(tmp_path / "2")["annotations"]

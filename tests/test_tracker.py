@@ -5,6 +5,7 @@ Then the parts one by one, each against a loop or numbers written out: the masks
 in both variants, the Gumbel-sigmoid and its straight-through gradient, GenVIS' memory, VITA's
 windows. Tiny random trackers in float64.
 """
+
 import itertools
 import math
 
@@ -84,6 +85,7 @@ def no_noise(monkeypatch):
 
 
 # The whole of it
+
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize(
@@ -187,6 +189,7 @@ def test_the_masks_of_closed_queries_are_the_released_ones_unless_asked():
 
 # The gate, forced
 
+
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("gate_mask", GATE_MASKS)
 def test_open_gate_is_plain_propagation(gate_mask, training):
@@ -259,7 +262,7 @@ def test_what_enters_self_attention(propagation):
             lambda module, inputs: entered.append(inputs[0])
         )
     prediction, _ = track_clip(tracker, random_frames(), state)
-    gates = torch.stack(prediction.gate_logits)[:, 0] >= 0                              # (D, B, Q)
+    gates = torch.stack(prediction.gate_logits)[:, 0] >= 0  # (D, B, Q)
     assert gates.any() and not gates.all()
     for layer in range(3):
         for query in range(QUERIES):
@@ -290,15 +293,13 @@ def test_the_gated_residual_interpolates():
 
 # The masks of closed queries
 
+
 def test_attention_mask_by_hand():
     """Queries 1 and 3 are closed: their rows are marked, not their columns, and the diagonal stays
     free.
     """
     gate = torch.tensor([1.0, 0.0, 1.0, 0.0])[None, :, None]
-    rows = [[0, 0, 0, 0],
-            [1, 0, 1, 1],
-            [0, 0, 0, 0],
-            [1, 1, 1, 0]]
+    rows = [[0, 0, 0, 0], [1, 0, 1, 1], [0, 0, 0, 0], [1, 1, 1, 0]]
     mask = make_tracker(gate_mask="additive").attention_mask(gate)
     # +1, as released.
     assert mask.is_floating_point() and mask.tolist() == [[rows]]
@@ -344,6 +345,7 @@ def test_a_blocked_closed_query_does_not_see_the_others():
 
 
 # The gate while training
+
 
 def test_the_last_streams_hard_gate_serves_all():
     """L = 2 detector layers of B = 2 videos: streams (layer 0: a, b; layer 1: a, b)."""
@@ -405,7 +407,7 @@ def test_noise_decides_a_gate():
     soft = torch.cat(track_clip(tracker, frames)[0].gate_soft)
     assert (soft >= 0.5).double().mean().item() == pytest.approx(0.5, abs=0.05)
     logits = torch.logit(soft) * GUMBEL_TEMPERATURE
-    assert logits.var().item() == pytest.approx(math.pi ** 2 / 3, rel=0.1)
+    assert logits.var().item() == pytest.approx(math.pi**2 / 3, rel=0.1)
 
 
 def test_gate_noise_is_logistic():
@@ -414,7 +416,7 @@ def test_gate_noise_is_logistic():
     noise = logistic_noise(torch.zeros(200_000, dtype=torch.float64))
     # Five standard errors.
     assert noise.mean().item() == pytest.approx(0, abs=0.02)
-    assert noise.var().item() == pytest.approx(math.pi ** 2 / 3, rel=0.02)
+    assert noise.var().item() == pytest.approx(math.pi**2 / 3, rel=0.02)
     for at in (-3.0, -1.0, 0.0, 1.0, 3.0):
         assert (noise <= at).double().mean().item() == pytest.approx(
             1 / (1 + math.exp(-at)), abs=0.006
@@ -422,6 +424,7 @@ def test_gate_noise_is_logistic():
 
 
 # Memory and state
+
 
 @torch.no_grad()
 def test_memory_is_a_loop_over_past_clips():
@@ -540,7 +543,7 @@ def test_videos_of_a_batch_do_not_meet(propagation, training, no_noise):
     for video in range(2):
         own = None
         for clip in clips:
-            prediction, own = track_clip(tracker, clip[:, video:video + 1], own)
+            prediction, own = track_clip(tracker, clip[:, video : video + 1], own)
         alone.append((prediction, own))
     for clip in clips:
         together, state = track_clip(tracker, clip, state)
@@ -558,6 +561,7 @@ def test_videos_of_a_batch_do_not_meet(propagation, training, no_noise):
 
 
 # The encoder and its windows
+
 
 @torch.no_grad()
 def test_windows_in_training_are_encoded_alone():
@@ -613,21 +617,26 @@ def test_shifted_mask_by_hand():
     Read inside windows only.
     """
     tracker = make_tracker(window=2)
-    assert tracker.shifted_mask(torch.tensor([False] * 4), 1).int().tolist() == [[0, 1, 1, 1],
-                                                                                 [1, 0, 0, 0],
-                                                                                 [1, 0, 0, 0],
-                                                                                 [1, 0, 0, 0]]
+    assert tracker.shifted_mask(torch.tensor([False] * 4), 1).int().tolist() == [
+        [0, 1, 1, 1],
+        [1, 0, 0, 0],
+        [1, 0, 0, 0],
+        [1, 0, 0, 0],
+    ]
     # of windows of 3, with 4 frames and 2 padded: p p 0 | 1 2 3
     padded = torch.tensor([False] * 4 + [True] * 2)
-    assert tracker.shifted_mask(padded, 2).int().tolist() == [[1, 1, 1, 1, 1, 1],
-                                                              [1, 1, 1, 1, 1, 1],
-                                                              [1, 1, 0, 0, 0, 0],
-                                                              [1, 1, 0, 0, 0, 0],
-                                                              [1, 1, 0, 0, 0, 0],
-                                                              [1, 1, 0, 0, 0, 0]]
+    assert tracker.shifted_mask(padded, 2).int().tolist() == [
+        [1, 1, 1, 1, 1, 1],
+        [1, 1, 1, 1, 1, 1],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+    ]
 
 
 # Errors
+
 
 def test_unknown_modes_are_refused():
     with pytest.raises(ValueError, match="'gate'.*gated, plain, memory"):

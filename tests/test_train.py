@@ -1,4 +1,5 @@
 """Training: resumption, gradient accumulation, the best checkpoint, and parameter groups."""
+
 import json
 import math
 import shutil
@@ -22,8 +23,20 @@ from trainer.folder import trim_log
 pytestmark = pytest.mark.slow  # whole programs
 
 TINY = [
-    "--device", "cpu", "--frames", "2", "--points", "64", "--short-sides", "64", "--workers", "0",
-    "--lr-steps", "3", "--warmup", "0",
+    "--device",
+    "cpu",
+    "--frames",
+    "2",
+    "--points",
+    "64",
+    "--short-sides",
+    "64",
+    "--workers",
+    "0",
+    "--lr-steps",
+    "3",
+    "--warmup",
+    "0",
 ]
 
 
@@ -50,7 +63,13 @@ def test_resuming_equals_not_stopping(data_root, tmp_path):
     whole = run(data_root, tmp_path / "whole", "--iterations", "4", "--batch", "2")
     run(data_root, tmp_path / "halves", "--iterations", "2", "--batch", "2")
     halves = run(
-        data_root, tmp_path / "halves", "--iterations", "4", "--batch", "2", "--resume",
+        data_root,
+        tmp_path / "halves",
+        "--iterations",
+        "4",
+        "--batch",
+        "2",
+        "--resume",
         str(tmp_path / "halves/last.pt"),
     )
     assert whole["step"] == halves["step"] == 4
@@ -64,14 +83,29 @@ def test_resuming_equals_not_stopping(data_root, tmp_path):
 def test_training_learns_something(data_root, tmp_path):
     """The loss on three tiny videos falls; the log holds every loss by its official name."""
     run(
-        data_root, tmp_path, "--iterations", "12", "--batch", "1", "--log-every", "1", "--lr",
-        "1e-3", "--lr-steps", "100",
+        data_root,
+        tmp_path,
+        "--iterations",
+        "12",
+        "--batch",
+        "1",
+        "--log-every",
+        "1",
+        "--lr",
+        "1e-3",
+        "--lr-steps",
+        "100",
     )
     records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     losses = [record["loss"] for record in records]
     assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
     assert {
-        "step", "lr", "gradient_norm", "iterations_per_second", "data_share", "loss_ce",
+        "step",
+        "lr",
+        "gradient_norm",
+        "iterations_per_second",
+        "data_share",
+        "loss_ce",
         "loss_genvis_sim_clip1",
     } <= set(records[0])
     assert json.loads((tmp_path / "args.json").read_text())["lr"] == 1e-3
@@ -106,13 +140,22 @@ def test_parameter_groups():
     No decay for norms, embeddings, position tables and layer scales, but for biases and the weights
     of a gate.
     """
-    model = nn.ModuleDict({"backbone": SwinBackbone(24, [1, 1, 1, 1], [1, 2, 4, 8], 7),
-                           "query_feat": nn.Embedding(3, 4), "head": nn.Linear(4, 4),
-                           "norm": nn.GroupNorm(2, 4), "gate": nn.Linear(4, 1)})
+    model = nn.ModuleDict(
+        {
+            "backbone": SwinBackbone(24, [1, 1, 1, 1], [1, 2, 4, 8], 7),
+            "query_feat": nn.Embedding(3, 4),
+            "head": nn.Linear(4, 4),
+            "norm": nn.GroupNorm(2, 4),
+            "gate": nn.Linear(4, 1),
+        }
+    )
     model.layer_scale = nn.Parameter(torch.ones(4, 1, 1))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    found = {names[id(parameter)]: (group["lr"], group["weight_decay"])
-             for group in parameter_groups(model, 1.0, 0.05, 0.1) for parameter in group["params"]}
+    found = {
+        names[id(parameter)]: (group["lr"], group["weight_decay"])
+        for group in parameter_groups(model, 1.0, 0.05, 0.1)
+        for parameter in group["params"]
+    }
     assert len(found) == len(names)
     assert found["head.weight"] == found["head.bias"] == (1.0, 0.05)
     assert found["norm.weight"] == found["query_feat.weight"] == (1.0, 0.0)
@@ -144,8 +187,17 @@ def test_parts_of_a_step_add_up(data_root, monkeypatch):
     monkeypatch.setattr("matcher.random_points", fixed_points)
     args = parse_arguments(
         [
-            "--data-root", str(data_root), "--batch", "2", "--norm", "group", "--propagation",
-            "plain", *TINY, "--clip-gradient", "0",
+            "--data-root",
+            str(data_root),
+            "--batch",
+            "2",
+            "--norm",
+            "group",
+            "--propagation",
+            "plain",
+            *TINY,
+            "--clip-gradient",
+            "0",
         ]
     )
     clips = open_clips(args)
@@ -170,8 +222,10 @@ def test_parts_of_a_step_add_up(data_root, monkeypatch):
         assert found.norm().item() == pytest.approx(norm)
         return found, losses
 
-    (first, one), (second, other), (both, mean) = (gradients(batch, parts) for batch, parts in (
-        ([clips[0]], 1), ([clips[1]], 1), ([clips[0], clips[1]], 2)))
+    (first, one), (second, other), (both, mean) = (
+        gradients(batch, parts)
+        for batch, parts in (([clips[0]], 1), ([clips[1]], 1), ([clips[0], clips[1]], 2))
+    )
     torch.testing.assert_close(both, (first + second) / 2)
     assert mean == pytest.approx({name: (one[name] + other[name]) / 2 for name in one})
 
@@ -186,8 +240,20 @@ def test_evaluation_keeps_the_best(data_root, tmp_path, monkeypatch):
         held_out, "evaluate_results", lambda results, truth: {"AP": next(found), "per_class": {}}
     )
     last = run(
-        data_root, tmp_path, "--iterations", "3", "--batch", "1", "--evaluate-every", "1",
-        "--test-short-side", "32", "--save-every", "1", "--ema", "0.5",
+        data_root,
+        tmp_path,
+        "--iterations",
+        "3",
+        "--batch",
+        "1",
+        "--evaluate-every",
+        "1",
+        "--test-short-side",
+        "32",
+        "--save-every",
+        "1",
+        "--ema",
+        "0.5",
     )
     best = torch.load(tmp_path / "best.pt", weights_only=True)
     assert (best["step"], best["best"], last["best"]) == (2, 3.0, 3.0)
@@ -208,7 +274,12 @@ def test_the_best_so_far_is_known_after_resuming(data_root, tmp_path, monkeypatc
     run(data_root, tmp_path, "--iterations", "1", *evaluating)
     assert (
         run(
-            data_root, tmp_path, "--iterations", "2", *evaluating, "--resume",
+            data_root,
+            tmp_path,
+            "--iterations",
+            "2",
+            *evaluating,
+            "--resume",
             str(tmp_path / "last.pt"),
         )["best"]
         == 3.0
@@ -220,8 +291,16 @@ def test_averaged_weights_resume(data_root, tmp_path):
     whole = run(data_root, tmp_path / "whole", "--iterations", "3", "--batch", "1", "--ema", "0.9")
     run(data_root, tmp_path / "halves", "--iterations", "1", "--batch", "1", "--ema", "0.9")
     halves = run(
-        data_root, tmp_path / "halves", "--iterations", "3", "--batch", "1", "--ema", "0.9",
-        "--resume", str(tmp_path / "halves/last.pt"),
+        data_root,
+        tmp_path / "halves",
+        "--iterations",
+        "3",
+        "--batch",
+        "1",
+        "--ema",
+        "0.9",
+        "--resume",
+        str(tmp_path / "halves/last.pt"),
     )
     assert all(torch.equal(value, halves["ema"][name]) for name, value in whole["ema"].items())
 
@@ -239,7 +318,13 @@ def test_scenes_drawn_on_the_fly(data_root, tmp_path, capsys):
         run(data_root, tmp_path, "--render", "easy", "--batch", "1", *resumed)
     assert (
         run(
-            data_root, tmp_path, "--evaluate-every", "1", "--test-short-side", "32", *shown,
+            data_root,
+            tmp_path,
+            "--evaluate-every",
+            "1",
+            "--test-short-side",
+            "32",
+            *shown,
             *resumed,
         )["step"]
         == 2
@@ -267,7 +352,15 @@ def test_seed_minus_one_is_drawn_once(data_root, tmp_path):
     seed = json.loads((tmp_path / "args.json").read_text())["seed"]
     assert seed >= 0
     run(
-        data_root, tmp_path, "--iterations", "2", "--batch", "1", "--seed", "-1", "--resume",
+        data_root,
+        tmp_path,
+        "--iterations",
+        "2",
+        "--batch",
+        "1",
+        "--seed",
+        "-1",
+        "--resume",
         str(tmp_path / "last.pt"),
     )
     assert json.loads((tmp_path / "args.json").read_text())["seed"] == seed
@@ -306,13 +399,20 @@ def test_a_data_set_that_has_changed_is_told(data_root, tmp_path, capsys):
     run(data_root, tmp_path / "run", "--iterations", "0", "--batch", "1")
     for root, told in ((tmp_path / "moved", False), (tmp_path / "other", True)):
         run(
-            root, tmp_path / "run", "--iterations", "0", "--batch", "1", "--resume",
+            root,
+            tmp_path / "run",
+            "--iterations",
+            "0",
+            "--batch",
+            "1",
+            "--resume",
             str(tmp_path / "run/last.pt"),
         )
         assert ("the annotations are not those that" in capsys.readouterr().out) == told
 
 
 # What is not finite
+
 
 def poison(monkeypatch, steps, kind):
     """Make a loss NaN, or a gradient alone, in some iterations."""
@@ -376,7 +476,7 @@ def test_weights_that_are_not_finite_are_not_saved(data_root, tmp_path, monkeypa
         with pytest.raises(
             FloatingPointError,
             match="tracker.query_feat.weight is not finite at iteration 2: the checkpoints were "
-                  "left",
+            "left",
         ):
             run(data_root, tmp_path, *arguments, *more)
     assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 1
@@ -440,22 +540,46 @@ def test_two_processes_have_the_gradients_of_one(tmp_path):
     assert instances_per_video(tmp_path / "set") == [1, 2]  # a batch of two is one clip of each
     (tmp_path / "driver.py").write_text(SAME_POINTS)
     arguments = [
-        str(tmp_path / "driver.py"), "--data-root", str(tmp_path / "set"), *TINY, "--iterations",
-        "1", "--batch", "2", "--norm", "group", "--propagation", "plain", "--clip-gradient", "0",
-        "--log-every", "1",
+        str(tmp_path / "driver.py"),
+        "--data-root",
+        str(tmp_path / "set"),
+        *TINY,
+        "--iterations",
+        "1",
+        "--batch",
+        "2",
+        "--norm",
+        "group",
+        "--propagation",
+        "plain",
+        "--clip-gradient",
+        "0",
+        "--log-every",
+        "1",
     ]
     launchers = {
         "one": [],
         "two": [
-            "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port(),
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node",
+            "2",
+            "--master-port",
+            free_port(),
         ],
     }
     moments, losses, seeds, started = [], [], [], {}
     for name, launcher in launchers.items():
         (tmp_path / name).mkdir()
         command = [sys.executable, *launcher, *arguments, "--output", "run"]
-        started[name] = subprocess.Popen(command, cwd=tmp_path / name, env=ENVIRONMENT, text=True,
-                                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        started[name] = subprocess.Popen(
+            command,
+            cwd=tmp_path / name,
+            env=ENVIRONMENT,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
     for name, process in started.items():
         folder = tmp_path / name
         said, _ = process.communicate(timeout=240)

@@ -3,6 +3,7 @@
 The loop imports nothing from train.py. It takes two things from the observed run: the initial
 weights and the seed of every step. Everything is in float64 to keep rounding errors small.
 """
+
 import math
 
 import pytest
@@ -20,25 +21,72 @@ from training import TINY, TINY_MODEL, train_tiny
 
 CASES = {  # all values differ from the defaults of the command line
     "schedule, clipping, average": dict(
-        iterations=5, lr=2e-3, warmup=2, warmup_start=0.25, lr_steps=[3, 4], lr_gamma=0.5,
-        clip_gradient=0.05, weight_decay=0.3, ema=0.7, evaluate_every=2, seed=5, frames=4, reach=1,
-        short_sides=[48], flip=False),
+        iterations=5,
+        lr=2e-3,
+        warmup=2,
+        warmup_start=0.25,
+        lr_steps=[3, 4],
+        lr_gamma=0.5,
+        clip_gradient=0.05,
+        weight_decay=0.3,
+        ema=0.7,
+        evaluate_every=2,
+        seed=5,
+        frames=4,
+        reach=1,
+        short_sides=[48],
+        flip=False,
+    ),
     "losses, accumulated": dict(
-        iterations=2, batch=2, accumulate=2, points=24, no_object_weight=0.3, similarity_weight=1.5,
-        similarity_span="video", gate_weight=0.7, gate_loss="released", gate_mask="blocked",
-        clip_gradient=0.0, norm="group", frames=4, clip_length=2, backbone_lr_factor=0.5),
+        iterations=2,
+        batch=2,
+        accumulate=2,
+        points=24,
+        no_object_weight=0.3,
+        similarity_weight=1.5,
+        similarity_span="video",
+        gate_weight=0.7,
+        gate_loss="released",
+        gate_mask="blocked",
+        clip_gradient=0.0,
+        norm="group",
+        frames=4,
+        clip_length=2,
+        backbone_lr_factor=0.5,
+    ),
     "frozen detector, memory": dict(
-        iterations=3, batch=2, propagation="memory", freeze_detector=True, evaluate_every=1,
-        lr=5e-3),
+        iterations=3, batch=2, propagation="memory", freeze_detector=True, evaluate_every=1, lr=5e-3
+    ),
     "whole videos in windows": dict(
-        iterations=2, propagation="clip", window=2, frames=5, evaluate_every=1),
+        iterations=2, propagation="clip", window=2, frames=5, evaluate_every=1
+    ),
 }
 DEFAULTS = dict(  # of the command line, for what TINY and a case leave out
-    lr=1e-3, lr_gamma=0.1, warmup_start=0.0, clip_gradient=0.1, weight_decay=0.05,
-    backbone_lr_factor=1.0, ema=0.0, accumulate=1, seed=0, reach=6, flip=True, max_long_side=768,
-    freeze_detector=False, propagation="gated", gate_mask="additive", norm="batch", window=None,
-    clip_length=1, no_object_weight=0.1, similarity_weight=0.5, similarity_span="clip",
-    gate_weight=0.0, gate_loss="logits", evaluate_every=0)
+    lr=1e-3,
+    lr_gamma=0.1,
+    warmup_start=0.0,
+    clip_gradient=0.1,
+    weight_decay=0.05,
+    backbone_lr_factor=1.0,
+    ema=0.0,
+    accumulate=1,
+    seed=0,
+    reach=6,
+    flip=True,
+    max_long_side=768,
+    freeze_detector=False,
+    propagation="gated",
+    gate_mask="additive",
+    norm="batch",
+    window=None,
+    clip_length=1,
+    no_object_weight=0.1,
+    similarity_weight=0.5,
+    similarity_span="clip",
+    gate_weight=0.0,
+    gate_loss="logits",
+    evaluate_every=0,
+)
 WITHOUT_DECAY = (nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm, nn.Embedding)
 
 
@@ -52,8 +100,9 @@ def float64():
 @pytest.fixture(scope="module")
 def data_root(tmp_path_factory):
     root = tmp_path_factory.mktemp("data") / "set"
-    make_dataset(root, train_videos=3, valid_videos=1, frames=5, height=64, width=64,
-                 objects=(1, 2))
+    make_dataset(
+        root, train_videos=3, valid_videos=1, frames=5, height=64, width=64, objects=(1, 2)
+    )
     return root
 
 
@@ -67,14 +116,19 @@ def rate_of(setting: dict, step: int) -> float:
 
 
 def make_clips(setting: dict, root) -> ClipDataset:
-    augmentation = Augmentation(tuple(setting["short_sides"]), setting["max_long_side"],
-                                flip=setting["flip"])
-    return ClipDataset(VideoSet(*find_split(root, "train")), setting["frames"], setting["reach"],
-                       augmentation, setting["seed"])
+    augmentation = Augmentation(
+        tuple(setting["short_sides"]), setting["max_long_side"], flip=setting["flip"]
+    )
+    return ClipDataset(
+        VideoSet(*find_split(root, "train")),
+        setting["frames"],
+        setting["reach"],
+        augmentation,
+        setting["seed"],
+    )
 
 
-def train_by_hand(setting: dict, root, start: dict,
-                  seeds: list[int]) -> tuple[list[dict], ...]:
+def train_by_hand(setting: dict, root, start: dict, seeds: list[int]) -> tuple[list[dict], ...]:
     """The lines of the log, the weights and their averages after each step.
 
     start: the weights before the first step. seeds: of all steps.
@@ -83,18 +137,31 @@ def train_by_hand(setting: dict, root, start: dict,
     classes = len(clips.categories)
     options = {} if setting["window"] is None else {"window": setting["window"]}
     options |= {"norm": setting["norm"], "clip_length": setting["clip_length"]}
-    model = build_model("toy", classes, setting["propagation"], setting["gate_mask"],
-                        **TINY_MODEL | options)
+    model = build_model(
+        "toy", classes, setting["propagation"], setting["gate_mask"], **TINY_MODEL | options
+    )
     model.load_state_dict(start)
     criterion = Criterion(
-        classes, points=setting["points"], no_object_weight=setting["no_object_weight"],
-        similarity_weight=setting["similarity_weight"], similarity_span=setting["similarity_span"],
-        gate_weight=setting["gate_weight"], gate_loss=setting["gate_loss"],
-        freeze_detector=setting["freeze_detector"])
-    undecayed = {id(parameter) for module in model.modules() if isinstance(module, WITHOUT_DECAY)
-                 for parameter in module.parameters(recurse=False)}
-    trained = {name: parameter for name, parameter in model.named_parameters()
-               if name.startswith("tracker.") or not setting["freeze_detector"]}
+        classes,
+        points=setting["points"],
+        no_object_weight=setting["no_object_weight"],
+        similarity_weight=setting["similarity_weight"],
+        similarity_span=setting["similarity_span"],
+        gate_weight=setting["gate_weight"],
+        gate_loss=setting["gate_loss"],
+        freeze_detector=setting["freeze_detector"],
+    )
+    undecayed = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, WITHOUT_DECAY)
+        for parameter in module.parameters(recurse=False)
+    }
+    trained = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if name.startswith("tracker.") or not setting["freeze_detector"]
+    }
     mean = {name: torch.zeros_like(parameter) for name, parameter in trained.items()}
     square = {name: torch.zeros_like(parameter) for name, parameter in trained.items()}
     lines, weights, averages, seeds = [], [], [], iter(seeds)
@@ -109,7 +176,7 @@ def train_by_hand(setting: dict, root, start: dict,
             seed = next(seeds)
             if part == 0:
                 torch.manual_seed(seed)
-            part_of_batch = batch[part * size:(part + 1) * size]
+            part_of_batch = batch[part * size : (part + 1) * size]
             output = model([clip.frames for clip in part_of_batch])
             losses, _ = criterion(output, part_of_batch, setting["propagation"] == "clip")
             sum(losses.values()).backward()
@@ -127,7 +194,7 @@ def train_by_hand(setting: dict, root, start: dict,
                 decay = 0.0 if id(parameter) in undecayed else setting["weight_decay"]
                 gradient = gradients[name] * scale
                 mean[name] = 0.9 * mean[name] + 0.1 * gradient
-                square[name] = 0.999 * square[name] + 0.001 * gradient ** 2
+                square[name] = 0.999 * square[name] + 0.001 * gradient**2
                 parameter -= rate * decay * parameter
                 unbiased_mean = mean[name] / (1 - 0.9 ** (step + 1))
                 unbiased_square = square[name] / (1 - 0.999 ** (step + 1))
@@ -146,8 +213,9 @@ def train_by_hand(setting: dict, root, start: dict,
 def assert_same_weights(found: dict, expected: dict) -> None:
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-9,
-                                   msg=lambda text: f"{name}: {text}")
+        torch.testing.assert_close(
+            found[name], value, rtol=1e-6, atol=1e-9, msg=lambda text: f"{name}: {text}"
+        )
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -157,8 +225,13 @@ def test_no_value_of_a_case_is_the_default(case):
 
 
 # The first case alone tells most mistakes.
-@pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.slow if number else ())
-                                  for number, case in enumerate(CASES)])
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=pytest.mark.slow if number else ())
+        for number, case in enumerate(CASES)
+    ],
+)
 def test_a_run_equals_a_plain_loop(case, data_root, tmp_path):
     """Log, last.pt and best.pt. An evaluation in between changes nothing."""
     setting = DEFAULTS | TINY | CASES[case]
@@ -171,18 +244,21 @@ def test_a_run_equals_a_plain_loop(case, data_root, tmp_path):
         assert next(losses) == next(losses)
         assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-6)
     assert_same_weights(run.last["model"], weights[-1])
-    moved = [name for name, value in run.last["model"].items()
-             if not torch.equal(value, run.start[name])]
+    moved = [
+        name for name, value in run.last["model"].items() if not torch.equal(value, run.start[name])
+    ]
     assert any(name.startswith("tracker.") for name in moved)
 
     if setting["ema"]:
-        assert_same_weights({name: run.last["ema"][f"module.{name}"] for name in averages[-1]},
-                            averages[-1])
+        assert_same_weights(
+            {name: run.last["ema"][f"module.{name}"] for name in averages[-1]}, averages[-1]
+        )
     if setting["evaluate_every"]:
         # An untrained model finds nothing. The first of equal evaluations is the best.
         assert len({line["AP"] for line in run.evaluations}) == 1
         assert [line["step"] for line in run.evaluations] == list(
-            range(setting["evaluate_every"], setting["iterations"] + 1, setting["evaluate_every"]))
+            range(setting["evaluate_every"], setting["iterations"] + 1, setting["evaluate_every"])
+        )
         first = run.evaluations[0]["step"]
         evaluated = averages if setting["ema"] else weights
         assert run.best["step"] == first
@@ -193,8 +269,16 @@ def test_a_run_equals_a_plain_loop(case, data_root, tmp_path):
 
 @pytest.mark.slow
 def test_the_log_tells_the_rate_of_each_step(data_root, tmp_path):
-    run = train_tiny(tmp_path, data_root=data_root, iterations=6, lr=0.002, warmup=4,
-                     warmup_start=0.5, lr_steps=[4, 5], lr_gamma=0.5)
+    run = train_tiny(
+        tmp_path,
+        data_root=data_root,
+        iterations=6,
+        lr=0.002,
+        warmup=4,
+        warmup_start=0.5,
+        lr_steps=[4, 5],
+        lr_gamma=0.5,
+    )
     expected = [0.00125, 0.0015, 0.00175, 0.002, 0.001, 0.0005]
     assert [line["lr"] for line in run.lines] == pytest.approx(expected)
 
@@ -202,7 +286,9 @@ def test_the_log_tells_the_rate_of_each_step(data_root, tmp_path):
 @pytest.mark.slow
 def test_seeds_of_the_steps_differ(data_root, tmp_path):
     """The same in another run with the same --seed."""
-    runs = [train_tiny(tmp_path / name, data_root=data_root, iterations=3, seed=seed)
-            for name, seed in (("one", 1), ("again", 1), ("other", 2))]
+    runs = [
+        train_tiny(tmp_path / name, data_root=data_root, iterations=3, seed=seed)
+        for name, seed in (("one", 1), ("again", 1), ("other", 2))
+    ]
     one, again, other = (run.seeds for run in runs)
     assert one == again and len(set(one + other)) == 6

@@ -4,6 +4,7 @@ named for what they do.
 An encoder layer made of our post-norm blocks is nn.TransformerEncoderLayer. Everything runs in
 float64.
 """
+
 import copy
 import math
 import pickle
@@ -179,7 +180,7 @@ def test_mlp_is_three_layers_with_relu_between():
     hidden = (x @ first.weight.T + first.bias).clamp(min=0)
     hidden = (hidden @ second.weight.T + second.bias).clamp(min=0)
     torch.testing.assert_close(mlp(x), hidden @ third.weight.T + third.bias)
-    assert mlp(x).min() < 0                                             # none after the last
+    assert mlp(x).min() < 0  # none after the last
 
 
 def test_a_kernel_on_features_is_an_embedding_on_convolved_ones():

@@ -3,6 +3,7 @@
 A model is trained for one step on the set of sparse_set.py and evaluated from the command line.
 The expected output is computed from `segment_video`, the ids of the JSON and the metric alone.
 """
+
 import json
 import shutil
 import zipfile
@@ -43,8 +44,19 @@ def run(*arguments):
 
 def evaluate_on(folder, *more):
     """Evaluate the trained model on its set, but for what is given: later arguments count."""
-    return run("--weights", folder / "run/last.pt", "--data-root", folder, "--short-side", SIDE,
-               "--device", "cpu", "--workers", 0, *more)
+    return run(
+        "--weights",
+        folder / "run/last.pt",
+        "--data-root",
+        folder,
+        "--short-side",
+        SIDE,
+        "--device",
+        "cpu",
+        "--workers",
+        0,
+        *more,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +64,30 @@ def folder(tmp_path_factory):
     """A folder with the set and run/last.pt, a model of one training step on it."""
     folder = tmp_path_factory.mktemp("wiring")
     write_sparse_set(folder)
-    train.main(train.parse_arguments([
-        "--data-root", str(folder), "--output", str(folder / "run"), "--iterations", "1",
-        "--batch", "1", "--frames", "2", "--points", "64", "--short-sides", str(SIDE),
-        "--workers", "0", "--device", "cpu"]))
+    train.main(
+        train.parse_arguments(
+            [
+                "--data-root",
+                str(folder),
+                "--output",
+                str(folder / "run"),
+                "--iterations",
+                "1",
+                "--batch",
+                "1",
+                "--frames",
+                "2",
+                "--points",
+                "64",
+                "--short-sides",
+                str(SIDE),
+                "--workers",
+                "0",
+                "--device",
+                "cpu",
+            ]
+        )
+    )
     return folder
 
 
@@ -73,6 +105,7 @@ def results(output):
 
 # A model evaluated
 
+
 def test_labels_follow_the_order_of_category_ids(folder):
     videos = VideoSet(folder / "train.json", folder / "JPEGImages")
     assert [video.id for video in videos.videos] == [3, 5, 17]
@@ -80,8 +113,11 @@ def test_labels_follow_the_order_of_category_ids(folder):
         assert len(video.files) == VIDEOS[video.id][0]
         assert (video.height, video.width) == VIDEOS[video.id][1:]
         found = {entry["id"]: (entry["category_id"], entry["label"]) for entry in video.annotations}
-        assert found == {number: (category, LABELS[category])
-                         for number, owner, category in INSTANCES if owner == video.id}
+        assert found == {
+            number: (category, LABELS[category])
+            for number, owner, category in INSTANCES
+            if owner == video.id
+        }
 
 
 def test_a_checkpoint_knows_its_classes_in_the_order_of_their_ids(folder):
@@ -133,9 +169,15 @@ def test_another_number_of_classes_is_refused(folder, tmp_path, classes):
         evaluate_on(folder, "--weights", tmp_path / "other.pt", "--output", tmp_path / "out")
 
 
-@pytest.mark.parametrize("code", [
-    {"size": [40, 56], "counts": "1"}, {"size": [56, 40], "counts": [2240]},
-    {"size": [40, 56], "counts": [40, 57]}], ids=["end", "size", "sum"])
+@pytest.mark.parametrize(
+    "code",
+    [
+        {"size": [40, 56], "counts": "1"},
+        {"size": [56, 40], "counts": [2240]},
+        {"size": [40, 56], "counts": [40, 57]},
+    ],
+    ids=["end", "size", "sum"],
+)
 def test_a_broken_ground_truth_is_refused_first(folder, tmp_path, monkeypatch, code):
     """Before the model runs."""
     content = sparse_content()
@@ -143,18 +185,26 @@ def test_a_broken_ground_truth_is_refused_first(folder, tmp_path, monkeypatch, c
     path = write_json(tmp_path / "odd.json", content)
     monkeypatch.setattr(GRAttVIS, "encode_video", lambda *given: pytest.fail("the model was run"))
     with pytest.raises(InputError, match="annotation"):
-        evaluate_on(folder, "--json", path, "--images", folder / "JPEGImages",
-                    "--output", tmp_path / "out")
+        evaluate_on(
+            folder, "--json", path, "--images", folder / "JPEGImages", "--output", tmp_path / "out"
+        )
 
 
 # Results scored
+
 
 def score(tmp_path, results, *ground_truths):
     """metrics.json of a results file; the ground truth is that of the set, or several files."""
     contents = dict(zip("abc", ground_truths or [sparse_content()]))
     paths = [write_json(tmp_path / name / "gt.json", part) for name, part in contents.items()]
-    run("--results", write_json(tmp_path / "results.json", results), "--annotations", *paths,
-        "--output", tmp_path / "scores")
+    run(
+        "--results",
+        write_json(tmp_path / "results.json", results),
+        "--annotations",
+        *paths,
+        "--output",
+        tmp_path / "scores",
+    )
     return json.loads((tmp_path / "scores/metrics.json").read_text())
 
 
@@ -174,8 +224,9 @@ def test_one_found_class_has_its_own_name(tmp_path, number, name):
     assert metrics["AP"] == pytest.approx(1 / 3)
 
 
-@pytest.mark.parametrize("key, one, other", [
-    ("category_id", 3, 90), ("category_id", 7, 90), ("video_id", 3, 5)])
+@pytest.mark.parametrize(
+    "key, one, other", [("category_id", 3, 90), ("category_id", 7, 90), ("video_id", 3, 5)]
+)
 def test_exchanged_ids_cost_precision(tmp_path, key, one, other):
     exchange = {one: other, other: one}
     results = [entry | {key: exchange.get(entry[key], entry[key])} for entry in perfect_results()]
@@ -192,8 +243,9 @@ def test_positions_in_place_of_ids_are_refused(tmp_path, key, position):
 
 def test_a_class_that_one_part_has_not_counts_in_the_other_alone(tmp_path):
     """Video 17 has no cat, and its ant is not found."""
-    results = [entry for entry in perfect_results()
-               if (entry["video_id"], entry["category_id"]) != (17, 3)]
+    results = [
+        entry for entry in perfect_results() if (entry["video_id"], entry["category_id"]) != (17, 3)
+    ]
     metrics = score(tmp_path, results, part_of_set(17), part_of_set(3, 5))
     first, second = metrics["parts"].values()
     assert first["per_class"] == pytest.approx({"dog": 1, "cat": -1, "ant": 0})
@@ -215,18 +267,27 @@ def test_parts_of_other_categories_are_not_averaged(tmp_path, names):
 CODALAB = "https://codalab.lisn.upsaclay.fr/competitions"
 
 
-@pytest.mark.parametrize("names, server", [
-    (["Person", "Vehical"], f"OVIS: {CODALAB}/4763"),
-    (["person", "ape"], f"YouTube-VIS 2019: {CODALAB}/6064"),
-    (["flying_disc", "cow"], f"YouTube-VIS 2021: {CODALAB}/7680"),
-    (["cow", "dog"], "the benchmark's server")])
+@pytest.mark.parametrize(
+    "names, server",
+    [
+        (["Person", "Vehical"], f"OVIS: {CODALAB}/4763"),
+        (["person", "ape"], f"YouTube-VIS 2019: {CODALAB}/6064"),
+        (["flying_disc", "cow"], f"YouTube-VIS 2021: {CODALAB}/7680"),
+        (["cow", "dog"], "the benchmark's server"),
+    ],
+)
 def test_results_without_annotations_are_zipped_for_their_server(tmp_path, capsys, names, server):
     categories = [{"id": number, "name": name} for number, name in zip((3, 90), names)]
     hidden = {"videos": sparse_content()["videos"], "categories": categories}
     results = [entry for entry in perfect_results() if entry["category_id"] != 7]
-    metrics = run("--results", write_json(tmp_path / "r.json", results),
-                  "--annotations", write_json(tmp_path / "hidden.json", hidden),
-                  "--output", tmp_path / "out")
+    metrics = run(
+        "--results",
+        write_json(tmp_path / "r.json", results),
+        "--annotations",
+        write_json(tmp_path / "hidden.json", hidden),
+        "--output",
+        tmp_path / "out",
+    )
     assert metrics is None and not (tmp_path / "out/metrics.json").exists()
     assert f"submit {tmp_path / 'out/results.json.zip'} to {server}" in capsys.readouterr().out
     with zipfile.ZipFile(tmp_path / "out/results.json.zip") as archive:
@@ -247,6 +308,7 @@ def test_annotations_in_parts_beside_a_set_without_any_are_found(folder, tmp_pat
 
 
 # An evaluation that was stopped
+
 
 def stop_after_one_video(folder, *arguments):
     """Run an evaluation that is interrupted in its second video."""
@@ -270,8 +332,9 @@ def stopped(folder):
     return folder / "stopped"
 
 
-def test_a_stopped_evaluation_goes_on_without_the_videos_that_are_done(folder, stopped, tmp_path,
-                                                                       capsys):
+def test_a_stopped_evaluation_goes_on_without_the_videos_that_are_done(
+    folder, stopped, tmp_path, capsys
+):
     """What changes no result may be another."""
     whole, rest = tmp_path / "whole", tmp_path / "rest"
     evaluate_on(folder, "--output", whole)
@@ -284,26 +347,47 @@ def test_a_stopped_evaluation_goes_on_without_the_videos_that_are_done(folder, s
         assert json.loads((rest / name).read_text()) == json.loads((whole / name).read_text())
 
 
-@pytest.mark.parametrize("changed", [
-    ("--top-k", 3), ("--short-side", 48), ("--max-long-side", 40), ("--amp", "bf16"),
-    ("--split", "train"), ("--compile",)], ids=str)
-def test_results_of_other_arguments_are_not_gone_on_with(folder, stopped, tmp_path, monkeypatch,
-                                                         changed):
+@pytest.mark.parametrize(
+    "changed",
+    [
+        ("--top-k", 3),
+        ("--short-side", 48),
+        ("--max-long-side", 40),
+        ("--amp", "bf16"),
+        ("--split", "train"),
+        ("--compile",),
+    ],
+    ids=str,
+)
+def test_results_of_other_arguments_are_not_gone_on_with(
+    folder, stopped, tmp_path, monkeypatch, changed
+):
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     shutil.copytree(stopped, tmp_path / "rest")
     with pytest.raises(InputError, match=changed[0][2:].replace("-", "_") + ".* differ"):
         evaluate_on(folder, *changed, "--output", tmp_path / "rest")
 
 
-@pytest.mark.parametrize("propagation, first, then", [
-    ("plain", ("--propagation", "plain"), ("--propagation", "clip")),
-    ("gated", (), ("--gate-mask", "blocked"))], ids=["propagation", "gate mask"])
+@pytest.mark.parametrize(
+    "propagation, first, then",
+    [
+        ("plain", ("--propagation", "plain"), ("--propagation", "clip")),
+        ("gated", (), ("--gate-mask", "blocked")),
+    ],
+    ids=["propagation", "gate mask"],
+)
 def test_results_of_another_model_are_not_gone_on_with(folder, tmp_path, propagation, first, then):
     """One official file may be several models."""
     model = build_model("toy", 3, propagation)
     torch.save({"model": model.state_dict()}, tmp_path / "official.pth")
-    arguments = ["--weights", tmp_path / "official.pth", "--preset", "toy",
-                 "--output", tmp_path / "out"]
+    arguments = [
+        "--weights",
+        tmp_path / "official.pth",
+        "--preset",
+        "toy",
+        "--output",
+        tmp_path / "out",
+    ]
     stop_after_one_video(folder, *arguments, *first)
     with pytest.raises(InputError, match=then[0][2:].replace("-", "_") + ".* differ"):
         evaluate_on(folder, *arguments, *then)

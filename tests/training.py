@@ -1,4 +1,5 @@
 """Tiny training runs that record the inputs of the model and the output files."""
+
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,28 +13,51 @@ from torch.utils.data import DataLoader
 import train
 from model import PRESETS, GRAttVIS
 
-TINY_MODEL = dict(backbone="resnet10_thin", norm="batch", channels=32, heads=2, queries=6,
-                  frame_queries=8, pixel_layers=1, pixel_feed_forward=32, frame_layers=3,
-                  tracker_encoder_layers=2, feed_forward=32)
-TINY = dict(preset="tiny", device="cpu", frames=2, points=32, short_sides=[64], workers=0, batch=1,
-            iterations=1, lr_steps=[], warmup=0, log_every=1, test_short_side=64)
+TINY_MODEL = dict(
+    backbone="resnet10_thin",
+    norm="batch",
+    channels=32,
+    heads=2,
+    queries=6,
+    frame_queries=8,
+    pixel_layers=1,
+    pixel_feed_forward=32,
+    frame_layers=3,
+    tracker_encoder_layers=2,
+    feed_forward=32,
+)
+TINY = dict(
+    preset="tiny",
+    device="cpu",
+    frames=2,
+    points=32,
+    short_sides=[64],
+    workers=0,
+    batch=1,
+    iterations=1,
+    lr_steps=[],
+    warmup=0,
+    log_every=1,
+    test_short_side=64,
+)
 
 
 @dataclass
 class Run:
     """What was observed of a run. Lists have one entry for each call of the model in training."""
-    clips: object = None    # the data set of the training clips
-    workers: int = -1       # loader processes
-    start: dict[str, Tensor] = field(default_factory=dict)    # weights before the first step
-    seeds: list[int] = field(default_factory=list)            # of torch
+
+    clips: object = None  # the data set of the training clips
+    workers: int = -1  # loader processes
+    start: dict[str, Tensor] = field(default_factory=dict)  # weights before the first step
+    seeds: list[int] = field(default_factory=list)  # of torch
     frames: list[list[Tensor]] = field(default_factory=list)  # videos, uint8 (T, 3, H, W)
-    outputs: list = field(default_factory=list)               # of the model
+    outputs: list = field(default_factory=list)  # of the model
     # Of every call of the first convolution in evaluation: its weights and its input.
     evaluated: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    lines: list[dict] = field(default_factory=list)           # of log.jsonl, about training
-    evaluations: list[dict] = field(default_factory=list)     # of log.jsonl, about evaluations
-    last: dict = field(default_factory=dict)                  # contents of last.pt
-    best: dict = field(default_factory=dict)                  # contents of best.pt, if any
+    lines: list[dict] = field(default_factory=list)  # of log.jsonl, about training
+    evaluations: list[dict] = field(default_factory=list)  # of log.jsonl, about evaluations
+    last: dict = field(default_factory=dict)  # contents of last.pt
+    best: dict = field(default_factory=dict)  # contents of best.pt, if any
 
 
 def as_arguments(options: dict) -> list[str]:
@@ -51,6 +75,7 @@ def as_arguments(options: dict) -> list[str]:
 
 def watch(run: Run) -> list:
     """Register hooks on all modules, which fill in `run`; the caller removes them."""
+
     def before(module: nn.Module, inputs: tuple) -> None:
         if isinstance(module, GRAttVIS) and module.training:
             if not run.start:
@@ -72,8 +97,9 @@ def train_tiny(output: Path, **options) -> Run:
     run, hooks = Run(), []
     arguments = as_arguments(TINY | {"output": output} | options)
     try:
-        with mock.patch.object(DataLoader, "__init__", autospec=True,
-                               side_effect=DataLoader.__init__) as opened:
+        with mock.patch.object(
+            DataLoader, "__init__", autospec=True, side_effect=DataLoader.__init__
+        ) as opened:
             hooks = watch(run)
             with mock.patch.dict(PRESETS, tiny=TINY_MODEL):
                 train.main(train.parse_arguments(arguments))

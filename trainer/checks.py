@@ -1,4 +1,5 @@
 """Checks before the first step: the arguments, the run to resume, and the other processes."""
+
 import argparse
 import random
 from pathlib import Path
@@ -14,7 +15,7 @@ def choose_seed(given: int, resumed: dict | None) -> int:
         return given
     if resumed:
         return ((resumed.get("config") or {}).get("args") or {}).get("seed", -1)
-    return random.SystemRandom().randrange(2 ** 31)
+    return random.SystemRandom().randrange(2**31)
 
 
 def check_run(args: argparse.Namespace, resumed: dict | None, world: int) -> None:
@@ -25,23 +26,49 @@ def check_run(args: argparse.Namespace, resumed: dict | None, world: int) -> Non
         parts = f" in {args.accumulate} parts" if args.accumulate > 1 else ""
         raise InputError(f"--batch {args.batch} cannot be shared by {world} processes{parts}")
     if args.deterministic and args.compile != "off":
-        raise InputError("--deterministic and --compile do not go together: the order of compiled "
-                         "sums is not fixed")
+        raise InputError(
+            "--deterministic and --compile do not go together: the order of compiled "
+            "sums is not fixed"
+        )
     if bool(args.train_json) != bool(args.train_images):
         raise InputError("--train-json and --train-images go together")
     if args.render and (args.train_json or args.train_sets):
-        raise InputError("--render draws the training clips: --train-json and --train-sets (which "
-                         "a recipe sets) do not go with it")
+        raise InputError(
+            "--render draws the training clips: --train-json and --train-sets (which "
+            "a recipe sets) do not go with it"
+        )
     if args.propagation != "clip" and args.frames % args.clip_length:
-        raise InputError(f"--frames {args.frames} is no multiple of --clip-length "
-                         f"{args.clip_length}")
+        raise InputError(
+            f"--frames {args.frames} is no multiple of --clip-length {args.clip_length}"
+        )
 
 
 # Arguments that may change between a run and its resumption.
-MAY_CHANGE = {"recipe", "dry_run", "iterations", "output", "resume", "init", "backbone_weights",
-              "reset_classes", "workers", "device", "recompute", "skip_nonfinite", "log_every",
-              "save_every", "skip_bad", "data_root", "train_json", "train_images", "test_sets",
-              "evaluate_every", "test_short_side", "test_max_long_side", "top_k"}
+MAY_CHANGE = {
+    "recipe",
+    "dry_run",
+    "iterations",
+    "output",
+    "resume",
+    "init",
+    "backbone_weights",
+    "reset_classes",
+    "workers",
+    "device",
+    "recompute",
+    "skip_nonfinite",
+    "log_every",
+    "save_every",
+    "skip_bad",
+    "data_root",
+    "train_json",
+    "train_images",
+    "test_sets",
+    "evaluate_every",
+    "test_short_side",
+    "test_max_long_side",
+    "top_k",
+}
 
 
 def check_resumed(args: argparse.Namespace, resumed: dict) -> None:
@@ -56,13 +83,24 @@ def check_resumed(args: argparse.Namespace, resumed: dict) -> None:
     if changed:
         raise InputError(f"{args.resume} was trained with {', '.join(changed)}")
     if resumed["step"] > args.iterations:
-        raise InputError(f"{args.resume} is already at iteration {resumed['step']}, past "
-                         f"--iterations {args.iterations}")
+        raise InputError(
+            f"{args.resume} is already at iteration {resumed['step']}, past "
+            f"--iterations {args.iterations}"
+        )
 
 
 # Arguments that may differ between machines; of files, the contents are compared instead.
-MAY_DIFFER = {"output", "resume", "init", "backbone_weights", "data_root", "train_json",
-              "train_images", "device", "workers"}
+MAY_DIFFER = {
+    "output",
+    "resume",
+    "init",
+    "backbone_weights",
+    "data_root",
+    "train_json",
+    "train_images",
+    "device",
+    "workers",
+}
 
 
 def values_to_agree_on(args: argparse.Namespace, config: dict) -> dict[str, object]:

@@ -3,6 +3,7 @@
 One data set, several named ones in given ratios, or scenes that are rendered on the fly. Upstream:
 vita/data/combined_loader.py for the ratios.
 """
+
 import argparse
 
 from augmentation import Augmentation
@@ -17,8 +18,9 @@ from synthetic.clips import RenderedClips
 def open_clips(args: argparse.Namespace) -> ClipDataset | MixedClips | RenderedClips:
     """The training clips: of one data set, of several named data sets, or of rendered scenes."""
     if args.render:
-        clips = RenderedClips(args.render, args.frames, args.reach,
-                              make_augmentation(args, pseudo=False), args.seed)
+        clips = RenderedClips(
+            args.render, args.frames, args.reach, make_augmentation(args, pseudo=False), args.seed
+        )
         check_num_classes(args, "--render", clips.categories)
         return clips
     if args.train_json:
@@ -36,26 +38,35 @@ def open_named_sets(args: argparse.Namespace) -> ClipDataset | MixedClips:
     *others, last = [find_named_set(args.data_root, name) for name in args.train_sets]
     json_path, frames, category_map = last
     if category_map:
-        raise InputError(f"--train-sets {' '.join(args.train_sets)}: the last must be the data set "
-                         "whose classes are trained")
+        raise InputError(
+            f"--train-sets {' '.join(args.train_sets)}: the last must be the data set "
+            "whose classes are trained"
+        )
     target = VideoSet(json_path, frames, args.skip_bad)
     known = {id_key(category_id) for category_id, _ in target.categories}
     for _, _, category_map in others:
         unknown = set((category_map or {}).values()) - known
         if unknown:
-            raise InputError(f"{target.path} lacks categories that COCO's are mapped to: "
-                             f"{sorted(unknown)}")
+            raise InputError(
+                f"{target.path} lacks categories that COCO's are mapped to: {sorted(unknown)}"
+            )
     sources = [
-        VideoSet(json_path, frames, args.skip_bad, category_map,
-                 target.categories if category_map else None)
+        VideoSet(
+            json_path,
+            frames,
+            args.skip_bad,
+            category_map,
+            target.categories if category_map else None,
+        )
         for json_path, frames, category_map in others
     ]
     check_num_classes(args, target.path, target.categories)
     if not sources:
         return make_clips(args, target)
     if len(args.train_ratio or []) != len(args.train_sets):
-        raise InputError("--train-ratio must give one share for each of the "
-                         f"{len(args.train_sets)} sets")
+        raise InputError(
+            f"--train-ratio must give one share for each of the {len(args.train_sets)} sets"
+        )
     clips = [make_clips(args, videos) for videos in [*sources, target]]
     return MixedClips(clips, args.train_ratio, args.seed)
 
@@ -93,5 +104,5 @@ def clip_bytes(args: argparse.Namespace, world: int) -> int:
     """Approximate size of one process's clips of a step: frames and masks of 10 instances."""
     short_side = max(args.short_sides + args.pseudo_short_sides)
     long_side = min(args.max_long_side, short_side * 16 // 9)
-    pixels = args.lsj_size ** 2 if args.lsj else short_side * long_side
+    pixels = args.lsj_size**2 if args.lsj else short_side * long_side
     return args.batch // world * args.frames * pixels * (3 + 10)

@@ -1,4 +1,5 @@
 """The output folder of a training run: what may be written where, and the log."""
+
 import argparse
 import json
 from collections.abc import Iterator
@@ -35,8 +36,10 @@ def check_folder(resume: str | None, output: Path) -> None:
         if not (resumed and resumed.exists() and last.samefile(resumed)):
             raise InputError(f"{last} exists: resume it (--resume), or choose another --output")
     elif not (resumed and resumed.resolve().parent == output.resolve()):
-        raise InputError(f"{output} holds {' and '.join(existing)} of a run that has no last.pt: "
-                         "remove the folder, or choose another --output")
+        raise InputError(
+            f"{output} holds {' and '.join(existing)} of a run that has no last.pt: "
+            "remove the folder, or choose another --output"
+        )
 
 
 @contextmanager
@@ -61,8 +64,9 @@ def append_to_log(path: Path, record: dict) -> None:
             log.write(json.dumps(record) + "\n")
     except OSError as error:
         last = path.with_name("last.pt")
-        raise InputError(f"{path} cannot be written: {error.strerror}; --resume {last} "
-                         "continues") from error
+        raise InputError(
+            f"{path} cannot be written: {error.strerror}; --resume {last} continues"
+        ) from error
 
 
 def trim_log(path: Path, step: int) -> None:

@@ -1,4 +1,5 @@
 """Evaluation during training (--evaluate-every), on held-out videos."""
+
 import argparse
 
 from tqdm import tqdm
@@ -31,8 +32,9 @@ def open_held_out(args: argparse.Namespace, categories: list[tuple[int, str]]) -
     if not videos.ground_truth["annotations"]:
         raise InputError(f"--evaluate-every: {videos.path} has no annotations")
     if [name for _, name in videos.categories] != [name for _, name in categories]:
-        raise InputError(f"--evaluate-every: {videos.path} has other categories than the "
-                         "training clips")
+        raise InputError(
+            f"--evaluate-every: {videos.path} has other categories than the training clips"
+        )
     return videos
 
 
@@ -65,12 +67,15 @@ def evaluate(run: Run, videos: VideoSet) -> str:
     if metrics["AP"] <= run.best:
         return message
     run.best = metrics["AP"]
-    save_checkpoint(run.output / "best.pt", {
-        "model": weights,
-        "step": run.step,
-        "best": run.best,
-        "config": run.config,
-    })
+    save_checkpoint(
+        run.output / "best.pt",
+        {
+            "model": weights,
+            "step": run.step,
+            "best": run.best,
+            "config": run.config,
+        },
+    )
     return f"{message}, the best so far"
 
 
@@ -78,9 +83,17 @@ def measure(run: Run, model: GRAttVIS, videos: VideoSet) -> dict:
     """The metrics of a model, without the videos that --skip-bad skips."""
     args = run.args
     model.eval()
-    segmented = segment_videos(model, videos.videos, run.device, run.amp_dtype,
-                               args.test_short_side, args.test_max_long_side, args.top_k,
-                               workers=args.workers, skip_bad=args.skip_bad)
+    segmented = segment_videos(
+        model,
+        videos.videos,
+        run.device,
+        run.amp_dtype,
+        args.test_short_side,
+        args.test_max_long_side,
+        args.top_k,
+        workers=args.workers,
+        skip_bad=args.skip_bad,
+    )
     results = []
     unreadable = []
     for video, result in segmented:

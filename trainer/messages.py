@@ -1,4 +1,5 @@
 """What a training run says about itself: its setting, and why a step was skipped."""
+
 import math
 
 from clips import Clip, ClipDataset, MixedClips
@@ -8,8 +9,9 @@ from synthetic.clips import RenderedClips
 from trainer.run import Run
 
 
-def print_setting(run: Run, clips: ClipDataset | MixedClips | RenderedClips, world: int,
-                  amp_reason: str) -> None:
+def print_setting(
+    run: Run, clips: ClipDataset | MixedClips | RenderedClips, world: int, amp_reason: str
+) -> None:
     """Print the setting of a run, and the usual learning rate for another batch size.
 
     world: number of processes. amp_reason: why the run has its amp_dtype.
@@ -17,28 +19,38 @@ def print_setting(run: Run, clips: ClipDataset | MixedClips | RenderedClips, wor
     args = run.args
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     dtype = str(run.amp_dtype).removeprefix("torch.")
-    print(f"{args.recipe or args.preset}, {args.propagation} propagation, {trained / 1e6:.1f} M "
-          f"trained parameters; {run.device.type} x {world}, {dtype} ({amp_reason}); deformable "
-          f"attention: {implementation(run.device)}")
+    print(
+        f"{args.recipe or args.preset}, {args.propagation} propagation, {trained / 1e6:.1f} M "
+        f"trained parameters; {run.device.type} x {world}, {dtype} ({amp_reason}); deformable "
+        f"attention: {implementation(run.device)}"
+    )
 
-    source = f"{len(clips.videos)} videos" if not args.render else (
-        f"endless scenes ({', '.join(args.render)})")
+    source = (
+        f"{len(clips.videos)} videos"
+        if not args.render
+        else (f"endless scenes ({', '.join(args.render)})")
+    )
     parts = f" in {args.accumulate} parts" if args.accumulate > 1 else ""
-    print(f"{source} of {len(clips.categories)} classes; a step is {args.batch} clips of "
-          f"{args.frames} frames, {args.batch // world} a process{parts}; iterations {run.step} to "
-          f"{args.iterations}; {args.workers} loader processes; output {args.output}")
+    print(
+        f"{source} of {len(clips.categories)} classes; a step is {args.batch} clips of "
+        f"{args.frames} frames, {args.batch // world} a process{parts}; iterations {run.step} to "
+        f"{args.iterations}; {args.workers} loader processes; output {args.output}"
+    )
     for sentence in clips.skipped.sentences():
         print(f"skipped: {sentence}")
 
     usual = RECIPES[args.recipe][1] if args.recipe else {}
     if usual.get("batch", args.batch) != args.batch and args.lr == usual["lr"]:
-        print(f"the recipe's learning rate {args.lr:g} is for {usual['batch']} clips a step; for "
-              f"{args.batch}, --lr {args.lr * args.batch / usual['batch']:g} is usual (nothing was "
-              "changed)")
+        print(
+            f"the recipe's learning rate {args.lr:g} is for {usual['batch']} clips a step; for "
+            f"{args.batch}, --lr {args.lr * args.batch / usual['batch']:g} is usual (nothing was "
+            "changed)"
+        )
 
 
-def describe_nonfinite(losses: dict[str, float], grad_norm: float, step: int, rate: float,
-                       batch: list[Clip]) -> str:
+def describe_nonfinite(
+    losses: dict[str, float], grad_norm: float, step: int, rate: float, batch: list[Clip]
+) -> str:
     """Describe what is not finite, when, and for which clips of this process.
 
     losses: averaged over all processes. rate: the learning rate.
@@ -46,5 +58,7 @@ def describe_nonfinite(losses: dict[str, float], grad_norm: float, step: int, ra
     broken = [f"{name} {value}" for name, value in losses.items() if not math.isfinite(value)]
     broken = ", ".join(broken or [f"the gradient's norm {grad_norm}"])
     sources = "; ".join(clip.source for clip in batch)
-    return (f"not finite at iteration {step}, learning rate {rate:g}: {broken}; clips: {sources}. "
-            "Look at these, lower --lr, or pass --skip-nonfinite N")
+    return (
+        f"not finite at iteration {step}, learning rate {rate:g}: {broken}; clips: {sources}. "
+        "Look at these, lower --lr, or pass --skip-nonfinite N"
+    )

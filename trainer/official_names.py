@@ -1,4 +1,5 @@
 """The setting of a run under the field names of the official configuration files (--dry-run)."""
+
 import argparse
 import inspect
 import json

@@ -1,4 +1,5 @@
 """The state of a training run, and how it is stored."""
+
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,22 +16,23 @@ from trainer.folder import append_to_log
 @dataclass
 class Run:
     """The state of a training run: what last.pt stores, and what a step needs besides."""
+
     model: GRAttVIS
-    config: dict                      # stored in checkpoints, see checkpoint.read_config
+    config: dict  # stored in checkpoints, see checkpoint.read_config
     args: argparse.Namespace
     device: torch.device
     amp_dtype: torch.dtype
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LambdaLR
-    scaler: torch.amp.GradScaler      # does nothing unless amp_dtype is float16
-    averaged: AveragedModel | None    # with --ema
+    scaler: torch.amp.GradScaler  # does nothing unless amp_dtype is float16
+    averaged: AveragedModel | None  # with --ema
     rank: int = 0
-    step: int = 0                     # number of completed steps
-    best: float = -1.0                # best AP so far
+    step: int = 0  # number of completed steps
+    best: float = -1.0  # best AP so far
     evaluation_pending: bool = False  # a signal interrupted the evaluation after this step
-    skipped_in_a_row: int = 0         # steps whose losses or gradients were not finite
-    saved: int = -1                   # step of the last checkpoint
-    stopping: int = 0                 # signal received by any process
+    skipped_in_a_row: int = 0  # steps whose losses or gradients were not finite
+    saved: int = -1  # step of the last checkpoint
+    stopping: int = 0  # signal received by any process
 
     @property
     def output(self) -> Path:
@@ -82,8 +84,10 @@ class Run:
         broken = [name for name, value in weights.items() if not value.isfinite().all()]
         if broken:
             names = f"{', '.join(broken[:3])} {'is' if len(broken) == 1 else 'are'}"
-            raise FloatingPointError(f"{names} not finite at iteration {self.step}: the "
-                                     "checkpoints were left as they were")
+            raise FloatingPointError(
+                f"{names} not finite at iteration {self.step}: the "
+                "checkpoints were left as they were"
+            )
         return weights
 
     def log(self, record: dict) -> None:

@@ -7,6 +7,7 @@ Panels: the losses by kind, summed over decoder layers, clips and detector or tr
 classification loss), the AP of periodic evaluations, the learning rate, the norm of the gradients,
 and the share of time spent waiting for data. Only the picture needs matplotlib.
 """
+
 import argparse
 import csv
 import json
@@ -78,6 +79,7 @@ def plot_curves(path: Path, runs: dict[str, dict]) -> None:
     """One panel for each curve, one line for each run."""
     require_matplotlib()
     from matplotlib.figure import Figure
+
     names = panel_names(runs)
     rows = -(-len(names) // COLUMNS)
     figure = Figure((4 * COLUMNS, 2.6 * rows), dpi=120, layout="constrained")
@@ -85,8 +87,13 @@ def plot_curves(path: Path, runs: dict[str, dict]) -> None:
     for axes, name in zip(panels, names):
         for run, curves_of_run in runs.items():
             points = curves_of_run.get(name, [])
-            axes.plot(*zip(*points) if points else ([], []), label=run, linewidth=1.2,
-                      marker="o" if len(points) < 12 else None, markersize=3)
+            axes.plot(
+                *zip(*points) if points else ([], []),
+                label=run,
+                linewidth=1.2,
+                marker="o" if len(points) < 12 else None,
+                markersize=3,
+            )
         axes.set_title(name, fontsize="medium")
         axes.grid(alpha=0.3)
         if name == "gradient norm":
@@ -114,19 +121,30 @@ def save_csv(path: Path, runs: dict[str, dict]) -> None:
                 by_step[step][name] = value
         for step, values in sorted(by_step.items()):
             rows.append([run, step, *(values.get(name, "") for name in names)])
-    with atomic_write(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
+    with (
+        atomic_write(path) as temporary,
+        open(temporary, "w", encoding="utf-8", newline="") as file,
+    ):
         csv.writer(file).writerows(rows)
 
 
 def main(arguments: list[str]) -> None:
     """Read the logs and write the picture and the table."""
     parser = argparse.ArgumentParser(
-        prog="python -m viewing.curves", description="Plot the training curves of runs.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        prog="python -m viewing.curves",
+        description="Plot the training curves of runs.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     parser.add_argument("runs", nargs="+", type=Path, help="folders of train.py --output")
-    parser.add_argument("--output", type=Path, metavar="PNG",
-                        help="picture to write; None = curves.png in the first folder")
-    parser.add_argument("--csv", type=Path, metavar="CSV", help="also write all numbers to this file")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="PNG",
+        help="picture to write; None = curves.png in the first folder",
+    )
+    parser.add_argument(
+        "--csv", type=Path, metavar="CSV", help="also write all numbers to this file"
+    )
     args = parser.parse_args(arguments)
     runs = {str(run): curves(read_log(run)) for run in args.runs}
     if args.csv:

@@ -7,6 +7,7 @@
 Any forward hook works in the same way. Modules of a compiled model call hooks within
 torch.compiler.set_stance("force_eager").
 """
+
 import math
 from collections import defaultdict
 from collections.abc import Iterator
@@ -32,6 +33,7 @@ class AttentionRecord:
     called with several frames at once (N), as on a GPU, where the last frame of a video is repeated
     to fill up a batch: entries past the last frame are such copies.
     """
+
     weights: dict[str, list[Tensor]]  # of Attention: (N, heads, queries, keys); rows sum to 1
     sampling: dict[str, list[tuple[Tensor, Tensor]]]  # of DeformableAttention: `sampling_locations`
     gate_logits: list[Tensor]  # of each clip: (D, L, B, Q), open where >= 0; empty without gates
@@ -78,15 +80,17 @@ def pixel_maps(weights: Tensor, layer: int, frame_size: tuple[int, int]) -> Tens
     return weights.unflatten(3, (height, width))
 
 
-def record_weights(record: AttentionRecord, name: str, module: Attention, inputs: tuple,
-                   output: Tensor) -> None:
+def record_weights(
+    record: AttentionRecord, name: str, module: Attention, inputs: tuple, output: Tensor
+) -> None:
     query, key, _, mask = inputs
     record.weights[name].append(module.attention_weights(query, key, mask).cpu())
 
 
 @torch.no_grad()
-def record_sampling(record: AttentionRecord, name: str, module: DeformableAttention, inputs: tuple,
-                    output: Tensor) -> None:
+def record_sampling(
+    record: AttentionRecord, name: str, module: DeformableAttention, inputs: tuple, output: Tensor
+) -> None:
     query, _, level_shapes = inputs
     offsets, logits = module.project(query)
     dtype = torch.promote_types(offsets.dtype, torch.float32)
@@ -94,8 +98,9 @@ def record_sampling(record: AttentionRecord, name: str, module: DeformableAttent
     record.sampling[name].append((locations.cpu(), weights.cpu()))
 
 
-def record_gates(record: AttentionRecord, name: str, module: Tracker, inputs: tuple,
-                 output: tuple) -> None:
+def record_gates(
+    record: AttentionRecord, name: str, module: Tracker, inputs: tuple, output: tuple
+) -> None:
     predictions, _ = output
     for prediction in predictions:
         if prediction.gate_logits:

@@ -6,6 +6,7 @@ the gates so far.
 
 Letters: I instances, T frames, D decoder layers, H, W.
 """
+
 import math
 import sys
 from collections.abc import Iterable, Iterator
@@ -26,9 +27,9 @@ MIN_HEIGHT = 240  # pixels; smaller frames are enlarged by an integer factor, fo
 MAX_ENLARGED_WIDTH = 4096  # pixels
 MAX_NAME_LENGTH = 32  # characters of a class name in a caption
 SHEET_FRAMES = 6
-MAX_SHEET_PIXELS = 2 ** 26  # of the whole sheet; enough for six frames of 3840x2160
+MAX_SHEET_PIXELS = 2**26  # of the whole sheet; enough for six frames of 3840x2160
 MAX_ANIMATION_FRAMES = 240  # held in memory until the animation is written
-MAX_ANIMATION_BYTES = 2 ** 29  # of memory; larger pictures are shrunk
+MAX_ANIMATION_BYTES = 2**29  # of memory; larger pictures are shrunk
 BYTES_PER_PIXEL = 4  # of RGB pictures in Pillow
 MAX_WEBP_SIDE = 16383  # pixels, a limit of the format
 FRAME_MILLISECONDS = 125
@@ -48,7 +49,7 @@ def name_to_draw(name: str) -> str:
     Long names keep their start and end, which distinguish numbered classes.
     """
     if len(name) > MAX_NAME_LENGTH:
-        name = f"{name[:MAX_NAME_LENGTH - 13]}...{name[-10:]}"
+        name = f"{name[: MAX_NAME_LENGTH - 13]}...{name[-10:]}"
     return "".join(letter if letter.isprintable() else "?" for letter in name)
 
 
@@ -60,8 +61,9 @@ def stack(upper: Image.Image, lower: Image.Image) -> Image.Image:
     return both
 
 
-def overlay(frame: np.ndarray, masks: np.ndarray, track_ids: list[int], captions: list[str]
-            ) -> Image.Image:
+def overlay(
+    frame: np.ndarray, masks: np.ndarray, track_ids: list[int], captions: list[str]
+) -> Image.Image:
     """Draw masks and captions over a frame.
 
     frame: uint8 (H, W, 3). masks: bool (I, H, W), best first. track_ids, captions: I each.
@@ -100,15 +102,20 @@ def draw_caption(picture: Image.Image, corner: tuple[int, int], caption: str, co
     draw_label(draw, (left, top), caption, colour, font)
 
 
-def draw_label(draw: ImageDraw.ImageDraw, corner: tuple[int, int], text: str, colour, font
-               ) -> None:
+def draw_label(draw: ImageDraw.ImageDraw, corner: tuple[int, int], text: str, colour, font) -> None:
     """Draw white text on a coloured background."""
     draw.rectangle(draw.textbbox(corner, text, font=font), fill=colour)
     draw.text(corner, text, fill="white", font=font)
 
 
-def gate_strip(width: int, now: int, visible: np.ndarray, gates: np.ndarray,
-               track_ids: list[int], captions: list[str]) -> Image.Image:
+def gate_strip(
+    width: int,
+    now: int,
+    visible: np.ndarray,
+    gates: np.ndarray,
+    track_ids: list[int],
+    captions: list[str],
+) -> Image.Image:
     """The strip below frame `now`: one row per track, time from left to right up to `now`.
 
     A row has a band in the track's colour where the track is visible, and one line per decoder
@@ -141,10 +148,10 @@ def gate_strip(width: int, now: int, visible: np.ndarray, gates: np.ndarray,
         for height, values, colour_if_true, colour_if_false in lines:
             values = values[frame_of_column, None]
             line = np.where(values, colour_if_true, colour_if_false)
-            pixels[top:top + height, left:right] = np.where(is_past, line, LIGHT_GREY)
+            pixels[top : top + height, left:right] = np.where(is_past, line, LIGHT_GREY)
             top += height + 1
     cursor = left + is_past.sum()
-    pixels[:bottom - 1, cursor] = DARK_GREY
+    pixels[: bottom - 1, cursor] = DARK_GREY
     return Image.fromarray(pixels)
 
 
@@ -181,8 +188,9 @@ def best_labels(result: EncodedVideo, min_score: float) -> list[int]:
     return list(best.values())
 
 
-def overlays(frames: Iterable[np.ndarray], result: EncodedVideo, names: list[str],
-             min_score: float) -> Iterator[Image.Image]:
+def overlays(
+    frames: Iterable[np.ndarray], result: EncodedVideo, names: list[str], min_score: float
+) -> Iterator[Image.Image]:
     """Draw the instances that score at least min_score over every frame.
 
     There is a strip of gates below, unless the model has no gates or there are no instances.
@@ -210,8 +218,14 @@ def overlays(frames: Iterable[np.ndarray], result: EncodedVideo, names: list[str
         yield picture
 
 
-def save_pictures(folder: Path, name: str, pictures: Iterable[Image.Image], count: int,
-                  milliseconds: float = FRAME_MILLISECONDS, frames: Path | None = None) -> None:
+def save_pictures(
+    folder: Path,
+    name: str,
+    pictures: Iterable[Image.Image],
+    count: int,
+    milliseconds: float = FRAME_MILLISECONDS,
+    frames: Path | None = None,
+) -> None:
     """Write an animation, folder/name.webp, and a sheet of some pictures, folder/name.png.
 
     The animation contains at most MAX_ANIMATION_FRAMES frames: every second, third, ... frame of
@@ -230,9 +244,11 @@ def save_pictures(folder: Path, name: str, pictures: Iterable[Image.Image], coun
     animate = max(first.size) <= MAX_WEBP_SIDE
     if not animate:
         frames = frames or folder / name
-        tqdm.write(f"{name}.webp was not made: WebP has at most {MAX_WEBP_SIDE} pixels a side, the "
-                   f"pictures are {first.width}x{first.height}; they are in {frames.name}/ as PNG",
-                   file=sys.stderr)
+        tqdm.write(
+            f"{name}.webp was not made: WebP has at most {MAX_WEBP_SIDE} pixels a side, the "
+            f"pictures are {first.width}x{first.height}; they are in {frames.name}/ as PNG",
+            file=sys.stderr,
+        )
     folder.mkdir(parents=True, exist_ok=True)
     if frames:
         frames.mkdir(parents=True, exist_ok=True)
@@ -248,8 +264,13 @@ def save_pictures(folder: Path, name: str, pictures: Iterable[Image.Image], coun
             animation.append(resized(picture, size))
         sheet.add(t, picture)
     if animate:
-        animation[0].save(folder / f"{name}.webp", save_all=True, append_images=animation[1:],
-                          duration=max(1, round(step * milliseconds)), loop=0)
+        animation[0].save(
+            folder / f"{name}.webp",
+            save_all=True,
+            append_images=animation[1:],
+            duration=max(1, round(step * milliseconds)),
+            loop=0,
+        )
     sheet.picture.save(folder / f"{name}.png")
 
 

@@ -5,6 +5,7 @@ instance is visible, and where the gates let the frame update its query (GRAtt-V
 2305.17096, method section). With closed gates, a query survives frames in which its object is
 occluded.
 """
+
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -30,6 +31,7 @@ def new_figure(width: float, height: float):
     """A figure and its axes, which need no display. width, height: in inches."""
     require_matplotlib()
     from matplotlib.figure import Figure
+
     figure = Figure((width, min(height, MAX_HEIGHT)), dpi=120, layout="constrained")
     return figure, figure.add_subplot()
 
@@ -53,8 +55,13 @@ def plot_precision(path: Path, precision: np.ndarray) -> None:
         colour = (shade, 0.35 + 0.3 * shade, 0.75)
         label = f"{threshold:.2f}: AP {100 * curve.mean():.1f}"
         axes.plot(RECALL_POINTS, curve, color=colour, label=label)
-    axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02),
-             title="precision over recall, all classes")
+    axes.set(
+        xlabel="recall",
+        ylabel="precision",
+        xlim=(0, 1),
+        ylim=(0, 1.02),
+        title="precision over recall, all classes",
+    )
     axes.legend(title="IoU threshold", fontsize="small")
     figure.savefig(path)
 
@@ -92,8 +99,15 @@ def plot_timeline(path: Path, result: EncodedVideo, names: list[str], min_score:
         axes.broken_barh(spans, (row + 0.1, 0.5), color=colour)
         if result.gates.shape[2]:
             openness = result.gates[index].double().mean(1).numpy()  # (T,)
-            axes.imshow(openness[None], extent=(0, frames, row + 0.85, row + 0.65), aspect="auto",
-                        cmap="Greys", vmin=-0.25, vmax=1, interpolation="nearest")
+            axes.imshow(
+                openness[None],
+                extent=(0, frames, row + 0.85, row + 0.65),
+                aspect="auto",
+                cmap="Greys",
+                vmin=-0.25,
+                vmax=1,
+                interpolation="nearest",
+            )
         name = plain_text(names[result.labels[index]])
         labels.append(f"{name} #{track} {result.scores[index]:.2f}")
     if chosen:

@@ -7,6 +7,7 @@ Input i of a loader is always the same, except for memory addresses in old check
 in child processes limited to 2 GB of memory and five seconds per input. Any other outcome than
 success or a clear error is reported with the input and its modification.
 """
+
 import argparse
 import contextlib
 import datetime
@@ -47,9 +48,9 @@ from evaluation.metric import evaluate_results
 from model import build_model
 from synthetic import suites as synthetic
 
-MEMORY = 2 ** 31     # bytes of a whole process
-SECONDS = 5          # an input
-FULL = 50            # one of so many checkpoints holds a whole model, which takes long to build
+MEMORY = 2**31  # bytes of a whole process
+SECONDS = 5  # an input
+FULL = 50  # one of so many checkpoints holds a whole model, which takes long to build
 HEIGHT, WIDTH = 64, 96
 TINY = dict(
     backbone="resnet10_thin",
@@ -235,6 +236,7 @@ def mutate_text(content, random) -> tuple[bytes, str]:
 
 # Mutations of bytes
 
+
 def mutate_bytes(content: bytes, random) -> tuple[bytes, str]:
     """Flip, cut, insert, repeat or overwrite, once or several times.
 
@@ -256,16 +258,17 @@ def mutate_bytes(content: bytes, random) -> tuple[bytes, str]:
         elif kind == "insert":
             content[place:place] = random.bytes(length)
         elif kind == "delete":
-            del content[place:place + length]
+            del content[place : place + length]
         elif kind == "repeat":
-            content[place:place] = content[place:place + length] * int(random.integers(1, 50))
+            content[place:place] = content[place : place + length] * int(random.integers(1, 50))
         elif kind == "fill":
-            content[place:place + length] = (b"\xff", b"\0", b"\x7f")[random.integers(3)] * length
+            content[place : place + length] = (b"\xff", b"\0", b"\x7f")[random.integers(3)] * length
         done.append(f"{kind} {place}")
     return bytes(content), ", ".join(done)
 
 
 # The data set
+
 
 def make_base(folder: Path) -> None:
     """A small data set with masks of all notations, its results, a tiny model and pictures: what
@@ -335,7 +338,7 @@ def annotations_input(base: Path, folder: Path, random) -> tuple[Path, str]:
 
 def load_annotations(base: Path, path: Path) -> None:
     """All that train.py and evaluate.py do with an annotation file, apart from the model."""
-    with contextlib.suppress(InputError):                         # what is left is complete
+    with contextlib.suppress(InputError):  # what is left is complete
         left = VideoSet(path, base / "set/train/JPEGImages", skip_bad=True)
         evaluate_results([], left.ground_truth)
         assert all(len(line.splitlines()) == 1 for line in left.skipped.sentences())
@@ -378,6 +381,7 @@ def load_results(base: Path, path: Path) -> None:
 
 
 # Checkpoints
+
 
 class Call:
     """Requests a function call when unpickled."""
@@ -435,7 +439,13 @@ CONFIGS = (
     + [
         {"preset": "toy", "propagation": "gated", "model_options": TINY, "categories": categories}
         for categories in (
-            5, [1], [[1, 2]], [[1, "a", 2]], None, {"a": 1}, [[1, "a"], [2, "b\n"], [3, "c"]],
+            5,
+            [1],
+            [[1, 2]],
+            [[1, "a", 2]],
+            None,
+            {"a": 1},
+            [[1, "a"], [2, "b\n"], [3, "c"]],
         )
     ]
 )
@@ -446,13 +456,36 @@ class Settings(dict):
 
 
 NEIGHBOURS = [  # what sits next to weights
-    datetime.datetime(2024, 5, 6), datetime.timedelta(3), Path("a/b"), range(3), 1j, b"bytes\xff",
-    argparse.Namespace(lr=1e-4, out=Path("x")), Settings(a={"b": 1}), bytearray(b"x\xff"),
-    np.float32(3), np.int64(3), np.dtype("f4"), np.float32, np.array(["a", "b"]),
-    np.array([{}, None], dtype=object), np.zeros((0, 3)), {1, 2}, frozenset({"a"}), Counter("aab"),
-    OrderedDict(a=1), torch.Size([1]), torch.device("cpu"), torch.float32, torch.nn.Linear(1, 1),
-    torch.nn.Parameter(torch.ones(2)), torch.ones(2, dtype=torch.bfloat16), torch.ones(4)[1:3],
-    torch.ones(2).to(torch.float8_e4m3fn), torch.ones(2, 3).T]
+    datetime.datetime(2024, 5, 6),
+    datetime.timedelta(3),
+    Path("a/b"),
+    range(3),
+    1j,
+    b"bytes\xff",
+    argparse.Namespace(lr=1e-4, out=Path("x")),
+    Settings(a={"b": 1}),
+    bytearray(b"x\xff"),
+    np.float32(3),
+    np.int64(3),
+    np.dtype("f4"),
+    np.float32,
+    np.array(["a", "b"]),
+    np.array([{}, None], dtype=object),
+    np.zeros((0, 3)),
+    {1, 2},
+    frozenset({"a"}),
+    Counter("aab"),
+    OrderedDict(a=1),
+    torch.Size([1]),
+    torch.device("cpu"),
+    torch.float32,
+    torch.nn.Linear(1, 1),
+    torch.nn.Parameter(torch.ones(2)),
+    torch.ones(2, dtype=torch.bfloat16),
+    torch.ones(4)[1:3],
+    torch.ones(2).to(torch.float8_e4m3fn),
+    torch.ones(2, 3).T,
+]
 PREFIXES = ["module.", "model.", "_orig_mod.", "module.model._orig_mod."]
 
 
@@ -499,8 +532,12 @@ def checkpoint_contents(base: Path, number: int, random) -> dict:
             torch.full((4, 32), torch.nan),
         ][random.integers(13)]
         name = [
-            "tracker.class_embed.weight", "backbone.relative_position_index", "tracker.two\nlines",
-            "tracker." + "x" * 10000, "backbone.layer9.1.bn1.weight", "",
+            "tracker.class_embed.weight",
+            "backbone.relative_position_index",
+            "tracker.two\nlines",
+            "tracker." + "x" * 10000,
+            "backbone.layer9.1.bn1.weight",
+            "",
         ][random.integers(6)]
         weights[name] = odd
     if random.random() < 0.3:
@@ -527,20 +564,24 @@ def save_bomb(path: Path, entries: dict[str, bytes]) -> None:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         for name, content in entries.items():
             with archive.open(name, "w") as entry:
-                for part in [bytes(2 ** 24)] * 64 if name == large else [content]:
+                for part in [bytes(2**24)] * 64 if name == large else [content]:
                     entry.write(part)
 
 
 @cache
 def repeating_pickles() -> list[bytes]:
     """Of the same bytes or items, which a pickle holds once, something is to be made 5000 times."""
-    file, items = io.BytesIO(), list(range(10 ** 5))
-    storage = torch.zeros(10 ** 5).untyped_storage()
+    file, items = io.BytesIO(), list(range(10**5))
+    storage = torch.zeros(10**5).untyped_storage()
     torch.save(storage, file, _use_new_zipfile_serialization=False)
-    from_buffer, numbers = np.zeros(1).__reduce_ex__(5)[0], bytes(4 * 10 ** 5)
-    calls = [(torch.storage._load_from_bytes, file.getvalue()), (bytearray, numbers), (set, items),
-             (from_buffer, numbers, np.dtype("f4"), (10 ** 5,), "C"),
-             (OrderedDict, dict.fromkeys(items))]
+    from_buffer, numbers = np.zeros(1).__reduce_ex__(5)[0], bytes(4 * 10**5)
+    calls = [
+        (torch.storage._load_from_bytes, file.getvalue()),
+        (bytearray, numbers),
+        (set, items),
+        (from_buffer, numbers, np.dtype("f4"), (10**5,), "C"),
+        (OrderedDict, dict.fromkeys(items)),
+    ]
     things = [[Call(*call) for _ in range(5000)] for call in calls]
     return [pickle.dumps({"model": {"tracker.query_feat.weight": each}}, 4) for each in things]
 
@@ -570,8 +611,13 @@ def hostile_pickles(folder: Path) -> list[bytes]:
         np.float64(2),
     ]
     inside = pickle.dumps(Call(os.system, f"touch {harm}"))
-    calls += [Call(torch.storage._load_from_bytes, inside), Call(torch.load, harm), Call(set, [[]]),
-              Call(subprocess.Popen, ["touch", harm]), Call(OrderedDict, {1: 2}, [1])]
+    calls += [
+        Call(torch.storage._load_from_bytes, inside),
+        Call(torch.load, harm),
+        Call(set, [[]]),
+        Call(subprocess.Popen, ["touch", harm]),
+        Call(OrderedDict, {1: 2}, [1]),
+    ]
     whole = [
         pickle.dumps({"model": {"backbone.bn1.weight": call}}, protocol)
         for call in calls
@@ -677,10 +723,10 @@ def pth_input(base: Path, folder: Path, number: int, random) -> tuple[Path, str]
         if not (base / "bomb.zip").exists():
             save_bomb(base / "bomb.zip", entries)
         shutil.copy(base / "bomb.zip", path)
-    elif choice == 1:                                             # one that claims four gigabytes
+    elif choice == 1:  # one that claims four gigabytes
         content = bytearray(path.read_bytes())
         central = content.find(b"PK\1\2")
-        content[central + 20:central + 28] = b"\xfe" * 8
+        content[central + 20 : central + 28] = b"\xfe" * 8
         path.write_bytes(content)
     elif choice == 2:
         path.write_bytes(hostile[place])
@@ -699,6 +745,7 @@ def load_checkpoint(base: Path, path: Path) -> None:
 
 
 # Pictures
+
 
 def png_chunk(name: bytes, content: bytes) -> bytes:
     return (
@@ -802,8 +849,9 @@ LOADERS = {
 
 # Running
 
+
 def outcome_of(load: Callable, base: Path, path: Path) -> tuple[str, str]:
-    """"success", "refused" or "finding", and the message."""
+    """ "success", "refused" or "finding", and the message."""
     try:
         load(base, path)
     except InputError as error:

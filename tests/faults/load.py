@@ -1,9 +1,10 @@
 """Long-running jobs of small models, and their resource usage; see tests/faults/test_load.py.
 
-    python tests/faults/load.py train FOLDER 100000      # steps, with a checkpoint every 1,000
-    python tests/faults/load.py step gated 10000         # frames of a live stream
-    python tests/faults/load.py evaluate FOLDER 1 10000  # videos, frames of each
+python tests/faults/load.py train FOLDER 100000      # steps, with a checkpoint every 1,000
+python tests/faults/load.py step gated 10000         # frames of a live stream
+python tests/faults/load.py evaluate FOLDER 1 10000  # videos, frames of each
 """
+
 import json
 import os
 import signal
@@ -63,16 +64,16 @@ def usage(pid: int) -> dict[str, int]:
     grown but the copy's cost, which is bounded."""
     held = {"memory": 0, "files": 0, "on the way": 0, "processes": 0, "shared": 0}
     for path in Path("/dev/shm").glob("torch_*"):
-        with suppress(FileNotFoundError):                          # moved
+        with suppress(FileNotFoundError):  # moved
             held["shared"] += path.stat().st_size
     for member in family(pid):
         try:
             rollup = Path(f"/proc/{member}/smaps_rollup").read_text()
             files = []
             for file in Path(f"/proc/{member}/fd").iterdir():
-                with suppress(FileNotFoundError):                  # closed
+                with suppress(FileNotFoundError):  # closed
                     files.append(os.readlink(file))
-        except OSError:                                            # it has just ended
+        except OSError:  # it has just ended
             continue
         held["memory"] += 1024 * sum(
             int(line.split()[1])
@@ -126,10 +127,33 @@ def train(folder: str, iterations: str) -> None:
     program.main(
         program.parse_arguments(
             [
-                "--data-root", f"{folder}/set", "--output", f"{folder}/run", "--device", "cpu",
-                "--freeze-detector", "--frames", "2", "--reach", "3", "--batch", "1", "--points",
-                "16", "--short-sides", str(SIDE // 2), "--workers", "1", "--lr", "1e-5",
-                "--iterations", iterations, "--log-every", "100", "--save-every", "1000",
+                "--data-root",
+                f"{folder}/set",
+                "--output",
+                f"{folder}/run",
+                "--device",
+                "cpu",
+                "--freeze-detector",
+                "--frames",
+                "2",
+                "--reach",
+                "3",
+                "--batch",
+                "1",
+                "--points",
+                "16",
+                "--short-sides",
+                str(SIDE // 2),
+                "--workers",
+                "1",
+                "--lr",
+                "1e-5",
+                "--iterations",
+                iterations,
+                "--log-every",
+                "100",
+                "--save-every",
+                "1000",
             ]
         )
     )
@@ -160,7 +184,7 @@ def evaluate(folder: str, videos: str, frames: str) -> None:
     path = Path(folder) / "set/valid.json"
     content = json.loads(path.read_text())
     video, content["annotations"] = content["videos"][0], []
-    names = (video["file_names"] * (int(frames) // 20 + 1))[:int(frames)]
+    names = (video["file_names"] * (int(frames) // 20 + 1))[: int(frames)]
     content["videos"] = [
         video | {"id": number, "file_names": names, "length": len(names)}
         for number in range(1, int(videos) + 1)
@@ -172,8 +196,18 @@ def evaluate(folder: str, videos: str, frames: str) -> None:
     program.main(
         program.parse_arguments(
             [
-                "--weights", f"{folder}/model.pt", "--data-root", f"{folder}/set", "--output",
-                f"{folder}/out", "--device", "cpu", "--workers", "0", "--top-k", "4",
+                "--weights",
+                f"{folder}/model.pt",
+                "--data-root",
+                f"{folder}/set",
+                "--output",
+                f"{folder}/out",
+                "--device",
+                "cpu",
+                "--workers",
+                "0",
+                "--top-k",
+                "4",
             ]
         )
     )
@@ -182,5 +216,6 @@ def evaluate(folder: str, videos: str, frames: str) -> None:
 if __name__ == "__main__":
     import model
     from synthetic.suites import make_dataset
+
     model.PRESETS["toy"] = TINY
     {"train": train, "step": step, "evaluate": evaluate}[sys.argv[1]](*sys.argv[2:])

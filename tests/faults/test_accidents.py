@@ -4,6 +4,7 @@ Each time, the program exits within seconds with a one-sentence error, earlier f
 and the same command then produces the same result as without the accident. (test_kills.py covers
 kill -9 of the whole program.)
 """
+
 import json
 import os
 import re
@@ -53,19 +54,56 @@ def folder(tmp_path_factory):
 def training(folder, output, *more):
     """A command that trains and saves after every step."""
     return [
-        sys.executable, str(REPOSITORY / "train.py"), "--data-root", str(folder / "set"),
-        "--output", str(output), "--device", "cpu", "--frames", "2", "--points", "64",
-        "--short-sides", "64", "--batch", "2", "--workers", "0", "--lr-steps", "3", "--warmup", "0",
-        "--log-every", "1", "--save-every", "1", "--iterations", str(STEPS), *more,
+        sys.executable,
+        str(REPOSITORY / "train.py"),
+        "--data-root",
+        str(folder / "set"),
+        "--output",
+        str(output),
+        "--device",
+        "cpu",
+        "--frames",
+        "2",
+        "--points",
+        "64",
+        "--short-sides",
+        "64",
+        "--batch",
+        "2",
+        "--workers",
+        "0",
+        "--lr-steps",
+        "3",
+        "--warmup",
+        "0",
+        "--log-every",
+        "1",
+        "--save-every",
+        "1",
+        "--iterations",
+        str(STEPS),
+        *more,
     ]
 
 
 def evaluating(folder, output, *more):
     """A command that evaluates the run that nothing has happened to."""
     return [
-        sys.executable, str(REPOSITORY / "evaluate.py"), "--weights", str(folder / "whole/last.pt"),
-        "--data-root", str(folder / "set"), "--short-side", "48", "--device", "cpu", "--workers",
-        "0", "--output", str(output), *more,
+        sys.executable,
+        str(REPOSITORY / "evaluate.py"),
+        "--weights",
+        str(folder / "whole/last.pt"),
+        "--data-root",
+        str(folder / "set"),
+        "--short-side",
+        "48",
+        "--device",
+        "cpu",
+        "--workers",
+        "0",
+        "--output",
+        str(output),
+        *more,
     ]
 
 
@@ -89,7 +127,7 @@ def quoted(command):
 
 def error_line(text):
     """The one line that says what was the matter."""
-    line, = (line.strip() for line in text.splitlines() if line.strip().startswith("error: "))
+    (line,) = (line.strip() for line in text.splitlines() if line.strip().startswith("error: "))
     return line.removeprefix("error: ")
 
 
@@ -129,8 +167,7 @@ def assert_same_results(folder, output):
 
 
 def test_the_disk_is_full_while_a_checkpoint_is_written(folder, tmp_path):
-    """It holds one and a half checkpoints: the first stays intact, and the run resumes from it.
-    """
+    """It holds one and a half checkpoints: the first stays intact, and the run resumes from it."""
     size = (folder / "whole/last.pt").stat().st_size
     (tmp_path / "disk").mkdir()
     done = shell(
@@ -142,7 +179,7 @@ def test_the_disk_is_full_while_a_checkpoint_is_written(folder, tmp_path):
     assert (
         error_line(done.stderr)
         == f"{tmp_path}/disk/run/last.pt cannot be written: No space left on device; it is as it "
-           "was before"
+        "was before"
     )
     assert torch.load(tmp_path / "run/last.pt", weights_only=True)["step"] == 1
     finish(training(folder, tmp_path / "run", "--resume", "auto"))
@@ -181,11 +218,13 @@ def of_both_programs(attempt):
 
 def test_a_folder_that_may_not_be_written(folder, tmp_path):
     """Said before anything is computed."""
+
     def attempt(command):
         disk = tmp_path / command.__name__
         disk.mkdir()
-        return disk, shell(f"mount -t tmpfs -o size=1m,ro none {disk}\n"
-                           f"{quoted(command(folder, disk / 'out'))}")
+        return disk, shell(
+            f"mount -t tmpfs -o size=1m,ro none {disk}\n{quoted(command(folder, disk / 'out'))}"
+        )
 
     for disk, done in of_both_programs(attempt):
         assert done.returncode == 2
@@ -195,14 +234,17 @@ def test_a_folder_that_may_not_be_written(folder, tmp_path):
 
 def test_a_loaders_process_is_killed(folder, tmp_path):
     """As the kernel does when memory runs out."""
+
     def attempt(command):
         output = tmp_path / command.__name__
         arguments = command(folder, output, "--workers", "1")
-        process = subprocess.Popen(arguments, env=ENVIRONMENT, stdout=subprocess.PIPE,
-                                   stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            arguments, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
         # A step or a video is done.
-        wait_until(lambda: len(family(process.pid)) > 1 and list(output.glob("**/[l0-9]*")),
-                   process)
+        wait_until(
+            lambda: len(family(process.pid)) > 1 and list(output.glob("**/[l0-9]*")), process
+        )
         for child in family(process.pid)[1:]:
             os.kill(child, signal.SIGKILL)
         began = time.perf_counter()
@@ -212,10 +254,12 @@ def test_a_loaders_process_is_killed(folder, tmp_path):
 
     (trained, *of_training), (evaluated, *of_evaluating) = of_both_programs(attempt)
     for status, said in (of_training, of_evaluating):
-        if status:                                   # else it had read all that it needed
+        if status:  # else it had read all that it needed
             assert status == 2, said[-3000:]
-            assert re.match("a loader process was killed .*try fewer --workers; the same command "
-                            "continues", error_line(said))
+            assert re.match(
+                "a loader process was killed .*try fewer --workers; the same command continues",
+                error_line(said),
+            )
     finish([*trained, "--resume", "auto"])
     assert_same_run(folder, tmp_path / "training")
     finish(evaluated)
@@ -298,7 +342,7 @@ def test_a_rank_is_killed(folder, tmp_path, restarts):
         os.kill(with_rank(process, 1), signal.SIGKILL)
         began = time.perf_counter()
         said, _ = process.communicate(timeout=180)
-    finally:                                         # no job that hangs is left behind
+    finally:  # no job that hangs is left behind
         end(process)
     step = torch.load(tmp_path / "run/last.pt", weights_only=True)["step"]
     if restarts:
@@ -319,7 +363,7 @@ def test_clocks_and_hashes_that_change(folder, tmp_path):
     """Files from the past and from the future, another seed of Python's hashes, another time zone
     after each kill.
     """
-    for number, (step, changed) in enumerate({1: 0, 2: 2 ** 31 - 1, STEPS: 86400}.items()):
+    for number, (step, changed) in enumerate({1: 0, 2: 2**31 - 1, STEPS: 86400}.items()):
         command = training(folder, tmp_path / "run", "--resume", "auto", "--iterations", str(step))
         other = ENVIRONMENT | {"PYTHONHASHSEED": str(number + 1), "TZ": f"X{5 * number}"}
         subprocess.run(command, env=other, check=True, capture_output=True)
@@ -345,8 +389,12 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def test_nothing_asks_for_the_network(folder, tmp_path):
     def attempt(command):
         arguments = command(folder, tmp_path / command.__name__, "--workers", "1")
-        return subprocess.run([sys.executable, "-c", NO_NETWORK, *arguments[1:]], env=ENVIRONMENT,
-                              capture_output=True, text=True)
+        return subprocess.run(
+            [sys.executable, "-c", NO_NETWORK, *arguments[1:]],
+            env=ENVIRONMENT,
+            capture_output=True,
+            text=True,
+        )
 
     for done in of_both_programs(attempt):
         assert done.returncode == 0, done.stderr[-2000:]

@@ -2,6 +2,7 @@
 
 It never crashes, hangs, executes code or allocates 2 GB.
 """
+
 import pytest
 
 from fuzz import LOADERS, fuzz

@@ -3,6 +3,7 @@
 Twice by default, twenty times with `python -m pytest -s tests/faults -m faults`, which also prints
 when the kills happened.
 """
+
 import json
 import random
 import shutil
@@ -25,8 +26,22 @@ pytestmark = pytest.mark.slow
 TRIES = 10
 KILLS = [2, pytest.param(20, marks=pytest.mark.faults)]
 TINY = [
-    "--device", "cpu", "--frames", "2", "--points", "64", "--short-sides", "64", "--workers", "0",
-    "--lr-steps", "3", "--warmup", "0", "--log-every", "1",
+    "--device",
+    "cpu",
+    "--frames",
+    "2",
+    "--points",
+    "64",
+    "--short-sides",
+    "64",
+    "--workers",
+    "0",
+    "--lr-steps",
+    "3",
+    "--warmup",
+    "0",
+    "--log-every",
+    "1",
 ]
 
 
@@ -41,13 +56,18 @@ def data_root(tmp_path_factory):
 
 # A run that is killed
 
+
 def start(folder, *arguments):
     """A training process whose output goes to printed.txt next to the run's folder."""
     resume = ["--resume", str(folder / "last.pt")] if (folder / "last.pt").exists() else []
     with open(folder.parent / "printed.txt", "a") as printed:
         return subprocess.Popen(
             [
-                sys.executable, str(REPOSITORY / "train.py"), "--output", str(folder), *arguments,
+                sys.executable,
+                str(REPOSITORY / "train.py"),
+                "--output",
+                str(folder),
+                *arguments,
                 *resume,
             ],
             env=ENVIRONMENT,
@@ -116,7 +136,13 @@ def test_killed_runs_resume_exactly(data_root, tmp_path, kills):
     chance, began, deaths, deaths_while_saving = random.Random(0), time.perf_counter(), 0, 0
     iterations = 3 * kills + 1  # a kill costs it about two
     arguments = [
-        "--data-root", str(data_root), *TINY, "--iterations", str(iterations), "--batch", "1",
+        "--data-root",
+        str(data_root),
+        *TINY,
+        "--iterations",
+        str(iterations),
+        "--batch",
+        "1",
     ]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     train.main(train.parse_arguments([*arguments, "--output", str(whole)]))
@@ -128,7 +154,7 @@ def test_killed_runs_resume_exactly(data_root, tmp_path, kills):
             kill_somewhere(process, killed, chance, while_saving=number % 2 == 0)
         finally:
             process.kill()
-        if process.wait() == 0:                      # it finished before the kill: start again
+        if process.wait() == 0:  # it finished before the kill: start again
             assert_same_training(whole, killed, iterations)
             shutil.rmtree(killed)
             continue
@@ -163,6 +189,7 @@ def test_half_a_line_in_the_log_costs_no_step(data_root, tmp_path):
 
 # An evaluation that is killed
 
+
 @pytest.mark.parametrize("kills", KILLS)
 def test_killed_evaluations_go_on_where_they_were(data_root, tmp_path, kills):
     """However often it dies, at whatever moment: the same results.json as of one that does not, to
@@ -180,15 +207,32 @@ def test_killed_evaluations_go_on_where_they_were(data_root, tmp_path, kills):
     train.main(
         train.parse_arguments(
             [
-                "--data-root", str(data_root), "--output", str(tmp_path / "run"), *TINY, "--batch",
-                "1", "--iterations", "1",
+                "--data-root",
+                str(data_root),
+                "--output",
+                str(tmp_path / "run"),
+                *TINY,
+                "--batch",
+                "1",
+                "--iterations",
+                "1",
             ]
         )
     )
     command = [
-        sys.executable, str(REPOSITORY / "evaluate.py"), "--weights", str(tmp_path / "run/last.pt"),
-        "--data-root", str(tmp_path / "set"), "--short-side", "48", "--device", "cpu", "--workers",
-        "0", "--output",
+        sys.executable,
+        str(REPOSITORY / "evaluate.py"),
+        "--weights",
+        str(tmp_path / "run/last.pt"),
+        "--data-root",
+        str(tmp_path / "set"),
+        "--short-side",
+        "48",
+        "--device",
+        "cpu",
+        "--workers",
+        "0",
+        "--output",
     ]
     results, unfinished, chance, moments = (
         tmp_path / "killed/results.json",
@@ -218,7 +262,7 @@ def test_killed_evaluations_go_on_where_they_were(data_root, tmp_path, kills):
             start_new_session=True,
         )
         try:
-            if number % 4:                           # else while it still starts, or a little later
+            if number % 4:  # else while it still starts, or a little later
                 wait_until(lambda: done() > before, process)
             time.sleep(chance.random() * (0.1 if number % 4 else 0.9 * whole))
         finally:

@@ -3,6 +3,7 @@
 Resources of a process and its children are sampled from outside. The full test takes two hours:
 `python -m pytest -s tests/faults/test_load.py -m faults`.
 """
+
 import os
 import sys
 
@@ -11,7 +12,7 @@ import pytest
 
 from load import usage, watch
 
-MEGABYTE = 10 ** 6
+MEGABYTE = 10**6
 
 
 def hold(tmp_path, *command, every):
@@ -25,8 +26,10 @@ def hold(tmp_path, *command, every):
         every,
     )
     tenth = len(samples) // 10
-    early, late = ({name: numpy.median([sample[name] for sample in part]) for name in samples[0]}
-                   for part in (samples[tenth:2 * tenth], samples[-tenth:]))
+    early, late = (
+        {name: numpy.median([sample[name] for sample in part]) for name in samples[0]}
+        for part in (samples[tenth : 2 * tenth], samples[-tenth:])
+    )
     print(
         f"{' '.join(command)}: {len(samples)} looks; {early['memory'] / MEGABYTE:.1f} MB, "
         f"{early['files']:.0f} files, "
@@ -45,7 +48,7 @@ def assert_steady(early, late, growth):
         early["processes"],
         early["shared"],
     )
-    assert late["on the way"] <= early["on the way"] + 4          # a batch's tensors
+    assert late["on the way"] <= early["on the way"] + 4  # a batch's tensors
 
 
 @pytest.mark.faults
@@ -84,7 +87,7 @@ def test_what_a_process_holds(tmp_path):
     """Memory and files that a child holds are seen, and that they are given back."""
     script = (
         "import subprocess, sys, time\n"
-        "child = 'import time; held = bytearray(50_000_000); held[:] = b\"x\" * len(held); "
+        'child = \'import time; held = bytearray(50_000_000); held[:] = b"x" * len(held); '
         "time.sleep(2)'\n"
         "subprocess.run([sys.executable, '-c', child]); time.sleep(1)"
     )
@@ -102,10 +105,12 @@ def test_what_a_process_holds(tmp_path):
 @pytest.mark.slow
 def test_a_copy_of_what_was_shared_since_a_fork_is_no_growth(tmp_path):
     """Loader processes are forked, and both sides write to what they share, sooner or later."""
-    script = ("import os, time\nheld = bytearray(b'x') * 50_000_000\nreading, writing = os.pipe()\n"
-              # It ends with the first one.
-              "if not os.fork():\n    os.close(writing)\n    os.read(reading, 1)\n    os._exit(0)\n"
-              "time.sleep(0.5)\nheld[::4096] = b'y' * len(held[::4096])\ntime.sleep(1)")
+    script = (
+        "import os, time\nheld = bytearray(b'x') * 50_000_000\nreading, writing = os.pipe()\n"
+        # It ends with the first one.
+        "if not os.fork():\n    os.close(writing)\n    os.read(reading, 1)\n    os._exit(0)\n"
+        "time.sleep(0.5)\nheld[::4096] = b'y' * len(held[::4096])\ntime.sleep(1)"
+    )
     memory = [
         sample["memory"]
         for sample in watch([sys.executable, "-c", script], tmp_path / "said.txt", every=0.1)
