@@ -34,7 +34,8 @@ from torch import Tensor, nn
 
 from transformer import MLP, CrossAttention, FeedForward, SelfAttention, mask_kernel
 
-PROPAGATIONS = (  # a mode with "gated" in its name has gates, one with "memory" a memory
+# A mode with "gated" in its name has gates, one with "memory" a memory.
+PROPAGATIONS = (
     "gated",
     "plain",
     "memory",

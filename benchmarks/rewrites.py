@@ -3,7 +3,7 @@
     python benchmarks/rewrites.py            # R-50 at 360x640, float32 on a CPU, 16 bit on a GPU
 
 Prints the time of both forms per frame (or per training video), the largest difference between
-them, and the difference as a share of a frame of inference. On a GPU, times are those of the kernels
+them, and the difference as a share of a frame. On a GPU, times are those of the kernels
 alone, replayed as a CUDA graph for a chunk of frames, as in inference. docs/performance.md has the
 table.
 """

@@ -32,7 +32,8 @@ def hunks(change: str):
 def apply(change: str, folder: Path) -> None:
     for name, before, after in hunks(change):
         text = (folder / name).read_text(encoding="utf-8")
-        assert text.count(before) == 1, f"{name} does not hold this once:\n{before}"
+        message = f"docs/extending.md quotes {name}, which has changed here: update the page"
+        assert text.count(before) == 1, f"{message}\n{before}"
         (folder / name).write_text(text.replace(before, after), encoding="utf-8")
 
 
