@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from model import PRESETS, TEST_SIDES, GRAttVIS, build_model
 from reading.checkpoints import read_file
 from reading.configs import is_integer, read_config
+from reading.downloads import find_weights
 from reading.translation import translate
 from runtime.errors import InputError, cli_errors
 from runtime.files import atomic_write
@@ -67,14 +68,16 @@ def load_weights(
     tracker, a VITA file no gate. Entries that the model lacks are not used (report.unexpected).
 
     Args:
-        source: a file (ours, official .pth or .pkl, or a backbone alone) or a state dict.
+        source: a file (ours, official .pth or .pkl, or a backbone alone), an https address or the
+            name of an official file (`find_weights`), or a state dict.
         reset_classes: skip class layers of another number of classes (report.reset) instead of
             raising InputError.
 
     Raises InputError if a shape or dtype does not fit; the model is then unchanged.
     """
     label = "the state dict" if isinstance(source, dict) else str(source)
-    weights, ignored = translate(source if isinstance(source, dict) else read_file(source), label)
+    contents = source if isinstance(source, dict) else read_file(find_weights(source))
+    weights, ignored = translate(contents, label)
     report = LoadReport(ignored=ignored)
     parameters = model.state_dict()
     fitting = {}
@@ -151,7 +154,7 @@ def load_backbone(model: GRAttVIS, source: str, name: str) -> LoadReport:
     if source == "imagenet" or source.startswith("detectron2://ImageNetPretrained/torchvision/"):
         weights = download_imagenet_weights(name)
     else:
-        weights = read_file(source)
+        weights = read_file(find_weights(source))
     report = load_weights(model, weights)
     report.missing = [entry for entry in report.missing if entry.startswith("backbone.")]
     if any("running_mean" in entry for entry in report.unexpected):
@@ -192,7 +195,7 @@ def model_from_checkpoint(
     Returns the model in evaluation mode, and the config of the file. Raises InputError if an
     argument contradicts the file, or if the file lacks any parameter of the model.
     """
-    contents = read_file(path)
+    contents = read_file(find_weights(path))
     config = read_config(contents, path)
     weights, _ = translate(contents, str(path))
     class_weight = weights.get("tracker.class_embed.weight")

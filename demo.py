@@ -70,7 +70,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         f"synthetic scene: one of {', '.join(SUITES)} with a number, such as long:0 (default: "
         f"{', '.join(SCENES)}; with --live, the first)",
     )
-    add("--weights", default=SHIPPED_WEIGHTS, help="checkpoint, ours or official")
+    add(
+        "--weights",
+        default=SHIPPED_WEIGHTS,
+        help="checkpoint, ours or official: a file or an https address",
+    )
     add("--preset", choices=PRESETS, help="of an official checkpoint (ours contain it)")
     add("--propagation", choices=PROPAGATIONS, help="if the checkpoint does not imply it")
     add(

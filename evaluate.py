@@ -40,6 +40,7 @@ from evaluation.scoring import read_parts, score_results
 from evaluation.unfinished import Unfinished
 from model import GRAttVIS
 from reading.annotations import AnnotationFile, one_line, unique_names
+from reading.downloads import find_weights
 from reading.ids import Id
 from runtime.device import choose_amp
 from runtime.errors import InputError, cli_errors
@@ -77,6 +78,8 @@ def main(args: argparse.Namespace) -> dict | None:
     rank, world, device = start_processes(args.device)
     options = {"gate_mask": args.gate_mask} if args.gate_mask else {}
     with errors_of_any_process():
+        args.output = args.output or default_output(args.weights)
+        args.weights = str(find_weights(args.weights))
         model, config = model_from_checkpoint(
             args.weights, args.preset, args.propagation, **options
         )
@@ -106,7 +109,7 @@ def main(args: argparse.Namespace) -> dict | None:
             f"short side {args.short_side}; {device.type} x {world}, {dtype} ({reason}); "
             f"deformable attention: {implementation(device)}"
         )
-    output = output_folder(args)
+    output = Path(args.output)
     metrics = {
         name: evaluate_set(
             model, videos, output / name, args, amp_dtype, settings[name], rank, world
@@ -128,13 +131,11 @@ def score_file(args: argparse.Namespace) -> dict | None:
     )
 
 
-def output_folder(args: argparse.Namespace) -> Path:
-    """--output or its default."""
-    if args.output:
-        return Path(args.output)
-    weights = Path(args.weights)
-    is_shipped = weights.parent.resolve() == SHIPPED_WEIGHTS.parent
-    folder = Path("runs") / weights.stem if is_shipped else weights.parent
+def default_output(weights: str) -> Path:
+    """evaluation/ next to the weights; in runs/ for the shipped and for downloaded ones."""
+    path = Path(weights)
+    is_ours = path.parent.resolve() == SHIPPED_WEIGHTS.parent or weights.startswith("https://")
+    folder = Path("runs") / path.stem if is_ours else path.parent
     return folder / "evaluation"
 
 

@@ -25,7 +25,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def add_model_flags(add) -> None:
     """Flags for the model and its weights; `add` is add_argument."""
-    add("--weights", default=str(SHIPPED_WEIGHTS), help="checkpoint, ours or official")
+    add(
+        "--weights",
+        default=str(SHIPPED_WEIGHTS),
+        help="checkpoint, ours or official: a file or an https address",
+    )
     add("--preset", choices=PRESETS, help="of an official checkpoint (ours contain it)")
     add("--propagation", choices=PROPAGATIONS, help="if the checkpoint does not imply it")
     add(

@@ -10,6 +10,7 @@ torch.hub has it) is compared with the SHA-256 of the contents.
 """
 
 import hashlib
+import os
 import re
 import urllib.request
 from pathlib import Path
@@ -19,7 +20,6 @@ import torch
 from tqdm import tqdm
 
 from runtime.errors import InputError
-from runtime.files import atomic_write
 
 # Google Drive ids of the official checkpoints: READMEs of Tanveer81/GRAttVIS and sukjunhwang/VITA.
 # VITA's are where training of GRAtt-VIS starts. Drive offers no direct download of large files.
@@ -70,17 +70,21 @@ def download(url: str) -> Path:
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{name}.{os.getpid()}.part")  # each process of a run has its own
     try:
-        with urllib.request.urlopen(url, timeout=30) as response, atomic_write(path) as temporary:
+        with urllib.request.urlopen(url, timeout=30) as response:
             expected = int(response.headers.get("Content-Length") or 0)
             digest = save_stream(response, temporary, expected, name)
-            check_download(url, temporary.stat().st_size, expected, digest)
+        check_download(url, temporary.stat().st_size, expected, digest)
+        os.replace(temporary, path)
     except OSError as error:  # includes urllib's URLError
         reason = getattr(error, "reason", error)
         raise InputError(
             f"{url} cannot be downloaded: {reason}; to work offline, put the file into "
             f"{path.parent}"
         ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
     return path
 
 

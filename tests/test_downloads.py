@@ -10,6 +10,9 @@ from threading import Thread
 import pytest
 import torch
 
+from checkpoint import load_weights, model_from_checkpoint, save_checkpoint
+from evaluate import default_output
+from model import build_model
 from reading.downloads import OFFICIAL, find_weights
 from runtime.errors import InputError
 
@@ -100,3 +103,19 @@ def test_official_files_are_told_with_their_link(tmp_path):
     for path in (tmp_path / "grattvis_r50_ovis.pth", Path("runs/last.pt")):
         assert find_weights(path) == path
     assert len(OFFICIAL) == 17 and len(set(OFFICIAL.values())) == 17
+
+
+def test_programs_take_addresses_and_official_names(requests, tmp_path, monkeypatch):
+    """The model is that of the file; evaluation writes to runs/, not into the cache."""
+    model = build_model("toy", 3)
+    save_checkpoint(tmp_path / "served/own.pt", {"model": model.state_dict()})
+    loaded = build_model("toy", 3)
+    assert not load_weights(loaded, "https://example.org/own.pt").missing
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value)
+    loaded, _ = model_from_checkpoint("https://example.org/own.pt", "toy", "gated")
+    assert loaded.num_classes == 3
+    assert default_output("https://example.org/own.pt") == Path("runs/own/evaluation")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="drive.google.com"):
+        model_from_checkpoint("vita_r50_ovis.pth", "r50")
