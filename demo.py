@@ -428,7 +428,8 @@ def write(
                 "gates_open": result.gates[index].tolist(),
             }
         )
-    write_ids(folder / "ids", tracks, size, count)
+    if tracks:
+        write_ids(folder / "ids", tracks, size, count)
     save_json(
         folder / "results.json",
         {

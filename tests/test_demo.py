@@ -321,6 +321,7 @@ def test_pictures_are_overlays_of_every_frame(done, expected, pictures):
     video = {"overlay.mp4"} if shutil.which("ffmpeg") else set()
     assert {path.name for path in done.iterdir()} == {
         "frames",
+        "ids",
         "masks",
         "overlay.png",
         "overlay.webp",
