@@ -179,3 +179,20 @@ RECIPES = {
         GRATTVIS_OVIS | SWIN_L | dict(propagation="gated+memory", init="vita_swin_ovis.pth"),
     ),
 }
+
+
+# What a recipe says about its data set.
+OF_THE_DATA_SET = ("train_sets", "train_ratio", "test_sets", "num_classes", "top_k", "init")
+
+
+def official_defaults(stage: str, preset: str) -> dict:
+    """The settings of a stage for any data set: those of COCO or OVIS; {} without official ones."""
+    family = {"detector": "detector/coco", "vita": "vita/ovis"}.get(stage, "grattvis/ovis")
+    if f"detector/coco/{preset}" not in RECIPES:
+        return {}
+    # There is no recipe of R-101 on OVIS; it differs from R-50 in the preset alone.
+    _, recipe = RECIPES.get(f"{family}/{preset}") or RECIPES[f"{family}/r50"]
+    kept = {name: value for name, value in recipe.items() if name not in OF_THE_DATA_SET}
+    if stage == "genvis":  # has the settings of GRAtt-VIS, but no gate
+        kept.pop("propagation", None)
+    return kept | {"preset": preset, "test_short_side": recipe["test_short_side"]}

@@ -27,6 +27,7 @@ import torch.distributed as distributed
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torchvision.ops import FrozenBatchNorm2d
 from tqdm import tqdm
 
 from checkpoint import load_backbone, load_weights
@@ -142,12 +143,21 @@ def make_model(
     else:
         if args.init:
             say(f"init: {load_weights(model, args.init, args.reset_classes)}")
+        if not args.init and not args.backbone_weights and has_frozen_norms(model.backbone):
+            say(
+                "warning: the backbone is random and its norms are frozen, so it trains badly: give "
+                "--backbone-weights imagenet, or --norm group"
+            )
         if args.backbone_weights:
             backbone = PRESETS[args.preset]["backbone"]
             say(f"backbone: {load_backbone(model, args.backbone_weights, backbone)}")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not args.freeze_detector or name.startswith("tracker."))
     return model, config
+
+
+def has_frozen_norms(module: nn.Module) -> bool:
+    return any(isinstance(part, FrozenBatchNorm2d) for part in module.modules())
 
 
 def set_up(

@@ -12,16 +12,21 @@ def choose_device(name: str, local_rank: str | None = None) -> torch.device:
     """The device of this process; InputError if it is not available.
 
     Args:
-        name: "auto" (a GPU if available), "cpu", "cuda" or "cuda:N".
+        name: "auto" (a GPU if available), "cpu", "cuda", "cuda:N", or another device of PyTorch,
+            such as "mps" or "xpu" (not tested).
         local_rank: LOCAL_RANK of torchrun, the index of the GPU; None for a single process.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise InputError("--device cuda: PyTorch sees no GPU here")
-    if name.partition(":")[0] not in ("cpu", "cuda"):
-        raise InputError(f"--device {name}: give auto, cpu or cuda")
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+        if device.type != "cuda":
+            torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # depends on the backend
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--device {name}: PyTorch cannot use it: {reason}") from error
     if device.type == "cuda":
         number = device.index or 0 if local_rank is None else int(local_rank)
         if number >= torch.cuda.device_count():
@@ -53,7 +58,8 @@ def choose_amp(name: str, device: torch.device, training: bool = False) -> tuple
         dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
         return dtypes[name], "asked for"
     if device.type != "cuda":
-        return torch.float32, "a CPU is not faster in 16 bit"
+        is_cpu = device.type == "cpu"
+        return torch.float32, "a CPU is not faster in 16 bit" if is_cpu else "16 bit is not tested"
     if not training:
         return torch.float16, "nearer to float32 than bf16"
     if torch.cuda.is_bf16_supported(including_emulation=False):

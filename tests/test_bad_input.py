@@ -589,7 +589,9 @@ def test_rendered_clips_stand_alone(good, dataset, tmp_path):
         )
     assert refuse_training(
         good / "set", tmp_path, "--render", "easy", "--num-classes", "5"
-    ).endswith("has 6 categories, not 5")
+    ).endswith(
+        "has 6 categories, not 5: give --num-classes 6 (recipes set the number of their data set)"
+    )
     edit(dataset, "valid", put("zebra", "categories", 0, "name"))
     message = refuse_training(dataset, tmp_path, "--render", "easy", "--evaluate-every", "1")
     assert (

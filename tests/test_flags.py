@@ -141,6 +141,20 @@ def test_a_run_goes_on_from_its_checkpoint(run, tmp_path):
 # Data
 
 
+@covers("valid_json", "valid_images")
+def test_evaluation_on_the_named_files(run, data_root, tmp_path):
+    shutil.copytree(data_root, tmp_path / "other")
+    train_files = {"train_json": tmp_path / "other/train.json"}
+    train_files["train_images"] = tmp_path / "other/train/JPEGImages"
+    valid_files = {"valid_json": tmp_path / "other/valid.json"}
+    valid_files["valid_images"] = tmp_path / "other/valid/JPEGImages"
+    by_root = run("root", evaluate_every=1)
+    by_file = run("file", **train_files, **valid_files, evaluate_every=1)
+    assert by_root.evaluations == by_file.evaluations != []
+    with pytest.raises(InputError, match="--valid-json and --valid-images go together"):
+        run("one", valid_json=valid_files["valid_json"], evaluate_every=1)
+
+
 @covers("data_root", "train_json", "train_images")
 def test_clips_come_from_the_named_files(run, data_root, tmp_path):
     shutil.copytree(data_root, tmp_path / "other")

@@ -89,7 +89,7 @@ def test_training_steps(tmp_path, amp):
 
 @pytest.mark.parametrize(
     "more",
-    [(), ("--freeze-detector",), ("--propagation", "gated+memory", "--amp", "off")],
+    [(), ("--freeze-detector", "--init", ""), ("--propagation", "gated+memory", "--amp", "off")],
     ids=" ".join,
 )
 def test_deterministic_training(tmp_path, more):

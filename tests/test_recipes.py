@@ -137,6 +137,43 @@ def test_a_stage_without_a_recipe():
     assert parse_arguments(["--stage", "genvis"]).propagation == "memory"
 
 
+@pytest.mark.parametrize("preset", ["r50", "r101", "swin_l"])
+def test_a_stage_has_the_official_settings_of_its_preset(preset):
+    """Those of the recipe for COCO or OVIS, but for the data set and the initial weights."""
+    for stage in ("detector", "vita", "grattvis"):
+        data = "coco" if stage == "detector" else "ovis"
+        known = f"{stage}/{data}/{preset}"
+        recipe = parse_arguments(["--recipe", known if known in RECIPES else f"{stage}/ovis/r50"])
+        args = parse_arguments(["--stage", stage, "--preset", preset])
+        differing = {name for name, value in vars(recipe).items() if vars(args)[name] != value}
+        allowed = {"recipe", "train_sets", "test_sets", "train_ratio", "num_classes", "top_k"}
+        allowed |= {"init", "reset_classes", "output", "data_root"}
+        if known not in RECIPES:
+            allowed.add("preset")
+        assert differing <= allowed, differing - allowed
+        assert args.init is None and args.lr == (1e-4 if stage == "detector" else 5e-5)
+    assert parse_arguments(["--stage", "genvis", "--preset", preset]).propagation == "memory"
+    toy = parse_arguments(["--stage", "grattvis", "--preset", "toy"])
+    assert (toy.lr, toy.iterations) == (1e-3, 500)
+
+
+@pytest.mark.parametrize("flags", [["--stage", "grattvis"], ["--freeze-detector"]], ids=str)
+def test_a_frozen_detector_needs_weights(tmp_path, flags):
+    make_videos(tmp_path, ("train.json", "train/JPEGImages"), 3)
+    arguments = ["--data-root", str(tmp_path), "--output", str(tmp_path / "run"), "--device", "cpu"]
+    with pytest.raises(InputError, match="--freeze-detector .* give --init, or --no-freeze"):
+        train.main(parse_arguments([*arguments, *flags]))
+    assert not (tmp_path / "run").exists()
+
+
+def test_random_weights_under_frozen_norms_are_told(capsys):
+    args = parse_arguments(["--norm", "frozen"])
+    train.make_model(args, [(1, "cell")], None, print)
+    assert "norms are frozen" in capsys.readouterr().out
+    train.make_model(parse_arguments([]), [(1, "cell")], None, print)
+    assert "norms are frozen" not in capsys.readouterr().out
+
+
 # ---- Data on disk --------------------------------------------------------------------------------
 # -------------------
 
@@ -453,7 +490,7 @@ def test_a_held_out_set_that_cannot_be_scored_is_refused(tmp_path, key, value, e
 
 def test_evaluation_of_a_single_annotation_file_is_refused(tmp_path):
     make_videos(tmp_path, ("train.json", "train/JPEGImages"), 3)
-    with pytest.raises(InputError, match="--evaluate-every needs --data-root or --test-sets"):
+    with pytest.raises(InputError, match="--evaluate-every with --train-json needs --valid-json"):
         train.main(
             parse_arguments(
                 [

@@ -122,7 +122,15 @@ def test_other_modes_train(data_root, tmp_path, propagation):
 def test_a_frozen_detector_does_not_move(data_root, tmp_path):
     before = run(data_root, tmp_path / "zero", "--iterations", "0")["model"]
     after = run(
-        data_root, tmp_path / "one", "--iterations", "1", "--batch", "1", "--freeze-detector"
+        data_root,
+        tmp_path / "one",
+        "--iterations",
+        "1",
+        "--batch",
+        "1",
+        "--freeze-detector",
+        "--init",
+        "",
     )["model"]
     moved = {
         name.split(".")[0]

@@ -55,7 +55,13 @@ CASES = {  # all values differ from the defaults of the command line
         backbone_lr_factor=0.5,
     ),
     "frozen detector, memory": dict(
-        iterations=3, batch=2, propagation="memory", freeze_detector=True, evaluate_every=1, lr=5e-3
+        iterations=3,
+        batch=2,
+        propagation="memory",
+        freeze_detector=True,
+        init="",
+        evaluate_every=1,
+        lr=5e-3,
     ),
     "whole videos in windows": dict(
         iterations=2, propagation="clip", window=2, frames=5, evaluate_every=1

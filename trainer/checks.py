@@ -30,8 +30,14 @@ def check_run(args: argparse.Namespace, resumed: dict | None, world: int) -> Non
             "--deterministic and --compile do not go together: the order of compiled "
             "sums is not fixed"
         )
-    if bool(args.train_json) != bool(args.train_images):
-        raise InputError("--train-json and --train-images go together")
+    for split in ("train", "valid"):
+        if bool(vars(args)[f"{split}_json"]) != bool(vars(args)[f"{split}_images"]):
+            raise InputError(f"--{split}-json and --{split}-images go together")
+    if args.freeze_detector and args.init is None and not resumed:
+        raise InputError(
+            "--freeze-detector (set by the stages genvis and grattvis) trains only the tracker, so "
+            "the detector needs trained weights: give --init, or --no-freeze-detector"
+        )
     if args.render and (args.train_json or args.train_sets):
         raise InputError(
             "--render draws the training clips: --train-json and --train-sets (which "
@@ -63,6 +69,8 @@ MAY_CHANGE = {
     "data_root",
     "train_json",
     "train_images",
+    "valid_json",
+    "valid_images",
     "test_sets",
     "evaluate_every",
     "test_short_side",
@@ -98,6 +106,8 @@ MAY_DIFFER = {
     "data_root",
     "train_json",
     "train_images",
+    "valid_json",
+    "valid_images",
     "device",
     "workers",
 }

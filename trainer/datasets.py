@@ -97,7 +97,10 @@ def make_augmentation(args: argparse.Namespace, pseudo: bool) -> Augmentation:
 def check_num_classes(args: argparse.Namespace, source, categories: list) -> None:
     """InputError if --num-classes is given and differs."""
     if args.num_classes not in (None, len(categories)):
-        raise InputError(f"{source} has {len(categories)} categories, not {args.num_classes}")
+        raise InputError(
+            f"{source} has {len(categories)} categories, not {args.num_classes}: give "
+            f"--num-classes {len(categories)} (recipes set the number of their data set)"
+        )
 
 
 def clip_bytes(args: argparse.Namespace, world: int) -> int:

@@ -11,7 +11,7 @@ import os
 
 from losses import GATE_LOSSES, SIMILARITY_SPANS
 from model import PRESETS
-from recipes import RECIPES, STAGES
+from recipes import RECIPES, STAGES, official_defaults
 from runtime.flags import at_least
 from synthetic.suites import SUITES
 from tracker import GATE_MASKS, PROPAGATIONS
@@ -41,7 +41,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add_run_flags(parser.add_argument_group("run").add_argument)
 
     given, _ = parser.parse_known_args(arguments)
-    defaults = stage_and_recipe(given.stage, given.recipe)
+    defaults = stage_and_recipe(given.stage, given.recipe, given.preset)
     known = {action.dest for action in parser._actions}
     assert defaults.keys() <= known, defaults.keys() - known
     for name, value in defaults.items():
@@ -57,11 +57,16 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def stage_and_recipe(stage: str | None, recipe: str | None) -> dict:
-    """The defaults that a stage and a recipe set; a given stage replaces that of the recipe."""
+def stage_and_recipe(stage: str | None, recipe: str | None, preset: str) -> dict:
+    """The defaults that a stage and a recipe set; a given stage replaces that of the recipe.
+
+    A stage without a recipe has the official settings of its preset, if there are any.
+    """
     defaults = {}
     if recipe:
         defaults = RECIPES[recipe][1] | {"reset_classes": True}
+    elif stage:
+        defaults = official_defaults(stage, preset)
     stage = stage or defaults.get("stage")
     if stage:
         defaults = STAGES[stage] | defaults | {"stage": stage}
@@ -147,6 +152,8 @@ def add_data_flags(add) -> None:
     )
     add("--train-json", help="annotation file, instead of --data-root")
     add("--train-images", help="with --train-json: the folder that its file names are relative to")
+    add("--valid-json", help="annotation file for --evaluate-every, instead of the held-out split")
+    add("--valid-images", help="with --valid-json: the folder that its file names are relative to")
     add(
         "--train-sets",
         nargs="+",

@@ -22,9 +22,11 @@ def open_held_out(args: argparse.Namespace, categories: list[tuple[int, str]]) -
     """
     if not args.evaluate_every:
         return None
-    if args.train_json:
-        raise InputError("--evaluate-every needs --data-root or --test-sets")
-    if args.test_sets:
+    if args.valid_json:
+        json_path, frames = args.valid_json, args.valid_images
+    elif args.train_json:
+        raise InputError("--evaluate-every with --train-json needs --valid-json and --valid-images")
+    elif args.test_sets:
         json_path, frames, _ = find_named_set(args.data_root, args.test_sets[0])
     else:
         json_path, frames = find_split(args.data_root, "valid")

@@ -134,6 +134,8 @@ def train(folder: str, iterations: str) -> None:
                 "--device",
                 "cpu",
                 "--freeze-detector",
+                "--init",
+                "",
                 "--frames",
                 "2",
                 "--reach",
