@@ -20,7 +20,7 @@ from torchvision import tv_tensors
 import data
 from augmentation import Augmentation
 from clips import ClipDataset, StepSampler, sample_frames
-from data import InputError, VideoSet, find_split, read_mask
+from data import InputError, Video, VideoSet, find_split, read_mask
 from synthetic import clips as rendered_clips
 from synthetic.clips import RenderedClips
 
@@ -569,3 +569,10 @@ def test_valid_and_val_are_one_split(tmp_path, split):
     (tmp_path / "valid.json").touch()
     (tmp_path / "val").mkdir()
     assert find_split(tmp_path, split) == (tmp_path / "valid.json", tmp_path / "val")
+
+
+def test_names_of_videos_are_unique():
+    """Also on file systems that ignore case, and for negative numbers."""
+    ids = [1, -1, 10**30, "a/b", "A/b", "a b", "0001"]
+    names = [Video(id_, 1, 1, [], []).name.lower() for id_ in ids]
+    assert len(set(names)) == len(ids) and all("/" not in name for name in names)

@@ -333,6 +333,7 @@ def test_parts_are_compiled(run):
 def test_the_size_of_frames_that_are_evaluated_on(run, short, longest, side):
     seen = run("run", evaluate_every=1, test_short_side=short, test_max_long_side=longest)
     assert {images.shape[-2:] for _, images in seen.evaluated} == {(side, side)}
+    assert seen.last["config"]["test_short_side"] == short  # used by evaluate.py
 
 
 @covers("top_k")

@@ -180,3 +180,27 @@ def test_gates_of_several_clips():
         predictions, _ = model.tracker(queries)
     for gates, prediction in zip(record.gate_logits, predictions, strict=True):
         assert torch.equal(gates, torch.stack(prediction.gate_logits))
+
+
+def test_masked_keys_have_no_weight():
+    """In the frame decoder, and between closed queries in the tracker."""
+    model, frames, masks = make_model(gate_mask="blocked"), make_frames(), {}
+    hooks = [
+        module.register_forward_hook(
+            lambda module, inputs, output, name=name: masks.setdefault(name, []).append(inputs[3])
+        )
+        for name, module in model.named_modules()
+        if isinstance(module, Attention)
+    ]
+    with record_attention(model) as record:
+        model.segment_video(frames)
+    for hook in hooks:
+        hook.remove()
+    blocked = 0
+    for name, calls in record.weights.items():
+        for weights, mask in zip(calls, masks[name], strict=True):
+            if mask is not None:
+                mask = mask.expand_as(weights)
+                assert (weights[mask] == 0).all()
+                blocked += mask.sum()
+    assert blocked > 0
