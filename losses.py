@@ -342,11 +342,14 @@ def gate_bce(
     sigmoid; that lies in 0.5..0.73, so the loss has a floor above 0.
     """
     no_object = predictions.logits.shape[-1] - 1
+    detector_layers = predictions.clip_embed.shape[1]
     target = (matches.classes != no_object).to(predictions.gates.dtype)
-    loss = F.binary_cross_entropy_with_logits(predictions.gates, target, reduction="none")
-    total = loss.sum((2, 3))
-    queries_of_batch = loss.shape[2] * loss.shape[3]
-    return total, torch.full_like(total, queries_of_batch)
+    target = target.unflatten(1, (-1, 1, detector_layers))  # (G, D, 1, L, B, Q)
+    # A decoder layer may have several gates: (G, D, gates, L, B, Q).
+    gates = predictions.gates.unflatten(1, (target.shape[1], -1, detector_layers))
+    loss = F.binary_cross_entropy_with_logits(gates, target.expand_as(gates), reduction="none")
+    total = loss.sum((2, 4, 5)).flatten(1)
+    return total, torch.full_like(total, loss[0, 0, :, 0].numel())
 
 
 # Masks at points

@@ -63,7 +63,8 @@ class Predictions:
     clip_length: int  # frames of a clip; the last clip may be shorter
     clip_embed: Tensor | None = None  # (G, L, B, Q, C), similarity embeddings; tracker only
     frame_embed: Tensor | None = None  # (T, L, B, F, C)
-    gates: Tensor | None = None  # (G, R, B, Q), gate logits or sampled soft gates
+    # (G, gates * L, B, Q), gate logits or sampled soft gates; one gate or more per decoder layer
+    gates: Tensor | None = None
 
     @property
     def clip_of(self) -> Tensor:

