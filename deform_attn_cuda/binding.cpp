@@ -27,7 +27,7 @@ using torch::stable::Tensor;
 using torch::stable::accelerator::DeviceGuard;
 using Gradients = std::tuple<Tensor, Tensor, Tensor>;
 
-constexpr uintptr_t ALIGNMENT = 64;          // bytes; the tuned kernel reads up to 32 at once
+constexpr uintptr_t ALIGNMENT = 64;          // bytes; the tuned kernel reads 16 at once
 constexpr int64_t MAX_SIDE = 32767;          // of a level: positions are computed in 32 bit
 constexpr int64_t MAX_IMAGE_BYTES = int64_t(1) << 32;
 

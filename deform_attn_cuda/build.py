@@ -15,11 +15,10 @@ from pathlib import Path
 import torch
 
 FOLDER = Path(__file__).resolve().parent
-SOURCES = ("binding.cpp", "plain.cu", "tuned/forward.cu", "tuned/backward.cu")
+SOURCES = ("binding.cpp", "plain.cu", "tuned/launch.cu")
 HEADERS = (
-    "deform_attn.h", "tuned/layout.h", "tuned/geometry.cuh", "tuned/windows.cuh",
-    "tuned/launch.cuh", "tuned/forward_window.cuh", "tuned/bins.cuh", "tuned/point_gradients.cuh",
-    "tuned/value_gradient.cuh",
+    "deform_attn.h", "tuned/geometry.cuh", "tuned/forward.cuh", "tuned/bins.cuh",
+    "tuned/point_gradients.cuh", "tuned/value_gradient.cuh",
 )
 OLDEST_TORCH = 0x020B000000000000  # 2.11: the version of the stable ABI that the library needs
 

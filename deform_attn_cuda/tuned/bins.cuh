@@ -6,7 +6,7 @@
 // the next entry of bin k; when all are filled, this is its end.
 #pragma once
 
-#include "windows.cuh"
+#include "geometry.cuh"
 
 namespace deform_attn::tuned {
 namespace {
@@ -17,6 +17,12 @@ template <typename acc_t> struct alignas(4 * sizeof(acc_t)) Entry {
     acc_t weight, x, y;
 };
 
+__host__ __device__ int count_bin_rows(const Layout& p) {
+    int rows = 0;
+    for (int level = 0; level < p.levels; level++) rows += p.height[level] + 1;
+    return rows;
+}
+
 __device__ int* bin_row(const Layout& p, int* bins, int image, int head, int level, int row) {
     return bins + (int64_t(image) * p.heads + head) * p.bins + p.bins_start[level]
            + row * (p.width[level] + 2);
@@ -25,7 +31,7 @@ __device__ int* bin_row(const Layout& p, int* bins, int image, int head, int lev
 template <typename acc_t>
 __device__ int* bin_of(const Layout& p, int* bins, int image, int head, int level,
                        const Point<acc_t>& point) {
-    return bin_row(p, bins, image, head, level, point.row + 1) + point.column + 2;
+    return bin_row(p, bins, image, head, level, point.y.pixel + 1) + point.x.pixel + 2;
 }
 
 // A thread counts the points of one query on one level; a block, those of one head of a region.
@@ -44,88 +50,18 @@ __global__ void __launch_bounds__(THREADS)
             + level;
         const int height = p.height[level], width = p.width[level];
         for (int i = 0; i < p.points; i++) {
-            const auto point = locate_point<scalar_t>(
-                query, height, width, read_pair(points + (list * p.points + i) * 2));
+            const auto point = query.locate(height, width, points + (list * p.points + i) * 2);
             if (is_inside(point, height, width))
                 atomicAdd(bin_of(p, bins, work.image, work.head, level, point), 1);
         }
     }
 }
 
-// Counts the points of a region in the windows, by the pixel to their upper left. Points outside
-// the windows are counted in `bins`, unless it is null.
-template <typename scalar_t>
-__device__ void count_in_windows(const Layout& p, const BlockWork& work, const Area* areas,
-                                 const Origin* origins, int queries, const scalar_t* points,
-                                 int* counts, int* bins) {
-    using acc_t = accumulator<scalar_t>;
-    for (int i = threadIdx.x; i < p.window_pixels; i += BACKWARD_WINDOW_THREADS) counts[i] = 0;
-    __syncthreads();
-    for (int place = threadIdx.x; place < queries; place += BACKWARD_WINDOW_THREADS) {
-        const Query<acc_t, true> query(p, work.region, areas, place);
-        const int64_t item = (int64_t(work.image) * p.queries + query.index) * p.heads + work.head;
-        const scalar_t* query_points = points + item * p.levels * p.points * 2;
-        for (int level = 0; level < p.levels; level++, query_points += p.points * 2) {
-            const Window window = window_of(p, origins, level);
-            const auto count = [&](Vector<scalar_t, 2> pair) {
-                const auto point =
-                    locate_point<scalar_t>(query, window.level_height, window.level_width, pair);
-                const int found = find_in_window(window, point);
-                if (found >= 0)
-                    atomicAdd(counts + found, 1);
-                else if (bins && is_inside(point, window.level_height, window.level_width))
-                    atomicAdd(bin_of(p, bins, work.image, work.head, level, point), 1);
-            };
-            if (p.points == 4) {
-                const auto four = *reinterpret_cast<const Vector<scalar_t, 8>*>(query_points);
-#pragma unroll
-                for (int i = 0; i < 4; i++) count({four.at[2 * i], four.at[2 * i + 1]});
-            } else {
-                for (int i = 0; i < p.points; i++) count(read_pair(query_points + i * 2));
-            }
-        }
-    }
-    __syncthreads();
-}
-
-// Adds the counts to the bins, and replaces each count with what its bin was before.
-__device__ void add_to_bins(const Layout& p, const BlockWork& work, const Origin* origins,
-                            int* counts, int* bins) {
-    for (int level = 0; level < p.levels; level++) {
-        const Window window = window_of(p, origins, level);
-        for (int y = threadIdx.x / 32; y < window.height - 1; y += blockDim.x / 32)
-            for (int x = threadIdx.x % 32; x < window.width - 1; x += 32) {
-                int& counted = counts[window.first + y * window.width + x];
-                const Point<float> point{window.left + x, window.top + y, 0, 0};
-                if (counted)
-                    counted =
-                        atomicAdd(bin_of(p, bins, work.image, work.head, level, point), counted);
-            }
-    }
-}
-
-template <typename scalar_t>
-__global__ void __launch_bounds__(BACKWARD_WINDOW_THREADS)
-    count_window_kernel(const Layout p, const scalar_t* __restrict__ points,
-                        int* __restrict__ bins) {
-    extern __shared__ __align__(16) char memory[];
-    __shared__ Area areas[MAX_LEVELS];
-    __shared__ Origin origins[MAX_LEVELS];
-    const BlockWork work(p.across * p.down, p.heads, 1);
-    const int queries = load_region(p, work.region, areas);
-    place_windows(p, areas, origins);
-    count_in_windows(p, work, areas, origins, queries, points, reinterpret_cast<int*>(memory),
-                     bins);
-    add_to_bins(p, work, origins, reinterpret_cast<int*>(memory), bins);
-}
-
 // One warp allocates the lists of a row of bins: prefix sums of their counts. `used` is the number
 // of entries allocated so far.
 __global__ void __launch_bounds__(THREADS)
     allocate_kernel(const Layout p, int images, int* bins, int* used) {
-    const int lane = threadIdx.x % 32;
-    int bin_rows = 0;
-    for (int level = 0; level < p.levels; level++) bin_rows += p.height[level] + 1;
+    const int lane = threadIdx.x % 32, bin_rows = count_bin_rows(p);
     const int64_t warp = (int64_t(blockIdx.x) * THREADS + threadIdx.x) / 32;
     if (warp >= int64_t(images) * p.heads * bin_rows) return;
     int level = 0, row = warp % bin_rows;

@@ -3,7 +3,7 @@
 // Template parameters:
 //     scalar_t   the dtype of all tensors
 //     acc_t      the dtype of all computations: float, or double for double
-//     CHANNELS   per head, if the compiler is to know it, else 0
+//     CHANNELS   32 if a head has that many, so that the compiler knows it, else 0
 //     FUSED      raw offsets and logits, or else locations in 0..1 and weights
 #pragma once
 
@@ -13,14 +13,22 @@
 #include <cfloat>
 #include <type_traits>
 
-#include "layout.h"
+#include "../deform_attn.h"
 
 namespace deform_attn::tuned {
 namespace {
 
-constexpr int THREADS = 256;
+constexpr int THREADS = 256;  // of a block
+constexpr int WARPS = THREADS / 32;
 constexpr unsigned ALL_LANES = 0xffffffffu;
 constexpr int QUERIES_OF_A_REGION = 256;  // if queries are not pixels
+
+// A problem cut into regions and bins, see docs/kernel.md.
+struct Layout : Problem {
+    int across, down;            // regions of the picture; each is the same part of all levels
+    int bins_start[MAX_LEVELS];  // first bin of a level, see bins.cuh
+    int bins;                    // of one head of one image
+};
 
 template <typename scalar_t>
 using accumulator = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
@@ -29,19 +37,21 @@ template <typename scalar_t, int N> struct alignas(N * sizeof(scalar_t)) Vector 
     scalar_t at[N];
 };
 
-// How a warp is cut into groups of lanes.
+// How a warp is cut into groups of lanes. A group shares a row: the channels of one head at one
+// pixel.
 template <typename scalar_t, int CHANNELS> struct WarpShape {
-    // Channels that a lane reads at once.
-    static constexpr int WIDTH = CHANNELS ? 16 / sizeof(scalar_t) : 1;
-    // Lanes of a group, which share a row: the channels of one head at one pixel.
-    static constexpr int LANES = CHANNELS ? CHANNELS / WIDTH : 32;
-    // Neighbouring heads of a warp, so that rows fill a cache line of 128 bytes.
-    static constexpr int HEADS =
-        CHANNELS * sizeof(scalar_t) < 128 && CHANNELS ? 128 / (CHANNELS * sizeof(scalar_t)) : 1;
+    static constexpr int WIDTH = CHANNELS ? 16 / sizeof(scalar_t) : 1;  // channels read at once
+    static constexpr int LANES = CHANNELS ? CHANNELS / WIDTH : 32;      // of a group
+    // Neighbouring heads of a warp: the rows of two fill a cache line of 128 bytes in 16 bit.
+    static constexpr int HEADS = CHANNELS && sizeof(scalar_t) == 2 ? 2 : 1;
     static constexpr int QUERIES = 32 / LANES / HEADS;  // of a warp at a time
-    static constexpr int UNROLL = 2;  // points that are loaded together
+    static constexpr int UNROLL = 2;                    // points whose rows are read together
     using Row = Vector<scalar_t, WIDTH>;
 };
+
+template <typename Row> __device__ Row read_row(const void* from) {
+    return *static_cast<const Row*>(from);
+}
 
 // Reductions over the lanes whose indices differ only in BITS.
 template <unsigned BITS, typename acc_t> __device__ acc_t sum_over(acc_t x) {
@@ -60,12 +70,6 @@ __device__ float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b
 __device__ double multiply_add(double a, double b, double c) { return __fma_rn(a, b, c); }
 __device__ float exponential(float x) { return __expf(x); }
 __device__ double exponential(double x) { return exp(x); }
-constexpr float LOG2_E = 1.4426950408889634f;
-__device__ float power_of_two(float x) {
-    float result;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
-    return result;
-}
 __device__ float inverse(float x) { return __fdividef(1, x); }
 __device__ double inverse(double x) { return 1 / x; }
 __device__ int floor_to_int(float x) { return __float2int_rd(x); }
@@ -73,9 +77,21 @@ __device__ int floor_to_int(double x) { return __double2int_rd(x); }
 
 // ---- regions and queries ------------------------------------------------------------------------
 
-struct Pixel {
-    int index;  // among all levels of the image
-    int level, column, row;
+__host__ __device__ int count_regions(const Layout& p) {
+    return p.fused ? p.across * p.down
+                   : (p.queries + QUERIES_OF_A_REGION - 1) / QUERIES_OF_A_REGION;
+}
+
+// What a block computes: a region, for `heads_at_once` heads of an image. Blocks run over regions,
+// then heads, then images. The warps of a block take alternate queries.
+struct BlockWork {
+    int region, head, image;
+    __device__ BlockWork(int regions, int heads, int heads_at_once) {
+        const int sets = (heads + heads_at_once - 1) / heads_at_once;
+        region = blockIdx.x % regions;
+        head = blockIdx.x / regions % sets * heads_at_once;
+        image = blockIdx.x / regions / sets;
+    }
 };
 
 // The pixels of a region on one level.
@@ -83,8 +99,9 @@ struct Area {
     int left, top, width, height;
 };
 
-// Computes a region's area on every level, in shared memory; returns its number of pixels.
-__device__ int load_region(const Layout& p, int region, Area* areas) {
+// Computes a region's area on every level, in shared memory. Returns its number of pixels; with
+// STEP 2, of horizontal pairs of pixels.
+template <int STEP = 1> __device__ int load_region(const Layout& p, int region, Area* areas) {
     for (int level = threadIdx.x; level < p.levels; level += blockDim.x) {
         const int i = region % p.across, j = region / p.across;
         const int left = i * p.width[level] / p.across, top = j * p.height[level] / p.down;
@@ -92,11 +109,22 @@ __device__ int load_region(const Layout& p, int region, Area* areas) {
                         (j + 1) * p.height[level] / p.down - top};
     }
     __syncthreads();
-    int pixels = 0;
+    int count = 0;
     for (int level = 0; level < p.levels; level++)
-        pixels += areas[level].width * areas[level].height;
-    return pixels;
+        count += (areas[level].width + STEP - 1) / STEP * areas[level].height;
+    return count;
 }
+
+// The number of queries of a region.
+template <bool FUSED> __device__ int load_queries(const Layout& p, int region, Area* areas) {
+    return FUSED ? load_region(p, region, areas)
+                 : min(p.queries - region * QUERIES_OF_A_REGION, QUERIES_OF_A_REGION);
+}
+
+struct Pixel {
+    int index;  // among all levels of the image
+    int level, column, row;
+};
 
 // Pixel `place` of a region; with STEP 2, the left pixel of horizontal pair `place`.
 template <int STEP = 1> __device__ Pixel pixel_of(const Layout& p, const Area* areas, int place) {
@@ -115,115 +143,111 @@ template <int STEP = 1> __device__ Pixel pixel_of(const Layout& p, const Area* a
     return pixel;
 }
 
-// A query, and if it is a pixel, its centre. Among the pixels of another level, the centre is at
-// (2 column + 1) * (width of that level) / (2 width). This is split in integers into a whole number
-// and a rest, because float32 would lose the last digits of the fraction.
+// ---- sampling points ----------------------------------------------------------------------------
+
+// A position along one axis: a pixel, which can be outside the level, and the distance from its
+// centre, 0..1.
+template <typename acc_t> struct Position {
+    int pixel;
+    acc_t rest;
+};
+
+template <typename acc_t> struct Point {
+    Position<acc_t> x, y;
+};
+
+// The position `distance` pixels after the centre of pixel `whole`.
+template <typename acc_t> __device__ Position<acc_t> split(int whole, acc_t distance) {
+    return {whole + min(max(floor_to_int(distance), -(1 << 30)), 1 << 30),
+            distance - floor(distance)};
+}
+
+// The centre of pixel i of n, along one axis. Among the m pixels of another level, it is at
+// (2 i + 1) * m / (2 n). This is split in integers into a whole number and a rest, because float32
+// would lose the last digits of the fraction.
+template <typename acc_t> struct Centre {
+    int twice, twice_size;
+    acc_t inverse_size;
+
+    __device__ Centre(int i, int n)
+        : twice(2 * i + 1), twice_size(2 * n), inverse_size(inverse(acc_t(twice_size))) {}
+
+    // The position `offset` pixels after it, in a level of this size.
+    __device__ Position<acc_t> locate(int size, acc_t offset) const {
+        // May be off by one, which `rest` then corrects.
+        const int whole = floor_to_int(acc_t(twice * size) * inverse_size);
+        const int rest = twice * size - whole * twice_size;
+        return split(whole, offset + multiply_add(acc_t(rest), inverse_size, acc_t(-0.5)));
+    }
+};
+
+// Query `place` of a region. If queries are not pixels, they have no centre.
 template <typename acc_t, bool FUSED> struct Query {
     int index;
-    int twice_x, twice_y, twice_width, twice_height;
-    acc_t inverse_width, inverse_height;
+    Centre<acc_t> x{0, 1}, y{0, 1};
 
     __device__ Query(const Layout& p, int region, const Area* areas, int place) {
+        index = region * QUERIES_OF_A_REGION + place;
         if (FUSED) {
             const Pixel pixel = pixel_of(p, areas, place);
             index = pixel.index;
-            twice_x = 2 * pixel.column + 1;
-            twice_y = 2 * pixel.row + 1;
-            twice_width = 2 * p.width[pixel.level];
-            twice_height = 2 * p.height[pixel.level];
-            inverse_width = inverse(acc_t(twice_width));
-            inverse_height = inverse(acc_t(twice_height));
-        } else {
-            index = region * QUERIES_OF_A_REGION + place;
+            x = {pixel.column, p.width[pixel.level]};
+            y = {pixel.row, p.height[pixel.level]};
         }
     }
-};
 
-template <bool FUSED> __device__ int load_queries(const Layout& p, int region, Area* areas) {
-    return FUSED ? load_region(p, region, areas)
-                 : min(p.queries - region * QUERIES_OF_A_REGION, QUERIES_OF_A_REGION);
-}
-
-// ---- sampling points ----------------------------------------------------------------------------
-
-template <typename acc_t> struct Point {
-    int column, row;  // of the pixel to its upper left, which can be outside the level
-    acc_t x, y;  // from the centre of that pixel, 0..1
-};
-
-template <typename acc_t>
-__device__ void split(acc_t position, int whole, int& cell, acc_t& fraction) {
-    const acc_t low = floor(position);
-    fraction = position - low;
-    cell = whole + min(max(floor_to_int(position), -(1 << 30)), 1 << 30);
-}
-
-template <typename acc_t>
-__device__ void locate_axis(int twice, int twice_size, acc_t inverse, int size, acc_t offset,
-                            int& cell, acc_t& fraction) {
-    // May be off by one, which `rest` then corrects.
-    const int whole = floor_to_int(acc_t(twice * size) * inverse);
-    const int rest = twice * size - whole * twice_size;
-    split(offset + multiply_add(acc_t(rest), inverse, acc_t(-0.5)), whole, cell, fraction);
-}
-
-template <typename scalar_t> __device__ Vector<scalar_t, 2> read_pair(const scalar_t* xy) {
-    return *reinterpret_cast<const Vector<scalar_t, 2>*>(xy);
-}
-
-template <typename scalar_t, typename acc_t, bool FUSED>
-__device__ Point<acc_t> locate_point(const Query<acc_t, FUSED>& query, int height, int width,
-                                     Vector<scalar_t, 2> pair) {
-    Point<acc_t> point;
-    if (FUSED) {
-        locate_axis(query.twice_x, query.twice_width, query.inverse_width, width, acc_t(pair.at[0]),
-                    point.column, point.x);
-        locate_axis(query.twice_y, query.twice_height, query.inverse_height, height,
-                    acc_t(pair.at[1]), point.row, point.y);
-    } else {
-        split(multiply_add(acc_t(pair.at[0]), acc_t(width), acc_t(-0.5)), 0, point.column, point.x);
-        split(multiply_add(acc_t(pair.at[1]), acc_t(height), acc_t(-0.5)), 0, point.row, point.y);
+    // The point whose offset or location is at `xy`.
+    template <typename scalar_t>
+    __device__ Point<acc_t> locate(int height, int width, const scalar_t* xy) const {
+        const auto pair = *reinterpret_cast<const Vector<scalar_t, 2>*>(xy);
+        if (FUSED) return {x.locate(width, pair.at[0]), y.locate(height, pair.at[1])};
+        return {split(0, multiply_add(acc_t(pair.at[0]), acc_t(width), acc_t(-0.5))),
+                split(0, multiply_add(acc_t(pair.at[1]), acc_t(height), acc_t(-0.5)))};
     }
-    return point;
-}
+};
 
 // Whether any of the four pixels around a point is inside the level.
 template <typename acc_t>
 __device__ bool is_inside(const Point<acc_t>& point, int height, int width) {
-    return point.column >= -1 && point.column < width && point.row >= -1 && point.row < height;
+    return point.x.pixel >= -1 && point.x.pixel < width && point.y.pixel >= -1
+           && point.y.pixel < height;
 }
 
-// Two adjacent pixels along one axis that can be read, `first` and the next (the same one again in
-// a level of size 1), and their shares `at`. The pixels `cell` and `cell` + 1 have the shares `low`
-// and `high`; a pixel outside the level has none.
+// Two adjacent pixels around a position that can be read, `first` and the next (the same one again
+// in a level of size 1), and their bilinear weights. A pixel outside the level has weight 0.
 template <typename acc_t> struct Neighbours {
     int first;
-    acc_t at[2];
-    __device__ Neighbours(int cell, int size, acc_t low, acc_t high) {
-        first = min(max(cell, 0), max(size - 2, 0));
-        at[0] = cell == first ? low : cell + 1 == first ? high : acc_t(0);
-        at[1] = size == 1 ? acc_t(0) : cell == first ? high : cell == first + 1 ? low : acc_t(0);
+    acc_t weight[2];
+    acc_t slope[2];  // derivative of the weight by the position
+
+    __device__ Neighbours(Position<acc_t> at, int size) {
+        first = min(max(at.pixel, 0), max(size - 2, 0));
+        share(at.pixel, size, 1 - at.rest, at.rest, weight);
+        share(at.pixel, size, acc_t(-1), acc_t(1), slope);
+    }
+    // Shares `low` of `pixel` and `high` of the next one.
+    __device__ void share(int pixel, int size, acc_t low, acc_t high, acc_t (&shares)[2]) {
+        const acc_t none = 0;
+        shares[0] = pixel == first ? low : pixel + 1 == first ? high : none;
+        shares[1] = size == 1 ? none : pixel == first ? high : pixel == first + 1 ? low : none;
     }
 };
 
 // Weights from scores: a softmax over all points of one head of a query, if FUSED.
 template <typename scalar_t, typename acc_t, bool FUSED> struct Weights {
     const scalar_t* scores;
-    acc_t maximum, scale;
+    acc_t maximum = 0, scale = 1;
 
-    // For one head of a query that the lanes differing in BITS share; `lane` is the index among
-    // them.
-    template <unsigned BITS>
-    __device__ static Weights of(const scalar_t* scores, int count, int lane) {
-        constexpr int LANES = 1 << __builtin_popcount(BITS);
-        Weights weights{scores, acc_t(0), acc_t(1)};
+    // LANES lanes share the head of the query; `lane` is the index among them.
+    template <int LANES> __device__ static Weights of(const scalar_t* scores, int count, int lane) {
+        Weights weights{scores};
         if (FUSED) {
-            acc_t maximum = acc_t(-FLT_MAX), sum = 0;
+            acc_t maximum = -FLT_MAX, sum = 0;
             for (int i = lane; i < count; i += LANES) maximum = max(maximum, acc_t(scores[i]));
-            weights.maximum = maximum_over<BITS>(maximum);
+            weights.maximum = maximum_over<LANES - 1>(maximum);
             for (int i = lane; i < count; i += LANES)
                 sum += exponential(acc_t(scores[i]) - weights.maximum);
-            weights.scale = acc_t(1) / sum_over<BITS>(sum);
+            weights.scale = acc_t(1) / sum_over<LANES - 1>(sum);
         }
         return weights;
     }
@@ -231,27 +255,6 @@ template <typename scalar_t, typename acc_t, bool FUSED> struct Weights {
         return FUSED ? exponential(acc_t(scores[i]) - maximum) * scale : acc_t(scores[i]);
     }
 };
-
-// What a block computes: a region, for `heads_at_once` heads of an image. blockIdx.x runs over
-// regions, then heads, then images. Blocks with the same blockIdx.x share the work: their warps
-// take alternate queries, starting with first_warp().
-struct BlockWork {
-    int region, head, image;
-    __device__ BlockWork(int regions, int heads, int heads_at_once) {
-        const int sets = (heads + heads_at_once - 1) / heads_at_once;
-        region = blockIdx.x % regions;
-        head = blockIdx.x / regions % sets * heads_at_once;
-        image = blockIdx.x / regions / sets;
-    }
-};
-
-__device__ int first_warp() { return blockIdx.y * (THREADS / 32) + threadIdx.x / 32; }
-__device__ int all_warps() { return gridDim.y * (THREADS / 32); }
-
-__host__ __device__ int count_regions(const Layout& p) {
-    return p.fused ? p.across * p.down
-                   : (p.queries + QUERIES_OF_A_REGION - 1) / QUERIES_OF_A_REGION;
-}
 
 }  // namespace
 }  // namespace deform_attn::tuned

@@ -7,10 +7,10 @@
 //
 // With 12 points, 48 rows are read for each row of the output, so they must come from a cache. The
 // groups of a warp take neighbouring heads, which share cache lines, and a block takes a square
-// region. In 16 bit, converting the rows and adding channel by channel would still be the
-// bottleneck; the kernel of forward_window.cuh adds on tensor cores instead.
-#include "forward_window.cuh"
-#include "launch.cuh"
+// region.
+#pragma once
+
+#include "geometry.cuh"
 
 namespace deform_attn::tuned {
 namespace {
@@ -21,6 +21,7 @@ __global__ void __launch_bounds__(THREADS, 4)
                    const scalar_t* __restrict__ points, const scalar_t* __restrict__ scores,
                    scalar_t* __restrict__ out) {
     using Shape = WarpShape<scalar_t, CHANNELS>;
+    using Row = typename Shape::Row;
     using acc_t = accumulator<scalar_t>;
     const int channels = CHANNELS ? CHANNELS : p.channels, row = p.heads * channels,
               count = p.levels * p.points;
@@ -31,12 +32,12 @@ __global__ void __launch_bounds__(THREADS, 4)
     __shared__ Area areas[MAX_LEVELS];
     const int queries = load_queries<FUSED>(p, work.region, areas);
 
-    for (int begin = first_warp() * Shape::QUERIES; begin < queries;
-         begin += all_warps() * Shape::QUERIES) {
+    for (int begin = threadIdx.x / 32 * Shape::QUERIES; begin < queries;
+         begin += WARPS * Shape::QUERIES) {
         const int place = begin + group / Shape::HEADS;
         const Query<acc_t, FUSED> query(p, work.region, areas, min(place, queries - 1));
         const int64_t item = (int64_t(work.image) * p.queries + query.index) * p.heads + head;
-        const auto weights = Weights<scalar_t, acc_t, FUSED>::template of<Shape::LANES - 1>(
+        const auto weights = Weights<scalar_t, acc_t, FUSED>::template of<Shape::LANES>(
             scores + item * count, count, lane);
 
         for (int chunk = 0; chunk < channels; chunk += Shape::LANES * Shape::WIDTH) {
@@ -54,80 +55,47 @@ __global__ void __launch_bounds__(THREADS, 4)
                     acc_t corner[4] = {};
                     if (first + lane < p.points) {
                         const int i = level * p.points + first + lane;
-                        const auto point = locate_point<scalar_t>(
-                            query, height, width, read_pair(points + (item * count + i) * 2));
-                        const Neighbours<acc_t> x(point.column, width, 1 - point.x, point.x);
-                        const Neighbours<acc_t> y(point.row, height, 1 - point.y, point.y);
+                        const auto point =
+                            query.locate(height, width, points + (item * count + i) * 2);
+                        const Neighbours<acc_t> x(point.x, width), y(point.y, height);
                         const acc_t weight = weights[i];
                         at += (y.first * width + x.first) * bytes;
-                        for (int k = 0; k < 4; k++) corner[k] = weight * y.at[k / 2] * x.at[k % 2];
+                        for (int k = 0; k < 4; k++)
+                            corner[k] = weight * y.weight[k / 2] * x.weight[k % 2];
                     }
                     const int placed = min(p.points - first, Shape::LANES);
                     for (int next = 0; next < placed; next += Shape::UNROLL) {
-                        typename Shape::Row read[Shape::UNROLL][4];
+                        Row read[Shape::UNROLL][4];
 #pragma unroll
                         for (int u = 0; u < Shape::UNROLL; u++) {
                             const char* upper =
                                 rows + __shfl_sync(ALL_LANES, at, next + u, Shape::LANES);
                             const char* lower = upper + down;
-                            read[u][0] = *reinterpret_cast<const typename Shape::Row*>(upper);
-                            read[u][1] =
-                                *reinterpret_cast<const typename Shape::Row*>(upper + right);
-                            read[u][2] = *reinterpret_cast<const typename Shape::Row*>(lower);
-                            read[u][3] =
-                                *reinterpret_cast<const typename Shape::Row*>(lower + right);
+                            read[u][0] = read_row<Row>(upper);
+                            read[u][1] = read_row<Row>(upper + right);
+                            read[u][2] = read_row<Row>(lower);
+                            read[u][3] = read_row<Row>(lower + right);
                         }
 #pragma unroll
-                        for (int u = 0; u < Shape::UNROLL; u++) {
+                        for (int i = 0; i < 4 * Shape::UNROLL; i++) {
+                            const acc_t weight =
+                                __shfl_sync(ALL_LANES, corner[i % 4], next + i / 4, Shape::LANES);
 #pragma unroll
-                            for (int k = 0; k < 4; k++) {
-                                const acc_t weight =
-                                    __shfl_sync(ALL_LANES, corner[k], next + u, Shape::LANES);
-#pragma unroll
-                                for (int c = 0; c < Shape::WIDTH; c++)
-                                    sum[c] += weight * acc_t(read[u][k].at[c]);
-                            }
+                            for (int c = 0; c < Shape::WIDTH; c++)
+                                sum[c] += weight * acc_t(read[i / 4][i % 4].at[c]);
                         }
                     }
                 }
             }
             if (place < queries && head_valid && chunk + lane * Shape::WIDTH < channels) {
-                typename Shape::Row written;
+                Row written;
 #pragma unroll
                 for (int c = 0; c < Shape::WIDTH; c++) written.at[c] = scalar_t(sum[c]);
-                *reinterpret_cast<typename Shape::Row*>(out + item * channels + channel) = written;
+                *reinterpret_cast<Row*>(out + item * channels + channel) = written;
             }
         }
     }
 }
 
 }  // namespace
-
-cudaError_t forward(const Problem& problem, Type type, const void* value, const void* points,
-                    const void* scores, void* out, cudaStream_t stream) {
-    const Layout p = make_layout(problem, false);
-    return dispatch(type, p.channels, [&](auto instance) {
-        using scalar_t = typename decltype(instance)::Scalar;
-        constexpr int CHANNELS = decltype(instance)::CHANNELS;
-        const auto launch = [&](auto kernel, dim3 grid, int threads, size_t shared) {
-            if (const cudaError_t error = allow_shared(kernel, shared)) return error;
-            kernel<<<grid, threads, shared, stream>>>(
-                p, static_cast<const scalar_t*>(value), static_cast<const scalar_t*>(points),
-                static_cast<const scalar_t*>(scores), static_cast<scalar_t*>(out));
-            return cudaGetLastError();
-        };
-        if constexpr (sizeof(scalar_t) == 2 && CHANNELS == 32)
-            if (p.fused && p.window_pixels && has_tensor_cores())
-                return launch(p.levels == 3 && p.points == 4 ? forward_window_kernel<scalar_t, 3>
-                                                             : forward_window_kernel<scalar_t, 0>,
-                              count_blocks(count_regions(p), p.heads, 1, p.images),
-                              FORWARD_WINDOW_THREADS, size_t(p.window_pixels) * ROW_BYTES);
-        const dim3 grid = share_regions(count_blocks(
-            count_regions(p), p.heads, WarpShape<scalar_t, CHANNELS>::HEADS, p.images));
-        return launch(p.fused ? forward_kernel<scalar_t, CHANNELS, true>
-                              : forward_kernel<scalar_t, CHANNELS, false>,
-                      grid, THREADS, 0);
-    });
-}
-
 }  // namespace deform_attn::tuned
