@@ -18,6 +18,7 @@ bandwidth (small inputs stay in L2 between calls and can be faster). "gathers" i
 the four corners of every sample from L1, at 128 bytes per clock and multiprocessor; in the backward
 pass it excludes the accumulation of the gradient.
 """
+
 import argparse
 import json
 import statistics
@@ -41,11 +42,11 @@ SIZES = ((384, 640, 1), (448, 800, 1), (736, 1280, 1), (512, 768, 10), (512, 768
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEADS, CHANNELS, POINTS = 8, 32, 4
 KERNELS = {"tuned": deform_attn_cuda.tuned, "plain": deform_attn_cuda.plain}
-MAX_BATCH = 10            # of the PyTorch path, which needs more memory
-CHECKED_IMAGES = 2        # of a batch, because the float64 reference needs more memory
-GRID_MARGIN = 1e-3        # pixels
+MAX_BATCH = 10  # of the PyTorch path, which needs more memory
+CHECKED_IMAGES = 2  # of a batch, because the float64 reference needs more memory
+GRID_MARGIN = 1e-3  # pixels
 DECODERS = (("r50", 384, 640), ("swin_l", 448, 800))
-REPEATS = 15              # a time is the median of so many
+REPEATS = 15  # a time is the median of so many
 L1_BYTES_PER_CLOCK = 128  # per multiprocessor
 
 
@@ -81,13 +82,14 @@ def time_graph(call: Callable, count: int) -> float:
 
 def measure_ceilings() -> dict:
     """Print and return the properties of the GPU; rates are in bytes per second."""
+
     def copy_rate(size: int, count: int) -> float:
         source, target = torch.zeros(2, size // 4, device="cuda")
         # A kernel, which is faster than the copy engines.
         return 2 * size / time_graph(lambda: torch.neg(source, out=target), count) * 1e6
 
     gpu = torch.cuda.get_device_properties()
-    clock, dram, cache = gpu.clock_rate * 1000, copy_rate(2 ** 30, 3), copy_rate(2 ** 24, 20)
+    clock, dram, cache = gpu.clock_rate * 1000, copy_rate(2**30, 3), copy_rate(2**24, 20)
     fastest = L1_BYTES_PER_CLOCK * gpu.multi_processor_count * clock
     print(
         f"{gpu.name}, {gpu.multi_processor_count} multiprocessors, torch {torch.__version__}\n"
@@ -241,14 +243,17 @@ def measure_decoder(preset: str, height: int, width: int, device: str) -> Iterat
     for layer in decoder.layers:
         nn.init.normal_(layer.attention.sampling_offsets.weight, std=0.01)
     for frames in (1, 8):
-        maps = [torch.randn(frames, channels, height // stride, width // stride, device=device)
-                for channels, stride in zip(model.backbone.channels, (4, 8, 16, 32))]
+        maps = [
+            torch.randn(frames, channels, height // stride, width // stride, device=device)
+            for channels, stride in zip(model.backbone.channels, (4, 8, 16, 32))
+        ]
         reference = None
         for name, in_bfloat16, with_kernel in (
             ("float32, PyTorch", False, False),
-            ("float32, kernel", False, True),   # deform_attn.KERNEL
+            ("float32, kernel", False, True),  # deform_attn.KERNEL
             ("bfloat16, kernel", True, True),
         ):
+
             def run() -> tuple[list[Tensor], Tensor]:
                 with torch.autocast(device, torch.bfloat16, enabled=in_bfloat16):
                     return decoder(maps)
@@ -262,8 +267,11 @@ def measure_decoder(preset: str, height: int, width: int, device: str) -> Iterat
                 f"stride{s}": level.double() for s, level in zip((32, 16, 8), levels)
             }
             reference = reference or result
-            yield {"size": f"{preset} {height}x{width}", "frames": frames, "what": name} | times | {
-                f"error_{key}": relative_error(x, reference[key]) for key, x in result.items()}
+            yield (
+                {"size": f"{preset} {height}x{width}", "frames": frames, "what": name}
+                | times
+                | {f"error_{key}": relative_error(x, reference[key]) for key, x in result.items()}
+            )
 
 
 def print_row(row: dict, columns: tuple[str, ...]) -> None:
@@ -309,8 +317,15 @@ def main() -> None:
             "PyTorch's defaults."
         )
         columns = (
-            "size", "frames", "what", "eager_us", "graph_us", "error_fpn", "error_stride32",
-            "error_stride16", "error_stride8",
+            "size",
+            "frames",
+            "what",
+            "eager_us",
+            "graph_us",
+            "error_fpn",
+            "error_stride32",
+            "error_stride16",
+            "error_stride8",
         )
         measured = (row for arguments in DECODERS for row in measure_decoder(*arguments, "cuda"))
     else:
@@ -319,11 +334,22 @@ def main() -> None:
             "measured."
         )
         columns = (
-            "size", "type", "what", "forward_us", "backward_us", "error_output", "error_value",
-            "error_offsets", "error_logits",
+            "size",
+            "type",
+            "what",
+            "forward_us",
+            "backward_us",
+            "error_output",
+            "error_value",
+            "error_offsets",
+            "error_logits",
         )
-        measured = (row for size in SIZES for dtype in DTYPES
-                    for row in measure_operator(size, dtype, ceilings, not options.no_compile))
+        measured = (
+            row
+            for size in SIZES
+            for dtype in DTYPES
+            for row in measure_operator(size, dtype, ceilings, not options.no_compile)
+        )
     print(" ".join(f"{name:>14}" if "_" in name else f"{name:<18}" for name in columns))
     rows = []
     for row in measured:

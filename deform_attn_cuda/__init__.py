@@ -27,6 +27,7 @@ package deform_attn_cuda (`python -m pip install --no-build-isolation ./deform_a
 the cache, TORCH_EXTENSIONS_DIR or else ~/.cache/torch_extensions. If there is none, it is built and
 cached. If that fails, a warning says why, and deform_attn.py uses PyTorch.
 """
+
 import os
 import shlex
 import sys
@@ -73,7 +74,9 @@ def load() -> bool:
                 warnings.warn(
                     "deformable attention runs in PyTorch, many times slower than its CUDA "
                     f"kernel, because: {error}\n"
-                    f"Once that is fixed, build the kernel with: {INSTALL}", stacklevel=3)
+                    f"Once that is fixed, build the kernel with: {INSTALL}",
+                    stacklevel=3,
+                )
     return _loaded
 
 
@@ -97,8 +100,10 @@ def runs_on_all_gpus(architectures: list[str]) -> bool:
     """Whether a library for these architectures has code for every visible GPU."""
     devices = range(torch.cuda.device_count())
     capabilities = [torch.cuda.get_device_capability(index) for index in devices]
-    return all(any(runs_on(architecture, capability) for architecture in architectures)
-               for capability in capabilities)
+    return all(
+        any(runs_on(architecture, capability) for architecture in architectures)
+        for capability in capabilities
+    )
 
 
 def runs_on(architecture: str, capability: tuple[int, int]) -> bool:
@@ -121,18 +126,23 @@ def build_in_cache() -> Path:
     if os.name != "posix":
         raise BuildError(f"it is built on Linux, not on {sys.platform}")
     import fcntl  # not available on every platform
+
     architectures = wanted_architectures()
     if not runs_on_all_gpus(architectures):
-        raise BuildError(f"TORCH_CUDA_ARCH_LIST asks for {', '.join(architectures)}, which a GPU "
-                         "here cannot run")
+        raise BuildError(
+            f"TORCH_CUDA_ARCH_LIST asks for {', '.join(architectures)}, which a GPU here cannot run"
+        )
     target = cache_folder() / library_name(architectures)
     target.parent.mkdir(parents=True, exist_ok=True)
     with open(target.parent / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
             start = time.monotonic()
-            print("building the CUDA kernels of deformable attention for "
-                  f"{', '.join(architectures)}, once ...", flush=True)
+            print(
+                "building the CUDA kernels of deformable attention for "
+                f"{', '.join(architectures)}, once ...",
+                flush=True,
+            )
             build_library(target, architectures)
             print(f"built in {time.monotonic() - start:.0f} s: {target}", flush=True)
     return target
@@ -147,8 +157,10 @@ def declare() -> None:
             torch.library.register_fake(qualified, fake_forward)
             torch.library.register_fake(qualified_backward, fake_backward)
             torch.library.register_autograd(
-                qualified, make_backward(getattr(namespace, backward_name)),
-                setup_context=save_inputs)
+                qualified,
+                make_backward(getattr(namespace, backward_name)),
+                setup_context=save_inputs,
+            )
             torch.library.register_autograd(qualified_backward, refuse_second_derivatives)
 
 
@@ -156,8 +168,9 @@ def fake_forward(value: Tensor, points: Tensor, scores: Tensor, level_shapes: li
     return value.new_empty(value.shape[0], points.shape[1], value.shape[2] * value.shape[3])
 
 
-def fake_backward(grad: Tensor, value: Tensor, points: Tensor, scores: Tensor,
-                  level_shapes: list[int]) -> tuple[Tensor, ...]:
+def fake_backward(
+    grad: Tensor, value: Tensor, points: Tensor, scores: Tensor, level_shapes: list[int]
+) -> tuple[Tensor, ...]:
     return tuple(x.new_empty(x.shape) for x in (value, points, scores))
 
 
@@ -169,6 +182,7 @@ def save_inputs(ctx, inputs, output) -> None:
 def make_backward(operator):
     def backward(ctx, grad: Tensor):
         return *operator(grad, *ctx.saved_tensors, ctx.level_shapes), None
+
     return backward
 
 

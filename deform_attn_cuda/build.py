@@ -4,6 +4,7 @@ Used by __init__.py at the first call, and by setup.py ahead of it. This needs n
 compiler, but no GPU and no ninja. The library is linked to PyTorch's libraries without their paths:
 they are found because the process that loads it has imported torch.
 """
+
 import hashlib
 import os
 import re
@@ -17,8 +18,12 @@ import torch
 FOLDER = Path(__file__).resolve().parent
 SOURCES = ("binding.cpp", "plain.cu", "tuned/launch.cu")
 HEADERS = (
-    "deform_attn.h", "tuned/geometry.cuh", "tuned/forward.cuh", "tuned/bins.cuh",
-    "tuned/point_gradients.cuh", "tuned/value_gradient.cuh",
+    "deform_attn.h",
+    "tuned/geometry.cuh",
+    "tuned/forward.cuh",
+    "tuned/bins.cuh",
+    "tuned/point_gradients.cuh",
+    "tuned/value_gradient.cuh",
 )
 OLDEST_TORCH = 0x020B000000000000  # 2.11: the version of the stable ABI that the library needs
 
@@ -49,7 +54,8 @@ def wanted_architectures() -> list[str]:
     for name in listed:
         if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", name):
             raise BuildError(
-                f"TORCH_CUDA_ARCH_LIST holds {name!r}; expected numbers such as 8.0;9.0+PTX")
+                f"TORCH_CUDA_ARCH_LIST holds {name!r}; expected numbers such as 8.0;9.0+PTX"
+            )
     if listed:
         return sorted(set(listed))
     if torch.cuda.is_available():
@@ -89,19 +95,40 @@ def build_library(target: Path, architectures: list[str]) -> None:
     nvcc, pytorch = find_nvcc(), Path(torch.__file__).parent
     options = {
         ".cu": [*gencode_flags(architectures), "--threads=0"],
-        ".cpp": [f"-DTORCH_TARGET_VERSION={OLDEST_TORCH}ULL", "-DUSE_CUDA",
-                 f"-I{pytorch / 'include'}"],
+        ".cpp": [
+            f"-DTORCH_TARGET_VERSION={OLDEST_TORCH}ULL",
+            "-DUSE_CUDA",
+            f"-I{pytorch / 'include'}",
+        ],
     }
     objects = {name: name.replace("/", "_") + ".o" for name in SOURCES}
     compilers = [
-        [nvcc, "-std=c++17", "-O3", "-Xcompiler=-fPIC", *options[Path(name).suffix],
-         "-c", str(FOLDER / name), "-o", objects[name]]
+        [
+            nvcc,
+            "-std=c++17",
+            "-O3",
+            "-Xcompiler=-fPIC",
+            *options[Path(name).suffix],
+            "-c",
+            str(FOLDER / name),
+            "-o",
+            objects[name],
+        ]
         for name in SOURCES
     ]
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
-    linker = [nvcc, "-shared", "-Xcompiler=-fPIC", *objects.values(), "-o", str(partial),
-              f"-L{pytorch / 'lib'}", "-ltorch_cpu", "-ltorch_cuda"]
+    linker = [
+        nvcc,
+        "-shared",
+        "-Xcompiler=-fPIC",
+        *objects.values(),
+        "-o",
+        str(partial),
+        f"-L{pytorch / 'lib'}",
+        "-ltorch_cpu",
+        "-ltorch_cuda",
+    ]
     with tempfile.TemporaryDirectory() as folder:
         run_together(compilers, folder)
         try:
@@ -117,8 +144,15 @@ def run_together(commands: list[list[str]], folder: str) -> None:
     Raises BuildError with the end of the output of the first that failed.
     """
     running = [
-        subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                         text=True, encoding="utf-8", errors="replace")
+        subprocess.Popen(
+            command,
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+        )
         for command in commands
     ]
     outputs = [process.communicate()[0] for process in running]

@@ -5,6 +5,7 @@
 No GPU is needed. TORCH_CUDA_ARCH_LIST="8.0;9.0" selects the architectures; the default is those of
 the visible GPUs, or 8.0 and 9.0+PTX.
 """
+
 import importlib.util
 import sys
 from pathlib import Path
@@ -13,8 +14,9 @@ from setuptools import Distribution, setup
 from setuptools.command.build_py import build_py
 
 if not any(importlib.util.find_spec(name) for name in ("setuptools.command.bdist_wheel", "wheel")):
-    sys.exit("setuptools before 70.1 makes no wheels; "
-             "run: python -m pip install --upgrade setuptools")
+    sys.exit(
+        "setuptools before 70.1 makes no wheels; run: python -m pip install --upgrade setuptools"
+    )
 
 spec = importlib.util.spec_from_file_location("build_kernel", Path(__file__).with_name("build.py"))
 build = importlib.util.module_from_spec(spec)

@@ -2,6 +2,7 @@
 
 Every test of results runs on both kernels, plain.cu and tuned/.
 """
+
 import re
 import shutil
 import subprocess
@@ -28,13 +29,24 @@ from deform_attn_cuda import build
 
 FOLDER = Path(deform_attn_cuda.__file__).parent
 SUFFIXES = (".cu", ".cuh", ".cpp", ".h")
-SOURCES = sorted(path.relative_to(FOLDER).as_posix() for path in FOLDER.rglob("*")
-                 if path.suffix in SUFFIXES)
+SOURCES = sorted(
+    path.relative_to(FOLDER).as_posix() for path in FOLDER.rglob("*") if path.suffix in SUFFIXES
+)
 SHAPES, PIXELS = [(6, 9), (11, 17)], 6 * 9 + 11 * 17
 
 
-def draw(level_shapes=SHAPES, batch=2, heads=3, channels=32, points=4, spread=3,
-         dtype=torch.float32, device="cuda", seed=0, queries=None):
+def draw(
+    level_shapes=SHAPES,
+    batch=2,
+    heads=3,
+    channels=32,
+    points=4,
+    spread=3,
+    dtype=torch.float32,
+    device="cuda",
+    seed=0,
+    queries=None,
+):
     """Random value, offsets and logits, or, with `queries`, value, locations and weights.
 
     The numbers are the same on every device.
@@ -58,11 +70,14 @@ def error(result, exact):
 
 # ---- Part 1: on any machine ---------------------------------------------------------------------
 
+
 @pytest.fixture
 def bare(monkeypatch, tmp_path):
     """A machine without GPU, nvcc and earlier builds, before the first load(); no warnings."""
+
     def no_nvcc():
         raise build.BuildError("nvcc was not found")
+
     for name in ("DEFORM_ATTN_CUDA", "TORCH_CUDA_ARCH_LIST", "CUDA_HOME", "CUDA_PATH"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
@@ -76,11 +91,14 @@ def bare(monkeypatch, tmp_path):
         yield
 
 
-@pytest.mark.parametrize("listed, expected", [
-    ("8.0;9.0+PTX", ["8.0", "9.0+PTX"]),
-    (" 9.0a  8.0 8.0 ", ["8.0", "9.0a"]),
-    ("", ["8.0", "9.0+PTX"]),
-])
+@pytest.mark.parametrize(
+    "listed, expected",
+    [
+        ("8.0;9.0+PTX", ["8.0", "9.0+PTX"]),
+        (" 9.0a  8.0 8.0 ", ["8.0", "9.0a"]),
+        ("", ["8.0", "9.0+PTX"]),
+    ],
+)
 def test_wanted_architectures(bare, monkeypatch, listed, expected):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", listed)
     assert build.wanted_architectures() == expected
@@ -134,11 +152,20 @@ def test_failed_build_shows_the_compilers_output_and_leaves_no_file(monkeypatch,
     assert not list(target.parent.iterdir())
 
 
-@pytest.mark.parametrize("architecture, capability, expected", [
-    ("8.0", (8, 0), True), ("8.0", (8, 6), True), ("8.6", (8, 0), False),
-    ("8.0", (9, 0), False), ("8.0+PTX", (9, 0), True), ("9.0+PTX", (12, 1), True),
-    ("9.0+PTX", (8, 9), False), ("9.0a", (9, 0), True), ("9.0a+PTX", (10, 0), False),
-])
+@pytest.mark.parametrize(
+    "architecture, capability, expected",
+    [
+        ("8.0", (8, 0), True),
+        ("8.0", (8, 6), True),
+        ("8.6", (8, 0), False),
+        ("8.0", (9, 0), False),
+        ("8.0+PTX", (9, 0), True),
+        ("9.0+PTX", (12, 1), True),
+        ("9.0+PTX", (8, 9), False),
+        ("9.0a", (9, 0), True),
+        ("9.0a+PTX", (10, 0), False),
+    ],
+)
 def test_runs_on(architecture, capability, expected):
     assert deform_attn_cuda.runs_on(architecture, capability) == expected
 
@@ -169,6 +196,7 @@ def test_an_environment_variable_disables_the_kernels(bare, monkeypatch):
 def test_errors_of_the_library_are_raised(bare, monkeypatch, tmp_path):
     def broken(path):
         raise RuntimeError("registered twice")
+
     monkeypatch.setattr(deform_attn_cuda, "find_library", lambda: tmp_path / "library.so")
     monkeypatch.setattr(torch.ops, "load_library", broken)
     with pytest.raises(RuntimeError, match="registered twice"):
@@ -177,12 +205,14 @@ def test_errors_of_the_library_are_raised(bare, monkeypatch, tmp_path):
 
 def test_of_two_processes_one_builds(bare, monkeypatch, tmp_path):
     """Threads stand for processes: each opens the lock file for itself."""
+
     def build_slowly(target, architectures):
         with open(tmp_path / "log", "a") as log:
             print(*architectures, file=log)
         target.write_text("half")
         time.sleep(0.3)
         target.write_text("whole")
+
     monkeypatch.setattr(deform_attn_cuda, "build_library", build_slowly)
     with ThreadPoolExecutor(2) as pool:
         results = pool.map(lambda _: deform_attn_cuda.build_in_cache().read_text(), range(2))
@@ -256,6 +286,7 @@ def test_it_compiles_and_registers_without_a_gpu(library):
 
 # ---- Part 2: on a GPU ---------------------------------------------------------------------------
 
+
 @pytest.fixture(scope="module")
 def loaded(request):
     """The library is loaded: the one built above, if there is nvcc."""
@@ -319,8 +350,11 @@ def check(operator, in_pytorch, inputs, level_shapes):
     """
     results = run(operator, inputs, level_shapes)
     value, points, scores = [tensor.double() for tensor in inputs]
-    exact = differentiate(lambda value, *others: in_pytorch(value, level_shapes, *others),
-                          (value, points, scores), draw_gradient(inputs).double())
+    exact = differentiate(
+        lambda value, *others: in_pytorch(value, level_shapes, *others),
+        (value, points, scores),
+        draw_gradient(inputs).double(),
+    )
     sizes = points.new_tensor([(width, height) for height, width in level_shapes])[:, None]
     if in_pytorch is attend_in_pytorch:
         points = pixel_centres(level_shapes, points)[:, None, None, None] + points / sizes
@@ -359,9 +393,11 @@ def test_gradcheck(operators, name):
     """Against numeric derivatives. Runs may differ slightly, because of the order of additions."""
     level_shapes, operator = [(2, 3), (4, 1)], getattr(operators, name)
     inputs = draw(level_shapes, 1, channels=3, points=2, dtype=torch.float64, queries=QUERIES[name])
-    assert torch.autograd.gradcheck(lambda *tensors: operator(*tensors, flat(level_shapes)),
-                                    [tensor.requires_grad_() for tensor in inputs],
-                                    nondet_tol=1e-12)
+    assert torch.autograd.gradcheck(
+        lambda *tensors: operator(*tensors, flat(level_shapes)),
+        [tensor.requires_grad_() for tensor in inputs],
+        nondet_tol=1e-12,
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -369,8 +405,9 @@ def test_gradcheck(operators, name):
 def test_opcheck(operators, name, backward, dtype):
     """PyTorch's own test of operators: schema, fake tensors, autograd, tracing."""
     inputs = draw(dtype=dtype, queries=QUERIES[name])
-    torch.library.opcheck(getattr(operators, backward).default,
-                          (draw_gradient(inputs), *inputs, flat(SHAPES)))
+    torch.library.opcheck(
+        getattr(operators, backward).default, (draw_gradient(inputs), *inputs, flat(SHAPES))
+    )
     inputs = [tensor.requires_grad_() for tensor in inputs]
     torch.library.opcheck(getattr(operators, name).default, (*inputs, flat(SHAPES)))
 
@@ -378,6 +415,7 @@ def test_opcheck(operators, name, backward, dtype):
 def test_compiled(operators):
     def attend(value, offsets, logits):
         return deformable_attention(value, SHAPES, offsets, logits)
+
     inputs = draw(dtype=torch.bfloat16)
     grad = draw_gradient(inputs)
     torch.compiler.reset()
@@ -405,7 +443,7 @@ def test_another_stream(operators):
     stream = torch.cuda.Stream()
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(200_000_000)      # cycles
+        torch.cuda._sleep(200_000_000)  # cycles
         for tensor, other in zip(inputs, others):
             tensor.copy_(other)
         results = run(operators.forward, inputs, grad=grad)
@@ -418,12 +456,15 @@ def shifted(tensor, elements):
     return tensor.new_empty(tensor.numel() + elements)[elements:].view_as(tensor).copy_(tensor)
 
 
-@pytest.mark.parametrize("arrange", [
-    pytest.param(lambda x: x.transpose(1, 2).contiguous().transpose(1, 2), id="transposed"),
-    pytest.param(lambda x: x.repeat_interleave(2, -1)[..., ::2], id="every other element"),
-    pytest.param(lambda x: shifted(x, 1), id="one element further"),
-    pytest.param(lambda x: shifted(x, 16 // x.element_size()), id="16 bytes further"),
-])
+@pytest.mark.parametrize(
+    "arrange",
+    [
+        pytest.param(lambda x: x.transpose(1, 2).contiguous().transpose(1, 2), id="transposed"),
+        pytest.param(lambda x: x.repeat_interleave(2, -1)[..., ::2], id="every other element"),
+        pytest.param(lambda x: shifted(x, 1), id="one element further"),
+        pytest.param(lambda x: shifted(x, 16 // x.element_size()), id="16 bytes further"),
+    ],
+)
 @pytest.mark.parametrize("dtype", BOUNDS)
 def test_strides_and_alignment(operators, dtype, arrange):
     inputs = draw(dtype=dtype)
@@ -432,8 +473,9 @@ def test_strides_and_alignment(operators, dtype, arrange):
     torch.testing.assert_close(results, run(operators.forward, inputs))
 
 
-@pytest.mark.parametrize("name, batch, queries",
-                         [("forward", 0, None), ("sample", 0, 5), ("sample", 2, 0)])
+@pytest.mark.parametrize(
+    "name, batch, queries", [("forward", 0, None), ("sample", 0, 5), ("sample", 2, 0)]
+)
 def test_empty_tensors(operators, name, batch, queries):
     inputs = draw(batch=batch, queries=queries)
     out, *gradients = run(getattr(operators, name), inputs)
@@ -477,18 +519,23 @@ def test_more_than_2_to_the_31_elements(operators):
     torch.testing.assert_close([tensor[-1:] for tensor in results], alone)
 
 
-@pytest.mark.parametrize("sentence, change", [
-    ("must be float32, float16, bfloat16 or float64",
-     lambda v, o, l, s: (v.int(), o.int(), l.int(), s)),
-    ("all inputs must have one type", lambda v, o, l, s: (v, o.half(), l, s)),
-    ("all inputs must be on one GPU", lambda v, o, l, s: (v, o.cpu(), l, s)),
-    ("differ in batch or heads", lambda v, o, l, s: (v[:1], o, l, s)),
-    ("one score for each point", lambda v, o, l, s: (v, o, l[..., 1:], s)),
-    ("one query for each pixel", lambda v, o, l, s: (v, o[:, 1:], l[:, 1:], s)),
-    ("height and width of 2 levels", lambda v, o, l, s: (v, o, l, s[:2])),
-    ("a level of 0 x 9 is not possible", lambda v, o, l, s: (v, o, l, [0, *s[1:]])),
-    ("value holds 241 pixels", lambda v, o, l, s: (v, o, l, [s[0] + 1, *s[1:]])),
-])
+@pytest.mark.parametrize(
+    "sentence, change",
+    [
+        (
+            "must be float32, float16, bfloat16 or float64",
+            lambda v, o, l, s: (v.int(), o.int(), l.int(), s),
+        ),
+        ("all inputs must have one type", lambda v, o, l, s: (v, o.half(), l, s)),
+        ("all inputs must be on one GPU", lambda v, o, l, s: (v, o.cpu(), l, s)),
+        ("differ in batch or heads", lambda v, o, l, s: (v[:1], o, l, s)),
+        ("one score for each point", lambda v, o, l, s: (v, o, l[..., 1:], s)),
+        ("one query for each pixel", lambda v, o, l, s: (v, o[:, 1:], l[:, 1:], s)),
+        ("height and width of 2 levels", lambda v, o, l, s: (v, o, l, s[:2])),
+        ("a level of 0 x 9 is not possible", lambda v, o, l, s: (v, o, l, [0, *s[1:]])),
+        ("value holds 241 pixels", lambda v, o, l, s: (v, o, l, [s[0] + 1, *s[1:]])),
+    ],
+)
 def test_wrong_inputs_are_refused(operators, sentence, change):
     with pytest.raises(RuntimeError, match=sentence):
         operators.forward(*change(*draw(), flat(SHAPES)))
@@ -501,6 +548,7 @@ def test_the_layer_under_autocast(operators, monkeypatch):
     def record(*arguments):
         dtypes.append([tensor.dtype for tensor in arguments[:3]])
         return forward(*arguments)
+
     monkeypatch.setattr(operators, "forward", record)
     torch.manual_seed(0)
     layer = DeformableAttention(64, levels=2, heads=2).to("cuda")
