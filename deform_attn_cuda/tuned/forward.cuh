@@ -32,8 +32,8 @@ __global__ void __launch_bounds__(THREADS, 4)
     __shared__ Area areas[MAX_LEVELS];
     const int queries = load_queries<FUSED>(p, work.region, areas);
 
-    for (int begin = threadIdx.x / 32 * Shape::QUERIES; begin < queries;
-         begin += WARPS * Shape::QUERIES) {
+    for (int begin = first_warp() * Shape::QUERIES; begin < queries;
+         begin += all_warps() * Shape::QUERIES) {
         const int place = begin + group / Shape::HEADS;
         const Query<acc_t, FUSED> query(p, work.region, areas, min(place, queries - 1));
         const int64_t item = (int64_t(work.image) * p.queries + query.index) * p.heads + head;

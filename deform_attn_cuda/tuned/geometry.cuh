@@ -19,7 +19,6 @@ namespace deform_attn::tuned {
 namespace {
 
 constexpr int THREADS = 256;  // of a block
-constexpr int WARPS = THREADS / 32;
 constexpr unsigned ALL_LANES = 0xffffffffu;
 constexpr int QUERIES_OF_A_REGION = 256;  // if queries are not pixels
 
@@ -82,8 +81,9 @@ __host__ __device__ int count_regions(const Layout& p) {
                    : (p.queries + QUERIES_OF_A_REGION - 1) / QUERIES_OF_A_REGION;
 }
 
-// What a block computes: a region, for `heads_at_once` heads of an image. Blocks run over regions,
-// then heads, then images. The warps of a block take alternate queries.
+// What a block computes: a region, for `heads_at_once` heads of an image. blockIdx.x runs over
+// regions, then heads, then images. Blocks with the same blockIdx.x share the work: their warps
+// take alternate queries, starting with first_warp().
 struct BlockWork {
     int region, head, image;
     __device__ BlockWork(int regions, int heads, int heads_at_once) {
@@ -93,6 +93,9 @@ struct BlockWork {
         image = blockIdx.x / regions / sets;
     }
 };
+
+__device__ int first_warp() { return blockIdx.y * (THREADS / 32) + threadIdx.x / 32; }
+__device__ int all_warps() { return gridDim.y * (THREADS / 32); }
 
 // The pixels of a region on one level.
 struct Area {

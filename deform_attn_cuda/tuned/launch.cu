@@ -45,6 +45,12 @@ unsigned count_blocks(int64_t regions, int heads, int heads_at_once, int images)
     return unsigned(regions * ((heads + heads_at_once - 1) / heads_at_once) * images);
 }
 
+// If there are few blocks, several share each piece of work: as many as fill the largest GPUs.
+dim3 share_regions(unsigned blocks) {
+    constexpr unsigned ENOUGH = 1024, MAX_SHARING = 8;
+    return dim3(blocks, std::clamp(ENOUGH / blocks, 1u, MAX_SHARING));
+}
+
 // ---- forward ------------------------------------------------------------------------------------
 
 cudaError_t forward(const Problem& problem, Type type, const void* value, const void* points,
@@ -57,7 +63,7 @@ cudaError_t forward(const Problem& problem, Type type, const void* value, const 
                                              WarpShape<scalar_t, CHANNELS>::HEADS, p.images);
         const auto kernel = p.fused ? forward_kernel<scalar_t, CHANNELS, true>
                                     : forward_kernel<scalar_t, CHANNELS, false>;
-        kernel<<<blocks, THREADS, 0, stream>>>(
+        kernel<<<share_regions(blocks), THREADS, 0, stream>>>(
             p, static_cast<const scalar_t*>(value), static_cast<const scalar_t*>(points),
             static_cast<const scalar_t*>(scores), static_cast<scalar_t*>(out));
         return cudaGetLastError();
@@ -135,15 +141,16 @@ cudaError_t backward(const Problem& problem, Type type, const void* grad, const 
             allocate_kernel<<<unsigned((lists * 32 + THREADS - 1) / THREADS), THREADS, 0, stream>>>(
                 p, images, bins, used);
             const unsigned blocks = count_blocks(count_regions(p), p.heads, Shape::HEADS, images);
-            differentiate<<<blocks, THREADS, shared, stream>>>(
+            differentiate<<<share_regions(blocks), THREADS, shared, stream>>>(
                 p, input(grad, query * p.channels), input(value, pixel * p.channels),
                 input(points, point * 2), input(scores, point), output(grad_points, point * 2),
                 output(grad_scores, point), bins, entries);
             const unsigned value_blocks =
                 count_blocks(p.across * p.down, p.heads, Shape::HEADS, images);
-            value_kernel<scalar_t, CHANNELS><<<value_blocks, THREADS, 0, stream>>>(
-                p, input(grad, query * p.channels), bins, entries,
-                output(grad_value, pixel * p.channels));
+            value_kernel<scalar_t, CHANNELS>
+                <<<share_regions(value_blocks), THREADS, 0, stream>>>(
+                    p, input(grad, query * p.channels), bins, entries,
+                    output(grad_value, pixel * p.channels));
         }
         return cudaGetLastError();
     });

@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(THREADS, 4)
     const int pairs = load_region<2>(p, work.region, areas);
     const int end = min(work.head + Shape::HEADS, p.heads);
 
-    for (int place = threadIdx.x / 32; place < pairs; place += WARPS) {
+    for (int place = first_warp(); place < pairs; place += all_warps()) {
         const Pixel pixel = pixel_of<2>(p, areas, place);
         const int pixels =
             min(2, areas[pixel.level].left + areas[pixel.level].width - pixel.column);
