@@ -83,6 +83,7 @@ class Augmentation:
         return self.resize(frames, masks, short_side, self.max_long_side)
 
     def resize(self, frames, masks, short_side: int, max_long_side: int):
+        """Resize to a short side in pixels, or smaller to respect max_long_side."""
         height, width = frames.shape[-2:]
         size = short_side_size(height, width, short_side, max_long_side)
         return resize_to(frames, masks, size)

@@ -1,4 +1,8 @@
-"""The tables and plots of the gate study: means and spreads over the records of several seeds."""
+"""The tables and plots of the gate study: means and spreads over the records of several seeds.
+
+`python benchmarks/study.py table runs/study.json` calls these functions on what
+`python benchmarks/study.py measure` has written. docs/gate_study.md discusses the results.
+"""
 
 import statistics
 import sys

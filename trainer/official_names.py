@@ -1,4 +1,11 @@
-"""The setting of a run under the field names of the official configuration files (--dry-run)."""
+"""The setting of a run under the field names of the official configuration files (--dry-run).
+
+    python train.py --recipe grattvis/ovis/r50 --dry-run
+
+The names are short forms of the fields of detectron2, Mask2Former, VITA and GRAtt-VIS. Upstream:
+vita/config.py and the files under configs/grattvis and configs/vita. Fields that have
+no flag here are constants of the code, which this file reads where they are defined.
+"""
 
 import argparse
 import inspect
@@ -32,7 +39,7 @@ def default_of(function, name: str):
 
 
 def official_data(args: argparse.Namespace) -> dict:
-    """Fields of the data and the augmentation."""
+    """Fields of the data and the augmentation: INPUT, DATASETS and TEST upstream."""
     by_clip = args.frames > 1
     return {
         "train_sets": args.train_sets or [],
@@ -67,7 +74,7 @@ def official_data(args: argparse.Namespace) -> dict:
 
 
 def official_model(args: argparse.Namespace) -> dict:
-    """Fields of the model and the losses."""
+    """Fields of the model and the losses: MODEL upstream."""
     if args.propagation == "clip":
         meta_architecture = "Vita"
     else:
@@ -104,7 +111,7 @@ def official_model(args: argparse.Namespace) -> dict:
 
 
 def official_optimisation(args: argparse.Namespace) -> dict:
-    """Fields of the optimizer and the run."""
+    """Fields of the optimizer and the run: SOLVER and SEED upstream."""
     return {
         "iterations": args.iterations,
         "batch_videos": args.batch,
