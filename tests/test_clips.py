@@ -111,6 +111,7 @@ def test_shares_that_make_no_sense_are_refused(root, ratios):
     clips = open_clips(root)
     with pytest.raises(InputError, match="2 sources cannot be mixed"):
         MixedClips([clips, clips], ratios)
+    MixedClips([clips, clips], [1, 0])  # a source may be left out
 
 
 def test_a_mixture_knows_all_of_its_sources(root, tmp_path):

@@ -20,6 +20,7 @@ from recipes import RECIPES
 from tracker import Tracker
 from trainer import datasets
 from trainer.flags import parse_arguments
+from trainer.folder import check_folder
 from trainer.official_names import official_setting
 
 # Of the official repository's 17 configurations.
@@ -634,3 +635,16 @@ def test_a_new_option_is_one_argument_and_one_flag(monkeypatch):
     args.momentum = float("nan")  # refused before training, not after
     with pytest.raises(InputError, match="momentum is nan, not a finite number"):
         train.make_model(args, [(1, "cell")], None, print)
+
+
+@pytest.mark.parametrize("amp, expected", [("auto", True), ("bf16", True), ("off", False)])
+def test_the_official_name_of_mixed_precision(amp, expected):
+    assert official_setting(parse_arguments(["--amp", amp]))["amp"] is expected
+
+
+@pytest.mark.parametrize("name", ["last.pt", "best.pt", "log.jsonl", "args.json"])
+def test_a_folder_with_any_file_of_a_run_is_refused(tmp_path, name):
+    check_folder(None, tmp_path)
+    (tmp_path / name).touch()
+    with pytest.raises(InputError, match="choose another --output"):
+        check_folder(None, tmp_path)
