@@ -36,6 +36,10 @@ START_FIRST = (
     "test_runtime_stopping.py",
     "test_golden_inference.py",
     "test_accidents.py",
+    "test_runtime_loading.py",
+    "test_train.py",
+    "test_model.py",
+    "test_flags.py",
 )  # minutes each
 FORK = multiprocessing.get_context("fork" if hasattr(os, "fork") else None)
 

@@ -225,6 +225,7 @@ def refused_config(tmp_path, config):
         ("categories", "red"),
         ("categories", [[1]]),
         ("test_short_side", 10**9),
+        ("test_short_side", True),
         ("test_short_side", float("nan")),
         ("model_options", [1]),
         ("args", argparse.Namespace(seed=0)),

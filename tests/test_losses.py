@@ -19,6 +19,7 @@ from losses import (
     Criterion,
     SampledMatches,
     average_over_processes,
+    count_visible,
     dice_loss,
     gate_bce,
     mask_loss,
@@ -818,3 +819,11 @@ def test_a_mask_has_the_official_numbers_of_points():
     """3 candidates a point; three quarters of the points are the most uncertain of them."""
     criterion = Criterion(3, points=12544)
     assert (criterion.points, criterion.candidates, criterion.uncertain) == (12544, 37632, 9408)
+
+
+def test_instances_without_a_query_count():
+    """As upstream, a mean is over all visible instances, also if there are more than queries."""
+    visible = torch.tensor([[[True, True, False]]])
+    matches = Matches(torch.tensor([[[[0, -1, -1]]]] * 2).transpose(0, 1), visible, None)
+    predictions = Predictions(torch.zeros(1, 2, 1, 1, CLASSES + 1), None, None, 1)
+    assert count_visible(predictions, matches).tolist() == [[2.0, 2.0]]

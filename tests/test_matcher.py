@@ -12,6 +12,7 @@ import matcher
 from clips import Clip
 from losses import Criterion
 from matcher import (
+    Matches,
     assign,
     clip_predictions,
     costs_to_cpu,
@@ -365,3 +366,17 @@ def test_pad_targets():
     assert targets.masks[0].nonzero().tolist() == [[0, 0, 1, 2], [1, 0, 1, 2], [1, 2, 3, 4]]
     assert torch.equal(targets.masks[0], targets.masks[2]) and not targets.masks[1].any()
     assert clip.ids[2].tolist() == [9, 9]  # the clip is unchanged
+
+
+def test_visible_instances_without_a_query_forbid_none():
+    """Three visible instances share two queries: the second has none, the third appears."""
+    cost = numpy.array([[1.0, 1.0, 0.5], [1.0, 1.0, 0.6]])
+    new, visible = numpy.array([False, False, True]), numpy.array([True, True, True])
+    queries = match_clip(cost, new, visible, numpy.array([0, -1, -1]))
+    assert queries.tolist() == [0, -1, 1]
+
+
+def test_matched_instances_are_visible_and_have_a_query():
+    query_of = torch.tensor([[[[0, 1, -1, -1]]]])
+    visible = torch.tensor([[[True, False, True, False]]])
+    assert Matches(query_of, visible, None).matched.tolist() == [[[[True, False, False, False]]]]

@@ -648,3 +648,9 @@ def test_a_folder_with_any_file_of_a_run_is_refused(tmp_path, name):
     (tmp_path / name).touch()
     with pytest.raises(InputError, match="choose another --output"):
         check_folder(None, tmp_path)
+
+
+def test_the_smallest_values_of_flags():
+    """A window of 0 frames is the whole clip, a seed of -1 a random one."""
+    args = parse_arguments(["--window", "0", "--seed", "-1", "--workers", "0", "--iterations", "0"])
+    assert (args.window, args.seed, args.workers, args.iterations) == (0, -1, 0, 0)

@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -46,10 +47,12 @@ def write_footage(folder) -> None:
 
 @pytest.mark.slow
 def test_the_tutorial_runs(tmp_path):
-    pytest.importorskip("matplotlib", reason="plots need matplotlib")
+    has_matplotlib = find_spec("matplotlib") is not None
     write_footage(tmp_path)
     for command in commands():
         assert command[0] == "python"
+        if command[2] == "viewing.curves" and not has_matplotlib:
+            continue
         smaller = shlex.split(SMALLER.get(command[1], ""))
         program = ["-m", command[2]] if command[1] == "-m" else [str(REPOSITORY / command[1])]
         arguments = command[3:] if command[1] == "-m" else command[2:]
@@ -71,4 +74,4 @@ def test_the_tutorial_runs(tmp_path):
     metrics = json.loads((tmp_path / "runs/own/evaluation/metrics.json").read_text())
     assert metrics["AP"] >= 0
     assert list((tmp_path / "runs/own/evaluation/overlays").iterdir())
-    assert (tmp_path / "runs/own/curves.png").exists()
+    assert (tmp_path / "runs/own/curves.png").exists() == has_matplotlib
