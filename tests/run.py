@@ -40,7 +40,7 @@ START_FIRST = (
     "test_train.py",
     "test_model.py",
     "test_flags.py",
-)  # minutes each
+)  # they take longest
 FORK = multiprocessing.get_context("fork" if hasattr(os, "fork") else None)
 
 
