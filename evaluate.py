@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from augmentation import short_side_size
 from checkpoint import SHIPPED_WEIGHTS, default_short_side, model_from_checkpoint
-from data import Video, VideoSet, find_split, read_frame
+from data import Video, VideoSet, read_frame
 from deform_attn import implementation
 from evaluation.flags import parse_arguments
 from evaluation.inference import segment_videos, share
@@ -42,6 +42,7 @@ from model import GRAttVIS
 from reading.annotations import AnnotationFile, one_line, unique_names
 from reading.downloads import find_weights
 from reading.ids import Id
+from reading.layouts import find_split
 from runtime.device import choose_amp
 from runtime.errors import InputError, cli_errors
 from runtime.files import checksum, folder_lock
@@ -290,6 +291,7 @@ def segment_set(
 
 
 def print_speed(videos: list[Video], seconds: float, device: torch.device) -> None:
+    """Print the speed of this process over its videos, and the peak of GPU memory."""
     frames = sum(len(video.files) for video in videos)
     peak = ""
     if device.type == "cuda":

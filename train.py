@@ -145,8 +145,8 @@ def make_model(
             say(f"init: {load_weights(model, args.init, args.reset_classes)}")
         if not args.init and not args.backbone_weights and has_frozen_norms(model.backbone):
             say(
-                "warning: the backbone is random and its norms are frozen, so it trains badly: give "
-                "--backbone-weights imagenet, or --norm group"
+                "warning: the backbone is random and its norms are frozen, so it trains badly: "
+                "give --backbone-weights imagenet, or --norm group"
             )
         if args.backbone_weights:
             backbone = PRESETS[args.preset]["backbone"]

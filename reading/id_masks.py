@@ -16,6 +16,7 @@ import csv
 import os
 import random
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -51,10 +52,13 @@ def convert(
     videos = [folder.name for folder in folders if folder.is_dir()]
     if not videos:
         raise InputError(f"{masks} holds no folders of mask images, one for each video")
-    valid = random.Random(seed).sample(videos, round(valid_share * len(videos)))
+    valid = set(random.Random(seed).sample(videos, round(valid_share * len(videos))))
     splits = {"train": [video for video in videos if video not in valid], "valid": sorted(valid)}
-    partial = root.with_name(f"{root.name}.part")
-    try:
+    root.parent.mkdir(parents=True, exist_ok=True)
+    lines = []
+    # Renamed when it is complete, so that a failure leaves nothing.
+    with tempfile.TemporaryDirectory(prefix=f"{root.name}.", dir=root.parent) as folder:
+        partial = Path(folder, "set")
         for split, chosen in splits.items():
             (partial / split).mkdir(parents=True)
             content = {"categories": [], "videos": [], "annotations": []}
@@ -63,13 +67,12 @@ def convert(
             for video in tqdm(chosen, desc=split, unit="video", disable=None):
                 add_video(content, video, frames, masks, partial / split, classes, ignored)
             save_json(partial / f"{split}.json", content, indent=None)
-            print(
+            lines.append(
                 f"{root / split}.json: {len(chosen)} videos, {len(content['annotations'])} "
                 f"instances, {len(content['categories'])} classes"
             )
         partial.rename(root)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    print("\n".join(lines))
 
 
 def add_video(
@@ -83,7 +86,7 @@ def add_video(
 ) -> None:
     """Append a video and its instances to an annotation file, and put its frames into `output`."""
     pairs = list(pair_frames(frames, masks / video, output / video))
-    instances, (height, width) = read_instances([image for _, image in pairs])
+    instances, (height, width) = read_instances([image for _, image in pairs], {0, *ignored})
     category_ids = {category["name"]: category["id"] for category in content["categories"]}
     number = len(content["videos"]) + 1
     content["videos"].append(
@@ -95,7 +98,7 @@ def add_video(
             "file_names": [f"{video}/{frame.name}" for frame, _ in pairs],
         }
     )
-    for instance in sorted(instances.keys() - {0, *ignored}):
+    for instance in sorted(instances):
         content["annotations"].append(
             {
                 "id": len(content["annotations"]) + 1,
@@ -177,8 +180,13 @@ def link_or_copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def read_instances(images: list[Path]) -> tuple[dict[int, list], tuple[int, int]]:
-    """{value: T run-length codes, None = not in this frame} of mask images, and their size."""
+def read_instances(
+    images: list[Path], ignored: set[int]
+) -> tuple[dict[int, list], tuple[int, int]]:
+    """{value: T run-length codes, None = not in this frame} of mask images, and their size.
+
+    ignored: values that are no instance.
+    """
     codes, size = {}, None
     for t, image in enumerate(images):
         ids = read_ids(image)
@@ -188,7 +196,7 @@ def read_instances(images: list[Path]) -> tuple[dict[int, list], tuple[int, int]
                 f"{size[1]}x{size[0]}"
             )
         size = ids.shape
-        for value in np.unique(ids).tolist():
+        for value in set(np.unique(ids).tolist()) - ignored:
             code = rle.encode(np.asfortranarray(ids == value, dtype=np.uint8))
             codes.setdefault(value, [None] * len(images))[t] = {
                 "size": list(size),

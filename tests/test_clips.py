@@ -11,7 +11,8 @@ import torch
 
 from augmentation import Augmentation
 from clips import ClipDataset, MixedClips
-from data import VideoSet, find_split
+from data import VideoSet
+from reading.layouts import find_split
 from runtime.errors import InputError
 from synthetic.clips import RenderedClips
 from synthetic.suites import make_dataset

@@ -20,7 +20,8 @@ from torchvision import tv_tensors
 import data
 from augmentation import Augmentation
 from clips import ClipDataset, StepSampler, sample_frames
-from data import InputError, Video, VideoSet, find_split, read_mask
+from data import InputError, Video, VideoSet, read_mask
+from reading.layouts import find_split
 from synthetic import clips as rendered_clips
 from synthetic.clips import RenderedClips
 

@@ -15,7 +15,8 @@ from PIL import Image
 import data
 from augmentation import Augmentation
 from clips import ClipDataset
-from data import VideoSet, find_split, frames_at_test_size, read_categories
+from data import VideoSet, frames_at_test_size, read_categories
+from reading.layouts import find_split
 from reading.pictures import read_picture
 from runtime.errors import InputError
 from sparse_set import (

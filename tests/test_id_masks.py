@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 from pycocotools import mask as rle
 
-from data import VideoSet, find_split
+from data import VideoSet
 from reading.id_masks import convert, read_classes, read_ids
+from reading.layouts import find_split
 from runtime.errors import InputError
 
 SIZE = (24, 40)

@@ -13,9 +13,10 @@ from pycocotools import mask as rle
 
 import train
 from augmentation import Augmentation
-from data import COCO_MAPS, InputError, VideoSet, find_named_set
+from data import InputError, VideoSet
 from losses import Criterion
 from reading.configs import read_config
+from reading.layouts import COCO_MAPS, find_named_set
 from recipes import RECIPES
 from tracker import Tracker
 from trainer import datasets

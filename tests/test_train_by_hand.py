@@ -12,9 +12,10 @@ from torch import nn
 
 from augmentation import Augmentation
 from clips import ClipDataset
-from data import VideoSet, find_split
+from data import VideoSet
 from losses import Criterion
 from model import build_model
+from reading.layouts import find_split
 from synthetic.suites import make_dataset
 from trainer.flags import parse_arguments
 from training import TINY, TINY_MODEL, train_tiny

@@ -8,8 +8,9 @@ import argparse
 
 from augmentation import Augmentation
 from clips import ClipDataset, MixedClips
-from data import VideoSet, find_named_set, find_split
+from data import VideoSet
 from reading.ids import id_key
+from reading.layouts import find_named_set, find_split
 from runtime.errors import InputError
 from runtime.flags import flags_named
 from synthetic.clips import RenderedClips

@@ -116,7 +116,8 @@ def add_weights_flags(add) -> None:
     add(
         "--init",
         metavar="FILE",
-        help="initialise from a checkpoint, ours or official: a file or an https address; missing weights are random",
+        help="initialise from a checkpoint, ours or official: a file or an https address; "
+        "missing weights are random",
     )
     add(
         "--reset-classes",

@@ -5,10 +5,11 @@ import argparse
 from tqdm import tqdm
 
 from checkpoint import save_checkpoint
-from data import VideoSet, find_named_set, find_split
+from data import VideoSet
 from evaluation.inference import segment_videos, to_entries
 from evaluation.metric import evaluate_results
 from model import GRAttVIS
+from reading.layouts import find_named_set, find_split
 from runtime.errors import InputError
 from runtime.processes import largest
 from runtime.stopping import Stopped, stop_requested
