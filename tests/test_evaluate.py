@@ -8,10 +8,10 @@ from PIL import Image
 from pycocotools import mask as rle
 
 import evaluate
-import train
 from data import frames_at_test_size
 from golden_set import meta, read_json
 from synthetic.suites import SUITES, Suite, make_dataset
+from training import train_one_step
 
 pytestmark = pytest.mark.slow  # whole programs
 
@@ -53,30 +53,7 @@ def trained(tmp_path_factory):
         width=80,
         objects=(1, 2),
     )
-    train.main(
-        train.parse_arguments(
-            [
-                "--data-root",
-                str(folder / "set"),
-                "--output",
-                str(folder / "run"),
-                "--iterations",
-                "1",
-                "--batch",
-                "1",
-                "--frames",
-                "2",
-                "--points",
-                "64",
-                "--short-sides",
-                "64",
-                "--workers",
-                "0",
-                "--device",
-                "cpu",
-            ]
-        )
-    )
+    train_one_step(folder / "set", folder / "run")
     return folder
 
 

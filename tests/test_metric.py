@@ -10,6 +10,8 @@ from pycocotools import mask as coco_mask
 from data import InputError
 from evaluation import metric
 
+METRICS = "AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl".split()
+
 
 def encode(mask):
     """Compressed RLE, as in a results.json, of an (H, W) bool array."""
@@ -84,21 +86,7 @@ def test_golden_metric(golden_dir):
 def test_perfect_prediction():
     ground_truth = truth(annotation(LEFT), annotation(RIGHT))
     metrics = metric.evaluate_results([prediction(LEFT), prediction(RIGHT)], ground_truth)
-    assert list(metrics) == [
-        "AP",
-        "AP50",
-        "AP75",
-        "APs",
-        "APm",
-        "APl",
-        "AR1",
-        "AR10",
-        "AR100",
-        "ARs",
-        "ARm",
-        "ARl",
-        "per_class",
-    ]
+    assert list(metrics) == [*METRICS, "per_class"]
     for name in ("AP", "AP50", "AP75", "APs", "AR10", "AR100", "ARs"):
         assert metrics[name] == pytest.approx(1)
     assert metrics["AR1"] == 0.5  # one prediction cannot find two objects

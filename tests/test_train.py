@@ -19,25 +19,9 @@ from train import learning_rate_factor, parameter_groups, parse_arguments
 from trainer import held_out
 from trainer.datasets import open_clips
 from trainer.folder import trim_log
+from training import TINY_FLAGS
 
 pytestmark = pytest.mark.slow  # whole programs
-
-TINY = [
-    "--device",
-    "cpu",
-    "--frames",
-    "2",
-    "--points",
-    "64",
-    "--short-sides",
-    "64",
-    "--workers",
-    "0",
-    "--lr-steps",
-    "3",
-    "--warmup",
-    "0",
-]
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +35,9 @@ def data_root(tmp_path_factory):
 
 def run(data_root, output, *more):
     train.main(
-        parse_arguments(["--data-root", str(data_root), "--output", str(output), *TINY, *more])
+        parse_arguments(
+            ["--data-root", str(data_root), "--output", str(output), *TINY_FLAGS, *more]
+        )
     )
     return torch.load(output / "last.pt", weights_only=True)
 
@@ -203,7 +189,7 @@ def test_parts_of_a_step_add_up(data_root, monkeypatch):
             "group",
             "--propagation",
             "plain",
-            *TINY,
+            *TINY_FLAGS,
             "--clip-gradient",
             "0",
         ]
@@ -551,7 +537,7 @@ def test_two_processes_have_the_gradients_of_one(tmp_path):
         str(tmp_path / "driver.py"),
         "--data-root",
         str(tmp_path / "set"),
-        *TINY,
+        *TINY_FLAGS,
         "--iterations",
         "1",
         "--batch",

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 import evaluate
-import train
 from checkpoint import model_from_checkpoint
 from data import VideoSet, frames_at_test_size
 from evaluation.metric import evaluate_results
@@ -32,6 +31,7 @@ from sparse_set import (
     write_json,
     write_sparse_set,
 )
+from training import train_one_step
 
 pytestmark = pytest.mark.slow  # whole programs
 
@@ -64,30 +64,7 @@ def folder(tmp_path_factory):
     """A folder with the set and run/last.pt, a model of one training step on it."""
     folder = tmp_path_factory.mktemp("wiring")
     write_sparse_set(folder)
-    train.main(
-        train.parse_arguments(
-            [
-                "--data-root",
-                str(folder),
-                "--output",
-                str(folder / "run"),
-                "--iterations",
-                "1",
-                "--batch",
-                "1",
-                "--frames",
-                "2",
-                "--points",
-                "64",
-                "--short-sides",
-                str(SIDE),
-                "--workers",
-                "0",
-                "--device",
-                "cpu",
-            ]
-        )
-    )
+    train_one_step(folder, folder / "run", SIDE)
     return folder
 
 

@@ -41,6 +41,18 @@ TINY = dict(
     test_short_side=64,
 )
 
+# The same for programs in a process of their own.
+TINY_FLAGS = (
+    "--device cpu --frames 2 --points 64 --short-sides 64 --workers 0 --lr-steps 3 --warmup 0"
+).split()
+
+
+def train_one_step(data_root: Path, output: Path, short_side: int = 64) -> None:
+    """Train the toy model for one step on one clip, to have a checkpoint."""
+    flags = "--iterations 1 --batch 1 --frames 2 --points 64 --workers 0 --device cpu".split()
+    paths = ["--data-root", str(data_root), "--output", str(output)]
+    train.main(train.parse_arguments([*paths, *flags, "--short-sides", str(short_side)]))
+
 
 @dataclass
 class Run:

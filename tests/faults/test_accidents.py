@@ -23,6 +23,7 @@ from conftest import fixed_threads
 from load import end, family
 from processes import ENVIRONMENT, REPOSITORY, free_port, wait_until
 from synthetic.suites import make_dataset
+from training import TINY_FLAGS
 
 # A shell that may mount file systems, which are unmounted when it exits; the script follows.
 pytestmark = pytest.mark.slow
@@ -60,22 +61,9 @@ def training(folder, output, *more):
         str(folder / "set"),
         "--output",
         str(output),
-        "--device",
-        "cpu",
-        "--frames",
-        "2",
-        "--points",
-        "64",
-        "--short-sides",
-        "64",
+        *TINY_FLAGS,
         "--batch",
         "2",
-        "--workers",
-        "0",
-        "--lr-steps",
-        "3",
-        "--warmup",
-        "0",
         "--log-every",
         "1",
         "--save-every",

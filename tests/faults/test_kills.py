@@ -20,29 +20,13 @@ import train
 from checkpoint import save_checkpoint
 from processes import ENVIRONMENT, REPOSITORY, wait_until
 from synthetic.suites import make_dataset
+from training import TINY_FLAGS
 
 pytestmark = pytest.mark.slow
 # For each kill: on a busy machine the murderer may come too late.
 TRIES = 10
 KILLS = [2, pytest.param(20, marks=pytest.mark.faults)]
-TINY = [
-    "--device",
-    "cpu",
-    "--frames",
-    "2",
-    "--points",
-    "64",
-    "--short-sides",
-    "64",
-    "--workers",
-    "0",
-    "--lr-steps",
-    "3",
-    "--warmup",
-    "0",
-    "--log-every",
-    "1",
-]
+TINY = [*TINY_FLAGS, "--log-every", "1"]
 
 
 @pytest.fixture(scope="module")
