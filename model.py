@@ -348,7 +348,7 @@ class GRAttVIS(nn.Module):
         output_size: tuple[int, int] | None = None,
         top_k: int = 10,
     ) -> EncodedVideo:
-        """`segment_video` for videos of any length: only codes and scores of a frame are kept.
+        """`segment_video` for videos of any length, with run-length codes instead of masks.
 
         Takes the same arguments and raises the same errors; besides, FloatingPointError if scores
         are not finite. (`segment_video` and `step` do not check, which would wait for the GPU.)
@@ -361,7 +361,6 @@ class GRAttVIS(nn.Module):
                     chunk.mask_kernel.shape[1],
                     chunk.frame_size,
                     output_size or chunk.frame_size,
-                    self.device,
                     self.mask_score_parts,
                 )
             class_scores = class_probabilities(chunk.logits).amax(0)

@@ -7,7 +7,7 @@ Shape letters are declared in model.py.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -24,6 +24,8 @@ MASK_STRIDE = 4  # pixels of a padded frame per mask logit, along each side
 LOGIT_CHUNK = 12  # frames whose mask logits are made at frame size
 MASK_CHUNK = 4  # frames whose masks are made at output size
 MASK_PIXELS = 2 * 10**8  # mask pixels in a MaskEncoder
+RESIZED_MASKS = 10  # that a MaskEncoder resizes at once
+KEPT_LOGITS = 2**29  # bytes of mask logits in a MaskEncoder: 175 frames of 360x640 in 16 bit
 MaskScoreParts = Callable[[Tensor], tuple[Tensor, Tensor]]  # `mask_score_parts`, maybe compiled
 
 
@@ -227,10 +229,12 @@ def binary_masks(
 
 
 class MaskEncoder:
-    """Encodes the masks of all queries frame by frame, and keeps nothing but run-length codes.
+    """Turns the mask logits of a video into the run-length codes of its best queries.
 
     Which queries are among the best is known at the end of a video only, since a class score is a
-    maximum over all frames. Until then the codes of every query are kept on the CPU.
+    maximum over all frames. So the logits of all queries are kept at stride 4, and only the best
+    queries are resized and encoded. Memory: whenever KEPT_LOGITS bytes are reached, all queries of
+    the kept frames are encoded, and their codes are kept on the CPU instead.
     """
 
     def __init__(
@@ -238,55 +242,59 @@ class MaskEncoder:
         queries: int,
         frame_size: tuple[int, int],
         output_size: tuple[int, int],
-        device: torch.device,
         score_parts: MaskScoreParts,
     ):
+        self.queries = queries
         self.frame_size = frame_size
         self.output_size = tuple(output_size)
         self.score_parts = score_parts
-        pixels = math.prod(output_size)
-        largest = max(pixels, math.prod(frame_size))
+        largest = max(math.prod(output_size), math.prod(frame_size))
         self.query_chunk = max(1, MASK_PIXELS // 2 // largest)
-        # Speed: encoding waits for the GPU, so collect the masks of several frames before.
-        frames = min(8, max(1, MASK_PIXELS // (queries * pixels)))
-        shape = frames, queries, *self.output_size
-        self.buffer = torch.empty(shape, dtype=torch.bool, device=device)
-        self.filled = 0  # frames in the buffer
-        self.codes = PackedCodes(queries)
+        self.logits: list[Tensor] = []  # of the kept frames, (Q, h, w) each
+        self.codes = PackedCodes(queries)  # of the frames before
 
     def add(self, mask_kernel: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
         """Take the kernels (Q, C + 1) and features (C, h, w) of the next frame.
 
         Returns `mask_score_parts` of its masks, (Q,) each.
         """
+        logits = mask_logits(mask_kernel[None], features[None])[0]  # (Q, h, w)
+        self.logits.append(logits)
+        if len(self.logits) * logits.nbytes >= KEPT_LOGITS:
+            for codes in self.encode(list(range(self.queries))):
+                self.codes.add(codes)
         sums, areas = [], []
-        for kernel, masks in zip(
-            mask_kernel.split(self.query_chunk), self.buffer[self.filled].split(self.query_chunk)
-        ):
-            logits = mask_logits(kernel[None], features[None])[0]  # (Q, h, w)
-            resized = resize_masks(logits, self.frame_size)
-            mask_sum, mask_area = self.score_parts(resized)
-            if self.output_size != self.frame_size:
-                resized = resize_masks(logits, self.frame_size, self.output_size)
-            torch.gt(resized, 0, out=masks)
+        for some_logits in logits.split(self.query_chunk):
+            mask_sum, mask_area = self.score_parts(resize_masks(some_logits, self.frame_size))
             sums.append(mask_sum)
             areas.append(mask_area)
-        self.filled += 1
-        if self.filled == len(self.buffer):
-            self.flush()
         return torch.cat(sums), torch.cat(areas)
 
-    def flush(self) -> None:
-        """Encode the frames in the buffer."""
-        if self.filled:
-            self.codes.add(encode_counts(self.buffer[: self.filled].flatten(0, 1)))
-        self.filled = 0
+    def encode(self, queries: list[int]) -> Iterator[list[bytes]]:
+        """The codes of these queries, for some of the kept frames at a time, which are dropped."""
+        # A constant number of masks is resized at once, because rounding can depend on the number.
+        count = min(RESIZED_MASKS, self.query_chunk)
+        frames = max(1, MASK_PIXELS // (len(queries) * math.prod(self.output_size)))
+        while self.logits:
+            logits = torch.cat([logits[queries] for logits in self.logits[:frames]])
+            del self.logits[:frames]
+            shape = len(logits), *self.output_size
+            masks = torch.empty(shape, dtype=torch.bool, device=logits.device)
+            for some_logits, some_masks in zip(logits.split(count), masks.split(count)):
+                padded = F.pad(some_logits, (0, 0, 0, 0, 0, count - len(some_logits)))
+                resized = resize_masks(padded, self.frame_size, self.output_size)
+                torch.gt(resized[: len(some_masks)], 0, out=some_masks)
+            yield encode_counts(masks)
 
     def finish(self, queries: list[int]) -> list[list[dict]]:
         """The codes of these queries in all frames; the encoder is empty afterwards."""
-        self.flush()
-        size = list(self.output_size)
+        different = sorted(set(queries))  # a query may have several labels
+        earlier = self.codes.take(different)
+        later = [code.decode() for codes in self.encode(different) for code in codes]
+        tracks = {}
+        for number, query in enumerate(different):
+            tracks[query] = earlier[number] + later[number :: len(different)]
         return [
-            [{"size": size.copy(), "counts": counts} for counts in track]
-            for track in self.codes.take(queries)
+            [{"size": list(self.output_size), "counts": code} for code in tracks[query]]
+            for query in queries
         ]

@@ -159,6 +159,17 @@ def test_however_few_masks_are_there_at_once(monkeypatch, pixels):
     assert_same(model.encode_video([frames], top_k=12), expected, layers=3)
 
 
+# logits of 20 queries at stride 4, in float32: none kept, one frame, two of three frames
+@pytest.mark.parametrize("frames", [0, 1, 2])
+def test_however_few_logits_are_kept(monkeypatch, frames):
+    model, video = make("gated"), make_frames(3)
+    expected = model.encode_video([video], top_k=12)
+    monkeypatch.setattr(postprocess, "KEPT_LOGITS", frames * 20 * HEIGHT * WIDTH // 16 * 4)
+    found = model.encode_video([video], top_k=12)
+    assert found.segmentations == expected.segmentations
+    assert torch.equal(found.scores, expected.scores)
+
+
 def test_all_pairs_are_encoded():
     """top_k larger than queries times classes, and a generator of batches of different lengths."""
     model, frames = make("gated"), make_frames(4)
