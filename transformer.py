@@ -71,20 +71,27 @@ class Attention(nn.Module):
         return (logits + mask).softmax(-1)
 
 
+class ResidualNorm(nn.LayerNorm):
+    """norm(x + branch): the end of every block, with the parameters of a layer norm."""
+
+    def forward(self, x: Tensor, branch: Tensor) -> Tensor:
+        return super().forward(x + branch)
+
+
 class SelfAttention(nn.Module):
     """x = norm(x + attention(x + query_pos, x + query_pos, x))."""
 
     def __init__(self, channels: int, heads: int):
         super().__init__()
         self.attention = Attention(channels, heads)
-        self.norm = nn.LayerNorm(channels)
+        self.norm = ResidualNorm(channels)
 
     def forward(
         self, x: Tensor, query_pos: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
         query = x if query_pos is None else x + query_pos
         attended = self.attention(query, query, x, mask)
-        return self.norm(x + attended)
+        return self.norm(x, attended)
 
 
 class CrossAttention(nn.Module):
@@ -93,7 +100,7 @@ class CrossAttention(nn.Module):
     def __init__(self, channels: int, heads: int):
         super().__init__()
         self.attention = Attention(channels, heads)
-        self.norm = nn.LayerNorm(channels)
+        self.norm = ResidualNorm(channels)
 
     def forward(
         self,
@@ -106,7 +113,7 @@ class CrossAttention(nn.Module):
         query = x + query_pos
         key = memory + memory_pos
         attended = self.attention(query, key, memory, mask)
-        return self.norm(x + attended)
+        return self.norm(x, attended)
 
 
 class FeedForward(nn.Module):
@@ -117,13 +124,13 @@ class FeedForward(nn.Module):
         self.linear1 = nn.Linear(channels, hidden)
         self.activation = nn.ReLU()
         self.linear2 = nn.Linear(hidden, channels)
-        self.norm = nn.LayerNorm(channels)
+        self.norm = ResidualNorm(channels)
         nn.init.xavier_uniform_(self.linear1.weight)
         nn.init.xavier_uniform_(self.linear2.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.activation(self.linear1(x))
-        return self.norm(x + self.linear2(hidden))
+        return self.norm(x, self.linear2(hidden))
 
 
 class MLP(nn.Sequential):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import plain_model
-from detector import attention_mask, features_for_masks, sine_position
+from detector import attention_mask, features_for_masks, shrink, sine_position
 from golden_set import relative_error
 from model import build_model
 from plain_model import Weights
@@ -120,6 +120,14 @@ def test_sine_position():
     assert sine_position(2, 2, 8, torch.zeros((), dtype=torch.float16)).dtype == torch.float32
 
 
+@pytest.mark.parametrize("factor", [2, 4, 8])
+def test_shrinking_is_bilinear(factor):
+    maps = torch.randn(2, 3, 16, 24)
+    size = (16 // factor, 24 // factor)
+    expected = F.interpolate(maps, size, mode="bilinear", align_corners=False)
+    torch.testing.assert_close(shrink(maps, size), expected)
+
+
 # In 16 bit
 
 
@@ -127,8 +135,8 @@ def test_sine_position():
 def test_attention_masks(dtype):
     """Masks are resized; in 16 bit the features are, which is the same up to rounding."""
     torch.manual_seed(0)
-    features, kernel = torch.randn(2, 64, 16, 20), torch.randn(2, 3, 64 + 1)
-    sizes = [(2, 3), (4, 5), (8, 10)]
+    features, kernel = torch.randn(2, 64, 16, 24), torch.randn(2, 3, 64 + 1)
+    sizes = [(2, 3), (4, 6), (8, 12)]
     kernel[0, 0], kernel[1, 2] = 0, 0
     kernel[0, 0, -1], kernel[1, 2, -1] = -1, 1  # an empty and a full mask
     sources = features_for_masks(features.to(dtype), sizes)

@@ -145,14 +145,14 @@ def test_positions_go_to_query_and_key_not_to_value():
 
     block = SelfAttention(CHANNELS, HEADS).double()
     block.attention = attention
-    expected = block.norm(x + theirs(x + position, x + position, x)[0])
+    expected = block.norm(x, theirs(x + position, x + position, x)[0])
     torch.testing.assert_close(block(x, position), expected)
     # No position is a zero one.
     torch.testing.assert_close(block(x), block(x, torch.zeros_like(position)))
 
     block = CrossAttention(CHANNELS, HEADS).double()
     block.attention = attention
-    expected = block.norm(x + theirs(x + position, tokens + token_position, tokens)[0])
+    expected = block.norm(x, theirs(x + position, tokens + token_position, tokens)[0])
     torch.testing.assert_close(block(x, position, tokens, token_position), expected)
 
 
