@@ -33,7 +33,7 @@ from tqdm import tqdm
 from checkpoint import load_backbone, load_weights
 from clips import Clip, ClipDataset, MixedClips, StepSampler
 from data import VideoSet
-from fast.acceleration import cast_frozen_weights, compile_parts
+from fast.acceleration import accelerate_training
 from losses import Criterion
 from model import PRESETS, GRAttVIS, build_model, option_types
 from reading.configs import check_options
@@ -168,13 +168,9 @@ def set_up(
     on_gpu = device.type == "cuda"
     memory_format = torch.channels_last if on_gpu else torch.contiguous_format
     model.to(device, memory_format=memory_format).train()
-    if amp_dtype != torch.float32:
-        # Trained weights stay in float32. Frozen ones are cast once, instead of in every step.
-        cast_frozen_weights(model, amp_dtype)
     model.pixel_decoder.recompute = args.recompute != "off"
     model.backbone.recompute = args.recompute == "all"
-    if args.compile != "off":
-        compile_parts(model, detector=args.compile == "all")
+    accelerate_training(model, amp_dtype, args.compile, args.graphs)
 
 
 def make_network(

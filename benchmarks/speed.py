@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from clips import Clip  # noqa: E402
 from deform_attn import implementation  # noqa: E402
-from fast.acceleration import cast_frozen_weights, compile_parts  # noqa: E402
+from fast.acceleration import accelerate_training  # noqa: E402
 from losses import Criterion  # noqa: E402
 from model import build_model  # noqa: E402
 from runtime.device import choose_amp  # noqa: E402
@@ -216,13 +216,11 @@ def train(
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not frozen or name.startswith("tracker."))
     amp, _ = choose_amp(args.amp, DEVICE, training=True)
-    cast_frozen_weights(model, amp)
     model.pixel_decoder.recompute, model.backbone.recompute = (
         args.recompute != "off",
         args.recompute == "all",
     )
-    if args.compile:
-        compile_parts(model)
+    accelerate_training(model, amp, "all" if args.compile else "off", args.graphs)
     criterion = Criterion(25, points=setting.points, freeze_detector=frozen)
     optimizer = torch.optim.AdamW(
         parameter_groups(model, 1e-6, setting.weight_decay, setting.backbone_lr_factor), fused=CUDA
@@ -370,6 +368,7 @@ def main() -> None:
         help="as evaluate.py's and train.py's",
     )
     parser.add_argument("--compile", action="store_true", help="torch.compile the model")
+    parser.add_argument("--graphs", action="store_true", help="as train.py's")
     parser.add_argument(
         "--recompute", default="off", choices=("off", "decoder", "all"), help="as train.py's"
     )

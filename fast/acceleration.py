@@ -1,11 +1,10 @@
-"""Making a model faster from outside: 16 bit weights, torch.compile, folded norms, memory formats.
+"""Making a model faster from outside: 16-bit weights, fused layers, CUDA graphs, torch.compile.
 
-    accelerate(model, torch.float16, compiled=True)   # before inference: also model.accelerate(...)
-    cast_frozen_weights(model, torch.bfloat16)        # before training with frozen weights
-    compile_parts(model)                              # before training or inference
+    accelerate(model, torch.float16, compiled=True)      # before inference: model.accelerate(...)
+    accelerate_training(model, torch.bfloat16)           # before training
 
 The functions change a model in place. Results are those of the plain model under autocast to
-`dtype`, except that compiled code rounds differently.
+`dtype`, except that fused and compiled code rounds differently.
 """
 
 from __future__ import annotations
@@ -18,8 +17,10 @@ from torch import Tensor, nn
 
 from backbone import ResNetBackbone
 from evaluation.postprocess import mask_score_parts
-from fast.folded_resnet import FusedResNet, fold_resnet
+from fast.folded_resnet import FusedResNet, fold_frozen_resnet, fold_resnet
+from fast.fused_norms import fuse_norms
 from fast.half_precision import cast_weights
+from fast.training_graphs import graph_tracker
 
 if TYPE_CHECKING:
     from model import FrameOutput, GRAttVIS
@@ -33,13 +34,15 @@ def accelerate(
     """Prepare a model for inference only, in place, and return it in evaluation mode.
 
     dtype: the autocast dtype the model will run under. Weights of linear layers, convolutions and
-        attention are cast once, as autocast would do at every use, so results are the same.
+        attention are cast once, as autocast would do at every use, so results are the same. On a
+        GPU the convolutions of a ResNet are fused with their norms, and other norms with what is
+        around them.
     compiled: use torch.compile. It takes half a minute for each frame size, then about half the
-        time per frame, and rounds differently. The batch norms of a ResNet are folded into its
-        convolutions; in 16 bit on a GPU, each of these is one kernel with all that follows it.
+        time per frame. On a CPU, too, the batch norms of a ResNet are folded into its convolutions.
     """
     on_gpu = model.device.type == "cuda"
-    if compiled and isinstance(model.backbone, ResNetBackbone):
+    fused = on_gpu and dtype != torch.float32
+    if (compiled or fused) and isinstance(model.backbone, ResNetBackbone):
         fold_resnet(model.backbone, dtype)
     if dtype != torch.float32:
         cast_weights(model.modules(), dtype)
@@ -47,7 +50,35 @@ def accelerate(
         model.to(memory_format=torch.channels_last)
     if compiled:
         compile_parts(model)
+    elif fused:
+        fuse_norms(model)
     return model.eval()
+
+
+def accelerate_training(
+    model: GRAttVIS, dtype: torch.dtype, compiled: str = "off", graphs: bool = False
+) -> None:
+    """Prepare a model for training under autocast to `dtype`, in place, on its device.
+
+    Trained weights stay in float32. Frozen ones are cast once, instead of in every step.
+
+    compiled: "off", "tracker" or "all", as train.py's --compile.
+    graphs: run the tracker as CUDA graphs, as train.py's --graphs.
+    """
+    in_16_bit_on_gpu = dtype != torch.float32 and model.device.type == "cuda"
+    fused = in_16_bit_on_gpu and compiled == "off"
+    if in_16_bit_on_gpu:
+        # Costs and losses multiply 16-bit numbers in float32. In TF32 the products are still exact.
+        torch.set_float32_matmul_precision("high")
+    if fused:
+        fold_frozen_resnet(model.backbone, dtype)  # before its weights are rounded
+        fuse_norms(model)
+    if dtype != torch.float32:
+        cast_frozen_weights(model, dtype)
+    if fused and graphs:
+        graph_tracker(model)
+    if compiled != "off":
+        compile_parts(model, detector=compiled == "all")
 
 
 def compile_parts(model: GRAttVIS, detector: bool = True) -> None:

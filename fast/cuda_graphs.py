@@ -83,7 +83,9 @@ class CUDAGraphCache:
         while len(self.graphs) >= MAX_GRAPHS:
             self.graphs.pop(next(iter(self.graphs)))
         graph, inputs = torch.cuda.CUDAGraph(), [tensor.clone() for tensor in inputs]
-        stream, current = get_stream(inputs[0].device), torch.cuda.current_stream()
+        current = torch.cuda.current_stream()
+        # Kernels of a graph keep the priority of the stream on which they were captured.
+        stream = get_stream(inputs[0].device, current.priority)
         stream.wait_stream(current)
         # Autocast's cache of 16 bit weights is emptied behind the graph, so cast inside of it.
         autocast = torch.autocast(

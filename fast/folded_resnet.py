@@ -1,12 +1,15 @@
 """A ResNet for inference on a GPU: batch norms folded into convolutions, blocks in fused kernels.
 
-    fold_resnet(model.backbone, torch.float16)      # in place
+    fold_resnet(model.backbone, torch.float16)          # in place, for inference
+    fold_frozen_resnet(model.backbone, torch.bfloat16)  # in place, for training
 
-`model.accelerate(compiled=True)` calls it. The plain network is backbone.py, which it equals up to
+fast/acceleration.py calls them. The plain network is backbone.py, which it equals up to
 rounding (tests/test_backbone.py).
 
 Source: torch.nn.utils.fusion and cuDNN's fused convolutions.
 """
+
+import copy
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +32,21 @@ def fold_resnet(backbone: ResNetBackbone, dtype: torch.dtype) -> None:
     on_gpu = backbone.conv1.weight.is_cuda and torch.backends.cudnn.is_available()
     if folded and on_gpu and dtype != torch.float32:
         fuse_blocks(backbone)
+
+
+def fold_frozen_resnet(backbone: nn.Module, dtype: torch.dtype) -> None:
+    """Let a frozen ResNet run as a folded copy of itself, in place, without gradients.
+
+    Its own modules and weights stay as they are, so checkpoints do not change. Other backbones,
+    trained ones, and batch norms that use batch statistics are left alone.
+    """
+    is_trained = any(parameter.requires_grad for parameter in backbone.parameters())
+    is_normed_by_batch = any(isinstance(part, nn.BatchNorm2d) for part in backbone.modules())
+    if not isinstance(backbone, ResNetBackbone) or is_trained or is_normed_by_batch:
+        return
+    folded = copy.deepcopy(backbone)
+    fold_resnet(folded, dtype)
+    backbone.forward = folded.to(dtype).forward
 
 
 def fuse_blocks(backbone: ResNetBackbone) -> None:

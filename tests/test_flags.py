@@ -17,6 +17,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 import train
 from augmentation import Augmentation
 from backbone import build_backbone
+from fast.acceleration import accelerate_training
 from model import GRAttVIS, build_model
 from runtime.errors import InputError
 from synthetic.suites import make_dataset
@@ -323,6 +324,22 @@ def test_parts_are_compiled(run):
             run(what, compile=what)
         counts.append(compiled.call_count)
     assert counts[0] == 0 < counts[1] < counts[2]
+
+
+@covers("graphs")
+def test_the_tracker_runs_as_graphs_in_16_bit_on_a_gpu(run):
+    """On a CPU it does not."""
+    with mock.patch("fast.acceleration.graph_tracker") as graphed:
+        run("cpu", graphs=True)
+        assert not graphed.called
+        model = build_model("toy", 3)
+        with (
+            mock.patch.object(GRAttVIS, "device", torch.device("cuda")),
+            mock.patch("fast.acceleration.fuse_norms"),
+        ):
+            for graphs in (False, True):
+                accelerate_training(model, torch.bfloat16, graphs=graphs)
+                assert graphed.called == graphs
 
 
 # Evaluation

@@ -8,13 +8,18 @@ import torch
 
 import train
 from backbone import build_backbone
+from clips import Clip
 from fast.cuda_graphs import CUDAGraphCache
-from fast.folded_resnet import FusedResNet, fold_resnet
+from fast.folded_resnet import FusedResNet, fold_frozen_resnet, fold_resnet
+from fast.fused_norms import FusedGroupNorm, FusedResidualNorm, fuse_norms
 from fast.half_precision import LinearReLU, cast_weights
+from fast.training_graphs import graph_tracker
 from golden_set import PROPAGATION, golden_model, make_video, meta, read_arrays, relative_error
+from losses import Criterion
 from model import build_model
 from synthetic.suites import make_dataset
 from test_golden_inference import assert_masks_in_16_bit
+from transformer import ResidualNorm
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a GPU that PyTorch sees"
@@ -202,3 +207,131 @@ def test_replayed_batches_are_what_their_kernels_compute(propagation, monkeypatc
         torch.nn.init.normal_(model.tracker.class_embed.weight)
     with torch.autocast("cuda", torch.bfloat16):  # a new context: it caches cast weights
         assert not torch.equal(model.segment_video(frames).logits, logits)
+
+
+# Fused norms
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows, channels", [(1, 16), (100, 256), (4099, 64)])
+def test_a_residual_norm_is_one_kernel(rows, channels):
+    torch.manual_seed(0)
+    norm = ResidualNorm(channels).cuda()
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    x = 3 + torch.randn(rows, channels, device="cuda")
+    branch = torch.randn(rows, channels, device="cuda", dtype=torch.bfloat16)
+    expected = copy.deepcopy(norm).double()(x.double(), branch.double())
+    fuse_norms(norm)
+    assert type(norm) is FusedResidualNorm
+    with torch.autocast("cuda", torch.bfloat16):
+        found = norm(x, branch)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("size", [(1, 1), (5, 7), (96, 160)])
+def test_a_group_norm_of_channels_last_maps(size, relu):
+    torch.manual_seed(0)
+    norm = torch.nn.GroupNorm(32, 256).cuda()
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    parts = [torch.nn.Identity(), norm] + relu * [torch.nn.ReLU()]
+    sequence = torch.nn.Sequential(*parts)
+    x = 5 + torch.randn(2, 256, *size, device="cuda", dtype=torch.float16)
+    expected = copy.deepcopy(sequence).double()(x.double())
+    fuse_norms(sequence)
+    assert type(norm) is FusedGroupNorm
+    with torch.autocast("cuda", torch.float16):
+        plain = sequence(x)
+        found = sequence(x.contiguous(memory_format=torch.channels_last))
+        again = sequence(x.contiguous(memory_format=torch.channels_last))
+    assert torch.equal(found, again)
+    for result in (plain, found):
+        torch.testing.assert_close(result.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+# Graphs of training
+
+
+def make_clip(frames, height, width, instances):
+    """Random frames; rectangles that move to the right."""
+    masks = torch.zeros(instances, frames, height, width, dtype=torch.bool)
+    for number in range(instances):
+        for t in range(frames):
+            masks[number, t, 8 * number : 8 * number + 24, 4 * t : 4 * t + 32] = True
+    shape = frames, 3, height, width
+    return Clip(
+        frames=torch.randint(0, 256, shape, dtype=torch.uint8),
+        labels=torch.arange(instances),
+        ids=torch.arange(instances)[:, None].expand(-1, frames),
+        masks=masks,
+    )
+
+
+def gradients_of_steps(model, criterion, clips, steps=2):
+    """Losses and gradients of steps under bfloat16; each step adds two backward passes."""
+    found = []
+    for step in range(steps):
+        torch.manual_seed(step)
+        model.zero_grad()
+        for _ in range(2):
+            with torch.autocast("cuda", torch.bfloat16):
+                output = model([clip.frames.cuda() for clip in clips])
+            losses, _ = criterion(output, clips)
+            sum(losses.values()).backward()
+        gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        found.append((losses, gradients))
+    return found
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_the_tracker_trains_in_graphs(frozen):
+    """Losses and gradients are those of the plain tracker, and a change drops the graphs."""
+    torch.manual_seed(0)
+    model = build_model("toy", 3, norm="group", channels=64).cuda().train()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not frozen or name.startswith("tracker."))
+    criterion = Criterion(3, points=100, freeze_detector=frozen)
+    clips = [make_clip(3, 64, 96, 2) for _ in range(2)]
+    expected = gradients_of_steps(model, criterion, clips)
+    graph_tracker(model)
+    for _ in range(2):  # captured, then replayed
+        found = gradients_of_steps(model, criterion, clips)
+        for (losses, gradients), (plain_losses, plain_gradients) in zip(found, expected):
+            torch.testing.assert_close(losses, plain_losses, rtol=1e-3, atol=1e-3)
+            assert gradients.keys() == plain_gradients.keys()
+            for name, gradient in gradients.items():
+                error = (gradient - plain_gradients[name]).norm()
+                assert error <= 0.03 * plain_gradients[name].norm() + 1e-4, name
+    assert len(model.tracker.training_graphs.graphs) == 1
+    assert copy.deepcopy(model).tracker.training_graphs.graphs == {}
+    model.tracker.gate_mask = "blocked"
+    changed = gradients_of_steps(model, criterion, clips, 1)
+    assert any(changed[0][0][name] != value for name, value in expected[0][0].items())
+
+
+def test_a_graph_holds_the_activations_of_one_pass():
+    model = build_model("toy", 3, norm="group").cuda().train()
+    graph_tracker(model)
+    frames = make_clip(3, 64, 96, 1).frames.cuda()
+    first, _ = (model([frames]).clips[-1].clip_embed.sum() for _ in range(2))
+    with pytest.raises(RuntimeError, match="a later forward pass has overwritten"):
+        first.backward()
+
+
+@torch.no_grad()
+def test_a_frozen_resnet_runs_as_a_folded_copy():
+    backbone = build_backbone("resnet50").cuda().requires_grad_(False)
+    backbone = backbone.to(memory_format=torch.channels_last)
+    images = torch.randn(2, 3, 64, 96, device="cuda")
+    expected, before = backbone(images), backbone.state_dict()
+    fold_frozen_resnet(backbone, torch.bfloat16)
+    with torch.autocast("cuda", torch.bfloat16):
+        found = backbone(images)
+    assert found[0].dtype == torch.bfloat16
+    for ours, exact in zip(found, expected):
+        assert (ours - exact).norm() < 0.03 * exact.norm()
+    assert backbone.state_dict().keys() == before.keys()

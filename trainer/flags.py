@@ -366,6 +366,12 @@ def add_optimisation_flags(add) -> None:
         help="torch.compile the tracker, or the detector too; recompiles for every frame size, and "
         "results differ by rounding",
     )
+    add(
+        "--graphs",
+        action="store_true",
+        help="launch the tracker, forward and backward, as two CUDA graphs instead of thousands of "
+        "kernels; experimental, in 16 bit on a GPU, without --compile",
+    )
 
 
 def add_evaluation_flags(add) -> None:

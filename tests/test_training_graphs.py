@@ -1,0 +1,148 @@
+"""What surrounds the graphs of training, with graphs that run the tracker instead of replaying it.
+
+test_gpu.py has the real ones.
+"""
+
+import copy
+
+import pytest
+import torch
+
+from fast import training_graphs
+from fast.training_graphs import (
+    TrackerGraphs,
+    TrainingGraphs,
+    graph_tracker,
+    run_backward,
+    run_forward,
+    tensors_of,
+    with_tensors,
+)
+from sparse_set import tiny_model
+
+FRAMES = 3
+
+
+class Rerun:
+    """A graph whose replay calls a function, and writes its results where those of before were."""
+
+    def __init__(self, function, outputs):
+        self.function, self.outputs = function, outputs
+
+    def replay(self):
+        for static, new in zip(self.outputs, self.function()):
+            if static is not None:
+                static.data.copy_(new)  # like a graph, unseen by autograd
+
+
+def capture(tracker, frame_queries):
+    """`training_graphs.capture` on a CPU."""
+    static = frame_queries.detach().clone()
+    parameters = list(tracker.parameters())
+    kept = {}
+
+    @torch.enable_grad()
+    def forward():
+        kept["input"] = static.clone().requires_grad_(frame_queries.requires_grad)
+        kept["results"] = run_forward(tracker, kept["input"])
+        return tensors_of(kept["results"])
+
+    def backward():
+        outputs = tensors_of(kept["results"])
+        return run_backward(outputs, kept["input"], parameters, output_gradients)
+
+    outputs = forward()
+    output_gradients = [torch.ones_like(x) if x.requires_grad else None for x in outputs]
+    outputs = [output.detach().clone() for output in outputs]
+    gradients = [gradient if gradient is None else gradient.clone() for gradient in backward()]
+    return TrackerGraphs(
+        Rerun(forward, outputs),
+        Rerun(backward, gradients),
+        static,
+        parameters,
+        with_tensors(kept["results"], outputs),
+        outputs,
+        output_gradients,
+        gradients,
+    )
+
+
+def loss_of(model, frame_queries):
+    """A number that depends on every output, on each in its own way."""
+    predictions, state = model.tracker(frame_queries)
+    outputs = tensors_of([*predictions, state])
+    squares = torch.stack([output.square().mean() for output in outputs])
+    return (torch.linspace(0.5, 1.5, len(outputs)) * squares).sum()
+
+
+@pytest.fixture
+def model(monkeypatch):
+    """A model whose tracker takes the path of a GPU."""
+    monkeypatch.setattr(training_graphs, "capture", capture)
+    monkeypatch.setattr(training_graphs, "is_capturable", lambda *given: True)
+    torch.manual_seed(0)
+    model = tiny_model().train()
+    graph_tracker(model)
+    return model
+
+
+def make_queries(model, requires_grad=False):
+    tracker = model.tracker
+    shape = 1, 2, FRAMES, 1, len(tracker.frame_query_embed.weight), tracker.query_feat.embedding_dim
+    return torch.randn(shape, requires_grad=requires_grad)
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_gradients_are_those_of_the_tracker(model, requires_grad, passes):
+    """Also where several backward passes add up, and where the detector is trained."""
+    plain = tiny_model().train()
+    plain.load_state_dict(model.state_dict())
+    for _ in range(2):
+        queries = [make_queries(model, requires_grad) for _ in range(passes)]
+        found = {}
+        for name, some_model in (("plain", plain), ("graphs", model)):
+            some_model.zero_grad()
+            inputs = [query.detach().clone().requires_grad_(requires_grad) for query in queries]
+            torch.manual_seed(1)  # of the gates' noise
+            losses = []
+            for query in inputs:
+                loss = loss_of(some_model, query)
+                loss.backward()
+                losses.append(loss.detach())
+            gradients = {n: p.grad for n, p in some_model.tracker.named_parameters()}
+            found[name] = losses, gradients, [query.grad for query in inputs]
+        torch.testing.assert_close(found["graphs"], found["plain"])
+    assert len(model.tracker.training_graphs.graphs) == 1
+
+
+def test_a_pass_must_be_over_before_the_next_one(model):
+    first, _ = (loss_of(model, make_queries(model)) for _ in range(2))
+    with pytest.raises(RuntimeError, match="a later forward pass has overwritten"):
+        first.backward()
+
+
+def test_graphs_belong_to_one_model_as_it_is(model):
+    loss_of(model, make_queries(model))
+    graphs = model.tracker.training_graphs.graphs
+    assert len(graphs) == 1
+    assert copy.deepcopy(model).tracker.training_graphs.graphs == {}
+    model.tracker.gate_mask = "blocked"
+    key, before = next(iter(graphs.items()))
+    loss_of(model, make_queries(model))
+    assert model.tracker.training_graphs.graphs[key] is not before
+
+
+def test_hooks_fire(model):
+    calls = []
+    model.tracker.decoder[0].self_attention.register_forward_hook(lambda *given: calls.append(1))
+    loss_of(model, make_queries(model))
+    assert len(calls) == FRAMES and not model.tracker.training_graphs.graphs
+
+
+def test_without_a_gpu_the_tracker_runs_as_it_is():
+    model = tiny_model().train()
+    graph_tracker(model)
+    loss_of(model, make_queries(model)).backward()
+    assert model.tracker.training_graphs.graphs == {}
+    assert isinstance(model.tracker.training_graphs, TrainingGraphs)
