@@ -68,7 +68,8 @@ def accelerate_training(
     in_16_bit_on_gpu = dtype != torch.float32 and model.device.type == "cuda"
     fused = in_16_bit_on_gpu and compiled == "off"
     if in_16_bit_on_gpu:
-        # Costs and losses multiply 16-bit numbers in float32. In TF32 the products are still exact.
+        # Masks of costs and losses are products of 16-bit numbers, which TF32 multiplies exactly.
+        # Features and targets sampled between pixels, for the costs, are rounded to 11 bits.
         torch.set_float32_matmul_precision("high")
     if fused:
         fold_frozen_resnet(model.backbone, dtype)  # before its weights are rounded
