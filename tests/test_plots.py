@@ -13,7 +13,13 @@ from test_metric import encode
 from test_overlays import video_of
 from viewing import plots
 from viewing.overlays import colour_of
-from viewing.plots import plot_classes, plot_precision, plot_timeline, require_matplotlib
+from viewing.plots import (
+    picture_grid,
+    plot_classes,
+    plot_precision,
+    plot_timeline,
+    require_matplotlib,
+)
 
 pytest.importorskip("matplotlib", reason="plots need matplotlib")
 
@@ -177,6 +183,31 @@ def test_nothing_over_the_threshold_still_makes_a_picture(tmp_path):
     assert coloured(draw_timeline(tmp_path / "low.png", found, 0.1), colour_of(7)).any()
 
 
+# A grid of pictures
+
+
+def test_a_grid_has_each_picture_in_its_row_and_column():
+    frames = numpy.random.default_rng(0).integers(0, 256, (2, 6, 10, 3), dtype=numpy.uint8)
+    drawn = [Image.fromarray(frame[:, ::-1]) for frame in frames]
+    colours = {"star $1": colour_of(1), "disc #4": colour_of(4)}
+    figure = picture_grid({"input": frames, "masks": drawn}, ["frame 3", "frame 5"], colours)
+    assert [axes.get_ylabel() for axes in figure.axes] == ["input", "", "masks", ""]
+    assert [axes.get_title() for axes in figure.axes] == ["frame 3", "frame 5", "", ""]
+    for axes, expected in zip(figure.axes, [*frames, *drawn]):
+        assert numpy.array_equal(axes.images[0].get_array(), numpy.asarray(expected))
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [r"star \$1", "disc #4"]
+    for patch, colour in zip(legend.get_patches(), colours.values()):
+        assert numpy.allclose(patch.get_facecolor()[:3], numpy.divide(colour, 255))
+
+
+def test_a_grid_needs_a_picture_for_each_title():
+    frames = numpy.zeros((2, 6, 10, 3), numpy.uint8)
+    assert not picture_grid({"input": frames}, ["frame 0", "frame 1"]).legends
+    with pytest.raises(ValueError):
+        picture_grid({"input": frames}, ["frame 0"])
+
+
 # Without matplotlib
 
 
@@ -186,6 +217,7 @@ def test_a_sentence_where_matplotlib_is_missing(tmp_path, monkeypatch):
     for wanted in (
         require_matplotlib,
         lambda: plot_classes(tmp_path / "classes.png", {"disc": 0.5}),
+        lambda: picture_grid({"input": [numpy.zeros((2, 3, 3), numpy.uint8)]}, ["frame 0"]),
     ):
         with pytest.raises(InputError, match="matplotlib"):
             wanted()

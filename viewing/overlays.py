@@ -20,7 +20,7 @@ from pycocotools import mask as rle
 from scipy.ndimage import binary_erosion
 from tqdm import tqdm
 
-from evaluation.postprocess import EncodedVideo
+from evaluation.postprocess import EncodedVideo, VideoResult
 
 GOLDEN_RATIO = 0.618034  # hue step: never repeats, and consecutive hues are far apart
 MIN_HEIGHT = 240  # pixels; smaller frames are enlarged by an integer factor, for legible labels
@@ -175,7 +175,7 @@ def strip_colours(track: int) -> tuple[tuple[int, int, int], ...]:
     return colour, dark, pale
 
 
-def best_labels(result: EncodedVideo, min_score: float) -> list[int]:
+def best_labels(result: EncodedVideo | VideoResult, min_score: float) -> list[int]:
     """Indices of the instances to show, best first.
 
     They score at least min_score, and of each track only the best label is shown.

@@ -3,7 +3,7 @@
 Precision over recall for each IoU threshold, AP per class, and a timeline of tracks: where an
 instance is visible, and where the gates let the frame update its query (GRAtt-VIS, arXiv
 2305.17096, method section). With closed gates, a query survives frames in which its object is
-occluded.
+occluded. `picture_grid` is for notebooks, such as demo.ipynb.
 """
 
 from importlib.util import find_spec
@@ -19,6 +19,7 @@ from viewing.overlays import best_labels, colour_of, name_to_draw
 
 BAR_COLOUR = "#2f7d4f"
 MAX_HEIGHT = 500  # inches; matplotlib is limited to 2 ** 16 pixels
+GRID_WIDTH, GRID_DPI = 8, 80  # inches and dots per inch of `picture_grid`: small PNG files
 
 
 def require_matplotlib() -> None:
@@ -118,3 +119,36 @@ def plot_timeline(path: Path, result: EncodedVideo, names: list[str], min_score:
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_yticks(np.arange(len(chosen)) + 0.4, labels)
     figure.savefig(path)
+
+
+def picture_grid(
+    rows: dict[str, list], titles: list[str], colours: dict[str, tuple[int, int, int]] | None = None
+):
+    """A figure of pictures of one aspect ratio: a row for each label, a column for each title.
+
+    rows: {label: pictures}; a picture is an array (H, W, 3), uint8, or a Pillow image. colours:
+    {label: RGB in 0..255} of a legend below, such as `colour_of` the tracks.
+    """
+    require_matplotlib()
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    first = np.asarray(next(iter(rows.values()))[0])
+    row_height = GRID_WIDTH / len(titles) * first.shape[0] / first.shape[1]
+    height = len(rows) * row_height + (0.5 if colours else 0.2)
+    figure = Figure((GRID_WIDTH, height), dpi=GRID_DPI, layout="constrained")
+    panels = figure.subplots(len(rows), len(titles), squeeze=False)
+    for line, (label, pictures) in zip(panels, rows.items()):
+        line[0].set_ylabel(plain_text(label))
+        for axes, picture in zip(line, pictures, strict=True):
+            axes.imshow(picture)
+            axes.set(xticks=[], yticks=[])
+    for axes, title in zip(panels[0], titles):
+        axes.set_title(title, fontsize="medium")
+    patches = [
+        Patch(color=np.divide(colour, 255), label=plain_text(label))
+        for label, colour in (colours or {}).items()
+    ]
+    if patches:
+        figure.legend(handles=patches, loc="outside lower center", ncols=len(patches))
+    return figure
