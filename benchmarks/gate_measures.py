@@ -40,8 +40,8 @@ from evaluation.metric import (  # noqa: E402
     evaluate_results,
     mean_defined,
     summarize,
-    track_rles,
 )
+from evaluation.overlaps import track_rles  # noqa: E402
 from evaluation.postprocess import EncodedVideo  # noqa: E402
 from model import GRAttVIS  # noqa: E402
 from synthetic.scenes import Difficulty  # noqa: E402

@@ -25,11 +25,11 @@ import sys
 from collections import defaultdict
 
 import numpy as np
-from pycocotools import mask as coco_mask
 
+from evaluation.overlaps import video_overlaps
 from reading.annotations import complete
 from reading.ids import id_key, id_order
-from reading.masks import find_bad_tracks, to_rle
+from reading.masks import find_bad_tracks
 from runtime.errors import InputError, shown
 
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)  # index 0 is AP50, index 5 is AP75
@@ -198,12 +198,18 @@ def accumulate(results, ground_truth, ignored=None):
     All are float64, with K in ascending order of category id. Settings without ground truth are
     -1. Precision and scores are 0 at recalls that are never reached.
     """
-    categories = category_ids(ground_truth)
+    matched = [match_video(video) for video in video_overlaps(results, ground_truth, ignored)]
+    return accumulate_matched(matched, category_ids(ground_truth))
+
+
+def accumulate_matched(matched, categories):
+    """The output of `accumulate`, from the output of `match_video` for every video."""
     settings = len(categories), len(AREA_RANGES), len(MAX_PREDICTIONS)
     precision = np.full((len(IOU_THRESHOLDS), len(RECALL_POINTS), *settings), -1.0)
     recall = np.full((len(IOU_THRESHOLDS), *settings), -1.0)
     scores = np.full_like(precision, -1.0)
-    for k, matchings in enumerate(match_categories(results, ground_truth, ignored, categories)):
+    for k, category in enumerate(categories):
+        matchings = [video[category] for video in matched if category in video]
         positives = sum(matching["positives"] for matching in matchings)  # (A,)
         for a, m in np.ndindex(len(AREA_RANGES), len(MAX_PREDICTIONS)):
             if not matchings or not positives[a]:
@@ -212,36 +218,6 @@ def accumulate(results, ground_truth, ignored=None):
             curves = precision_recall(ranked, true, false, positives[a])
             precision[:, :, k, a, m], recall[:, k, a, m], scores[:, :, k, a, m] = curves
     return precision, recall, scores
-
-
-def match_categories(results, ground_truth, ignored, categories):
-    """Yield, for each category, the output of `match_video` for each video that has entries."""
-    annotations = ground_truth["annotations"]
-    if ignored is None:
-        ignored = [False] * len(annotations)
-    annotations = [
-        annotation | {"ignored": bool(flag)}
-        for annotation, flag in zip(annotations, ignored, strict=True)
-    ]
-    predicted = group_by_video_and_category(results)
-    actual = group_by_video_and_category(annotations)
-    videos = {video["id"]: video for video in ground_truth["videos"]}
-    # Ascending order of video id, because equal scores keep this order when they are ranked.
-    ordered = sorted(videos, key=id_order)
-    for category in categories:
-        yield [
-            match_video(predicted[video, category], actual[video, category], videos[video])
-            for video in ordered
-            if (video, category) in predicted or (video, category) in actual
-        ]
-
-
-def group_by_video_and_category(entries):
-    """{(video id, category id): entries}, a defaultdict."""
-    groups = defaultdict(list)
-    for entry in entries:
-        groups[entry["video_id"], entry["category_id"]].append(entry)
-    return groups
 
 
 def rank_predictions(matchings, a, limit):
@@ -286,22 +262,39 @@ def precision_recall(scores, true, false, positives):
     return precision_at, recall.max(axis=1, initial=0.0), score_at
 
 
-def match_video(predictions, annotations, video):
+def match_video(overlaps):
+    """Match the predictions and the ground truth of one video: {category id: matching}.
+
+    overlaps: VideoOverlaps, see overlaps.py. The categories are those that have entries.
+    """
+    predicted, actual = defaultdict(list), defaultdict(list)
+    for entries, groups in ((overlaps.predictions, predicted), (overlaps.annotations, actual)):
+        for index, entry in enumerate(entries):
+            groups[entry["category_id"]].append(index)
+    ious = overlaps.ious()
+    return {
+        category: match_category(overlaps, ious, predicted[category], actual[category])
+        for category in dict.fromkeys([*predicted, *actual])
+    }
+
+
+def match_category(overlaps, ious, predicted, actual):
     """Match the predictions and the ground truth of one video and category.
 
-    Every annotation has the key "ignored" (see `accumulate`). Returns a dict:
-        "scores": (D,) float64, descending, equal scores in the order given. D is at most
-            MAX_PREDICTIONS[-1].
+    predicted, actual: their indices in the lists of `overlaps`. Returns a dict:
+        "predictions": (D,) int, indices by descending score, equal scores in the order given. D is
+            at most MAX_PREDICTIONS[-1].
+        "scores": (D,) float64.
+        "matches": (A, T, D) int, the index of the annotation that is matched, -1 for none.
         "true", "false": (A, T, D) bool, both False where a prediction is ignored.
         "positives": (A,) int, number of ground truth tracks that are not ignored.
     """
-    scores = np.array([prediction["score"] for prediction in predictions], dtype=np.float64)
+    scores = np.array(
+        [overlaps.predictions[index]["score"] for index in predicted], dtype=np.float64
+    )
     order = np.argsort(-scores, kind="stable")[: MAX_PREDICTIONS[-1]]
-    predicted = [track_rles(predictions[index], video) for index in order]
-    actual = [track_rles(annotation, video) for annotation in annotations]
-    predicted_areas = track_areas(predicted, video["length"])  # (D, L)
-    actual_areas = track_areas(actual, video["length"])  # (G, L)
-    ious = track_ious(predicted, actual, predicted_areas, actual_areas)
+    predicted, actual = np.array(predicted, dtype=int)[order], np.array(actual, dtype=int)
+    annotations = [overlaps.annotations[index] for index in actual]
 
     crowd = np.array([bool(annotation.get("iscrowd")) for annotation in annotations], dtype=bool)
     # The range of an annotation depends on its recorded areas, which may differ from those of
@@ -309,13 +302,16 @@ def match_video(predictions, annotations, video):
     outside = outside_ranges([annotation["areas"] for annotation in annotations])
     ignored = np.array([annotation["ignored"] for annotation in annotations], dtype=bool)
     ignored = outside | crowd | ignored  # (A, G)
-    matched, matched_ignored = match_tracks(ious, crowd, ignored)
+    matches, matched_ignored = match_tracks(ious[np.ix_(predicted, actual)], crowd, ignored)
     # An unmatched prediction is a false positive only in the area range of its size.
-    outside = outside_ranges(predicted_areas)[:, None, :]  # (A, 1, D)
+    areas = overlaps.predicted_areas[overlaps.track_of[predicted]]
+    outside = outside_ranges(areas)[:, None, :]  # (A, 1, D)
     return {
+        "predictions": predicted,
         "scores": scores[order],
-        "true": matched & ~matched_ignored,
-        "false": ~matched & ~outside,
+        "matches": np.where(matches >= 0, np.append(actual, -1)[matches], -1),
+        "true": (matches >= 0) & ~matched_ignored,
+        "false": (matches < 0) & ~outside,
         "positives": np.count_nonzero(~ignored, axis=1),
     }
 
@@ -331,12 +327,12 @@ def match_tracks(ious, crowd, ignored):
         crowd: (G,) bool, tracks that any number of predictions may match.
         ignored: (A, G) bool, tracks that count neither as true positive nor as missed.
 
-    Returns matched (A, T, D) bool, and matched_ignored (A, T, D) bool, the matches with ignored
-    tracks.
+    Returns matches (A, T, D) int, the track of each prediction or -1, and matched_ignored
+    (A, T, D) bool, the matches with ignored tracks.
     """
     taken = np.zeros((len(AREA_RANGES), len(IOU_THRESHOLDS), len(crowd)), dtype=bool)
-    matched = np.zeros((len(AREA_RANGES), len(IOU_THRESHOLDS), len(ious)), dtype=bool)
-    matched_ignored = np.zeros_like(matched)
+    matches = np.full((len(AREA_RANGES), len(IOU_THRESHOLDS), len(ious)), -1)
+    matched_ignored = np.zeros(matches.shape, dtype=bool)
     # Most predictions overlap no track enough.
     overlapping = ious.max(axis=1, initial=0.0) >= IOU_THRESHOLDS[0]
     for d in np.flatnonzero(overlapping):
@@ -344,51 +340,15 @@ def match_tracks(ious, crowd, ignored):
         regular = candidates & ~ignored[:, None, :]
         has_regular = regular.any(axis=-1)
         candidates = np.where(has_regular[..., None], regular, candidates)
-        matched[..., d] = candidates.any(axis=-1)
-        matched_ignored[..., d] = matched[..., d] & ~has_regular
+        matched = candidates.any(axis=-1)  # (A, T)
+        matched_ignored[..., d] = matched & ~has_regular
         # argmax returns the first maximum; on the reversed axis, the last one.
         candidate_ious = np.where(candidates, ious[d], -1.0)
         best = len(crowd) - 1 - candidate_ious[..., ::-1].argmax(axis=-1)  # (A, T)
-        a, t = np.nonzero(matched[..., d])
+        matches[..., d] = np.where(matched, best, -1)
+        a, t = np.nonzero(matched)
         taken[a, t, best[a, t]] = True
-    return matched, matched_ignored
-
-
-def track_ious(predicted, actual, predicted_areas, actual_areas):
-    """IoU of every predicted with every actual track; both areas are summed over frames.
-
-    predicted, actual: D and G lists of one RLE per frame.
-    predicted_areas, actual_areas: (D, L) and (G, L) float64.
-    Returns (D, G) float64 in [0, 1], 0 for two empty tracks.
-    """
-    intersection = np.zeros((len(predicted), len(actual)))
-    both_visible = predicted_areas.any(axis=0) & actual_areas.any(axis=0)
-    for frame in np.flatnonzero(both_visible):
-        predicted_masks = [track[frame] for track in predicted]
-        actual_masks = [track[frame] for track in actual]
-        # With iscrowd set, pycocotools returns intersection / area of the predicted mask.
-        # Multiplied by that area and rounded, it is the exact intersection in pixels.
-        covered = coco_mask.iou(predicted_masks, actual_masks, [True] * len(actual_masks))
-        intersection += np.rint(covered * predicted_areas[:, frame, None])
-    union = predicted_areas.sum(axis=1)[:, None] + actual_areas.sum(axis=1) - intersection
-    return np.divide(intersection, union, out=np.zeros_like(intersection), where=union > 0)
-
-
-def track_rles(entry, video):
-    """Masks of a prediction or annotation as L compressed RLE dicts; None becomes an empty mask."""
-    height, width = video["height"], video["width"]
-    background = {"size": [height, width], "counts": [height * width]}
-    empty = coco_mask.frPyObjects(background, height, width)
-    return [
-        to_rle(segmentation, height, width, "a mask", checked=True) or empty
-        for segmentation in entry["segmentations"]
-    ]
-
-
-def track_areas(tracks, length):
-    """Exact areas in pixels of N tracks of `length` RLEs: (N, L) float64."""
-    areas = [coco_mask.area(rles) for rles in tracks]
-    return np.array(areas, dtype=np.float64).reshape(-1, length)
+    return matches, matched_ignored
 
 
 def outside_ranges(areas):
