@@ -262,6 +262,28 @@ def precision_recall(scores, true, false, positives):
     return precision_at, recall.max(axis=1, initial=0.0), score_at
 
 
+def average_precision(true, false, positives):
+    """The mean over RECALL_POINTS of the precision of `precision_recall`, for many settings.
+
+    Args:
+        true, false: (..., N), how often each ranked prediction counts as true and as false.
+        positives: (...,) number of ground truth tracks, at least 1.
+
+    Returns (...,) float64.
+    """
+    if not true.shape[-1]:
+        return np.zeros(true.shape[:-1])
+    true_count = np.cumsum(true, axis=-1, dtype=np.float64)
+    false_count = np.cumsum(false, axis=-1, dtype=np.float64)
+    precision = true_count / (true_count + false_count + np.spacing(1))
+    precision = np.maximum.accumulate(precision[..., ::-1], axis=-1)[..., ::-1]
+    # The number of recall points that each rank is the first to reach.
+    recall = true_count / np.expand_dims(positives, -1)
+    reached = np.searchsorted(RECALL_POINTS, recall, side="right")
+    reached = np.diff(reached, prepend=0)
+    return (precision * reached).sum(axis=-1) / len(RECALL_POINTS)
+
+
 def match_video(overlaps):
     """Match the predictions and the ground truth of one video: {category id: matching}.
 

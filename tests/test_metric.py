@@ -5,59 +5,12 @@ import json
 
 import numpy as np
 import pytest
-from pycocotools import mask as coco_mask
 
 from data import InputError
 from evaluation import metric
+from hand_made import LEFT, RIGHT, annotation, encode, prediction, square, truth
 
 METRICS = "AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl".split()
-
-
-def encode(mask):
-    """Compressed RLE, as in a results.json, of an (H, W) bool array."""
-    rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
-    return {"size": rle["size"], "counts": rle["counts"].decode()}
-
-
-def square(left, side=2):
-    """An 8 x 8 frame's RLE of a square with its top left corner at row 1 and the given column."""
-    mask = np.zeros((8, 8), dtype=bool)
-    mask[1 : 1 + side, left : left + side] = True
-    return encode(mask)
-
-
-def prediction(segmentations, score=0.9, video=1, category=1):
-    return {
-        "video_id": video,
-        "category_id": category,
-        "score": score,
-        "segmentations": segmentations,
-    }
-
-
-def annotation(segmentations, number=1, video=1, category=1, crowd=0):
-    areas = [None if rle is None else int(coco_mask.area(rle)) for rle in segmentations]
-    return {
-        "id": number,
-        "video_id": video,
-        "category_id": category,
-        "iscrowd": crowd,
-        "segmentations": segmentations,
-        "areas": areas,
-    }
-
-
-def truth(*annotations, videos=(1,), frames=4, size=(8, 8), categories=(1,)):
-    return {
-        "videos": [
-            {"id": v, "length": frames, "height": size[0], "width": size[1]} for v in videos
-        ],
-        "categories": [{"id": category, "name": f"class{category}"} for category in categories],
-        "annotations": list(annotations),
-    }
-
-
-LEFT, RIGHT = [square(0)] * 4, [square(5)] * 4  # two objects that stand still for four frames
 
 
 def test_golden_metric(golden_dir):
