@@ -94,10 +94,7 @@ def explain_video(overlaps: VideoOverlaps, matched: dict, categories: dict) -> E
     kept = np.array(kept, dtype=int)
     scores = np.array([entry["score"] for entry in overlaps.predictions], dtype=np.float64)
     kept = kept[np.lexsort((kept, -scores[kept]))]
-    counts = np.array(
-        [not (entry.get("iscrowd") or entry["ignored"]) for entry in overlaps.annotations],
-        dtype=bool,
-    )
+    counts = overlaps.counts
     matches, true, false = (
         merge_categories(matched, key, kept, len(scores)) for key in ("matches", "true", "false")
     )

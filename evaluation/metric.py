@@ -267,7 +267,7 @@ def average_precision(true, false, positives):
 
     Args:
         true, false: (..., N), how often each ranked prediction counts as true and as false.
-        positives: (...,) number of ground truth tracks, at least 1.
+        positives: number of ground truth tracks, at least 1, an int or (...,).
 
     Returns (...,) float64.
     """

@@ -36,6 +36,12 @@ class VideoOverlaps:
     actual_areas: np.ndarray  # (G, L) float64
     intersections: np.ndarray  # (P, L, G) float64
 
+    @property
+    def counts(self) -> np.ndarray:
+        """The ground truth tracks that count, which are no crowds and not ignored: (G,) bool."""
+        entries = self.annotations
+        return np.array([not (entry.get("iscrowd") or entry["ignored"]) for entry in entries], bool)
+
     def track_ious(self) -> np.ndarray:
         """IoU of every predicted with every actual track: (P, G) float64, 0 for two empty tracks.
 
