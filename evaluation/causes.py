@@ -293,3 +293,26 @@ def measure_order(explanations: list[Explanation]) -> dict[str, float]:
     explained = concatenate(explanations)
     explained.fixed_categories[:] = NONE
     return mean_fixed_precision(explained, set(range(len(CAUSES))) - {MISSED})
+
+
+def format_causes(metrics: dict) -> str:
+    """Format "causes" and "oracle" of metrics.json for printing; empty without ground truth.
+
+    In percent, with the largest gains first.
+    """
+    if metrics["AP"] < 0:
+        return ""
+    gains, oracle = metrics["causes"], metrics["oracle"]
+    lines = [f"{'gained if fixed':<24} AP   AP50"]
+    for name in sorted(gains, key=lambda name: -gains[name]["AP"]):
+        lines.append(f"  {name:<20} {format_gain(gains[name])}")
+    lines.append("gained with the same masks")
+    oracles = {"best linking": "linking", "any linking, at most": "bound", "perfect order": "order"}
+    for name, key in oracles.items():
+        gain = {metric: value - metrics[metric] for metric, value in oracle[key].items()}
+        lines.append(f"  {name:<20} {format_gain(gain)}")
+    return "\n".join(lines)
+
+
+def format_gain(gain: dict[str, float]) -> str:
+    return f"{100 * gain['AP']:+6.1f} {100 * gain['AP50']:+6.1f}"

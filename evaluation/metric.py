@@ -397,17 +397,15 @@ def mean_defined(values):
 
 
 def mean_metrics(runs):
-    """Average several outputs of `evaluate_results`, number by number, over the defined values."""
+    """Average several outputs of `evaluate_results`, number by number, over the defined values.
 
-    def mean(values):
-        return mean_defined(np.array(values))
-
-    names = [name for name in runs[0] if name != "per_class"]
-    averaged = {name: mean([run[name] for run in runs]) for name in names}
-    classes = dict.fromkeys(name for run in runs for name in run["per_class"])
-    averaged["per_class"] = {
-        name: mean([run["per_class"].get(name, -1.0) for run in runs]) for name in classes
-    }
+    Numbers may be in dicts, at any depth, such as "per_class".
+    """
+    averaged = {}
+    for name in dict.fromkeys(name for run in runs for name in run):
+        values = [run[name] for run in runs if name in run]
+        is_number = not isinstance(values[0], dict)
+        averaged[name] = mean_defined(np.array(values)) if is_number else mean_metrics(values)
     return averaged
 
 

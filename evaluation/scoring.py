@@ -13,7 +13,18 @@ from pathlib import Path
 
 import numpy as np
 
-from evaluation.metric import accumulate, check_predictions, format_table, mean_metrics, summarize
+from evaluation.causes import explain_video, format_causes, measure_causes, measure_order
+from evaluation.linking import link_video, measure_linking
+from evaluation.metric import (
+    accumulate_matched,
+    category_ids,
+    check_predictions,
+    format_table,
+    match_video,
+    mean_metrics,
+    summarize,
+)
+from evaluation.overlaps import video_overlaps
 from reading.annotations import AnnotationFile, Skipped, read_annotations
 from runtime.errors import InputError, shown
 from runtime.files import atomic_write, read_json, save_json
@@ -76,24 +87,38 @@ def score_results(
         metrics[name], precision[name] = score_part(results, part)
         if len(parts) > 1:
             lines.append(f"{name}, {len(part.content['videos'])} videos")
-        lines.append(format_table(metrics[name]))
+        lines += [format_table(metrics[name]), format_causes(metrics[name])]
     total = metrics[name]
     if len(parts) > 1:
         total = mean_metrics(list(metrics.values())) | {"parts": metrics}
-        lines += ["mean", format_table(total)]
+        lines += ["mean", format_table(total), format_causes(total)]
     save_json(output / "metrics.json", total)
     if plot:
         plot_metrics(output / "plots", metrics, precision)
-    print(*lines, sep="\n")
+    print(*filter(None, lines), sep="\n")
     return total
 
 
 def score_part(results: list[dict], part: AnnotationFile) -> tuple[dict, np.ndarray]:
-    """The metrics and the precision array of one part of the ground truth."""
+    """The metrics and the precision array of one part of the ground truth.
+
+    Each video is finished before the next, because the overlaps of all of them may not fit into
+    memory.
+    """
     videos = {video["id"] for video in part.content["videos"]}
     results = [entry for entry in results if entry["video_id"] in videos]
-    precision, recall, _ = accumulate(results, part.content)
-    return summarize(precision, recall, part.content), precision
+    categories = category_ids(part.content)
+    numbers = {category: number for number, category in enumerate(categories)}
+    matched, explained, linked = [], [], []
+    for overlaps in video_overlaps(results, part.content):
+        matched.append(match_video(overlaps))
+        explained.append(explain_video(overlaps, matched[-1], numbers))
+        linked.append(link_video(overlaps))
+    precision, recall, _ = accumulate_matched(matched, categories)
+    metrics = summarize(precision, recall, part.content)
+    metrics["causes"] = measure_causes(explained)
+    metrics["oracle"] = measure_linking(linked, categories) | {"order": measure_order(explained)}
+    return metrics, precision
 
 
 def join_parts(parts: dict[str, AnnotationFile]) -> dict:
