@@ -191,7 +191,7 @@ def measure_linking(videos: list[Linked], categories: list) -> dict[str, dict[st
         found = np.sort(np.array(ious))[::-1] >= IOU_THRESHOLDS[:, None]  # (T, objects)
         bound.append(average_precision(found, np.zeros_like(found), len(ious)))
         matchings = [video.matched[category] for video in videos if category in video.matched]
-        _, true, false = rank_predictions(matchings, ALL, MAX_PREDICTIONS[-1])
+        _, true, false, _ = rank_predictions(matchings, ALL, MAX_PREDICTIONS[-1])
         linking.append(average_precision(true, false, len(ious)))
     return {"linking": mean_precision(linking), "bound": mean_precision(bound)}
 

@@ -214,7 +214,7 @@ def accumulate_matched(matched, categories):
         for a, m in np.ndindex(len(AREA_RANGES), len(MAX_PREDICTIONS)):
             if not matchings or not positives[a]:
                 continue
-            ranked, true, false = rank_predictions(matchings, a, MAX_PREDICTIONS[m])
+            ranked, true, false, _ = rank_predictions(matchings, a, MAX_PREDICTIONS[m])
             curves = precision_recall(ranked, true, false, positives[a])
             precision[:, :, k, a, m], recall[:, k, a, m], scores[:, :, k, a, m] = curves
     return precision, recall, scores
@@ -224,13 +224,22 @@ def rank_predictions(matchings, a, limit):
     """All videos' predictions of one category and area range, in order of descending score.
 
     The first `limit` predictions of each video count. Equal scores keep the order of the videos.
-    Returns scores (N,), true (T, N) and false (T, N), the arguments of `precision_recall`.
+    Returns scores (N,), true (T, N) and false (T, N), the arguments of `precision_recall`, and the
+    index of the matching that each prediction is from, (N,) int.
     """
-    scores = np.concatenate([matching["scores"][:limit] for matching in matchings])
-    true = np.concatenate([matching["true"][a, :, :limit] for matching in matchings], axis=1)
-    false = np.concatenate([matching["false"][a, :, :limit] for matching in matchings], axis=1)
+    limited = [matching["scores"][:limit] for matching in matchings]
+    scores = np.concatenate([np.zeros(0), *limited])
+    owner = np.repeat(np.arange(len(limited)), [len(part) for part in limited])
+    true, false = (
+        np.concatenate(
+            [np.zeros((len(IOU_THRESHOLDS), 0), dtype=bool)]
+            + [matching[key][a, :, :limit] for matching in matchings],
+            axis=1,
+        )
+        for key in ("true", "false")
+    )
     order = np.argsort(-scores, kind="stable")
-    return scores[order], true[:, order], false[:, order]
+    return scores[order], true[:, order], false[:, order], owner[order]
 
 
 def precision_recall(scores, true, false, positives):
@@ -271,10 +280,10 @@ def average_precision(true, false, positives):
 
     Returns (...,) float64.
     """
-    if not true.shape[-1]:
-        return np.zeros(true.shape[:-1])
-    true_count = np.cumsum(true, axis=-1, dtype=np.float64)
-    false_count = np.cumsum(false, axis=-1, dtype=np.float64)
+    # Recall grows at true predictions alone, and precision is highest there.
+    ranks = np.flatnonzero(true.any(axis=tuple(range(true.ndim - 1))))
+    true_count = np.cumsum(true, axis=-1, dtype=np.float64)[..., ranks]
+    false_count = np.cumsum(false, axis=-1, dtype=np.float64)[..., ranks]
     precision = true_count / (true_count + false_count + np.spacing(1))
     precision = np.maximum.accumulate(precision[..., ::-1], axis=-1)[..., ::-1]
     # The number of recall points that each rank is the first to reach.
