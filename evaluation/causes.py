@@ -315,4 +315,5 @@ def format_causes(metrics: dict) -> str:
 
 
 def format_gain(gain: dict[str, float]) -> str:
-    return f"{100 * gain['AP']:+6.1f} {100 * gain['AP50']:+6.1f}"
+    ap, ap50 = (round(100 * gain[key], 1) + 0.0 for key in ("AP", "AP50"))  # no -0.0
+    return f"{ap:+6.1f} {ap50:+6.1f}"
