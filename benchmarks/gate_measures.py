@@ -1,10 +1,13 @@
-"""What the gate study measures: AP by occlusion, identity switches, and when gates are open.
+"""What the gate study measures: AP by occlusion and causes, identity switches, and open gates.
 
 AP by occlusion: ground truth instances are binned by their longest gap, the number of consecutive
 frames without a mask between two frames with one (occluded, or outside the frame). In the AP of a
 bin, instances of other bins are ignored like those of other area ranges. An unmatched detection has
 no gap, so it counts as a false positive in every bin. Bins with few instances therefore have a
 lower AP; compare models, not bins. AR10 ignores false positives and is comparable across bins.
+
+Causes: the AP gained by fixing one cause of errors (evaluation/causes.py), and the AP after linking
+the same masks best (evaluation/linking.py).
 
 Identity switches: in each frame, tracks with a score of at least 0.3 are assigned to instances by
 mask IoU (Hungarian matching, at least 0.5, ignoring classes). An instance keeps its track of the
@@ -37,12 +40,12 @@ from data import Video, VideoSet, read_frame  # noqa: E402
 from evaluation.inference import segment_videos, to_entries  # noqa: E402
 from evaluation.metric import (  # noqa: E402
     accumulate,
-    evaluate_results,
     mean_defined,
     summarize,
 )
 from evaluation.overlaps import track_rles  # noqa: E402
 from evaluation.postprocess import EncodedVideo  # noqa: E402
+from evaluation.scoring import score_part  # noqa: E402
 from model import GRAttVIS  # noqa: E402
 from synthetic.scenes import Difficulty  # noqa: E402
 from viewing.overlays import best_labels  # noqa: E402
@@ -87,10 +90,16 @@ def measure_suite(
             gates = result.gates[tracks[usual]].numpy()  # (T, D)
             for name, chosen in frame_groups(areas, noisy).items():
                 opened[name] += gates[chosen].tolist()
-    metrics = evaluate_results(results, videos.ground_truth)
+    metrics = score_part(results, videos.file).metrics
     scores = {name: metrics[name] for name in ("AP", "AP50", "AR10")}
     scores["switches"] = switches / len(videos)
-    return {"scores": scores} | scores_by_gap(results, videos.ground_truth) | open_shares(opened)
+    causes = {name: gain["AP"] for name, gain in metrics["causes"].items()}
+    causes["best linking"] = metrics["oracle"]["linking"]["AP"]
+    return (
+        {"scores": scores, "causes": causes}
+        | scores_by_gap(results, videos.ground_truth)
+        | open_shares(opened)
+    )
 
 
 # The ground truth

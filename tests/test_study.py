@@ -15,13 +15,14 @@ from checkpoint import save_checkpoint
 from conftest import fixed_threads
 from data import InputError, Video
 from evaluation import metric
+from evaluation.causes import CAUSES
 from evaluation.postprocess import EncodedVideo
 from evaluation.run_length import encode
+from hand_made import LEFT, RIGHT, annotation, prediction, truth
 from model import build_model
 from synthetic.rendering import make_video
 from synthetic.scenes import Difficulty
 from synthetic.suites import SUITES, make_dataset
-from test_metric import LEFT, RIGHT, annotation, prediction, truth
 
 # At the end: some of its files have names of ours.
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
@@ -253,6 +254,7 @@ def test_perfect_tracks_with_gates_that_close_when_hidden(
         "AR10": 1,
         "switches": 0,
     }
+    assert found["causes"] == dict.fromkeys(CAUSES, 0) | {"best linking": pytest.approx(1)}
     assert found["instances by gap"] == {"0": 0, "1-3": 1, "4-6": 0, "7-10": 0, "11+": 0}
     assert [found["open by state"][name] for name in gate_measures.STATES] == all_layers
     assert [found["last open by state"][name] for name in gate_measures.STATES] == last
@@ -292,7 +294,9 @@ def test_measure_then_table(sets, tmp_path, capsys):
     assert record["AP by gap"].keys() == gate_measures.GAPS.keys()
     capsys.readouterr()
     study.table(study.parse_arguments(["table", str(tmp_path / "new/study.json")]))
-    assert "| occlusion | gated, additive | 1 |" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "| occlusion | gated, additive | 1 |" in printed
+    assert "| suite | name | n | wrong class | loose mask | broken track |" in printed
     with pytest.raises(InputError, match="exists"):
         study.measure(study.parse_arguments(arguments))
     with pytest.raises(InputError, match="2 names for 1 checkpoints"):
@@ -356,7 +360,9 @@ def test_mean_and_spread_over_seeds(tmp_path, capsys):
         "| easy | gated | 2 | 50.0 ± 0.0 | - |",
     ]
     study.table(study.parse_arguments(["table", first, second, "--names", "plain"]))
-    assert "gated" not in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "gated" not in printed
+    assert "wrong class" not in printed  # older records lack causes
     with pytest.raises(InputError, match="no record has the name clip"):
         study.table(study.parse_arguments(["table", first, "--names", "clip", "gated"]))
 
