@@ -39,13 +39,13 @@ Letters: D predictions and G ground truth tracks of one video, L frames, T thres
 N and M predictions and ground truth tracks of all videos.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
 from evaluation.metric import ALL, IOU_THRESHOLDS, average_precision
-from evaluation.overlaps import VideoOverlaps, divide
+from evaluation.overlaps import VideoOverlaps
 
 CAUSES = (
     "wrong class",
@@ -92,18 +92,18 @@ def explain_video(overlaps: VideoOverlaps, matched: dict, categories: dict) -> E
     """
     kept = [index for matching in matched.values() for index in matching["predictions"]]
     kept = np.array(kept, dtype=int)
-    scores = np.array([entry["score"] for entry in overlaps.predictions], dtype=np.float64)
+    scores = overlaps.scores
     kept = kept[np.lexsort((kept, -scores[kept]))]
-    counts = overlaps.counts
+    counts = ~overlaps.crowd
     matches, true, false = (
         merge_categories(matched, key, kept, len(scores)) for key in ("matches", "true", "false")
     )
     labels = category_indices(overlaps.predictions, categories)[kept]
     actual = category_indices(overlaps.annotations, categories)
     same = labels[:, None] == actual
-    ious = np.where(counts, overlaps.ious()[kept], -1.0)  # (D, G)
+    ious = np.where(counts, overlaps.track_ious[kept], -1.0)  # (D, G)
     taker = find_takers(np.where(true, matches, NONE), len(actual))
-    causes = find_causes(overlaps, overlaps.track_of[kept], ious, same, taker, false)
+    causes = find_causes(overlaps, kept, ious, same, taker, false)
     fixed, missed = match_again(causes, ious, same, free=counts & (taker == NONE))
     return Explanation(
         kept,
@@ -143,11 +143,11 @@ def find_takers(matches: np.ndarray, count: int) -> np.ndarray:
     return taker
 
 
-def find_causes(overlaps, tracks, ious, same, taker, false) -> np.ndarray:
+def find_causes(overlaps, kept, ious, same, taker, false) -> np.ndarray:
     """The cause of every prediction that is false, (T, D) int, as defined at the top.
 
     Args:
-        tracks: (D,) indices of the predicted tracks.
+        kept: (D,) indices of the predictions.
         ious: (D, G), -1 for ground truth tracks that do not count.
         same: (D, G) bool, whether the classes are the same.
         taker: (T, G) int, the prediction that is matched with a ground truth track, or NONE.
@@ -157,12 +157,12 @@ def find_causes(overlaps, tracks, ious, same, taker, false) -> np.ndarray:
         return np.where(false, BACKGROUND, NONE)
     # Of equal IoUs, a track of the same class is the object.
     objects = np.where(ious == ious.max(axis=1, keepdims=True), 1 + same, 0).argmax(axis=1)
-    prediction = np.arange(len(tracks))
+    prediction = np.arange(len(kept))
     iou, right_class = ious[prediction, objects], same[prediction, objects]
     near = iou >= BACKGROUND_IOU
     found = iou >= IOU_THRESHOLDS[:, None]  # (T, D)
-    spoiling = np.full(len(tracks), BACKGROUND)
-    spoiling[near] = find_spoiling(overlaps, tracks[near], objects[near], counts=ious[0] >= 0)
+    spoiling = np.full(len(kept), BACKGROUND)
+    spoiling[near] = find_spoiling(overlaps, kept[near], objects[near], counts=ious[0] >= 0)
     outranks = taker[:, objects] > prediction
     conditions = {
         DUPLICATE: found & right_class,
@@ -175,8 +175,8 @@ def find_causes(overlaps, tracks, ious, same, taker, false) -> np.ndarray:
     return np.where(false, causes, NONE)
 
 
-def find_spoiling(overlaps, tracks, objects, counts) -> np.ndarray:
-    """What spoils most pixels of predicted tracks: SWITCH, TIME or MASK, (D,) int.
+def find_spoiling(overlaps, predictions, objects, counts) -> np.ndarray:
+    """What spoils most pixels of predictions: SWITCH, TIME or MASK, (D,) int.
 
     Each frame is of one kind. Its spoilt pixels are those in one mask and not in the other.
 
@@ -186,23 +186,22 @@ def find_spoiling(overlaps, tracks, objects, counts) -> np.ndarray:
         MASK     otherwise
 
     Args:
-        tracks: (D,) indices of predicted tracks.
+        predictions: (D,) their indices.
         objects: (D,) indices of the ground truth tracks that they are compared with.
         counts: (G,) bool, the ground truth tracks to which an identity can switch.
     """
-    predicted = overlaps.predicted_areas[tracks]  # (D, L)
-    actual = overlaps.actual_areas[objects]
-    areas = overlaps.predicted_areas[:, :, None] + overlaps.actual_areas.T
-    ious = divide(overlaps.intersections, areas - overlaps.intersections)[tracks]  # (D, L, G)
-    prediction = np.arange(len(tracks))
-    own = ious[prediction, :, objects]  # (D, L)
-    ious[prediction, :, objects] = 0
+    tracks = overlaps.select(predictions, np.arange(len(counts)))
+    prediction = np.arange(len(predictions))
+    ious = tracks.frame_ious()  # (L, D, G)
+    own = ious[:, prediction, objects]  # (L, D)
+    ious[:, prediction, objects] = 0
     other = ious[:, :, counts].max(axis=2, initial=0)
-    spoilt = predicted + actual - 2 * overlaps.intersections[tracks, :, objects]
+    predicted, actual = tracks.predicted_areas, tracks.actual_areas[:, objects]
+    spoilt = predicted + actual - 2 * tracks.intersections[:, prediction, objects]
     switched = (other >= SWITCH_IOU) & (other > own)
     absent = ~switched & ((predicted == 0) | (actual == 0))
     kinds = {SWITCH: switched, TIME: absent, MASK: ~switched & ~absent}
-    pixels = [(spoilt * frames).sum(axis=1) for frames in kinds.values()]
+    pixels = [(spoilt * frames).sum(axis=0) for frames in kinds.values()]
     return np.array(list(kinds))[np.argmax(pixels, axis=0)]
 
 
@@ -232,9 +231,12 @@ def match_again(causes, ious, same, free) -> tuple[np.ndarray, np.ndarray]:
 # AP after fixes
 
 
-def concatenate(explanations: list[Explanation]) -> Explanation:
+def concatenate(explanations: Iterable[Explanation]) -> Explanation:
     """Several videos as one, with predictions in descending order of score."""
-    fields = zip(*(vars(explanation).values() for explanation in explanations))
+    labels, outcomes = np.zeros(0, dtype=int), np.zeros((len(IOU_THRESHOLDS), 0), dtype=int)
+    found = outcomes.astype(bool)
+    nothing = Explanation(labels, np.zeros(0), labels, found, outcomes, outcomes, labels, found)
+    fields = zip(*(vars(explanation).values() for explanation in (nothing, *explanations)))
     joined = Explanation(*(np.concatenate(values, axis=-1) for values in fields))
     order = np.argsort(-joined.scores, kind="stable")
     for name in ("predictions", "scores", "categories", "true", "causes", "fixed_categories"):
@@ -271,7 +273,7 @@ def mean_fixed_precision(explained: Explanation, fixes: Collection[int]) -> dict
     return {"AP": float(precision.mean()), "AP50": float(precision[:, 0].mean())}
 
 
-def measure_causes(explanations: list[Explanation]) -> dict[str, dict[str, float]]:
+def measure_causes(explanations: Iterable[Explanation]) -> dict[str, dict[str, float]]:
     """The AP and AP50 gained by fixing each cause: {name of CAUSES: {"AP", "AP50"}}.
 
     Without ground truth they are -1.0.
@@ -285,7 +287,7 @@ def measure_causes(explanations: list[Explanation]) -> dict[str, dict[str, float
     return gains
 
 
-def measure_order(explanations: list[Explanation]) -> dict[str, float]:
+def measure_order(explanations: Iterable[Explanation]) -> dict[str, float]:
     """{"AP", "AP50"} if every true prediction outranked every false one.
 
     What is missing to 1 is lost by objects that no prediction is matched with.

@@ -65,18 +65,24 @@ def resample(videos: int, random: np.random.Generator, resamples: int = RESAMPLE
     return random.multinomial(videos, np.full(videos, 1 / videos), size=resamples)
 
 
-def resampled_metrics(matched: list[dict], ground_truth: dict, counts: np.ndarray) -> dict:
+def video_ids(ground_truth: dict) -> list:
+    """The V videos of the content of an annotation file, in ascending order of id."""
+    return sorted((video["id"] for video in ground_truth["videos"]), key=id_order)
+
+
+def resampled_metrics(matched: dict, ground_truth: dict, counts: np.ndarray) -> dict:
     """The metrics of many selections of videos.
 
     Args:
-        matched: the output of `metric.match_video` for every video, in ascending order of id.
+        matched: {video id: output of `metric.match_video`} of the videos that have entries.
         ground_truth: the content of the annotation file.
-        counts: (R, V) int, how often each selection contains each video.
+        counts: (R, V) int, in the order of `video_ids`, how often each selection contains each video.
 
     Returns {name: (R,) float64} for the twelve names of `metric.evaluate_results`, and "per_class":
     {class name: (R,)}. They are NaN where not defined.
     """
     categories = ground_truth["categories"]
+    matched = [matched.get(video_id, {}) for video_id in video_ids(ground_truth)]
     precision = {
         a: np.stack([category_precision(matched, k["id"], a, counts) for k in categories])
         for a in (ALL, SMALL, MEDIUM, LARGE)
@@ -136,11 +142,11 @@ def weigh(matched: list[dict], category, a: int, limit: int, counts: np.ndarray)
 # Two results
 
 
-def compare(parts: list[tuple[dict, list[dict], list[dict]]]) -> dict:
+def compare(parts: list[tuple[dict, dict, dict]]) -> dict:
     """Compare two results on the parts of a ground truth.
 
-    parts: for each, the content of the annotation file, and the output of `metric.match_video` for
-        every video in ascending order of id, of these and of the other results.
+    parts: for each, the content of the annotation file, and {video id: output of
+        `metric.match_video`} of these and of the other results.
 
     Returns a dict for metrics.json. Numbers that are not defined are left out.
         "metrics", "per_class": {name: {"this", "other", "difference", "low", "high"}}
@@ -150,7 +156,7 @@ def compare(parts: list[tuple[dict, list[dict], list[dict]]]) -> dict:
     random = np.random.default_rng(0)
     points, samples, videos = [], [], []
     for ground_truth, *pair in parts:
-        ids = sorted((video["id"] for video in ground_truth["videos"]), key=id_order)
+        ids = video_ids(ground_truth)
         counts = resample(len(ids), random)
         everything, alone = np.ones((1, len(ids)), dtype=int), np.eye(len(ids), dtype=int)
         points.append([resampled_metrics(matched, ground_truth, everything) for matched in pair])

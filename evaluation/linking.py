@@ -24,7 +24,7 @@ Letters: D predictions and G ground truth tracks of one video, P different predi
 frames, K categories, T thresholds.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
@@ -37,7 +37,7 @@ from evaluation.metric import (
     match_video,
     rank_predictions,
 )
-from evaluation.overlaps import VideoOverlaps, divide
+from evaluation.overlaps import VideoOverlaps
 
 NONE = -1
 
@@ -53,14 +53,35 @@ class Linked:
 
 def link_video(overlaps: VideoOverlaps) -> Linked:
     """Link the masks of a video anew, as described at the top."""
-    best_ious, gains = best_links(overlaps)
-    linked = linked_overlaps(overlaps, exclusive_links(gains[..., overlaps.counts]))
-    counted = np.flatnonzero(overlaps.counts)
-    categories = [overlaps.annotations[g]["category_id"] for g in counted]
-    return Linked(match_video(linked), categories, best_ious[counted])
+    track_of, tracks = different_tracks(overlaps)
+    best_ious, gains = best_links(tracks)
+    counts = ~overlaps.crowd
+    linked = linked_overlaps(overlaps, track_of, tracks, exclusive_links(gains[..., counts]))
+    categories = [entry["category_id"] for entry in overlaps.annotations]
+    categories = [category for category, is_counted in zip(categories, counts) if is_counted]
+    return Linked(match_video(linked), categories, best_ious[counts])
 
 
-def best_links(overlaps: VideoOverlaps) -> tuple[np.ndarray, np.ndarray]:
+def different_tracks(overlaps: VideoOverlaps) -> tuple[np.ndarray, VideoOverlaps]:
+    """Predictions with the same masks, such as one query with several labels, are one track.
+
+    Returns the track of each prediction, (D,) int, and the overlaps of the P different tracks.
+    """
+    numbers, firsts = {}, []
+    track_of = np.zeros(len(overlaps.predictions), dtype=int)
+    visible = (overlaps.predicted_areas > 0).T.tolist()
+    for d, entry in enumerate(overlaps.predictions):
+        masks = zip(entry["segmentations"], visible[d])
+        code = tuple(str(mask["counts"]) if is_visible else None for mask, is_visible in masks)
+        if code not in numbers:
+            numbers[code] = len(numbers)
+            firsts.append(d)
+        track_of[d] = numbers[code]
+    everything = np.arange(len(overlaps.annotations))
+    return track_of, overlaps.select(np.array(firsts, dtype=int), everything)
+
+
+def best_links(tracks: VideoOverlaps) -> tuple[np.ndarray, np.ndarray]:
     """The highest IoU that predicted masks can give each ground truth track, one mask per frame.
 
     A track has the IoU I / U, both summed over frames. Dinkelbach's method ("On Nonlinear Fractional
@@ -69,87 +90,85 @@ def best_links(overlaps: VideoOverlaps) -> tuple[np.ndarray, np.ndarray]:
     changes I - r U by i - r o, so the best one is taken, or none if no change is positive. r grows
     until the largest I - r U is 0, when no track has a higher IoU.
 
-    Returns the IoUs (G,) float64, and (P, L, G) float64, what each mask adds to the IoU of a ground
-    truth track to first order: positive for masks that are better than none.
+    tracks: the overlaps of P different tracks. Returns the IoUs (G,) float64, and (L, P, G) float64,
+    what each mask adds to the IoU of a ground truth track to first order: positive for masks that
+    are better than none.
     """
-    shared = overlaps.intersections
-    outside = overlaps.predicted_areas[:, :, None] - shared
-    actual = overlaps.actual_areas.sum(axis=1)  # (G,)
+    shared = tracks.intersections  # (L, P, G)
+    outside = tracks.predicted_areas[:, :, None] - shared
+    actual = tracks.actual_areas.sum(axis=0)  # (G,)
     ious = np.zeros(len(actual))
     while True:
         gains = shared - ious * outside
-        best = (gains == gains.max(axis=0, initial=0)) & (gains > 0)
-        best &= np.cumsum(best, axis=0) == 1  # the first of equal ones
-        union = actual + (outside * best).sum(axis=(0, 1))
-        improved = divide((shared * best).sum(axis=(0, 1)), union)
+        best = (gains == gains.max(axis=1, initial=0, keepdims=True)) & (gains > 0)
+        best &= np.cumsum(best, axis=1) == 1  # the first of equal ones
+        union = np.maximum(actual + (outside * best).sum(axis=(0, 1)), 1)
+        improved = (shared * best).sum(axis=(0, 1)) / union
         if not (improved > ious).any():
-            return ious, divide(gains, np.broadcast_to(union, gains.shape))
+            return ious, gains / union
         ious = np.maximum(ious, improved)
 
 
 def exclusive_links(gains: np.ndarray) -> np.ndarray:
-    """Assign masks to ground truth tracks: (G, L) int, a predicted track or NONE in each frame.
+    """Assign masks to ground truth tracks: (L, G) int, a predicted track or NONE in each frame.
 
     In each frame, a mask goes to at most one ground truth track, and the total gain is as high as
-    possible. gains: (P, L, G), see `best_links`; masks without a positive gain are not assigned.
+    possible. gains: (L, P, G), see `best_links`; masks without a positive gain are not assigned.
     """
     gains = np.maximum(gains, 0.0)
-    links = np.full(gains.shape[:0:-1], NONE)  # (G, L)
-    for frame in np.flatnonzero(gains.any(axis=(0, 2))):
-        p, g = linear_sum_assignment(gains[:, frame], maximize=True)
-        useful = gains[p, frame, g] > 0
-        links[g[useful], frame] = p[useful]
+    links = np.full((gains.shape[0], gains.shape[2]), NONE)
+    for frame in np.flatnonzero(gains.any(axis=(1, 2))):
+        p, g = linear_sum_assignment(gains[frame], maximize=True)
+        useful = gains[frame, p, g] > 0
+        links[frame, g[useful]] = p[useful]
     return links
 
 
-def linked_overlaps(overlaps: VideoOverlaps, links: np.ndarray) -> VideoOverlaps:
+def linked_overlaps(
+    overlaps: VideoOverlaps, track_of: np.ndarray, tracks: VideoOverlaps, links: np.ndarray
+) -> VideoOverlaps:
     """The overlaps of the linked tracks, and of the tracks of masks that are left.
 
-    links: (G, L) int, a predicted track or NONE.
+    track_of, tracks: see `different_tracks`. links: (L, G) int, a track or NONE.
     """
-    links = links[(links != NONE).any(axis=1)]
-    frames = np.arange(links.shape[1])
+    links = links[:, (links != NONE).any(axis=0)]
     is_linked = links != NONE
-    is_left = overlaps.predicted_areas > 0  # (P, L)
-    visible = is_left.sum(axis=1)
-    for track, frame in zip(links.T[is_linked.T], np.nonzero(is_linked.T)[0]):
-        is_left[track, frame] = False
-    left = is_left.sum(axis=1)
+    frames = np.arange(len(links))[:, None]
+    is_left = tracks.predicted_areas > 0  # (L, P)
+    visible = is_left.sum(axis=0)
+    is_left[np.nonzero(is_linked)[0], links[is_linked]] = False
+    left = is_left.sum(axis=0)
 
-    predictions = []  # (position in the file, entry, track)
-    for number, track in enumerate(links):
-        for position, entry in mean_labels(overlaps, track[track != NONE]):
+    predictions = []  # (position in the file, entry, column of the arrays below)
+    for number, linked in enumerate(links.T):
+        for position, entry in mean_labels(overlaps, track_of, linked[linked != NONE]):
             predictions.append((position, entry, number))
-    for position, (entry, track) in enumerate(zip(overlaps.predictions, overlaps.track_of)):
+    for position, (entry, track) in enumerate(zip(overlaps.predictions, track_of)):
         if left[track] or not visible[track]:
             share = left[track] / visible[track] if visible[track] else 1.0
             entry = entry | {"score": entry["score"] * share}
-            predictions.append((position, entry, len(links) + track))
+            predictions.append((position, entry, links.shape[1] + track))
     predictions.sort(key=lambda prediction: prediction[0])  # equal scores keep their order
 
-    return replace(
-        overlaps,
-        predictions=[entry for _, entry, _ in predictions],
-        track_of=np.array([track for *_, track in predictions], dtype=int),
-        predicted_areas=np.concatenate(
-            (
-                overlaps.predicted_areas[links, frames] * is_linked,
-                overlaps.predicted_areas * is_left,
-            )
-        ),
-        intersections=np.concatenate(
-            (
-                overlaps.intersections[links, frames] * is_linked[:, :, None],
-                overlaps.intersections * is_left[:, :, None],
-            )
-        ),
+    columns = np.array([column for *_, column in predictions], dtype=int)
+    areas = (tracks.predicted_areas[frames, links] * is_linked, tracks.predicted_areas * is_left)
+    intersections = (
+        tracks.intersections[frames, links] * is_linked[:, :, None],
+        tracks.intersections * is_left[:, :, None],
+    )
+    return overlaps.with_tracks(
+        [entry for _, entry, _ in predictions],
+        np.concatenate(areas, axis=1)[:, columns],
+        np.concatenate(intersections, axis=1)[:, columns],
     )
 
 
-def mean_labels(overlaps: VideoOverlaps, tracks: np.ndarray) -> list[tuple[int, dict]]:
+def mean_labels(
+    overlaps: VideoOverlaps, track_of: np.ndarray, tracks: np.ndarray
+) -> list[tuple[int, dict]]:
     """The predictions of a track that is linked from masks of other tracks.
 
-    tracks: for each mask, the track that it comes from.
+    track_of: (D,) the track of each prediction. tracks: for each mask, the track it comes from.
 
     Returns (position, entry) for each class. The position is that of the first prediction of the
     class among those tracks, the score their mean.
@@ -158,9 +177,7 @@ def mean_labels(overlaps: VideoOverlaps, tracks: np.ndarray) -> list[tuple[int, 
     share = dict(zip(numbers.tolist(), (counts / len(tracks)).tolist()))
     labels = {}
     seen = set()
-    for position, (entry, track) in enumerate(
-        zip(overlaps.predictions, overlaps.track_of.tolist())
-    ):
+    for position, (entry, track) in enumerate(zip(overlaps.predictions, track_of.tolist())):
         category = entry["category_id"]
         if track not in share or (track, category) in seen:
             continue

@@ -17,16 +17,18 @@ From Python, `evaluate_results` returns the numbers, `accumulate` the curves beh
 `format_table` a table to print. Source: ytvoseval.py of the YouTube-VIS fork of cocoapi (published
 with MaskTrackRCNN, shipped with VITA, GenVIS and GRAtt-VIS). A golden test compares the numbers.
 
-Letters: D predictions and G ground truth tracks of one video and category, L frames, T overlap
-thresholds, R recall points, K categories, A area ranges, M limits on the number of predictions.
+Letters: D predictions and G ground truth tracks of one video and category, T overlap thresholds,
+R recall points, K categories, A groups of tracks (by default those of AREA), M limits on the number
+of predictions.
 """
 
 import sys
-from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
-from evaluation.overlaps import video_overlaps
+from evaluation.overlaps import VideoOverlaps, indices_by_category, measure_overlaps
 from reading.annotations import complete
 from reading.ids import id_key, id_order
 from reading.masks import find_bad_tracks
@@ -35,9 +37,60 @@ from runtime.errors import InputError, shown
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)  # index 0 is AP50, index 5 is AP75
 RECALL_POINTS = np.linspace(0.0, 1.0, 101)
 MAX_PREDICTIONS = (1, 10, 100)  # per video and category, best scores first
-# All, small, medium, large. Both ends belong to a range: 128 * 128 pixels are small and medium.
-AREA_RANGES = np.array([(0, 1e10), (0, 128**2), (128**2, 256**2), (256**2, 1e10)])
-ALL, SMALL, MEDIUM, LARGE = range(4)  # indices of AREA_RANGES
+AREA_RANGES = {
+    "all": (0, 1e10),
+    "small": (0, 128**2),
+    "medium": (128**2, 256**2),
+    "large": (256**2, 1e10),
+}
+ALL, SMALL, MEDIUM, LARGE = range(4)  # of the A axis
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """Groups of tracks by the range of a value, such as their size.
+
+    In the AP of a group, ground truth tracks outside of the range count neither as found nor as
+    missed, and unmatched predictions outside of it are no errors.
+    """
+
+    ranges: dict[str, tuple[float, float]]  # both ends belong to a range
+    actual: Callable[[VideoOverlaps], list[float]]  # the value of each annotation; NaN is outside
+    # The value of each prediction. Without it, an unmatched prediction is an error in all groups.
+    predicted: Callable[[VideoOverlaps], list[float]] | None = None
+
+    def outside(self, tracks):
+        """Whether predictions (A, D) and annotations (A, G) lie outside of each range."""
+        if self.predicted:
+            predicted = self.outside_ranges(self.predicted(tracks))
+        else:
+            predicted = np.zeros((len(self.ranges), len(tracks.predictions)), dtype=bool)
+        return predicted, self.outside_ranges(self.actual(tracks))
+
+    def outside_ranges(self, values):
+        """N values -> (A, N) bool."""
+        low, high = np.array(list(self.ranges.values())).T[:, :, None]
+        values = np.array(values, dtype=np.float64)
+        return ~((low <= values) & (values <= high))
+
+
+def mean_area(areas):
+    """The size of a track: its mean area where the area is positive; None counts as 0."""
+    visible = [area for area in areas if area]
+    return np.mean(visible) if visible else 0.0
+
+
+def stated_sizes(tracks):
+    """The sizes of annotations by their recorded areas, which may differ from their masks'."""
+    return [mean_area(annotation["areas"]) for annotation in tracks.annotations]
+
+
+def predicted_sizes(tracks):
+    """The sizes of predictions by the areas of their masks."""
+    return [mean_area(areas) for areas in tracks.predicted_areas.T]
+
+
+AREA = Grouping(AREA_RANGES, stated_sizes, predicted_sizes)
 
 
 def evaluate_results(results, ground_truth):
@@ -182,36 +235,49 @@ def check_length(name, segmentations, video):
             raise InputError(f"{name} has polygons in frame {frame}; results hold RLEs")
 
 
-def accumulate(results, ground_truth, ignored=None):
+def accumulate(results, ground_truth, groupings=None):
     """Precision, recall and scores for all settings, from the output of `check_results`.
 
+    groupings: the groups of tracks that form the A axis, by default those of AREA.
+    """
+    videos = measure_overlaps(results, ground_truth)
+    return accumulate_videos(videos, category_ids(ground_truth), groupings or [AREA])
+
+
+def accumulate_videos(videos, categories, groupings):
+    """Precision, recall and scores for all settings.
+
     Args:
-        ignored: one bool per annotation, True for annotations that count neither as true positive
-            nor as missed, like those outside the area range. The prediction matched to one is
-            not an error; a second such prediction is. None ignores none.
+        videos: VideoOverlaps, in ascending order of id, because equal scores keep this order.
+        categories: ids, the K axis.
+        groupings: the A axis consists of the groups of all of them.
 
     Returns:
         precision: (T, R, K, A, M), the best precision at each recall point or beyond.
         recall: (T, K, A, M), the largest recall reached.
         scores: (T, R, K, A, M), the score at which each recall point is reached.
 
-    All are float64, with K in ascending order of category id. Settings without ground truth are
-    -1. Precision and scores are 0 at recalls that are never reached.
+    All are float64. Settings without ground truth are -1. Precision and scores are 0 at recalls
+    that are never reached.
     """
-    matched = [match_video(video) for video in video_overlaps(results, ground_truth, ignored)]
-    return accumulate_matched(matched, category_ids(ground_truth))
+    matched = [match_video(video, groupings) for video in videos]
+    groups = sum(len(grouping.ranges) for grouping in groupings)
+    return accumulate_matched(matched, categories, groups)
 
 
-def accumulate_matched(matched, categories):
-    """The output of `accumulate`, from the output of `match_video` for every video."""
-    settings = len(categories), len(AREA_RANGES), len(MAX_PREDICTIONS)
+def accumulate_matched(matched, categories, groups=len(AREA_RANGES)):
+    """The output of `accumulate_videos`, from the output of `match_video` for every video.
+
+    groups: length of the A axis.
+    """
+    settings = len(categories), groups, len(MAX_PREDICTIONS)
     precision = np.full((len(IOU_THRESHOLDS), len(RECALL_POINTS), *settings), -1.0)
     recall = np.full((len(IOU_THRESHOLDS), *settings), -1.0)
     scores = np.full_like(precision, -1.0)
     for k, category in enumerate(categories):
         matchings = [video[category] for video in matched if category in video]
         positives = sum(matching["positives"] for matching in matchings)  # (A,)
-        for a, m in np.ndindex(len(AREA_RANGES), len(MAX_PREDICTIONS)):
+        for a, m in np.ndindex(groups, len(MAX_PREDICTIONS)):
             if not matchings or not positives[a]:
                 continue
             ranked, true, false, _ = rank_predictions(matchings, a, MAX_PREDICTIONS[m])
@@ -221,7 +287,7 @@ def accumulate_matched(matched, categories):
 
 
 def rank_predictions(matchings, a, limit):
-    """All videos' predictions of one category and area range, in order of descending score.
+    """All videos' predictions of one category and group, in order of descending score.
 
     The first `limit` predictions of each video count. Equal scores keep the order of the videos.
     Returns scores (N,), true (T, N) and false (T, N), the arguments of `precision_recall`, and the
@@ -293,23 +359,21 @@ def average_precision(true, false, positives):
     return (precision * reached).sum(axis=-1) / len(RECALL_POINTS)
 
 
-def match_video(overlaps):
-    """Match the predictions and the ground truth of one video: {category id: matching}.
+def match_video(overlaps, groupings=(AREA,)):
+    """Match the predictions and the ground truth of one video (VideoOverlaps).
 
-    overlaps: VideoOverlaps, see overlaps.py. The categories are those that have entries.
+    Returns {category id: output of `match_category`}, for the categories that have entries. Indices
+    are those of the lists of `overlaps`.
     """
-    predicted, actual = defaultdict(list), defaultdict(list)
-    for entries, groups in ((overlaps.predictions, predicted), (overlaps.annotations, actual)):
-        for index, entry in enumerate(entries):
-            groups[entry["category_id"]].append(index)
-    ious = overlaps.ious()
+    predicted = indices_by_category(overlaps.predictions)
+    actual = indices_by_category(overlaps.annotations)
     return {
-        category: match_category(overlaps, ious, predicted[category], actual[category])
+        category: match_category(overlaps, predicted[category], actual[category], groupings)
         for category in dict.fromkeys([*predicted, *actual])
     }
 
 
-def match_category(overlaps, ious, predicted, actual):
+def match_category(overlaps, predicted, actual, groupings):
     """Match the predictions and the ground truth of one video and category.
 
     predicted, actual: their indices in the lists of `overlaps`. Returns a dict:
@@ -320,29 +384,19 @@ def match_category(overlaps, ious, predicted, actual):
         "true", "false": (A, T, D) bool, both False where a prediction is ignored.
         "positives": (A,) int, number of ground truth tracks that are not ignored.
     """
-    scores = np.array(
-        [overlaps.predictions[index]["score"] for index in predicted], dtype=np.float64
-    )
-    order = np.argsort(-scores, kind="stable")[: MAX_PREDICTIONS[-1]]
-    predicted, actual = np.array(predicted, dtype=int)[order], np.array(actual, dtype=int)
-    annotations = [overlaps.annotations[index] for index in actual]
-
-    crowd = np.array([bool(annotation.get("iscrowd")) for annotation in annotations], dtype=bool)
-    # The range of an annotation depends on its recorded areas, which may differ from those of
-    # its (resized) masks.
-    outside = outside_ranges([annotation["areas"] for annotation in annotations])
-    ignored = np.array([annotation["ignored"] for annotation in annotations], dtype=bool)
-    ignored = outside | crowd | ignored  # (A, G)
-    matches, matched_ignored = match_tracks(ious[np.ix_(predicted, actual)], crowd, ignored)
-    # An unmatched prediction is a false positive only in the area range of its size.
-    areas = overlaps.predicted_areas[overlaps.track_of[predicted]]
-    outside = outside_ranges(areas)[:, None, :]  # (A, 1, D)
+    order = np.argsort(-overlaps.scores[predicted], kind="stable")[: MAX_PREDICTIONS[-1]]
+    tracks = overlaps.select(predicted[order], actual)
+    outside = [grouping.outside(tracks) for grouping in groupings]
+    outside_predicted, outside_actual = map(np.concatenate, zip(*outside))  # (A, D), (A, G)
+    ignored = outside_actual | tracks.crowd
+    matches, matched_ignored = match_tracks(tracks.track_ious, tracks.crowd, ignored)
+    # An unmatched prediction is a false positive only in the groups that it belongs to.
     return {
-        "predictions": predicted,
-        "scores": scores[order],
+        "predictions": predicted[order],
+        "scores": tracks.scores,
         "matches": np.where(matches >= 0, np.append(actual, -1)[matches], -1),
         "true": (matches >= 0) & ~matched_ignored,
-        "false": (matches < 0) & ~outside,
+        "false": (matches < 0) & ~outside_predicted[:, None],
         "positives": np.count_nonzero(~ignored, axis=1),
     }
 
@@ -361,8 +415,9 @@ def match_tracks(ious, crowd, ignored):
     Returns matches (A, T, D) int, the track of each prediction or -1, and matched_ignored
     (A, T, D) bool, the matches with ignored tracks.
     """
-    taken = np.zeros((len(AREA_RANGES), len(IOU_THRESHOLDS), len(crowd)), dtype=bool)
-    matches = np.full((len(AREA_RANGES), len(IOU_THRESHOLDS), len(ious)), -1)
+    groups = len(ignored)
+    taken = np.zeros((groups, len(IOU_THRESHOLDS), len(crowd)), dtype=bool)
+    matches = np.full((groups, len(IOU_THRESHOLDS), len(ious)), -1)
     matched_ignored = np.zeros(matches.shape, dtype=bool)
     # Most predictions overlap no track enough.
     overlapping = ious.max(axis=1, initial=0.0) >= IOU_THRESHOLDS[0]
@@ -380,18 +435,6 @@ def match_tracks(ious, crowd, ignored):
         a, t = np.nonzero(matched)
         taken[a, t, best[a, t]] = True
     return matches, matched_ignored
-
-
-def outside_ranges(areas):
-    """Whether each track lies outside each of AREA_RANGES.
-
-    areas: N sequences of areas per frame; None counts as 0. The size of a track is its mean area
-    over the frames in which the area is positive, or 0 if there are none.
-    Returns (A, N) bool.
-    """
-    visible = [[area for area in track if area] for track in areas]
-    sizes = np.array([np.mean(track) if track else 0.0 for track in visible])
-    return (sizes < AREA_RANGES[:, :1]) | (sizes > AREA_RANGES[:, 1:])
 
 
 def category_ids(ground_truth):

@@ -1,119 +1,95 @@
-"""The pixels that predictions and ground truth share in every frame, computed once per video.
+"""Areas and intersections of the masks of a video, which all metrics are computed from.
 
-    for overlaps in video_overlaps(results, ground_truth):   # the output of check_results
-        overlaps.ious()                                      # of whole tracks
+    videos = measure_overlaps(results, ground_truth)   # both checked, see metric.check_results
+    videos[0].track_ious                               # (D, G), of whole tracks: AP
+    videos[0].frame_ious()                             # (L, D, G), of single masks: HOTA, MOTA, IDF1
 
-The metric (metric.py), the causes of lost AP (causes.py) and the best linking (linking.py) all
-follow from these numbers, without looking at masks again.
+Masks stay run-length encoded. All pairs of a video are measured at once, of different classes too:
+that takes no longer than class by class, because pycocotools decodes each code once per call.
+Memory: 4 bytes per frame and pair of tracks.
 
-Letters: D predictions and G ground truth tracks of one video, P different predicted tracks, L
-frames.
+Letters: L frames, D predictions and G ground truth tracks of one video.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from reading.ids import id_order
+from reading.ids import Id, id_order
 from reading.masks import to_rle
 
 
-@dataclass
+@dataclass(frozen=True)
 class VideoOverlaps:
-    """Predictions and ground truth of one video, and the pixels they share in every frame.
+    """The predictions and annotations of one video, in the order of their files."""
 
-    Predictions with the same masks, such as one query with several labels, have one track.
-    """
-
-    video: dict
-    predictions: list[dict]  # D
-    annotations: list[dict]  # G, each with the key "ignored", see `metric.accumulate`
-    track_of: np.ndarray  # (D,) int: the track of each prediction
-    predicted_areas: np.ndarray  # (P, L) float64, pixels
-    actual_areas: np.ndarray  # (G, L) float64
-    intersections: np.ndarray  # (P, L, G) float64
+    video_id: Id
+    predictions: list[dict]  # D entries of results.json
+    annotations: list[dict]  # G entries of the annotation file
+    predicted_areas: np.ndarray  # (L, D) pixels, int64
+    actual_areas: np.ndarray  # (L, G) pixels, int64
+    intersections: np.ndarray  # (L, D, G) pixels, int32
+    track_ious: np.ndarray  # (D, G) float64: intersection over union, each summed over frames
 
     @property
-    def counts(self) -> np.ndarray:
-        """The ground truth tracks that count, which are no crowds and not ignored: (G,) bool."""
-        entries = self.annotations
-        return np.array([not (entry.get("iscrowd") or entry["ignored"]) for entry in entries], bool)
+    def scores(self) -> np.ndarray:
+        """The scores of the predictions, (D,) float64."""
+        return np.array([prediction["score"] for prediction in self.predictions], np.float64)
 
-    def track_ious(self) -> np.ndarray:
-        """IoU of every predicted with every actual track: (P, G) float64, 0 for two empty tracks.
+    @property
+    def crowd(self) -> np.ndarray:
+        """Whether annotations are crowds, (G,) bool."""
+        return np.array([bool(entry.get("iscrowd")) for entry in self.annotations], bool)
 
-        Intersection and union are summed over frames.
-        """
-        intersection = self.intersections.sum(axis=1)
-        areas = self.predicted_areas.sum(axis=1)[:, None] + self.actual_areas.sum(axis=1)
-        return divide(intersection, areas - intersection)
+    def frame_ious(self) -> np.ndarray:
+        """IoU of the masks of every frame, (L, D, G) float64; 0 for two empty masks."""
+        return divide(self.intersections, self.predicted_areas, self.actual_areas)
 
-    def ious(self) -> np.ndarray:
-        """IoU of every prediction with every actual track: (D, G) float64."""
-        return self.track_ious()[self.track_of]
+    def select(self, predicted: np.ndarray, actual: np.ndarray) -> "VideoOverlaps":
+        """The tracks with these indices, in this order."""
+        return replace(
+            self,
+            predictions=[self.predictions[d] for d in predicted],
+            annotations=[self.annotations[g] for g in actual],
+            predicted_areas=self.predicted_areas[:, predicted],
+            actual_areas=self.actual_areas[:, actual],
+            intersections=self.intersections[:, predicted[:, None], actual],
+            track_ious=self.track_ious[predicted[:, None], actual],
+        )
 
+    def with_tracks(
+        self, predictions: list[dict], areas: np.ndarray, intersections: np.ndarray
+    ) -> "VideoOverlaps":
+        """Other predictions of the same video: their entries, areas (L, D), and (L, D, G)."""
+        sums = (pixels.sum(axis=0) for pixels in (intersections, areas, self.actual_areas))
+        return replace(
+            self,
+            predictions=predictions,
+            predicted_areas=areas,
+            intersections=intersections,
+            track_ious=divide(*sums),
+        )
 
-def divide(intersection: np.ndarray, union: np.ndarray) -> np.ndarray:
-    """intersection / union, 0 where the union is empty."""
-    return np.divide(intersection, union, out=np.zeros(np.shape(union)), where=union > 0)
-
-
-def video_overlaps(results, ground_truth, ignored=None) -> Iterator[VideoOverlaps]:
-    """The overlaps of every video of the ground truth, in ascending order of video id.
-
-    Equal scores keep this order when they are ranked. Arguments as for `metric.accumulate`.
-    """
-    annotations = ground_truth["annotations"]
-    if ignored is None:
-        ignored = [False] * len(annotations)
-    annotations = [
-        annotation | {"ignored": bool(flag)}
-        for annotation, flag in zip(annotations, ignored, strict=True)
-    ]
-    predicted, actual = group_by(results, "video_id"), group_by(annotations, "video_id")
-    videos = {video["id"]: video for video in ground_truth["videos"]}
-    for video_id in sorted(videos, key=id_order):
-        yield frame_overlaps(predicted[video_id], actual[video_id], videos[video_id])
-
-
-def group_by(entries: list[dict], key: str) -> dict:
-    """{value of the key: entries}, a defaultdict."""
-    groups = defaultdict(list)
-    for entry in entries:
-        groups[entry[key]].append(entry)
-    return groups
+    def by_category(self) -> dict[Id, "VideoOverlaps"]:
+        """The tracks of each category that has any."""
+        predicted = indices_by_category(self.predictions)
+        actual = indices_by_category(self.annotations)
+        categories = dict.fromkeys([*predicted, *actual])
+        return {
+            category: self.select(predicted[category], actual[category]) for category in categories
+        }
 
 
-def frame_overlaps(predictions: list[dict], annotations: list[dict], video: dict) -> VideoOverlaps:
-    """The overlaps of one video; its entries have one RLE or None per frame."""
-    predicted, track_of = different_tracks([track_rles(entry, video) for entry in predictions])
-    actual = [track_rles(entry, video) for entry in annotations]
-    predicted_areas = track_areas(predicted, video["length"])
-    actual_areas = track_areas(actual, video["length"])
-    intersections = np.zeros((len(predicted), video["length"], len(actual)))
-    both_visible = predicted_areas.any(axis=0) & actual_areas.any(axis=0)
-    for frame in np.flatnonzero(both_visible):
-        predicted_masks = [track[frame] for track in predicted]
-        actual_masks = [track[frame] for track in actual]
-        # With iscrowd set, pycocotools returns intersection / area of the predicted mask.
-        # Multiplied by that area and rounded, it is the exact intersection in pixels.
-        covered = coco_mask.iou(predicted_masks, actual_masks, [True] * len(actual_masks))
-        intersections[:, frame] = np.rint(covered * predicted_areas[:, frame, None])
-    return VideoOverlaps(
-        video, predictions, annotations, track_of, predicted_areas, actual_areas, intersections
-    )
-
-
-def different_tracks(tracks: list[list[dict]]) -> tuple[list[list[dict]], np.ndarray]:
-    """The P different ones of D tracks of RLEs, and the number of each of the D among them."""
-    numbers = {}
-    codes = [tuple(rle["counts"] for rle in track) for track in tracks]
-    track_of = [numbers.setdefault(code, len(numbers)) for code in codes]
-    firsts = [track_of.index(number) for number in range(len(numbers))]
-    return [tracks[first] for first in firsts], np.array(track_of, dtype=int)
+def indices_by_category(entries: list[dict]) -> dict[Id, np.ndarray]:
+    """{category id: indices of its entries}, empty for all other ids."""
+    indices = defaultdict(list)
+    for index, entry in enumerate(entries):
+        indices[entry["category_id"]].append(index)
+    arrays = {category: np.array(chosen) for category, chosen in indices.items()}
+    return defaultdict(lambda: np.empty(0, dtype=np.int64), arrays)
 
 
 def track_rles(entry: dict, video: dict) -> list[dict]:
@@ -127,7 +103,74 @@ def track_rles(entry: dict, video: dict) -> list[dict]:
     ]
 
 
+def measure_overlaps(
+    results: list[dict],
+    ground_truth: dict,
+    rles_of: Callable[[dict, dict], list[dict]] = track_rles,
+) -> list[VideoOverlaps]:
+    """The overlaps in every video that has predictions or annotations, in ascending order of id.
+
+    Args:
+        results, ground_truth: as returned by metric.check_results.
+        rles_of: (entry, video) -> L RLE dicts; boundary.py passes the boundaries of the masks.
+    """
+    predictions, annotations = group_by_video(results), group_by_video(ground_truth["annotations"])
+    return [
+        measure_video(predictions[video["id"]], annotations[video["id"]], video, rles_of)
+        for video in sorted(ground_truth["videos"], key=lambda video: id_order(video["id"]))
+        if video["id"] in predictions or video["id"] in annotations
+    ]
+
+
+def group_by_video(entries: list[dict]) -> dict[Id, list[dict]]:
+    """{video id: entries}, a defaultdict."""
+    groups = defaultdict(list)
+    for entry in entries:
+        groups[entry["video_id"]].append(entry)
+    return groups
+
+
+def measure_video(
+    predictions: list[dict], annotations: list[dict], video: dict, rles_of=track_rles
+) -> VideoOverlaps:
+    """The overlaps of all predictions with all annotations of a video."""
+    length = video["length"]
+    predicted = [rles_of(prediction, video) for prediction in predictions]
+    actual = [rles_of(annotation, video) for annotation in annotations]
+    predicted_areas = track_areas(predicted, length)
+    actual_areas = track_areas(actual, length)
+    intersections = np.zeros((length, len(predicted), len(actual)), dtype=np.int32)
+    both_visible = predicted_areas.any(axis=1) & actual_areas.any(axis=1)
+    for frame in np.flatnonzero(both_visible):
+        predicted_masks = [track[frame] for track in predicted]
+        actual_masks = [track[frame] for track in actual]
+        # With iscrowd set, pycocotools returns intersection / area of the predicted mask.
+        # Multiplied by that area and rounded, it is the exact intersection in pixels.
+        covered = coco_mask.iou(predicted_masks, actual_masks, [True] * len(actual_masks))
+        intersections[frame] = np.rint(covered * predicted_areas[frame, :, None])
+    track_ious = divide(
+        intersections.sum(axis=0), predicted_areas.sum(axis=0), actual_areas.sum(axis=0)
+    )
+    return VideoOverlaps(
+        video["id"],
+        predictions,
+        annotations,
+        predicted_areas,
+        actual_areas,
+        intersections,
+        track_ious,
+    )
+
+
 def track_areas(tracks: list[list[dict]], length: int) -> np.ndarray:
-    """Exact areas in pixels of N tracks of `length` RLEs: (N, L) float64."""
+    """Exact areas in pixels of N tracks of `length` RLEs: (L, N) int64."""
     areas = [coco_mask.area(rles) for rles in tracks]
-    return np.array(areas, dtype=np.float64).reshape(-1, length)
+    return np.array(areas, dtype=np.int64).reshape(-1, length).T
+
+
+def divide(
+    intersections: np.ndarray, predicted_areas: np.ndarray, actual_areas: np.ndarray
+) -> np.ndarray:
+    """Intersection over union, 0 where both are empty: (..., D, G), (..., D), (..., G) pixels."""
+    union = predicted_areas[..., :, None] + actual_areas[..., None, :] - intersections
+    return np.divide(intersections, union, out=np.zeros(union.shape), where=union > 0)

@@ -33,8 +33,9 @@ from evaluation.metric import (
     mean_metrics,
     summarize,
 )
-from evaluation.overlaps import video_overlaps
+from evaluation.overlaps import measure_overlaps
 from reading.annotations import AnnotationFile, Skipped, read_annotations
+from reading.ids import Id
 from reading.layouts import GROUND_TRUTH_HELP
 from runtime.errors import InputError, shown
 from runtime.files import atomic_write, read_json, save_json
@@ -43,15 +44,12 @@ from viewing.plots import plot_classes, plot_precision
 
 @dataclass
 class ScoredPart:
-    """A results file scored on one part of the ground truth.
-
-    The lists have an entry for every video, in ascending order of id.
-    """
+    """A results file scored on one part of the ground truth."""
 
     metrics: dict  # as in metrics.json
     precision: np.ndarray  # of `metric.accumulate`
-    matched: list[dict]  # of `metric.match_video`
-    explained: list[Explanation]  # of `causes.explain_video`
+    matched: dict[Id, dict]  # of `metric.match_video`, by video
+    explained: dict[Id, Explanation]  # of `causes.explain_video`
 
 
 def read_parts(paths: list[str | Path], skip_bad: bool) -> dict[str, AnnotationFile]:
@@ -126,24 +124,23 @@ def score_results(
 
 
 def score_part(results: list[dict], part: AnnotationFile) -> ScoredPart:
-    """Score the predictions of the videos of one part of the ground truth.
-
-    Each video is finished before the next, because the overlaps of all of them may not fit into
-    memory.
-    """
+    """Score the predictions of the videos of one part of the ground truth."""
     videos = {video["id"] for video in part.content["videos"]}
     results = [entry for entry in results if entry["video_id"] in videos]
     categories = category_ids(part.content)
     numbers = {category: number for number, category in enumerate(categories)}
-    matched, explained, linked = [], [], []
-    for overlaps in video_overlaps(results, part.content):
-        matched.append(match_video(overlaps))
-        explained.append(explain_video(overlaps, matched[-1], numbers))
-        linked.append(link_video(overlaps))
-    precision, recall, _ = accumulate_matched(matched, categories)
+    overlaps = {video.video_id: video for video in measure_overlaps(results, part.content)}
+    matched = {name: match_video(video) for name, video in overlaps.items()}
+    explained = {
+        name: explain_video(video, matched[name], numbers) for name, video in overlaps.items()
+    }
+    linked = [link_video(video) for video in overlaps.values()]
+    precision, recall, _ = accumulate_matched(matched.values(), categories)
     metrics = summarize(precision, recall, part.content)
-    metrics["causes"] = measure_causes(explained)
-    metrics["oracle"] = measure_linking(linked, categories) | {"order": measure_order(explained)}
+    metrics["causes"] = measure_causes(explained.values())
+    metrics["oracle"] = measure_linking(linked, categories) | {
+        "order": measure_order(explained.values())
+    }
     return ScoredPart(metrics, precision, matched, explained)
 
 

@@ -14,7 +14,7 @@ from evaluation.metric import (
     evaluate_results,
     match_video,
 )
-from evaluation.overlaps import video_overlaps
+from evaluation.overlaps import measure_overlaps
 from hand_made import LEFT, RIGHT, annotation, prediction, random_set, square, truth
 
 NOTHING = [None] * 2
@@ -26,7 +26,7 @@ def explain(results, ground_truth):
     categories = {category: k for k, category in enumerate(category_ids(ground_truth))}
     return [
         (overlaps, explain_video(overlaps, match_video(overlaps), categories))
-        for overlaps in video_overlaps(results, ground_truth)
+        for overlaps in measure_overlaps(results, ground_truth)
     ]
 
 

@@ -15,12 +15,13 @@ from evaluation.comparison import (
     resampled_metrics,
 )
 from evaluation.metric import check_results, evaluate_results, match_video
-from evaluation.overlaps import video_overlaps
+from evaluation.overlaps import measure_overlaps
 from hand_made import LEFT, RIGHT, annotation, prediction, random_set, truth
 
 
 def match(results, ground_truth):
-    return [match_video(video) for video in video_overlaps(*check_results(results, ground_truth))]
+    videos = measure_overlaps(*check_results(results, ground_truth))
+    return {video.video_id: match_video(video) for video in videos}
 
 
 def copies_of(results, ground_truth, counts):

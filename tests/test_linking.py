@@ -6,9 +6,15 @@ import numpy as np
 import pytest
 
 from evaluation import linking
-from evaluation.linking import best_links, exclusive_links, link_video, measure_linking
+from evaluation.linking import (
+    best_links,
+    different_tracks,
+    exclusive_links,
+    link_video,
+    measure_linking,
+)
 from evaluation.metric import category_ids, check_results, evaluate_results
-from evaluation.overlaps import video_overlaps
+from evaluation.overlaps import measure_overlaps
 from hand_made import LEFT, RIGHT, annotation, prediction, random_set, square, truth
 
 NAMES = ("AP", "AP50", "AP75")
@@ -17,7 +23,7 @@ TWO = truth(annotation(LEFT), annotation(RIGHT, number=2), categories=(1, 2))
 
 
 def overlaps_of(results, ground_truth):
-    return list(video_overlaps(*check_results(results, ground_truth)))
+    return measure_overlaps(*check_results(results, ground_truth))
 
 
 def measure(results, ground_truth):
@@ -28,11 +34,12 @@ def measure(results, ground_truth):
 def linked_tracks(results, ground_truth):
     """[(category, score, areas)] of the only video after linking."""
     (overlaps,) = overlaps_of(results, ground_truth)
-    _, gains = best_links(overlaps)
-    linked = linking.linked_overlaps(overlaps, exclusive_links(gains))
+    track_of, tracks = different_tracks(overlaps)
+    _, gains = best_links(tracks)
+    linked = linking.linked_overlaps(overlaps, track_of, tracks, exclusive_links(gains))
     return [
-        (entry["category_id"], entry["score"], linked.predicted_areas[track].tolist())
-        for entry, track in zip(linked.predictions, linked.track_of)
+        (entry["category_id"], entry["score"], areas)
+        for entry, areas in zip(linked.predictions, linked.predicted_areas.T.tolist())
     ]
 
 
@@ -114,17 +121,18 @@ def test_nothing_is_defined_without_ground_truth_and_found_without_predictions()
 
 
 def tiny_videos(seed):
-    """A few masks of three frames, for three ground truth tracks."""
+    """The different tracks of a few masks in three frames, and three ground truth tracks."""
     results, ground_truth = random_set(seed, videos=(1,))
-    yield from overlaps_of(results[:6], ground_truth)
+    for overlaps in overlaps_of(results[:6], ground_truth):
+        yield different_tracks(overlaps)[1]
 
 
 def iou_of(overlaps, choice, g):
     """IoU of the track with mask choice[frame] (None for no mask) and a ground truth track."""
     chosen = [(track, frame) for frame, track in enumerate(choice) if track is not None]
-    shared = sum(overlaps.intersections[track, frame, g] for track, frame in chosen)
-    area = sum(overlaps.predicted_areas[track, frame] for track, frame in chosen)
-    union = area + overlaps.actual_areas[g].sum() - shared
+    shared = sum(overlaps.intersections[frame, track, g] for track, frame in chosen)
+    area = sum(overlaps.predicted_areas[frame, track] for track, frame in chosen)
+    union = area + overlaps.actual_areas[:, g].sum() - shared
     return shared / union if union else 0.0
 
 
@@ -132,7 +140,7 @@ def iou_of(overlaps, choice, g):
 def test_no_choice_of_masks_has_a_higher_iou(seed):
     for overlaps in tiny_videos(seed):
         ious, _ = best_links(overlaps)
-        options = [None, *range(len(overlaps.predicted_areas))]
+        options = [None, *range(len(overlaps.predictions))]
         for g, iou in enumerate(ious):
             assert iou == max(iou_of(overlaps, choice, g) for choice in product(options, repeat=3))
 
@@ -140,13 +148,13 @@ def test_no_choice_of_masks_has_a_higher_iou(seed):
 @pytest.mark.parametrize("seed", range(20))
 def test_no_exclusive_assignment_gains_more(seed):
     random = np.random.default_rng(seed)
-    gains = np.round(random.uniform(-1, 1, (4, 2, 3)), 1)
+    gains = np.round(random.uniform(-1, 1, (2, 4, 3)), 1)
     links = exclusive_links(gains)
     for frame in range(2):
-        of_frame = gains[:, frame]
-        chosen = [p for p in links[:, frame] if p >= 0]
+        of_frame = gains[frame]
+        chosen = [p for p in links[frame] if p >= 0]
         assert len(set(chosen)) == len(chosen)
-        total = sum(of_frame[p, g] for g, p in enumerate(links[:, frame]) if p >= 0)
+        total = sum(of_frame[p, g] for g, p in enumerate(links[frame]) if p >= 0)
         best = max(
             sum(max(0, of_frame[p, g]) for g, p in enumerate(some))
             for some in permutations(range(4), 3)
@@ -160,7 +168,7 @@ def test_links_are_exclusive_where_two_objects_want_a_mask():
     (overlaps,) = overlaps_of([prediction([square(0, 3)] * 4)], ground_truth)
     _, gains = best_links(overlaps)
     assert (gains > 0).all()
-    assert exclusive_links(gains).tolist() == [[0] * 4, [-1] * 4]
+    assert exclusive_links(gains).tolist() == [[0, -1]] * 4
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -170,7 +178,7 @@ def test_the_bound_is_reached_and_never_exceeded(seed):
     results = results[:6]
     bound = measure(results, ground_truth)["bound"]
     (overlaps,) = overlaps_of(results, ground_truth)
-    masks = {t: entry["segmentations"] for t, entry in zip(overlaps.track_of, results)}
+    masks = {d: entry["segmentations"] for d, entry in enumerate(results)}
     choices = list(product([None, *masks], repeat=3))
 
     def linked(choice, score, category):
@@ -181,7 +189,7 @@ def test_the_bound_is_reached_and_never_exceeded(seed):
     for g, entry in enumerate(overlaps.annotations):
         choice = max(choices, key=lambda choice: iou_of(overlaps, choice, g))
         best.append(linked(choice, iou_of(overlaps, choice, g), entry["category_id"]))
-    best = [entry for entry, counts in zip(best, overlaps.counts) if counts]
+    best = [entry for entry, counts in zip(best, ~overlaps.crowd) if counts]
     reached = evaluate_results(best, ground_truth)
     assert {name: reached[name] for name in NAMES} == pytest.approx(bound)
 
