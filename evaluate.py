@@ -363,11 +363,15 @@ def ground_truth_of(
         return read_parts(args.annotations, args.skip_bad)
     if not videos.ground_truth["annotations"]:
         for paths in find_ground_truth(videos.path, args.data_root, args.split):
-            parts = read_parts(paths, args.skip_bad)
             names = " and ".join(map(str, paths))
+            try:
+                parts = read_parts(paths, args.skip_bad)
+                message = f"not of these videos: {names}"
+            except InputError as error:
+                parts, message = {}, f"not used as ground truth: {error}"
             fits = is_ground_truth(parts, videos)
             if rank == 0:
-                print(f"ground truth: {names}" if fits else f"not of these videos: {names}")
+                print(f"ground truth: {names}" if fits else message)
             if fits:
                 return parts
     return {videos.path.stem: videos.file}

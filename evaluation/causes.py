@@ -10,8 +10,8 @@ the ground truth track of any class, no crowd, with the highest IoU.
     duplicate        IoU at least t, right class: a prediction with a better score has the object
     wrong class      IoU at least t, wrong class
     class and mask   IoU from 0.1 to t, wrong class
-    score order      IoU from 0.1 to t, right class, but the object is matched by a prediction with a
-                     lower score: a better track exists and is ranked lower
+    score order      IoU from 0.1 to t, right class, but the object is matched by a prediction with
+                     a lower score: a better track exists and is ranked lower
     identity switch, broken track, loose mask
                      other predictions with IoU from 0.1 to t and the right class, by what spoils
                      most pixels, see `find_spoiling`

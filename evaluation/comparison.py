@@ -16,8 +16,8 @@ both results alike. Resamples in which a number is not defined at all are left o
 
 If the ground truth has several parts, each part is resampled, and the numbers are means over parts.
 
-The numbers of a video are those of a ground truth with this video alone: means over the classes that
-it has. Predictions of other classes do not count there.
+The numbers of a video are those of a ground truth with this video alone: means over the classes
+that it has. Predictions of other classes do not count there.
 
 Letters: R resamples, V videos, N ranked predictions, T thresholds, K categories, A area ranges.
 """
@@ -120,7 +120,7 @@ def category_precision(matched: list[dict], category, a: int, counts: np.ndarray
 def category_recall(
     matched: list[dict], category, a: int, limit: int, counts: np.ndarray
 ) -> np.ndarray:
-    """Recall of a category at each threshold in every selection, (R, T); NaN without ground truth."""
+    """Recall of a category at each threshold in every selection, (R, T); NaN if not defined."""
     times, positives, true, _ = weigh(matched, category, a, limit, counts)
     found = (times @ true.T).astype(np.float64)
     positives = np.broadcast_to(positives[:, None], found.shape)

@@ -2,8 +2,8 @@
 
 `link_video` links the predicted masks of every frame anew, knowing the ground truth, as an oracle:
 
-1. Each ground truth track that counts (no crowd) gets at most one predicted mask per frame, from any
-   track and class, so that its IoU is as high as possible: `best_links`, which is exact.
+1. Each ground truth track that counts (no crowd) gets at most one predicted mask per frame, from
+   any track and class, so that its IoU is as high as possible: `best_links`, which is exact.
 2. Two objects may want the same mask of a frame. Each mask then goes to at most one of them, by
    `linear_sum_assignment` of what each would gain: `exclusive_links`. This is a heuristic where
    objects compete, which is rare: two disjoint objects cannot both overlap a mask by more than 0.5.
@@ -16,8 +16,8 @@
 The AP of the result minus the AP of the tracker is what is lost by linking alone, with the same
 masks, classes and scores. It is a heuristic, not a bound: masks are chosen for IoU, not for AP.
 
-There is a bound as well: the AP if the tracks of step 1 had the classes of their objects and nothing
-else was predicted. It is the recall of the best IoUs. No linking of these masks has a higher AP,
+There is a bound as well: the AP if the tracks of step 1 had the classes of their objects and
+nothing else was predicted. It is the recall of the best IoUs. No linking of these masks has a higher AP,
 whatever its classes and scores, and even if a mask is in several tracks.
 
 Letters: D predictions and G ground truth tracks of one video, P different predicted tracks, L
@@ -84,8 +84,8 @@ def different_tracks(overlaps: VideoOverlaps) -> tuple[np.ndarray, VideoOverlaps
 def best_links(tracks: VideoOverlaps) -> tuple[np.ndarray, np.ndarray]:
     """The highest IoU that predicted masks can give each ground truth track, one mask per frame.
 
-    A track has the IoU I / U, both summed over frames. Dinkelbach's method ("On Nonlinear Fractional
-    Programming", 1967) maximises I - r U for a ratio r, sets r to the resulting IoU, and repeats.
+    A track has the IoU I / U, both summed over frames. Dinkelbach's method ("On Nonlinear
+    Fractional Programming", 1967) maximises I - r U for a ratio r, sets r to the resulting IoU, and repeats.
     The frames are independent: a mask that shares i pixels with the object and has o outside of it
     changes I - r U by i - r o, so the best one is taken, or none if no change is positive. r grows
     until the largest I - r U is 0, when no track has a higher IoU.

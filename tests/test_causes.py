@@ -1,4 +1,4 @@
-"""Causes of lost AP: each is the entire loss once, and an implementation with plain loops agrees."""
+"""Causes of lost AP: each is the entire loss once, and plain loops find the same."""
 
 import numpy as np
 import pytest

@@ -295,6 +295,14 @@ def test_annotations_of_another_set_are_not_used(folder, tmp_path, capsys, conte
     assert f"not of these videos: {tmp_path / 'gt.json'}" in capsys.readouterr().out
 
 
+def test_a_broken_file_beside_a_set_is_no_obstacle(folder, tmp_path, capsys):
+    hidden = write_json(tmp_path / "hidden.json", hidden_content())
+    (tmp_path / "gt.json").write_text("{")
+    arguments = ["--json", hidden, "--images", folder / "JPEGImages", "--output", tmp_path / "out"]
+    assert evaluate_on(folder, *arguments) is None
+    assert "not used as ground truth: " in capsys.readouterr().out
+
+
 def test_annotations_in_parts_beside_a_set_without_any_are_found(folder, tmp_path):
     """gt_short.json and gt_long.json, as YouTube-VIS 2022 has them; one alone is not enough."""
     hidden = write_json(tmp_path / "hidden.json", hidden_content())
