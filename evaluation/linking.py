@@ -17,8 +17,8 @@ The AP of the result minus the AP of the tracker is what is lost by linking alon
 masks, classes and scores. It is a heuristic, not a bound: masks are chosen for IoU, not for AP.
 
 There is a bound as well: the AP if the tracks of step 1 had the classes of their objects and
-nothing else was predicted. It is the recall of the best IoUs. No linking of these masks has a higher AP,
-whatever its classes and scores, and even if a mask is in several tracks.
+nothing else was predicted. It is the recall of the best IoUs. No linking of these masks has a
+higher AP, whatever its classes and scores, and even if a mask is in several tracks.
 
 Letters: D predictions and G ground truth tracks of one video, P different predicted tracks, L
 frames, K categories, T thresholds.
@@ -85,10 +85,10 @@ def best_links(tracks: VideoOverlaps) -> tuple[np.ndarray, np.ndarray]:
     """The highest IoU that predicted masks can give each ground truth track, one mask per frame.
 
     A track has the IoU I / U, both summed over frames. Dinkelbach's method ("On Nonlinear
-    Fractional Programming", 1967) maximises I - r U for a ratio r, sets r to the resulting IoU, and repeats.
-    The frames are independent: a mask that shares i pixels with the object and has o outside of it
-    changes I - r U by i - r o, so the best one is taken, or none if no change is positive. r grows
-    until the largest I - r U is 0, when no track has a higher IoU.
+    Fractional Programming", 1967) maximises I - r U for a ratio r, sets r to the resulting IoU, and
+    repeats. The frames are independent: a mask that shares i pixels with the object and has o
+    outside of it changes I - r U by i - r o, so the best one is taken, or none if no change is
+    positive. r grows until the largest I - r U is 0, when no track has a higher IoU.
 
     tracks: the overlaps of P different tracks. Returns the IoUs (G,) float64, and (L, P, G) float64,
     what each mask adds to the IoU of a ground truth track to first order: positive for masks that
