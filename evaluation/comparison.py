@@ -76,7 +76,7 @@ def resampled_metrics(matched: dict, ground_truth: dict, counts: np.ndarray) -> 
     Args:
         matched: {video id: output of `metric.match_video`} of the videos that have entries.
         ground_truth: the content of the annotation file.
-        counts: (R, V) int, in the order of `video_ids`, how often each selection contains each video.
+        counts: (R, V) int, how often each selection contains each video of `video_ids`.
 
     Returns {name: (R,) float64} for the twelve names of `metric.evaluate_results`, and "per_class":
     {class name: (R,)}. They are NaN where not defined.

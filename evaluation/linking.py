@@ -90,9 +90,10 @@ def best_links(tracks: VideoOverlaps) -> tuple[np.ndarray, np.ndarray]:
     outside of it changes I - r U by i - r o, so the best one is taken, or none if no change is
     positive. r grows until the largest I - r U is 0, when no track has a higher IoU.
 
-    tracks: the overlaps of P different tracks. Returns the IoUs (G,) float64, and (L, P, G) float64,
-    what each mask adds to the IoU of a ground truth track to first order: positive for masks that
-    are better than none.
+    tracks: the overlaps of P different tracks.
+
+    Returns the IoUs (G,) float64, and (L, P, G) float64, what each mask adds to the IoU of a ground
+    truth track to first order: positive for masks that are better than none.
     """
     shared = tracks.intersections  # (L, P, G)
     outside = tracks.predicted_areas[:, :, None] - shared
