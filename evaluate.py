@@ -7,10 +7,11 @@
     torchrun --nproc-per-node 8 evaluate.py ...  # distributes the videos over 8 GPUs
     python evaluate.py --results results.json --annotations gt.json --output scores
     python evaluate.py --results results.json --annotations gt_short.json gt_long.json
+    python evaluate.py --results results.json --annotations gt.json --compare other/results.json
 
-The last form scores both parts of YouTube-VIS 2022, and their mean.
+The last but one scores both parts of YouTube-VIS 2022, and their mean.
 
-Writes to --output: results.json, results.json.zip (for the benchmark's server), metrics.json if
+Writes to --output: results.json, results.json.zip (for the server of a benchmark), metrics.json if
 there are annotations, and overlays/ and plots/ of the first --draw and --plot videos. Each suite
 has a folder. After an interruption, the same command continues with the remaining videos.
 
@@ -36,13 +37,13 @@ from deform_attn import implementation
 from evaluation.flags import parse_arguments
 from evaluation.inference import segment_videos, share
 from evaluation.postprocess import EncodedVideo
-from evaluation.scoring import read_parts, score_results
+from evaluation.scoring import read_parts, read_results, score_results
 from evaluation.unfinished import Unfinished
 from model import GRAttVIS
 from reading.annotations import AnnotationFile, one_line, unique_names
 from reading.downloads import find_weights
-from reading.ids import Id
-from reading.layouts import find_split
+from reading.ids import Id, id_key
+from reading.layouts import find_ground_truth, find_split
 from runtime.device import choose_amp
 from runtime.errors import InputError, cli_errors
 from runtime.files import checksum, folder_lock
@@ -90,8 +91,9 @@ def main(args: argparse.Namespace) -> dict | None:
     with errors_of_any_process():
         for videos in sets.values():
             check_categories(model, config, videos, args.weights)
-        if args.annotations:  # report errors now, not after hours of inference
-            read_parts(args.annotations, args.skip_bad)
+        # Errors are reported now, not after hours of inference.
+        ground_truth = {name: ground_truth_of(videos, args, rank) for name, videos in sets.items()}
+        others = {name: find_other(args.compare, name, ground_truth[name]) for name in sets}
     amp_dtype, reason = choose_amp(args.amp, device)
     settings = {name: describe_setting(args, videos, amp_dtype) for name, videos in sets.items()}
     require_agreement(
@@ -113,7 +115,16 @@ def main(args: argparse.Namespace) -> dict | None:
     output = Path(args.output)
     metrics = {
         name: evaluate_set(
-            model, videos, output / name, args, amp_dtype, settings[name], rank, world
+            model,
+            videos,
+            ground_truth[name],
+            output / name,
+            args,
+            amp_dtype,
+            settings[name],
+            rank,
+            world,
+            others[name],
         )
         for name, videos in sets.items()
     }
@@ -127,9 +138,9 @@ def score_file(args: argparse.Namespace) -> dict | None:
         raise InputError("scoring a file needs --results and --annotations")
     path = Path(args.results)
     ground_truth = read_parts(args.annotations, args.skip_bad)
-    return score_results(
-        path, ground_truth, Path(args.output or path.parent), plot=args.plot is not None
-    )
+    output = Path(args.output or path.parent)
+    other = find_other(args.compare, "", ground_truth)
+    return score_results(path, ground_truth, output, args.plot is not None, other)
 
 
 def default_output(weights: str) -> Path:
@@ -198,14 +209,19 @@ def describe_setting(args: argparse.Namespace, videos: VideoSet, amp_dtype: torc
 def evaluate_set(
     model: GRAttVIS,
     videos: VideoSet,
+    ground_truth: dict[str, AnnotationFile],
     output: Path,
     args: argparse.Namespace,
     amp_dtype: torch.dtype,
     setting: dict,
     rank: int,
     world: int,
+    other: Path | None,
 ) -> dict | None:
-    """Segment a data set and score the results; returns the metrics in rank 0, if any."""
+    """Segment a data set and score the results; returns the metrics in rank 0, if any.
+
+    other: a results file to compare with.
+    """
     with ExitStack() as stack:
         with errors_of_any_process():
             if rank == 0:
@@ -223,10 +239,9 @@ def evaluate_set(
             unfinished.remove()
         if rank:
             return None
-        ground_truth = annotations_of(videos, args.annotations, skipped, args.skip_bad)
-        return score_results(
-            output / "results.json", ground_truth, output, plot=args.plot is not None
-        )
+        left_out = skipped + videos.file.left_out
+        parts = {name: part.without(left_out) for name, part in ground_truth.items()}
+        return score_results(output / "results.json", parts, output, args.plot is not None, other)
 
 
 def segment_set(
@@ -336,21 +351,65 @@ def draw_video(folder: Path, video: Video, result: EncodedVideo, names: list[str
     save_pictures(folder, video.name, pictures, len(video.files))
 
 
-def annotations_of(
-    videos: VideoSet, paths: list[str] | None, skipped: list[Id], skip_bad: bool
+def ground_truth_of(
+    videos: VideoSet, args: argparse.Namespace, rank: int
 ) -> dict[str, AnnotationFile]:
-    """The ground truth of a data set by name, without the videos that were skipped.
+    """The parts of the ground truth of a data set, by name.
 
-    paths: annotation files to use instead of that of the data set. The default also includes those
-        of the short and long videos of YouTube-VIS 2022, if they are in the same folder.
+    They are --annotations, or the annotation file of the data set. If that has no annotations,
+    they are in the files that find_ground_truth (reading/layouts.py) finds, if any.
     """
-    parts_2022 = [videos.path.with_name(name) for name in ("gt_short.json", "gt_long.json")]
-    if not paths and not videos.ground_truth["annotations"]:
-        if all(path.exists() for path in parts_2022):
-            paths = parts_2022
-    parts = read_parts(paths, skip_bad) if paths else {videos.path.stem: videos.file}
-    left_out = skipped + videos.file.left_out
-    return {name: part.without(left_out) for name, part in parts.items()}
+    if args.annotations:
+        return read_parts(args.annotations, args.skip_bad)
+    if not videos.ground_truth["annotations"]:
+        for paths in find_ground_truth(videos.path, args.data_root, args.split):
+            names = " and ".join(map(str, paths))
+            try:
+                parts = read_parts(paths, args.skip_bad)
+                message = f"not of these videos: {names}"
+            except InputError as error:
+                parts, message = {}, f"not used as ground truth: {error}"
+            fits = is_ground_truth(parts, videos)
+            if rank == 0:
+                print(f"ground truth: {names}" if fits else message)
+            if fits:
+                return parts
+    return {videos.path.stem: videos.file}
+
+
+def is_ground_truth(parts: dict[str, AnnotationFile], videos: VideoSet) -> bool:
+    """Whether files have annotations, the classes of a data set, and all of its videos."""
+    contents = [part.content for part in parts.values()]
+    ids = {id_key(video["id"]) for content in contents for video in content["videos"]}
+    left_out = {id_key(video) for part in parts.values() for video in part.left_out}
+    return (
+        any(content["annotations"] for content in contents)
+        and all(part.categories == videos.file.categories for part in parts.values())
+        and {id_key(video.id) for video in videos.videos} <= ids | left_out
+    )
+
+
+def find_other(path: str | None, name: str, ground_truth: dict[str, AnnotationFile]) -> Path | None:
+    """The results file of --compare for a data set: a file, or in an output folder of evaluate.py.
+
+    name: of the suite, or "". Raises InputError unless it can be compared.
+    """
+    if path is None:
+        return None
+    other = Path(path)
+    if other.is_dir():
+        other = other / name / "results.json"
+    elif name:
+        raise InputError(
+            f"--compare {path} is no folder: for suites, give the --output of another evaluation"
+        )
+    if not any(part.content["annotations"] for part in ground_truth.values()):
+        raise InputError("--compare needs annotations: pass them with --annotations")
+    try:
+        read_results(other, ground_truth)
+    except InputError as error:
+        raise InputError(f"{other} cannot be compared: {error}") from error
+    return other
 
 
 def check_categories(model: GRAttVIS, config: dict, videos: VideoSet, weights: str) -> None:

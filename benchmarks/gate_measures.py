@@ -1,10 +1,13 @@
-"""What the gate study measures: AP by occlusion, identity switches, and when gates are open.
+"""What the gate study measures: AP by occlusion and causes, identity switches, and open gates.
 
 AP by occlusion: ground truth instances are binned by their longest gap, the number of consecutive
 frames without a mask between two frames with one (occluded, or outside the frame). In the AP of a
 bin, instances of other bins are ignored like those of other area ranges. An unmatched detection has
 no gap, so it counts as a false positive in every bin. Bins with few instances therefore have a
 lower AP; compare models, not bins. AR10 ignores false positives and is comparable across bins.
+
+Causes: the AP gained by fixing one cause of errors (evaluation/causes.py), and the AP after linking
+the same masks best (evaluation/linking.py).
 
 Identity switches: in each frame, tracks with a score of at least 0.3 are assigned to instances by
 mask IoU (Hungarian matching, at least 0.5, ignoring classes). An instance keeps its track of the
@@ -36,13 +39,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import Video, VideoSet, read_frame  # noqa: E402
 from evaluation.inference import segment_videos, to_entries  # noqa: E402
 from evaluation.metric import (  # noqa: E402
-    accumulate,
-    evaluate_results,
+    accumulate_videos,
+    category_ids,
     mean_defined,
-    summarize,
-    track_rles,
 )
+from evaluation.occlusion import GAP, group_sizes  # noqa: E402
+from evaluation.overlaps import measure_overlaps, track_rles  # noqa: E402
 from evaluation.postprocess import EncodedVideo  # noqa: E402
+from evaluation.scoring import score_part  # noqa: E402
 from model import GRAttVIS  # noqa: E402
 from synthetic.scenes import Difficulty  # noqa: E402
 from viewing.overlays import best_labels  # noqa: E402
@@ -51,8 +55,6 @@ MAX_LONG_SIDE = 1333  # pixels
 TOP_K = 10  # instances per video
 MIN_SCORE = 0.3  # of a track that can be given to an instance
 MIN_IOU = 0.5
-# Frames, both ends included.
-GAPS = {"0": (0, 0), "1-3": (1, 3), "4-6": (4, 6), "7-10": (7, 10), "11+": (11, float("inf"))}
 # Lower end excluded.
 SHARES = ("0", "0-25 %", "25-50 %", "50-75 %", "75-100 %")
 STATES = ("visible", "hidden", "outside", "visible, clean frame", "visible, noisy frame")
@@ -87,10 +89,16 @@ def measure_suite(
             gates = result.gates[tracks[usual]].numpy()  # (T, D)
             for name, chosen in frame_groups(areas, noisy).items():
                 opened[name] += gates[chosen].tolist()
-    metrics = evaluate_results(results, videos.ground_truth)
+    metrics = score_part(results, videos.file).metrics
     scores = {name: metrics[name] for name in ("AP", "AP50", "AR10")}
     scores["switches"] = switches / len(videos)
-    return {"scores": scores} | scores_by_gap(results, videos.ground_truth) | open_shares(opened)
+    causes = {name: gain["AP"] for name, gain in metrics["causes"].items()}
+    causes["best linking"] = metrics["oracle"]["linking"]["AP"]
+    return (
+        {"scores": scores, "causes": causes}
+        | scores_by_gap(results, videos.ground_truth)
+        | open_shares(opened)
+    )
 
 
 # The ground truth
@@ -99,11 +107,6 @@ def measure_suite(
 def visible_areas(annotation: dict) -> np.ndarray:
     """(T,) pixels, 0 where the instance has no mask."""
     return np.array([area or 0 for area in annotation["areas"]])
-
-
-def longest_gap(annotation: dict) -> int:
-    """The most frames in a row without a mask between two frames with one."""
-    return int((np.diff(visible_areas(annotation).nonzero()[0]) - 1).max(initial=0))
 
 
 def noisy_frames(video: Video, noise: float) -> np.ndarray:
@@ -199,19 +202,18 @@ def usual_track(track_of: np.ndarray, areas: np.ndarray) -> int | None:
 
 
 def scores_by_gap(results: list[dict], ground_truth: dict) -> dict[str, dict[str, float]]:
-    """AP and AR10 of the instances in each bin of GAPS, and their number.
+    """AP and AR10 of the instances in each bin of occlusion.GAP, and their number.
 
-    Arguments as for metric.evaluate_results.
+    Arguments as for metric.accumulate.
     """
-    gaps = np.array([longest_gap(annotation) for annotation in ground_truth["annotations"]])
-    scores = {"AP by gap": {}, "AR10 by gap": {}, "instances by gap": {}}
-    for name, (fewest, most) in GAPS.items():
-        inside = (gaps >= fewest) & (gaps <= most)
-        precision, recall, _ = accumulate(results, ground_truth, ignored=~inside)
-        metrics = summarize(precision, recall, ground_truth)
-        for key, value in zip(scores, (metrics["AP"], metrics["AR10"], int(inside.sum()))):
-            scores[key][name] = value
-    return scores
+    videos = measure_overlaps(results, ground_truth)
+    precision, recall, _ = accumulate_videos(videos, category_ids(ground_truth), [GAP])
+    bins = list(enumerate(GAP.ranges))
+    return {
+        "AP by gap": {name: mean_defined(precision[:, :, :, a, -1]) for a, name in bins},
+        "AR10 by gap": {name: mean_defined(recall[:, :, a, 1]) for a, name in bins},
+        "instances by gap": group_sizes(videos, GAP),
+    }
 
 
 def open_shares(opened: dict[str, list[list[bool]]]) -> dict[str, dict[str, float]]:

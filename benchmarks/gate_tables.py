@@ -20,6 +20,7 @@ from viewing.plots import new_figure  # noqa: E402
 
 TITLES = {  # what a record holds, each a number for every column; -1 where it is not defined
     "scores": "Scores, percent; identity switches a video",
+    "causes": "AP gained if one cause of errors is fixed, and AP of the best linking, percent",
     "AP by gap": "AP by occlusion (longest gap, frames), percent",
     "AR10 by gap": "AR10 by occlusion (longest gap, frames), percent",
     "open by state": "Open gates by state of the object, all layers, percent",
@@ -27,6 +28,7 @@ TITLES = {  # what a record holds, each a number for every column; -1 where it i
     "open by share": "Open gates by visible share of the object, all layers, percent",
     "last open by share": "Open gates by visible share of the object, last layer, percent",
 }
+OPTIONAL = {"causes"}  # not in older records
 
 Groups = dict[tuple[str, str], list[dict]]  # the records of each suite and name
 
@@ -64,7 +66,7 @@ def read_records(path: str) -> list[dict]:
     """The records of a file; InputError if `study.py measure` has not written it."""
     records = read_json(path)
     valid = isinstance(records, list) and all(
-        isinstance(record, dict) and TITLES.keys() <= record.keys() for record in records
+        isinstance(record, dict) and TITLES.keys() - OPTIONAL <= record.keys() for record in records
     )
     if not valid:
         raise InputError(f"{path} is no file that `measure` has written")

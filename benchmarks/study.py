@@ -245,7 +245,9 @@ def table(args: argparse.Namespace) -> None:
         missing = set(args.names) - {name for _, name in groups}
         if missing:
             raise InputError(f"no record has the name {', '.join(sorted(missing))}")
-    tables = [format_table(groups, key) for key in TITLES]
+    records = [record for group in groups.values() for record in group]
+    keys = [key for key in TITLES if all(key in record for record in records)]
+    tables = [format_table(groups, key) for key in keys]
     print("Mean ± standard deviation over n seeds.", *tables, sep="\n\n")
     if args.plot:
         folder = Path(args.plot)

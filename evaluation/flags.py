@@ -98,7 +98,14 @@ def add_result_flags(add) -> None:
         nargs="+",
         metavar="JSON",
         help="ground truth, or several parts of it, which are scored separately and averaged "
-        "(default: that of the data set, or gt_short.json and gt_long.json next to it)",
+        "(default: that of the data set, or valid_gt.json, validGT.json, gt.json, or gt_short.json "
+        "and gt_long.json next to it)",
+    )
+    add(
+        "--compare",
+        metavar="RESULTS",
+        help="results file of the same videos, or the --output of another evaluation: print the "
+        "differences with bootstrap intervals",
     )
 
 

@@ -17,27 +17,80 @@ From Python, `evaluate_results` returns the numbers, `accumulate` the curves beh
 `format_table` a table to print. Source: ytvoseval.py of the YouTube-VIS fork of cocoapi (published
 with MaskTrackRCNN, shipped with VITA, GenVIS and GRAtt-VIS). A golden test compares the numbers.
 
-Letters: D predictions and G ground truth tracks of one video and category, L frames, T overlap
-thresholds, R recall points, K categories, A area ranges, M limits on the number of predictions.
+Letters: D predictions and G ground truth tracks of one video and category, T overlap thresholds,
+R recall points, K categories, A groups of tracks (by default those of AREA), M limits on the number
+of predictions.
 """
 
 import sys
-from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
-from pycocotools import mask as coco_mask
 
+from evaluation.overlaps import VideoOverlaps, indices_by_category, measure_overlaps
 from reading.annotations import complete
 from reading.ids import id_key, id_order
-from reading.masks import find_bad_tracks, to_rle
+from reading.masks import find_bad_tracks
 from runtime.errors import InputError, shown
 
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)  # index 0 is AP50, index 5 is AP75
 RECALL_POINTS = np.linspace(0.0, 1.0, 101)
 MAX_PREDICTIONS = (1, 10, 100)  # per video and category, best scores first
-# All, small, medium, large. Both ends belong to a range: 128 * 128 pixels are small and medium.
-AREA_RANGES = np.array([(0, 1e10), (0, 128**2), (128**2, 256**2), (256**2, 1e10)])
-ALL, SMALL, MEDIUM, LARGE = range(4)  # indices of AREA_RANGES
+AREA_RANGES = {
+    "all": (0, 1e10),
+    "small": (0, 128**2),
+    "medium": (128**2, 256**2),
+    "large": (256**2, 1e10),
+}
+ALL, SMALL, MEDIUM, LARGE = range(4)  # of the A axis
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """Groups of tracks by the range of a value, such as their size.
+
+    In the AP of a group, ground truth tracks outside of the range count neither as found nor as
+    missed, and unmatched predictions outside of it are no errors.
+    """
+
+    ranges: dict[str, tuple[float, float]]  # both ends belong to a range
+    actual: Callable[[VideoOverlaps], list[float]]  # the value of each annotation; NaN is outside
+    # The value of each prediction. Without it, an unmatched prediction is an error in all groups.
+    predicted: Callable[[VideoOverlaps], list[float]] | None = None
+
+    def outside(self, tracks):
+        """Whether predictions (A, D) and annotations (A, G) lie outside of each range."""
+        if self.predicted:
+            predicted = self.outside_ranges(self.predicted(tracks))
+        else:
+            predicted = np.zeros((len(self.ranges), len(tracks.predictions)), dtype=bool)
+        return predicted, self.outside_ranges(self.actual(tracks))
+
+    def outside_ranges(self, values):
+        """N values -> (A, N) bool."""
+        low, high = np.array(list(self.ranges.values())).T[:, :, None]
+        values = np.array(values, dtype=np.float64)
+        return ~((low <= values) & (values <= high))
+
+
+def mean_area(areas):
+    """The size of a track: its mean area where the area is positive; None counts as 0."""
+    visible = [area for area in areas if area]
+    return np.mean(visible) if visible else 0.0
+
+
+def stated_sizes(tracks):
+    """The sizes of annotations by their recorded areas, which may differ from their masks'."""
+    return [mean_area(annotation["areas"]) for annotation in tracks.annotations]
+
+
+def predicted_sizes(tracks):
+    """The sizes of predictions by the areas of their masks."""
+    return [mean_area(areas) for areas in tracks.predicted_areas.T]
+
+
+AREA = Grouping(AREA_RANGES, stated_sizes, predicted_sizes)
 
 
 def evaluate_results(results, ground_truth):
@@ -182,79 +235,77 @@ def check_length(name, segmentations, video):
             raise InputError(f"{name} has polygons in frame {frame}; results hold RLEs")
 
 
-def accumulate(results, ground_truth, ignored=None):
+def accumulate(results, ground_truth, groupings=None):
     """Precision, recall and scores for all settings, from the output of `check_results`.
 
+    groupings: the groups of tracks that form the A axis, by default those of AREA.
+    """
+    videos = measure_overlaps(results, ground_truth)
+    return accumulate_videos(videos, category_ids(ground_truth), groupings or [AREA])
+
+
+def accumulate_videos(videos, categories, groupings):
+    """Precision, recall and scores for all settings.
+
     Args:
-        ignored: one bool per annotation, True for annotations that count neither as true positive
-            nor as missed, like those outside the area range. The prediction matched to one is
-            not an error; a second such prediction is. None ignores none.
+        videos: VideoOverlaps, in ascending order of id, because equal scores keep this order.
+        categories: ids, the K axis.
+        groupings: the A axis consists of the groups of all of them.
 
     Returns:
         precision: (T, R, K, A, M), the best precision at each recall point or beyond.
         recall: (T, K, A, M), the largest recall reached.
         scores: (T, R, K, A, M), the score at which each recall point is reached.
 
-    All are float64, with K in ascending order of category id. Settings without ground truth are
-    -1. Precision and scores are 0 at recalls that are never reached.
+    All are float64. Settings without ground truth are -1. Precision and scores are 0 at recalls
+    that are never reached.
     """
-    categories = category_ids(ground_truth)
-    settings = len(categories), len(AREA_RANGES), len(MAX_PREDICTIONS)
+    matched = [match_video(video, groupings) for video in videos]
+    groups = sum(len(grouping.ranges) for grouping in groupings)
+    return accumulate_matched(matched, categories, groups)
+
+
+def accumulate_matched(matched, categories, groups=len(AREA_RANGES)):
+    """The output of `accumulate_videos`, from the output of `match_video` for every video.
+
+    groups: length of the A axis.
+    """
+    settings = len(categories), groups, len(MAX_PREDICTIONS)
     precision = np.full((len(IOU_THRESHOLDS), len(RECALL_POINTS), *settings), -1.0)
     recall = np.full((len(IOU_THRESHOLDS), *settings), -1.0)
     scores = np.full_like(precision, -1.0)
-    for k, matchings in enumerate(match_categories(results, ground_truth, ignored, categories)):
+    for k, category in enumerate(categories):
+        matchings = [video[category] for video in matched if category in video]
         positives = sum(matching["positives"] for matching in matchings)  # (A,)
-        for a, m in np.ndindex(len(AREA_RANGES), len(MAX_PREDICTIONS)):
+        for a, m in np.ndindex(groups, len(MAX_PREDICTIONS)):
             if not matchings or not positives[a]:
                 continue
-            ranked, true, false = rank_predictions(matchings, a, MAX_PREDICTIONS[m])
+            ranked, true, false, _ = rank_predictions(matchings, a, MAX_PREDICTIONS[m])
             curves = precision_recall(ranked, true, false, positives[a])
             precision[:, :, k, a, m], recall[:, k, a, m], scores[:, :, k, a, m] = curves
     return precision, recall, scores
 
 
-def match_categories(results, ground_truth, ignored, categories):
-    """Yield, for each category, the output of `match_video` for each video that has entries."""
-    annotations = ground_truth["annotations"]
-    if ignored is None:
-        ignored = [False] * len(annotations)
-    annotations = [
-        annotation | {"ignored": bool(flag)}
-        for annotation, flag in zip(annotations, ignored, strict=True)
-    ]
-    predicted = group_by_video_and_category(results)
-    actual = group_by_video_and_category(annotations)
-    videos = {video["id"]: video for video in ground_truth["videos"]}
-    # Ascending order of video id, because equal scores keep this order when they are ranked.
-    ordered = sorted(videos, key=id_order)
-    for category in categories:
-        yield [
-            match_video(predicted[video, category], actual[video, category], videos[video])
-            for video in ordered
-            if (video, category) in predicted or (video, category) in actual
-        ]
-
-
-def group_by_video_and_category(entries):
-    """{(video id, category id): entries}, a defaultdict."""
-    groups = defaultdict(list)
-    for entry in entries:
-        groups[entry["video_id"], entry["category_id"]].append(entry)
-    return groups
-
-
 def rank_predictions(matchings, a, limit):
-    """All videos' predictions of one category and area range, in order of descending score.
+    """All videos' predictions of one category and group, in order of descending score.
 
     The first `limit` predictions of each video count. Equal scores keep the order of the videos.
-    Returns scores (N,), true (T, N) and false (T, N), the arguments of `precision_recall`.
+    Returns scores (N,), true (T, N) and false (T, N), the arguments of `precision_recall`, and the
+    index of the matching that each prediction is from, (N,) int.
     """
-    scores = np.concatenate([matching["scores"][:limit] for matching in matchings])
-    true = np.concatenate([matching["true"][a, :, :limit] for matching in matchings], axis=1)
-    false = np.concatenate([matching["false"][a, :, :limit] for matching in matchings], axis=1)
+    limited = [matching["scores"][:limit] for matching in matchings]
+    scores = np.concatenate([np.zeros(0), *limited])
+    owner = np.repeat(np.arange(len(limited)), [len(part) for part in limited])
+    true, false = (
+        np.concatenate(
+            [np.zeros((len(IOU_THRESHOLDS), 0), dtype=bool)]
+            + [matching[key][a, :, :limit] for matching in matchings],
+            axis=1,
+        )
+        for key in ("true", "false")
+    )
     order = np.argsort(-scores, kind="stable")
-    return scores[order], true[:, order], false[:, order]
+    return scores[order], true[:, order], false[:, order], owner[order]
 
 
 def precision_recall(scores, true, false, positives):
@@ -286,36 +337,66 @@ def precision_recall(scores, true, false, positives):
     return precision_at, recall.max(axis=1, initial=0.0), score_at
 
 
-def match_video(predictions, annotations, video):
+def average_precision(true, false, positives):
+    """The mean over RECALL_POINTS of the precision of `precision_recall`, for many settings.
+
+    Args:
+        true, false: (..., N), how often each ranked prediction counts as true and as false.
+        positives: number of ground truth tracks, at least 1, an int or (...,).
+
+    Returns (...,) float64.
+    """
+    # Recall grows at true predictions alone, and precision is highest there.
+    ranks = np.flatnonzero(true.any(axis=tuple(range(true.ndim - 1))))
+    true_count = np.cumsum(true, axis=-1, dtype=np.float64)[..., ranks]
+    false_count = np.cumsum(false, axis=-1, dtype=np.float64)[..., ranks]
+    precision = true_count / (true_count + false_count + np.spacing(1))
+    precision = np.maximum.accumulate(precision[..., ::-1], axis=-1)[..., ::-1]
+    # The number of recall points that each rank is the first to reach.
+    recall = true_count / np.expand_dims(positives, -1)
+    reached = np.searchsorted(RECALL_POINTS, recall, side="right")
+    reached = np.diff(reached, prepend=0)
+    return (precision * reached).sum(axis=-1) / len(RECALL_POINTS)
+
+
+def match_video(overlaps, groupings=(AREA,)):
+    """Match the predictions and the ground truth of one video (VideoOverlaps).
+
+    Returns {category id: output of `match_category`}, for the categories that have entries. Indices
+    are those of the lists of `overlaps`.
+    """
+    predicted = indices_by_category(overlaps.predictions)
+    actual = indices_by_category(overlaps.annotations)
+    return {
+        category: match_category(overlaps, predicted[category], actual[category], groupings)
+        for category in dict.fromkeys([*predicted, *actual])
+    }
+
+
+def match_category(overlaps, predicted, actual, groupings):
     """Match the predictions and the ground truth of one video and category.
 
-    Every annotation has the key "ignored" (see `accumulate`). Returns a dict:
-        "scores": (D,) float64, descending, equal scores in the order given. D is at most
-            MAX_PREDICTIONS[-1].
+    predicted, actual: their indices in the lists of `overlaps`. Returns a dict:
+        "predictions": (D,) int, indices by descending score, equal scores in the order given. D is
+            at most MAX_PREDICTIONS[-1].
+        "scores": (D,) float64.
+        "matches": (A, T, D) int, the index of the annotation that is matched, -1 for none.
         "true", "false": (A, T, D) bool, both False where a prediction is ignored.
         "positives": (A,) int, number of ground truth tracks that are not ignored.
     """
-    scores = np.array([prediction["score"] for prediction in predictions], dtype=np.float64)
-    order = np.argsort(-scores, kind="stable")[: MAX_PREDICTIONS[-1]]
-    predicted = [track_rles(predictions[index], video) for index in order]
-    actual = [track_rles(annotation, video) for annotation in annotations]
-    predicted_areas = track_areas(predicted, video["length"])  # (D, L)
-    actual_areas = track_areas(actual, video["length"])  # (G, L)
-    ious = track_ious(predicted, actual, predicted_areas, actual_areas)
-
-    crowd = np.array([bool(annotation.get("iscrowd")) for annotation in annotations], dtype=bool)
-    # The range of an annotation depends on its recorded areas, which may differ from those of
-    # its (resized) masks.
-    outside = outside_ranges([annotation["areas"] for annotation in annotations])
-    ignored = np.array([annotation["ignored"] for annotation in annotations], dtype=bool)
-    ignored = outside | crowd | ignored  # (A, G)
-    matched, matched_ignored = match_tracks(ious, crowd, ignored)
-    # An unmatched prediction is a false positive only in the area range of its size.
-    outside = outside_ranges(predicted_areas)[:, None, :]  # (A, 1, D)
+    order = np.argsort(-overlaps.scores[predicted], kind="stable")[: MAX_PREDICTIONS[-1]]
+    tracks = overlaps.select(predicted[order], actual)
+    outside = [grouping.outside(tracks) for grouping in groupings]
+    outside_predicted, outside_actual = map(np.concatenate, zip(*outside))  # (A, D), (A, G)
+    ignored = outside_actual | tracks.crowd
+    matches, matched_ignored = match_tracks(tracks.track_ious, tracks.crowd, ignored)
+    # An unmatched prediction is a false positive only in the groups that it belongs to.
     return {
-        "scores": scores[order],
-        "true": matched & ~matched_ignored,
-        "false": ~matched & ~outside,
+        "predictions": predicted[order],
+        "scores": tracks.scores,
+        "matches": np.where(matches >= 0, np.append(actual, -1)[matches], -1),
+        "true": (matches >= 0) & ~matched_ignored,
+        "false": (matches < 0) & ~outside_predicted[:, None],
         "positives": np.count_nonzero(~ignored, axis=1),
     }
 
@@ -331,12 +412,13 @@ def match_tracks(ious, crowd, ignored):
         crowd: (G,) bool, tracks that any number of predictions may match.
         ignored: (A, G) bool, tracks that count neither as true positive nor as missed.
 
-    Returns matched (A, T, D) bool, and matched_ignored (A, T, D) bool, the matches with ignored
-    tracks.
+    Returns matches (A, T, D) int, the track of each prediction or -1, and matched_ignored
+    (A, T, D) bool, the matches with ignored tracks.
     """
-    taken = np.zeros((len(AREA_RANGES), len(IOU_THRESHOLDS), len(crowd)), dtype=bool)
-    matched = np.zeros((len(AREA_RANGES), len(IOU_THRESHOLDS), len(ious)), dtype=bool)
-    matched_ignored = np.zeros_like(matched)
+    groups = len(ignored)
+    taken = np.zeros((groups, len(IOU_THRESHOLDS), len(crowd)), dtype=bool)
+    matches = np.full((groups, len(IOU_THRESHOLDS), len(ious)), -1)
+    matched_ignored = np.zeros(matches.shape, dtype=bool)
     # Most predictions overlap no track enough.
     overlapping = ious.max(axis=1, initial=0.0) >= IOU_THRESHOLDS[0]
     for d in np.flatnonzero(overlapping):
@@ -344,63 +426,15 @@ def match_tracks(ious, crowd, ignored):
         regular = candidates & ~ignored[:, None, :]
         has_regular = regular.any(axis=-1)
         candidates = np.where(has_regular[..., None], regular, candidates)
-        matched[..., d] = candidates.any(axis=-1)
-        matched_ignored[..., d] = matched[..., d] & ~has_regular
+        matched = candidates.any(axis=-1)  # (A, T)
+        matched_ignored[..., d] = matched & ~has_regular
         # argmax returns the first maximum; on the reversed axis, the last one.
         candidate_ious = np.where(candidates, ious[d], -1.0)
         best = len(crowd) - 1 - candidate_ious[..., ::-1].argmax(axis=-1)  # (A, T)
-        a, t = np.nonzero(matched[..., d])
+        matches[..., d] = np.where(matched, best, -1)
+        a, t = np.nonzero(matched)
         taken[a, t, best[a, t]] = True
-    return matched, matched_ignored
-
-
-def track_ious(predicted, actual, predicted_areas, actual_areas):
-    """IoU of every predicted with every actual track; both areas are summed over frames.
-
-    predicted, actual: D and G lists of one RLE per frame.
-    predicted_areas, actual_areas: (D, L) and (G, L) float64.
-    Returns (D, G) float64 in [0, 1], 0 for two empty tracks.
-    """
-    intersection = np.zeros((len(predicted), len(actual)))
-    both_visible = predicted_areas.any(axis=0) & actual_areas.any(axis=0)
-    for frame in np.flatnonzero(both_visible):
-        predicted_masks = [track[frame] for track in predicted]
-        actual_masks = [track[frame] for track in actual]
-        # With iscrowd set, pycocotools returns intersection / area of the predicted mask.
-        # Multiplied by that area and rounded, it is the exact intersection in pixels.
-        covered = coco_mask.iou(predicted_masks, actual_masks, [True] * len(actual_masks))
-        intersection += np.rint(covered * predicted_areas[:, frame, None])
-    union = predicted_areas.sum(axis=1)[:, None] + actual_areas.sum(axis=1) - intersection
-    return np.divide(intersection, union, out=np.zeros_like(intersection), where=union > 0)
-
-
-def track_rles(entry, video):
-    """Masks of a prediction or annotation as L compressed RLE dicts; None becomes an empty mask."""
-    height, width = video["height"], video["width"]
-    background = {"size": [height, width], "counts": [height * width]}
-    empty = coco_mask.frPyObjects(background, height, width)
-    return [
-        to_rle(segmentation, height, width, "a mask", checked=True) or empty
-        for segmentation in entry["segmentations"]
-    ]
-
-
-def track_areas(tracks, length):
-    """Exact areas in pixels of N tracks of `length` RLEs: (N, L) float64."""
-    areas = [coco_mask.area(rles) for rles in tracks]
-    return np.array(areas, dtype=np.float64).reshape(-1, length)
-
-
-def outside_ranges(areas):
-    """Whether each track lies outside each of AREA_RANGES.
-
-    areas: N sequences of areas per frame; None counts as 0. The size of a track is its mean area
-    over the frames in which the area is positive, or 0 if there are none.
-    Returns (A, N) bool.
-    """
-    visible = [[area for area in track if area] for track in areas]
-    sizes = np.array([np.mean(track) if track else 0.0 for track in visible])
-    return (sizes < AREA_RANGES[:, :1]) | (sizes > AREA_RANGES[:, 1:])
+    return matches, matched_ignored
 
 
 def category_ids(ground_truth):
@@ -415,17 +449,15 @@ def mean_defined(values):
 
 
 def mean_metrics(runs):
-    """Average several outputs of `evaluate_results`, number by number, over the defined values."""
+    """Average several outputs of `evaluate_results`, number by number, over the defined values.
 
-    def mean(values):
-        return mean_defined(np.array(values))
-
-    names = [name for name in runs[0] if name != "per_class"]
-    averaged = {name: mean([run[name] for run in runs]) for name in names}
-    classes = dict.fromkeys(name for run in runs for name in run["per_class"])
-    averaged["per_class"] = {
-        name: mean([run["per_class"].get(name, -1.0) for run in runs]) for name in classes
-    }
+    Numbers may be in dicts, at any depth, such as "per_class".
+    """
+    averaged = {}
+    for name in dict.fromkeys(name for run in runs for name in run):
+        values = [run[name] for run in runs if name in run]
+        is_number = not isinstance(values[0], dict)
+        averaged[name] = mean_defined(np.array(values)) if is_number else mean_metrics(values)
     return averaged
 
 

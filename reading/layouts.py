@@ -1,6 +1,7 @@
 """Where the files of data sets lie on disk, and what official data sets are called.
 
     find_split("datasets/ovis", "train")              # annotation file, folder of frames
+    find_ground_truth("datasets/ovis/valid.json")     # files with the annotations of that split
     find_named_set("datasets", "coco2ovis_train")     # and the category map of pseudo videos
 
 The category maps are those of upstream's convert_coco2ytvis.py.
@@ -21,6 +22,13 @@ JSON_PATHS = (
     "annotations/instances_{}.json",
 )
 FRAMES_PATHS = ("{}/JPEGImages", "JPEGImages/{}", "{}")
+# Annotations of a split whose own file has none, as validation sets are published.
+GROUND_TRUTH_NAMES = ("{}_gt.json", "{}GT.json", "gt.json")
+SHORT_AND_LONG = ("gt_short.json", "gt_long.json")  # of YouTube-VIS 2022
+GROUND_TRUTH_HELP = (
+    "to score it here, pass annotations with --annotations, or put them beside the annotation file "
+    f"of the split, as {', '.join(GROUND_TRUTH_NAMES[:2]).format('valid', 'valid')} or gt.json"
+)
 
 
 def find_split(root: str | Path, split: str) -> tuple[Path, Path]:
@@ -29,11 +37,39 @@ def find_split(root: str | Path, split: str) -> tuple[Path, Path]:
     Raises InputError naming every path tried.
     """
     root = Path(root)
-    names = ("valid", "val") if split in ("valid", "val") else (split,)
+    names = split_names(split)
     jsons = [root / path.format(name) for name in names for path in JSON_PATHS]
     folders = [root / path.format(name) for name in names for path in FRAMES_PATHS]
     folders.append(root / "JPEGImages")
     return first_existing("annotation file", jsons), first_existing("folder of frames", folders)
+
+
+def split_names(split: str) -> tuple[str, ...]:
+    """The names of a split on disk."""
+    return ("valid", "val") if split in ("valid", "val") else (split,)
+
+
+def find_ground_truth(
+    annotations: Path, root: str | Path | None = None, split: str = "valid"
+) -> list[list[Path]]:
+    """Files that may hold the annotations of a split whose own file has none.
+
+    They are searched beside that file and, with --data-root, in the root and the folder of the
+    split. The two parts of YouTube-VIS 2022 count if both exist.
+
+    Returns existing files, each alternative a list of parts, the likeliest first.
+    """
+    folders = [annotations.parent]
+    names = [annotations.stem]
+    if root is not None:
+        folders += [Path(root), *(Path(root) / name for name in split_names(split))]
+        names += split_names(split)
+    alternatives = [[folder / name for name in SHORT_AND_LONG] for folder in folders]
+    for folder in folders:
+        files = [folder / path.format(name) for path in GROUND_TRUTH_NAMES for name in names]
+        alternatives += [[file] for file in files]
+    unique = {tuple(parts): parts for parts in alternatives}
+    return [parts for parts in unique.values() if all(part.is_file() for part in parts)]
 
 
 # Category ids of COCO -> category ids of a data set of videos. Other COCO categories are dropped.

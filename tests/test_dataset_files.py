@@ -16,7 +16,7 @@ import data
 from augmentation import Augmentation
 from clips import ClipDataset
 from data import VideoSet, frames_at_test_size, read_categories
-from reading.layouts import find_split
+from reading.layouts import find_ground_truth, find_split
 from reading.pictures import read_picture
 from runtime.errors import InputError
 from sparse_set import (
@@ -90,6 +90,30 @@ def test_train_is_no_other_split(tmp_path):
     # Which several splits may share
     (tmp_path / "JPEGImages").mkdir()
     assert find_split(tmp_path, "train") == (tmp_path / "train.json", tmp_path / "JPEGImages")
+
+
+@pytest.mark.parametrize("split", ["valid", "val"])
+@pytest.mark.parametrize("folder", [".", "annotations", "valid", "val"])
+@pytest.mark.parametrize("name", ["valid_gt", "valGT", "gt", "instances_gt"])
+def test_ground_truth_of_a_split_is_found(tmp_path, split, folder, name):
+    """Beside its annotation file, in the root of the data set, or in the folder of the split."""
+    path = write_json(tmp_path / folder / f"{name}.json", {})
+    annotations = tmp_path / "annotations/instances.json"
+    assert find_ground_truth(annotations, tmp_path, split) == [[path]]
+
+
+def test_ground_truth_of_a_file_is_beside_it(tmp_path):
+    """Under its own name, or any; the two parts of YouTube-VIS 2022 count together."""
+    for name in ("train_gt.json", "gt_short.json", "../own_gt.json"):
+        write_json(tmp_path / "set" / name, {})
+    assert find_ground_truth(tmp_path / "set/own.json") == []
+    paths = [tmp_path / "set" / name for name in ("own_gt.json", "ownGT.json", "gt.json")]
+    for path in paths:
+        write_json(path, {})
+    assert find_ground_truth(tmp_path / "set/own.json") == [[path] for path in paths]
+    long = write_json(tmp_path / "set/gt_long.json", {})
+    parts = [tmp_path / "set/gt_short.json", long]
+    assert find_ground_truth(tmp_path / "set/own.json")[0] == parts
 
 
 # Ids

@@ -2,62 +2,16 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from pycocotools import mask as coco_mask
 
 from data import InputError
 from evaluation import metric
+from hand_made import LEFT, RIGHT, annotation, encode, prediction, square, truth
 
 METRICS = "AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl".split()
-
-
-def encode(mask):
-    """Compressed RLE, as in a results.json, of an (H, W) bool array."""
-    rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
-    return {"size": rle["size"], "counts": rle["counts"].decode()}
-
-
-def square(left, side=2):
-    """An 8 x 8 frame's RLE of a square with its top left corner at row 1 and the given column."""
-    mask = np.zeros((8, 8), dtype=bool)
-    mask[1 : 1 + side, left : left + side] = True
-    return encode(mask)
-
-
-def prediction(segmentations, score=0.9, video=1, category=1):
-    return {
-        "video_id": video,
-        "category_id": category,
-        "score": score,
-        "segmentations": segmentations,
-    }
-
-
-def annotation(segmentations, number=1, video=1, category=1, crowd=0):
-    areas = [None if rle is None else int(coco_mask.area(rle)) for rle in segmentations]
-    return {
-        "id": number,
-        "video_id": video,
-        "category_id": category,
-        "iscrowd": crowd,
-        "segmentations": segmentations,
-        "areas": areas,
-    }
-
-
-def truth(*annotations, videos=(1,), frames=4, size=(8, 8), categories=(1,)):
-    return {
-        "videos": [
-            {"id": v, "length": frames, "height": size[0], "width": size[1]} for v in videos
-        ],
-        "categories": [{"id": category, "name": f"class{category}"} for category in categories],
-        "annotations": list(annotations),
-    }
-
-
-LEFT, RIGHT = [square(0)] * 4, [square(5)] * 4  # two objects that stand still for four frames
 
 
 def test_golden_metric(golden_dir):
@@ -182,25 +136,39 @@ def test_later_ground_truth_wins_equal_overlap():
         assert metric.evaluate_results(results, ground_truth)["AR100"] == pytest.approx(0.5)
 
 
-def test_ignored_annotations_are_like_those_of_another_area_range(monkeypatch):
-    """They are neither found nor missed.
+def test_groups_by_any_value_are_like_area_ranges():
+    """Annotations of another group are neither found nor missed, and those of no group (NaN) too.
 
-    A second prediction for one is an error, and so is one that finds nothing.
+    A second prediction for one is an error, and so is one that finds nothing, unless predictions
+    have the value as well.
     """
-    monkeypatch.setattr(metric, "AREA_RANGES", np.array([(0, 1e10), (0, 5), (5, 1e10), (0, 1e10)]))
-    ground_truth = truth(annotation([square(0, 3)] * 4), annotation(RIGHT))
-    results = [prediction([square(0, 3)] * 4, 0.9), prediction(RIGHT, 0.8)]
-    with_ignored = metric.accumulate(results, ground_truth, ignored=[True, False])
-    for values, expected in zip(with_ignored, metric.accumulate(results, ground_truth)):
-        np.testing.assert_array_equal(values[..., 0, :], expected[..., 1, :])
-    for wrong in ([square(0, 3)] * 4, [square(3)] * 4):
-        precision, recall, _ = metric.accumulate(
-            [*results, prediction(wrong, 0.85)], ground_truth, ignored=[True, False]
-        )
-        assert metric.mean_defined(precision[..., 0, 2]) == pytest.approx(0.5)
-        assert recall[0, 0, 0, 2] == 1
-    with pytest.raises(ValueError):
-        metric.accumulate(results, ground_truth, ignored=[True])
+    values = {1: 7, 2: 3, 3: float("nan")}
+    grouping = metric.Grouping(
+        {"low": (0, 5), "both": (3, 7), "high": (5, 9)},
+        actual=lambda tracks: [values[entry["id"]] for entry in tracks.annotations],
+    )
+    large, middle = [square(0, 3)] * 4, [square(3)] * 4
+    ground_truth = truth(annotation(large, 1), annotation(RIGHT, 2), annotation(middle, 3))
+    results = [prediction(large, 0.9), prediction(RIGHT, 0.8)]
+
+    def numbers(results, grouping=grouping):
+        precision, recall, _ = metric.accumulate(results, ground_truth, [metric.AREA, grouping])
+        assert precision.shape[3] == recall.shape[2] == 4 + 3
+        return [metric.mean_defined(precision[..., a, -1]) for a in (4, 5, 6)], recall[0, 0, 4:, 2]
+
+    ap, recall = numbers(results)
+    assert ap == pytest.approx([1, 1, 1]) and recall.tolist() == [1, 1, 1]
+    # The second prediction for the large square is wrong in every group.
+    ap, recall = numbers([*results, prediction(large, 0.85)])
+    assert ap == pytest.approx([0.5, (51 + 50 * 2 / 3) / 101, 1])
+    # So is one for nothing. One for the object that is in no group is ignored.
+    nothing = prediction([square(6, 1)] * 4, 0.95)
+    ap, recall = numbers([*results, nothing, prediction(middle, 0.96)])
+    assert ap == pytest.approx([0.5, 2 / 3, 0.5])
+    # With a value, it is wrong in its own group.
+    of_predictions = replace(grouping, predicted=lambda tracks: [8] * len(tracks.predictions))
+    ap, recall = numbers([*results, nothing], of_predictions)
+    assert ap == pytest.approx([1, 1, 0.5])
 
 
 def test_no_results():
@@ -448,7 +416,8 @@ def test_against_naive_implementation(seed, monkeypatch):
     """
     random = np.random.default_rng(seed)
     ranges, limits = [(0, 1e10), (0, 9), (9, 12), (12, 1e10)], (1, 3, 6)
-    monkeypatch.setattr(metric, "AREA_RANGES", np.array(ranges))
+    area = replace(metric.AREA, ranges=dict(zip(metric.AREA_RANGES, ranges)))
+    monkeypatch.setattr(metric, "AREA", area)
     monkeypatch.setattr(metric, "MAX_PREDICTIONS", limits)
     size, frames, videos, categories = (5, 6), 3, (3, 1, 2), (4, 2, 9)
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from data import InputError
 from evaluation.metric import accumulate
-from test_metric import encode
+from hand_made import encode
 from test_overlays import video_of
 from viewing import plots
 from viewing.overlays import colour_of

@@ -15,13 +15,15 @@ from checkpoint import save_checkpoint
 from conftest import fixed_threads
 from data import InputError, Video
 from evaluation import metric
+from evaluation.causes import CAUSES
+from evaluation.occlusion import GAP
 from evaluation.postprocess import EncodedVideo
 from evaluation.run_length import encode
+from hand_made import LEFT, RIGHT, annotation, prediction, truth
 from model import build_model
 from synthetic.rendering import make_video
 from synthetic.scenes import Difficulty
 from synthetic.suites import SUITES, make_dataset
-from test_metric import LEFT, RIGHT, annotation, prediction, truth
 
 # At the end: some of its files have names of ours.
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
@@ -96,20 +98,7 @@ def test_weak_tracks_and_none_at_all():
     assert gate_measures.count_switches(assigned(found_of(), LEFT)) == 0
 
 
-# Gaps, bins and states
-
-
-@pytest.mark.parametrize(
-    "seen, gap", [("1", 0), ("0110", 0), ("101", 1), ("1001011", 2), ("0100001", 4)]
-)
-def test_the_longest_gap_is_between_frames_with_a_mask(seen, gap):
-    masks = [LEFT[0] if letter == "1" else None for letter in seen]
-    assert gate_measures.longest_gap(annotation(masks)) == gap
-
-
-def test_bins_hold_every_gap_once():
-    for gap in range(30):
-        assert sum(fewest <= gap <= most for fewest, most in gate_measures.GAPS.values()) == 1
+# States
 
 
 def test_states_and_shares_of_frames():
@@ -149,7 +138,7 @@ def test_one_bin_with_all_instances_is_the_whole_metric():
     ]
     wanted = metric.evaluate_results(results, ground_truth)
     found = gate_measures.scores_by_gap(results, ground_truth)
-    assert found["AP by gap"] == {name: -1 for name in gate_measures.GAPS} | {"0": wanted["AP"]}
+    assert found["AP by gap"] == {name: -1 for name in GAP.ranges} | {"0": wanted["AP"]}
     assert 0 < wanted["AP"] < 1
     assert found["AR10 by gap"]["0"] == wanted["AR10"]
     assert found["instances by gap"] == {"0": 2, "1-3": 0, "4-6": 0, "7-10": 0, "11+": 0}
@@ -253,6 +242,7 @@ def test_perfect_tracks_with_gates_that_close_when_hidden(
         "AR10": 1,
         "switches": 0,
     }
+    assert found["causes"] == dict.fromkeys(CAUSES, 0) | {"best linking": pytest.approx(1)}
     assert found["instances by gap"] == {"0": 0, "1-3": 1, "4-6": 0, "7-10": 0, "11+": 0}
     assert [found["open by state"][name] for name in gate_measures.STATES] == all_layers
     assert [found["last open by state"][name] for name in gate_measures.STATES] == last
@@ -289,10 +279,12 @@ def test_measure_then_table(sets, tmp_path, capsys):
         "float32",
     ]
     assert 0 <= record["scores"]["AP"] <= 1
-    assert record["AP by gap"].keys() == gate_measures.GAPS.keys()
+    assert record["AP by gap"].keys() == GAP.ranges.keys()
     capsys.readouterr()
     study.table(study.parse_arguments(["table", str(tmp_path / "new/study.json")]))
-    assert "| occlusion | gated, additive | 1 |" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "| occlusion | gated, additive | 1 |" in printed
+    assert "| suite | name | n | wrong class | loose mask | broken track |" in printed
     with pytest.raises(InputError, match="exists"):
         study.measure(study.parse_arguments(arguments))
     with pytest.raises(InputError, match="2 names for 1 checkpoints"):
@@ -356,7 +348,9 @@ def test_mean_and_spread_over_seeds(tmp_path, capsys):
         "| easy | gated | 2 | 50.0 ± 0.0 | - |",
     ]
     study.table(study.parse_arguments(["table", first, second, "--names", "plain"]))
-    assert "gated" not in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "gated" not in printed
+    assert "wrong class" not in printed  # older records lack causes
     with pytest.raises(InputError, match="no record has the name clip"):
         study.table(study.parse_arguments(["table", first, "--names", "clip", "gated"]))
 
