@@ -12,8 +12,8 @@
 The last but one scores both parts of YouTube-VIS 2022, and their mean.
 
 Writes to --output: results.json, results.json.zip (for the server of a benchmark), metrics.json if
-there are annotations, and overlays/ and plots/ of the first --draw and --plot videos. Each suite
-has a folder. After an interruption, the same command continues with the remaining videos.
+there are annotations, report.html with --report, and overlays/ and plots/ of the first --draw and
+--plot videos. Each suite has a folder. After an interruption, the same command continues with the remaining videos.
 
 The flags are in evaluation/flags.py. inference.py runs a model over a data set, scoring.py scores
 the results, and the metric is in metric.py. Upstream: vita/data/ytvis_eval.py.
@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from augmentation import short_side_size
 from checkpoint import SHIPPED_WEIGHTS, default_short_side, model_from_checkpoint
-from data import Video, VideoSet, read_frame
+from data import Video, VideoSet, find_frames, read_frame
 from deform_attn import implementation
 from evaluation.flags import parse_arguments
 from evaluation.inference import segment_videos, share
@@ -42,7 +42,7 @@ from evaluation.unfinished import Unfinished
 from model import GRAttVIS
 from reading.annotations import AnnotationFile, one_line, unique_names
 from reading.downloads import find_weights
-from reading.ids import Id, id_key
+from reading.ids import EntryName, Id, id_key
 from reading.layouts import find_ground_truth, find_split
 from runtime.device import choose_amp
 from runtime.errors import InputError, cli_errors
@@ -58,6 +58,7 @@ from runtime.processes import (
 )
 from runtime.stopping import Stopped, deferred_stop
 from synthetic.suites import SUITES, make_dataset
+from viewing.cards import Sources
 from viewing.overlays import overlays, save_pictures
 from viewing.plots import plot_timeline, require_matplotlib
 
@@ -140,7 +141,22 @@ def score_file(args: argparse.Namespace) -> dict | None:
     ground_truth = read_parts(args.annotations, args.skip_bad)
     output = Path(args.output or path.parent)
     other = find_other(args.compare, "", ground_truth)
-    return score_results(path, ground_truth, output, args.plot is not None, other)
+    sources = file_sources(ground_truth, args) if args.report else None
+    return score_results(path, ground_truth, output, args.plot is not None, other, sources)
+
+
+def file_sources(ground_truth: dict[str, AnnotationFile], args: argparse.Namespace) -> Sources:
+    """The frames in --images or --data-root for the pictures of a report, as far as they exist."""
+    images = args.images
+    if args.data_root and not images:
+        _, images = find_split(args.data_root, args.split)
+    files = {}
+    for part in ground_truth.values() if images else ():
+        for index, video in enumerate(part.content["videos"]):
+            with suppress(InputError):
+                where = EntryName("video", index, video, part.name)
+                files[video["id"]] = find_frames(Path(images), video, where)
+    return Sources(files)
 
 
 def default_output(weights: str) -> Path:
@@ -235,13 +251,24 @@ def evaluate_set(
         if rank == 0:
             unfinished.join(finished, videos.categories, output / "results.json")
             draw_videos(unfinished, finished, videos.categories, output, args)
+        sources = model_sources(unfinished, finished) if args.report and rank == 0 else None
         with in_turn(rank, world):
             unfinished.remove()
         if rank:
             return None
         left_out = skipped + videos.file.left_out
         parts = {name: part.without(left_out) for name, part in ground_truth.items()}
-        return score_results(output / "results.json", parts, output, args.plot is not None, other)
+        plot = args.plot is not None
+        return score_results(output / "results.json", parts, output, plot, other, sources)
+
+
+def model_sources(unfinished: Unfinished, videos: list[Video]) -> Sources:
+    """The frames and gates of a data set for the pictures of a report."""
+    gates = {video.id: unfinished.load(video).gates.numpy() for video in videos}
+    return Sources(
+        {video.id: video.files for video in videos},
+        {video: gate for video, gate in gates.items() if gate.size},
+    )
 
 
 def segment_set(

@@ -44,7 +44,10 @@ def add_data_flags(add) -> None:
     add("--data-root", help="data set")
     add("--split", default="valid", help="split of the data set")
     add("--json", help="annotation file, instead of --data-root")
-    add("--images", help="with --json: the folder that its file names are relative to")
+    add(
+        "--images",
+        help="with --json, or with --results and --report: the folder that file names are relative to",
+    )
     add(
         "--suites",
         nargs="+",
@@ -91,6 +94,12 @@ def add_result_flags(add) -> None:
         metavar="N",
         help="plot precision over recall, AP by class, and the tracks and gates of the first N "
         "videos over time (needs matplotlib)",
+    )
+    add(
+        "--report",
+        action="store_true",
+        help="write report.html, which explains the metrics; with --results, its pictures show the "
+        "frames of --images or --data-root",
     )
     add("--results", help="score this file instead of running a model")
     add(

@@ -33,13 +33,15 @@ from evaluation.metric import (
     mean_metrics,
     summarize,
 )
-from evaluation.overlaps import measure_overlaps
+from evaluation.overlaps import VideoOverlaps, measure_overlaps
 from reading.annotations import AnnotationFile, Skipped, read_annotations
 from reading.ids import Id
 from reading.layouts import GROUND_TRUTH_HELP
 from runtime.errors import InputError, shown
 from runtime.files import atomic_write, read_json, save_json
+from viewing.cards import Sources
 from viewing.plots import plot_classes, plot_precision
+from viewing.report import write_report
 
 
 @dataclass
@@ -50,6 +52,7 @@ class ScoredPart:
     precision: np.ndarray  # of `metric.accumulate`
     matched: dict[Id, dict]  # of `metric.match_video`, by video
     explained: dict[Id, Explanation]  # of `causes.explain_video`
+    overlaps: dict[Id, VideoOverlaps]
 
 
 def read_parts(paths: list[str | Path], skip_bad: bool) -> dict[str, AnnotationFile]:
@@ -79,12 +82,14 @@ def score_results(
     output: Path,
     plot: bool,
     other_path: Path | None = None,
+    sources: Sources | None = None,
 ) -> dict | None:
     """Validate a results file, zip it for a server, and score it if there are annotations.
 
     Args:
         parts: the ground truth by name. Each part is scored; metrics.json starts with the mean.
         other_path: a results file to compare with.
+        sources: of the pictures of a report; without them, no report is written.
 
     All files are written before anything is printed, so that no error of the terminal loses them.
     Returns the contents of metrics.json, None without annotations.
@@ -116,6 +121,8 @@ def score_results(
         total = total | {"comparison": compare_parts(parts, scored, others, other_path)}
         lines.append(format_comparison(total["comparison"]))
     save_json(output / "metrics.json", total)
+    if sources is not None:
+        write_report(output / "report.html", parts, scored, total, sources)
     if plot:
         precision = {name: part.precision for name, part in scored.items()}
         plot_metrics(output / "plots", metrics, precision)
@@ -141,7 +148,7 @@ def score_part(results: list[dict], part: AnnotationFile) -> ScoredPart:
     metrics["oracle"] = measure_linking(linked, categories) | {
         "order": measure_order(explained.values())
     }
-    return ScoredPart(metrics, precision, matched, explained)
+    return ScoredPart(metrics, precision, matched, explained, overlaps)
 
 
 def compare_parts(
