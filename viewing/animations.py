@@ -34,6 +34,8 @@ FRAMES = 12
 SECONDS = 3.0  # duration of an animation
 QUALITIES = (60, 35, 15)  # of WebP, the first that fits
 SHOWN_SCORE = 0.3
+MAX_LUMA = 110  # of 255, of colours behind white letters
+LINE = 13  # pixels, height of a caption
 MAX_SHOWN = 8  # predictions, and ground truth tracks
 GREY, PLAIN = (128, 128, 128), 60  # colour without object, brightness without frame
 PICTURE_THRESHOLD = 5  # index into IOU_THRESHOLDS: errors in pictures are those at IoU 0.75
@@ -105,8 +107,10 @@ def track_colour(track: ShownTrack) -> tuple[int, int, int]:
 
 
 def label_colour(index: int) -> tuple[int, int, int]:
-    """The colour of a ground truth track, darker than in overlays, for white letters on it."""
-    return tuple(round(0.8 * value) for value in colour_of(index))
+    """The colour of a ground truth track, dark enough for white letters on it."""
+    colour = np.array(colour_of(index))
+    scale = min(1.0, MAX_LUMA / (colour @ (0.299, 0.587, 0.114)))
+    return tuple((colour * scale).astype(int).tolist())
 
 
 def animate(shown: ShownVideo, video: dict, files: list[Path], max_bytes: int) -> str | None:
@@ -207,11 +211,26 @@ def draw_panel(frame: np.ndarray, tracks: list[tuple], t: int) -> Image.Image:
             corner = int(mask.any(0).argmax()), int(mask.any(1).argmax())
             corners.append((corner, colour, caption))
     panel = Image.fromarray(canvas.astype(np.uint8))
-    draw, font = ImageDraw.Draw(panel), ImageFont.load_default(size=11)
-    for (x, y), colour, caption in corners:
-        x = max(0, min(x, width - 1 - int(draw.textlength(caption, font=font))))
-        draw_label(draw, (x, max(0, y - 13)), caption, colour, font)
+    draw_captions(panel, corners[::-1])
     return panel
+
+
+def draw_captions(panel: Image.Image, corners: list[tuple]) -> None:
+    """Draw captions above corners (x, y), inside the panel and below those drawn before.
+
+    corners: (corner, colour, caption) each.
+    """
+    draw, font = ImageDraw.Draw(panel), ImageFont.load_default(size=11)
+    taken = []
+    for (x, y), colour, caption in corners:
+        width = int(draw.textlength(caption, font=font)) + 1
+        x, y = max(0, min(x, panel.width - width)), max(0, y - LINE)
+        while any(
+            x < right and left < x + width and abs(y - top) < LINE for left, right, top in taken
+        ):
+            y += 1
+        taken.append((x, x + width, y))
+        draw_label(draw, (x, y), caption, colour, font)
 
 
 def gate_picture(track: ShownTrack, visible: np.ndarray, gates: np.ndarray) -> str:

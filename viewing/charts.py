@@ -26,19 +26,25 @@ def text(value) -> str:
     return escape(name_to_draw(str(value)))
 
 
-def percent(value: float, sign: bool = False) -> str:
-    """A share in percent with one decimal; a dash if it is not defined (negative without sign)."""
-    if np.isnan(value) or (value < 0 and not sign):
-        return UNDEFINED
-    number = round(100 * float(value), 1) + 0.0  # no -0.0
-    return f"{number:{'+' if sign else ''}.1f}".replace("-", MINUS)
+def percent(value: float) -> str:
+    """A share in percent with one decimal; a dash if it is not defined (NaN or negative)."""
+    return number(value) if value >= 0 else UNDEFINED
 
 
-def percent_range(low: float, high: float, sign: bool = False) -> str:
+def number(value: float, form: str = ".1f") -> str:
+    """100 times a value that may be negative."""
+    rounded = round(100 * float(value), 1) + 0.0  # no -0.0
+    return f"{rounded:{form}}".replace("-", MINUS)
+
+
+def gain(value: float) -> str:
+    """A difference of shares in percent, with its sign."""
+    return number(value, "+.1f")
+
+
+def span(low: float, high: float, form=percent) -> str:
     """An interval in percent; empty if it is not defined."""
-    if np.isnan(low) or np.isnan(high):
-        return ""
-    return f"{percent(low, sign)} to {percent(high, sign)}"
+    return "" if np.isnan([low, high]).any() else f"{form(low)} to {form(high)}"
 
 
 def table(titles: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -> str:
@@ -94,9 +100,9 @@ def curves(lines: Sequence[tuple[np.ndarray, np.ndarray]], title: str) -> str:
         f'<text transform="translate(11 {middle_y}) rotate(-90)" text-anchor="middle">'
         "precision</text>"
     )
-    for number, (x, y) in enumerate(lines):
+    for k, (x, y) in enumerate(lines):
         points = " ".join(f"{px:.1f},{py:.1f}" for px, py in zip(*to_axes(x, y)))
-        parts.append(f'<polyline class="curve c{number}" points="{points}"/>')
+        parts.append(f'<polyline class="curve c{k}" points="{points}"/>')
     drawing = "\n".join(parts)
     return (
         f'<svg class="curves" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
@@ -109,9 +115,9 @@ def to_axes(x, y):
     return LEFT + np.asarray(x) * (RIGHT - LEFT), BOTTOM - np.asarray(y) * (BOTTOM - TOP)
 
 
-def swatch(number: int) -> str:
-    """The line style of curve `number`, for a table."""
+def swatch(k: int) -> str:
+    """The line style of curve k, for a table."""
     return (
         '<svg class="swatch" viewBox="0 0 28 10" aria-hidden="true">'
-        f'<path class="curve c{number}" d="M0 5H28"/></svg>'
+        f'<path class="curve c{k}" d="M0 5H28"/></svg>'
     )

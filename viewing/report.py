@@ -36,7 +36,7 @@ from evaluation.tracking import evaluate_tracking
 from reading.annotations import AnnotationFile
 from runtime.files import atomic_write
 from viewing.cards import Sources, video_sections
-from viewing.charts import bar, curves, percent, percent_range, swatch, table, text
+from viewing.charts import bar, curves, gain, number, percent, span, swatch, table, text
 from viewing.explanations import CAUSE_TEXTS, GROUP_TEXTS, IDENTITY_TEXTS, NUMBER_TEXTS, ORACLES
 
 STYLE = Path(__file__).with_name("report.css")
@@ -46,6 +46,7 @@ LISTED_CLASSES = 100
 LISTED_CHANGES = 5  # videos and classes that gained or lost most
 CURVES = (0, 2, 4, 6, 8)  # indices into IOU_THRESHOLDS
 TRACK_SCORE = 0.3  # of identity metrics
+NOTHING = "<p>There are no objects that count.</p>\n"
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
@@ -126,7 +127,7 @@ def numbers_section(parts: dict, scored: dict, metrics: dict) -> str:
         low, high = np.nan, np.nan
         if metrics[name] >= 0:
             low, high = interval(samples[name])
-        ends = percent_range(low, high)
+        ends = span(low, high)
         rows.append([name, percent(metrics[name]), ends, bar(metrics[name], low, high), meaning])
     return (
         f"<p>The interval contains 95 % of {RESAMPLES} bootstrap resamples of the videos: it says "
@@ -144,8 +145,8 @@ def curve_section(scored: dict) -> str:
             continue
         means = precision[:, :, defined].mean(2)
         rows = [
-            [f"{swatch(number)} {IOU_THRESHOLDS[t]:.2f}", percent(means[t].mean())]
-            for number, t in enumerate(CURVES)
+            [f"{swatch(k)} {IOU_THRESHOLDS[t]:.2f}", percent(means[t].mean())]
+            for k, t in enumerate(CURVES)
         ]
         chart = curves([(RECALL_POINTS, means[t]) for t in CURVES], "precision over recall")
         chart += table(["IoU", "AP"], rows)
@@ -218,7 +219,7 @@ def identity_section(parts: dict, scored: dict) -> str:
         rows = [
             [
                 key,
-                values[key] if isinstance(values[key], int) else percent(values[key], True),
+                values[key] if isinstance(values[key], int) else number(values[key]),
                 meaning,
             ]
             for key, meaning in IDENTITY_TEXTS.items()
@@ -229,25 +230,30 @@ def identity_section(parts: dict, scored: dict) -> str:
 
 def cause_section(metrics: dict) -> str:
     """Gains by cause as bars, the largest first, with definitions."""
+    if metrics["AP"] < 0:
+        return NOTHING
     gains = metrics["causes"]
+    largest = max(entry["AP"] for entry in gains.values()) or 1.0
     rows = [
-        [name, percent(gains[name]["AP"], True), bar(gains[name]["AP"])]
-        + [percent(gains[name]["AP50"], True), CAUSE_TEXTS[name]]
+        [name, gain(gains[name]["AP"]), bar(gains[name]["AP"] / largest)]
+        + [gain(gains[name]["AP50"]), CAUSE_TEXTS[name]]
         for name in sorted(gains, key=lambda name: -gains[name]["AP"])
     ]
     return (
         "<p>AP that would be gained if this cause alone were fixed. Each false prediction has one "
         "cause at each IoU threshold t. Its object is the ground truth track with the highest IoU. "
-        "The gains do not add up to what is missing.</p>\n"
+        "The gains do not add up to what is missing. The longest bar is the largest gain.</p>\n"
     ) + table(["cause", "AP", "", "AP50", "a false prediction"], rows)
 
 
 def oracle_section(metrics: dict) -> str:
     """AP with the same masks, linked or ordered better."""
+    if metrics["AP"] < 0:
+        return NOTHING
     rows = [["as predicted", percent(metrics["AP"]), "", bar(metrics["AP"]), "these results"]]
     for key, (name, meaning) in ORACLES.items():
         ap = metrics["oracle"][key]["AP"]
-        rows.append([name, percent(ap), percent(ap - metrics["AP"], True), bar(ap), meaning])
+        rows.append([name, percent(ap), gain(ap - metrics["AP"]), bar(ap), meaning])
     return (
         "<p>AP that the same masks of frames could have, knowing the ground truth. What the best "
         "linking gains is what the tracker loses.</p>\n"
@@ -283,8 +289,8 @@ def difference_rows(entries) -> list[list[str]]:
     rows = []
     for name, entry in entries:
         row = [text(name), percent(entry["this"]), percent(entry["other"])]
-        row.append(percent(entry["difference"], True))
+        row.append(gain(entry["difference"]))
         if "low" in entry:
-            row.append(percent_range(entry["low"], entry["high"], True))
+            row.append(span(entry["low"], entry["high"], gain))
         rows.append(row)
     return rows
