@@ -346,6 +346,21 @@ def test_plots_without_matplotlib_are_refused_first(run, seen, monkeypatch):
     assert not seen
 
 
+def test_flag_report(run, folder, tmp_path):
+    """With gates after a model ran; with frames, but no gates, for a results file."""
+    run()
+    assert not (tmp_path / "out/report.html").exists()
+    run("--report")
+    assert 'alt="gates"' in (tmp_path / "out/report.html").read_text(encoding="utf-8")
+    plain = ["--results", tmp_path / "out/results.json", "--annotations", folder / "valid.json"]
+    plain += ["--report", "--output", tmp_path / "scores"]
+    root, images = ("--data-root", folder), ("--images", folder / "JPEGImages")
+    for more, is_plain in (((), True), (root, False), (images, False)):
+        evaluate_with(*plain, *more)
+        page = (tmp_path / "scores/report.html").read_text(encoding="utf-8")
+        assert ("Frames are not available" in page) is is_plain and 'alt="gates"' not in page
+
+
 def test_flag_results(run, seen, folder, tmp_path):
     path = write_json(tmp_path / "scored/mine.json", perfect_results())
     arguments = ["--results", str(path), "--annotations", str(folder / "valid.json")]
