@@ -132,7 +132,7 @@ def numbers_section(parts: dict, scored: dict, metrics: dict) -> str:
     return (
         f"<p>The interval contains 95 % of {RESAMPLES} bootstrap resamples of the videos: it says "
         "what other videos might change, not another training run.</p>\n"
-    ) + table(["", "value", "interval", "", ""], rows, "numbers")
+    ) + table(["", "value", "interval", "", ""], rows, "explained")
 
 
 def curve_section(scored: dict) -> str:
@@ -224,7 +224,7 @@ def identity_section(parts: dict, scored: dict) -> str:
             ]
             for key, meaning in IDENTITY_TEXTS.items()
         ]
-        html += part_title(name, scored) + table(["", "value", ""], rows)
+        html += part_title(name, scored) + table(["", "value", ""], rows, "explained")
     return html
 
 
@@ -243,7 +243,7 @@ def cause_section(metrics: dict) -> str:
         "<p>AP that would be gained if this cause alone were fixed. Each false prediction has one "
         "cause at each IoU threshold t. Its object is the ground truth track with the highest IoU. "
         "The gains do not add up to what is missing. The longest bar is the largest gain.</p>\n"
-    ) + table(["cause", "AP", "", "AP50", "a false prediction"], rows)
+    ) + table(["cause", "AP", "", "AP50", "a false prediction"], rows, "explained")
 
 
 def oracle_section(metrics: dict) -> str:
@@ -257,7 +257,7 @@ def oracle_section(metrics: dict) -> str:
     return (
         "<p>AP that the same masks of frames could have, knowing the ground truth. What the best "
         "linking gains is what the tracker loses.</p>\n"
-    ) + table(["", "AP", "gain", "", ""], rows)
+    ) + table(["", "AP", "gain", "", ""], rows, "explained")
 
 
 def comparison_section(comparison: dict) -> str:
