@@ -11,6 +11,7 @@ PAGES = {
         REPOSITORY / "README.md",
         REPOSITORY / "CONTRIBUTING.md",
         *sorted(REPOSITORY.glob("docs/*.md")),
+        REPOSITORY / "weights/README.md",
     ]
 }
 

@@ -28,6 +28,7 @@ PYTHON = {  # pages with examples in Python, and the tests that run them
     "docs/evaluation.md": "test_pages.py",
     "docs/extending.md": "test_extending.py",
     "docs/kernel.md": "test_pages.py",
+    "weights/README.md": "test_pages.py",
 }
 # What examples take for granted: frames, an official file, and a copy of the repository. The large
 # preset is a small one.

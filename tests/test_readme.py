@@ -1,9 +1,11 @@
 """README.md and other pages: length, tables, links, and references to code."""
 
+import hashlib
 import re
 
 import pytest
 
+from checkpoint import SHIPPED_WEIGHTS, model_from_checkpoint
 from pages import PAGES, find_all, prose
 from processes import REPOSITORY
 
@@ -59,3 +61,16 @@ def test_the_first_two_blocks_hold_one_line_each():
     blocks = re.findall(r"^```\w*\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
     assert all(len(block.splitlines()) == 1 for block in blocks[:2])
     assert "train.py" in blocks[0] and "tests/run.py" in blocks[1]
+
+
+def test_the_model_card_describes_the_file():
+    card, contents = PAGES["weights/README.md"], SHIPPED_WEIGHTS.read_bytes()
+    assert f"| {len(contents):,} bytes;" in card
+    assert f"`{hashlib.sha256(contents).hexdigest()}`" in card
+    model, config = model_from_checkpoint(SHIPPED_WEIGHTS)
+    size = sum(parameter.numel() for parameter in model.parameters())
+    assert f"`{config['propagation']}` propagation), thin ResNet, {size / 1e6:.2f} M" in card
+    assert f"| {', '.join(name for _, name in config['categories'])} |" in card
+    assert f"resized to {config['test_short_side']} pixels" in card
+    row = re.compile(r"^\| `(?:weights/)?small.pt` \|([ \d.|]*)$", re.MULTILINE)
+    assert row.search(card)[1] == row.search(README)[1]
