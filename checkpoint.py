@@ -319,18 +319,22 @@ def save_weights(source: str | Path, target: str | Path) -> int:
     return target.stat().st_size
 
 
-def main() -> None:
-    """Write the weights of a checkpoint as the command line says."""
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description="Write only the weights of a training checkpoint, in 16 bit."
     )
     parser.add_argument("source", help="checkpoint of train.py")
     parser.add_argument("target", help="file to write; must not exist yet")
-    args = parser.parse_args()
-    with cli_errors():
-        size = save_weights(args.source, args.target)
-        print(f"{args.target}: {size / 1e6:.2f} MB")
+    return parser.parse_args(arguments)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Write the weights of a checkpoint."""
+    size = save_weights(args.source, args.target)
+    print(f"{args.target}: {size / 1e6:.2f} MB")
 
 
 if __name__ == "__main__":
-    main()
+    with cli_errors():
+        main(parse_arguments())

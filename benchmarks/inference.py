@@ -289,8 +289,8 @@ def chunks(frames: int) -> None:
             )
 
 
-def main() -> None:
-    """Run the parts selected on the command line."""
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description="Measure inference.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -307,7 +307,11 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=100)
     parser.add_argument("--chunk", type=int, default=8)
     parser.add_argument("--workers", type=int, default=15)
-    args = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Run the parts selected on the command line."""
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if CUDA else 'CPU'}")
     if "encoding" in args.parts:
         encoding()
@@ -320,4 +324,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(parse_arguments())

@@ -5,6 +5,7 @@ import math
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -550,6 +551,7 @@ def test_two_processes_have_the_gradients_of_one(tmp_path):
         "0",
         "--log-every",
         "1",
+        "--tensorboard" if find_spec("tensorboard") else "--no-tensorboard",
     ]
     launchers = {
         "one": [],
@@ -584,6 +586,8 @@ def test_two_processes_have_the_gradients_of_one(tmp_path):
         record = json.loads((folder / "run/log.jsonl").read_text())
         losses.append({key: value for key, value in record.items() if "loss" in key})
         seeds.append({path.name[-1]: path.read_text() for path in folder.glob("seed_of_rank_*")})
+        # Only rank 0 writes for TensorBoard.
+        assert len(list(folder.glob("run/tensorboard/*"))) == bool(find_spec("tensorboard"))
     assert losses[1] == pytest.approx(losses[0], rel=1e-12) and len(losses[0]) > 20
     assert seeds[0]["0"] == seeds[1]["0"] != seeds[1]["1"]
     one, two = moments

@@ -7,6 +7,7 @@ from pathlib import Path
 from runtime.errors import InputError
 from runtime.files import checksum
 from trainer.flags import parse_arguments
+from trainer.tensorboard import require_tensorboard
 
 
 def choose_seed(given: int, resumed: dict | None) -> int:
@@ -22,6 +23,8 @@ def check_run(args: argparse.Namespace, resumed: dict | None, world: int) -> Non
     """InputError for arguments that contradict each other, or the checkpoint to resume."""
     if resumed:
         check_resumed(args, resumed)
+    if args.tensorboard:
+        require_tensorboard()
     if args.batch % (world * args.accumulate):
         parts = f" in {args.accumulate} parts" if args.accumulate > 1 else ""
         raise InputError(f"--batch {args.batch} cannot be shared by {world} processes{parts}")
@@ -65,6 +68,7 @@ MAY_CHANGE = {
     "skip_nonfinite",
     "log_every",
     "save_every",
+    "tensorboard",
     "skip_bad",
     "data_root",
     "train_json",

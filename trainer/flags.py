@@ -401,3 +401,10 @@ def add_run_flags(add) -> None:
     )
     add("--log-every", type=at_least(1), default=20, help="iterations between lines of log.jsonl")
     add("--save-every", type=at_least(1), default=500, help="iterations between checkpoints")
+    add(
+        "--tensorboard",
+        action=SWITCH,
+        default=False,
+        help="also write the curves of log.jsonl for TensorBoard, to the folder tensorboard in "
+        "--output",
+    )
