@@ -192,11 +192,11 @@ class GRAttVIS(nn.Module):
 
     def prepare_videos(self, videos: list[Tensor]) -> Tensor:
         """`prepare` for the frames of videos (T, 3, H, W); T, H and W may differ."""
-        if not any(map(len, videos)):
-            raise ValueError("the video has no frames")
+        lengths = [len(video) for video in videos]
+        if not min(lengths, default=0):
+            raise ValueError("a video has no frames")
         for video in videos:
             check_frame(video[0])
-        lengths = [len(video) for video in videos]
         height = max(video.shape[2] for video in videos)
         width = max(video.shape[3] for video in videos)
         shape = sum(lengths), 3, *padded_size(height, width)
