@@ -185,10 +185,12 @@ class Tracker(nn.Module):
                 state = self.initial_state(detector_layers * batch)
             elif self.training and self.query_noise:
                 state = replace(state, query=self.add_query_noise(state.query))
-            output, logits, soft, state = self.decode_clip(encoded_clip, state, detector_layers)
-            outputs.append(torch.stack(output))
-            gate_logits.append(logits)
-            gate_soft.append(soft)
+            layer_outputs, layer_gate_logits, layer_gate_soft, state = self.decode_clip(
+                encoded_clip, state, detector_layers
+            )
+            outputs.append(torch.stack(layer_outputs))
+            gate_logits.append(layer_gate_logits)
+            gate_soft.append(layer_gate_soft)
 
         def split_streams(x: Tensor, axis: int = 0) -> Tensor:  # S -> L, B
             return x.unflatten(axis, (detector_layers, batch))
@@ -198,11 +200,11 @@ class Tracker(nn.Module):
         frame_embed = self.frame_similarity(encoded).unflatten(0, (clips, detector_layers, batch))
         if not self.training:
             outputs = outputs[:, -1:]  # the last decoder layer
-        logits = self.class_embed(outputs)  # (G, D, L, B, Q, K + 1)
+        class_logits = self.class_embed(outputs)  # (G, D, L, B, Q, K + 1)
         kernels = mask_kernel(self.mask_embed(outputs), self.mask_features)
         predictions = [
             ClipPrediction(
-                logits=list(logits[clip]),
+                logits=list(class_logits[clip]),
                 mask_kernel=list(kernels[clip]),
                 clip_embed=clip_embed[clip],
                 frame_embed=frame_embed[clip],
@@ -236,12 +238,13 @@ class Tracker(nn.Module):
                 x = gate * x + (1 - gate) * query  # gated residual connection
                 mask = self.attention_mask(gate)  # for the masked self-attention
                 gate_logits.append(logits)
-                gate_soft.append(soft)
+                if self.training:
+                    gate_soft.append(soft)
             x = layer.self_attention(x, query_pos, mask)
             x = layer.feed_forward(x)
             outputs.append(self.decoder_norm(x))
         state = self.next_state(x, outputs[-1], state)
-        return outputs, gate_logits, gate_soft if self.training else [], state
+        return outputs, gate_logits, gate_soft, state
 
     def gate(self, x: Tensor, detector_layers: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Decide which queries x (S, Q, C) keep what they have read from the clip.
