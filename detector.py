@@ -163,9 +163,9 @@ class FrameDecoderLayer(nn.Module):
         self.feed_forward = FeedForward(channels, feed_forward)
 
     def forward(
-        self, x: Tensor, query_pos: Tensor, memory: Tensor, memory_pos: Tensor, mask: Tensor
+        self, x: Tensor, query_pos: Tensor, context: Tensor, context_pos: Tensor, mask: Tensor
     ) -> Tensor:
-        x = self.cross_attention(x, query_pos, memory, memory_pos, mask)
+        x = self.cross_attention(x, query_pos, context, context_pos, mask)
         x = self.self_attention(x, query_pos)
         return self.feed_forward(x)
 
@@ -205,22 +205,22 @@ class FrameDecoder(nn.Module):
         prediction is class logits (N, F, K + 1) and mask kernels (N, F, C + 1), see `mask_kernel`.
         In training there is one before the first layer and one after each, otherwise only the last.
         """
-        inputs = []  # of each level: memory, its positions, features for masks, size
+        inputs = []  # of each level: context, its positions, features for masks, size
         sizes = [tuple(level.shape[-2:]) for level in levels]
         sources = features_for_masks(features, sizes)
         for level, embed, source in zip(levels, self.level_embed.weight, sources):
             channels, height, width = level.shape[1:]
-            memory = to_tokens(level) + embed
-            memory_pos = to_tokens(sine_position(height, width, channels, level))
-            inputs.append((memory, memory_pos, source, (height, width)))
+            context = to_tokens(level) + embed
+            context_pos = to_tokens(sine_position(height, width, channels, level))
+            inputs.append((context, context_pos, source, (height, width)))
         x = self.query_feat.weight.expand(len(features), -1, -1)
         query_pos = self.query_embed.weight
         output, kernel = self.mask_head(x, mask_projection)
         outputs, kernels = [output], [kernel]
         for index, layer in enumerate(self.layers):
-            memory, memory_pos, source, size = inputs[index % len(inputs)]
+            context, context_pos, source, size = inputs[index % len(inputs)]
             mask = attention_mask(kernel, source, size)
-            x = layer(x, query_pos, memory, memory_pos, mask)
+            x = layer(x, query_pos, context, context_pos, mask)
             output, kernel = self.mask_head(x, mask_projection)
             outputs.append(output)
             kernels.append(kernel)

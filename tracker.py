@@ -78,8 +78,8 @@ class TrackerState:
     """
 
     query: Tensor  # (S, Q, C), output of the last layer before decoder_norm
-    memory_key: Tensor | None = None  # (S, past clips, Q, C)
-    memory_value: Tensor | None = None
+    past_keys: Tensor | None = None  # (S, past clips, Q, C), the memory
+    past_values: Tensor | None = None
 
 
 @dataclass
@@ -289,21 +289,21 @@ class Tracker(nn.Module):
         """GenVIS: each query attends to its own past, without scaling. Returns (S, Q, C)."""
         query = state.query
         output = query + self.query_value(query)
-        if state.memory_key is None:
+        if state.past_keys is None:
             return output
-        logits = torch.einsum("sqc,smqc->smq", self.query_key(query), state.memory_key)
-        return output + torch.einsum("smq,smqc->sqc", logits.softmax(1), state.memory_value)
+        logits = torch.einsum("sqc,smqc->smq", self.query_key(query), state.past_keys)
+        return output + torch.einsum("smq,smqc->sqc", logits.softmax(1), state.past_values)
 
     def next_state(self, x: Tensor, output: Tensor, state: TrackerState) -> TrackerState:
         """Propagate the queries x of the last layer; append its normed output to the memory."""
         if not self.use_memory:
             return TrackerState(x)
-        key = self.memory_key(output)[:, None]
-        value = self.memory_value(output)[:, None]
-        if state.memory_key is not None:
-            key = torch.cat((state.memory_key, key), 1)
-            value = torch.cat((state.memory_value, value), 1)
-        return TrackerState(x, key, value)
+        keys = self.memory_key(output)[:, None]
+        values = self.memory_value(output)[:, None]
+        if state.past_keys is not None:
+            keys = torch.cat((state.past_keys, keys), 1)
+            values = torch.cat((state.past_values, values), 1)
+        return TrackerState(x, keys, values)
 
     # The encoder. Here N = G * S: the clips of all streams are a batch.
 

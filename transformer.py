@@ -95,7 +95,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """x = norm(x + attention(x + query_pos, memory + memory_pos, memory))."""
+    """x = norm(x + attention(x + query_pos, context + context_pos, context))."""
 
     def __init__(self, channels: int, heads: int):
         super().__init__()
@@ -106,13 +106,13 @@ class CrossAttention(nn.Module):
         self,
         x: Tensor,
         query_pos: Tensor,
-        memory: Tensor,
-        memory_pos: Tensor,
+        context: Tensor,
+        context_pos: Tensor,
         mask: Tensor | None = None,
     ) -> Tensor:
         query = x + query_pos
-        key = memory + memory_pos
-        attended = self.attention(query, key, memory, mask)
+        key = context + context_pos
+        attended = self.attention(query, key, context, mask)
         return self.norm(x, attended)
 
 
