@@ -112,7 +112,8 @@ class PixelDecoder(nn.Module):
             nn.GroupNorm(32, channels),
             nn.ReLU(),
         )
-        self.mask_features = nn.Conv2d(channels, channels, 1)  # FrameDecoder applies it
+        # A layer, never called, named as in checkpoints: `mask_kernel` reads its W and b.
+        self.mask_features = nn.Conv2d(channels, channels, 1)
         for projection in self.input_proj:
             nn.init.xavier_uniform_(projection[0].weight)
             nn.init.zeros_(projection[0].bias)
@@ -199,7 +200,7 @@ class FrameDecoder(nn.Module):
         """Decode the queries of N frames.
 
         levels: of strides [32, 16, 8]. features: the FPN map (N, C, h, w). mask_projection: the
-        module `mask_features` of the pixel decoder, which never applies it itself.
+        layer `mask_features` of the pixel decoder, see `mask_kernel`.
 
         Returns predictions and the frame queries (L, N, F, C) of the last L layers, normed. A
         prediction is class logits (N, F, K + 1) and mask kernels (N, F, C + 1), see `mask_kernel`.

@@ -150,7 +150,8 @@ class Tracker(nn.Module):
         self.query_feat = nn.Embedding(queries, channels)  # the queries of the first clip
         self.query_embed = nn.Embedding(queries, channels)  # positions of queries
         self.frame_query_embed = nn.Embedding(frame_queries, channels)  # of frame queries
-        self.mask_features = nn.Conv2d(mask_channels, channels, 1)  # used by mask_kernel
+        # A layer, never called, named as in checkpoints: `mask_kernel` reads its W and b.
+        self.mask_features = nn.Conv2d(mask_channels, channels, 1)
         self.class_embed = nn.Linear(channels, num_classes + 1)  # class logits
         self.mask_embed = MLP(channels, channels)  # mask embeddings
         self.frame_similarity = nn.Linear(channels, channels)  # similarity embeddings
