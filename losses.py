@@ -120,7 +120,7 @@ class Criterion:
         self.no_object_weight = no_object_weight
         self.freeze_detector = freeze_detector
         self.similarity_span = similarity_span
-        self.gates = "gate_soft" if gate_loss == "released" else "gate_logits"
+        self.gate_field = "gate_soft" if gate_loss == "released" else "gate_logits"
         self.points = points
         self.candidates = int(points * oversample)
         self.uncertain = int(importance * points)
@@ -155,7 +155,7 @@ class Criterion:
         frame_layers = detector_layers if self.freeze_detector else all_layers
         targets = pad_targets(videos, output.padded_size, output.frames.features.device)
         frames = frame_predictions(output, batch, frame_layers)
-        clips = clip_predictions(output, batch, self.gates)
+        clips = clip_predictions(output, batch, self.gate_field)
 
         costs = [
             matching_costs(predictions, targets, self.points, self.matching_weights)
@@ -227,7 +227,7 @@ class Criterion:
         prefix, suffix = ("loss_vita", "") if whole_video else ("loss_genvis", "_clip{}")
         sums = []
         for name, (function, weight) in self.clip_losses.items():
-            if name == "gate" and predictions.gates is None:  # a mode without
+            if name == "gate" and predictions.gate_values is None:  # a mode without
                 continue
             total, count = function(predictions, targets, matches)  # (G, D * L)
             total = total.unflatten(1, (-1, detector_layers)).sum(2)  # (G, D)
@@ -343,11 +343,11 @@ def gate_bce(
     """
     no_object = predictions.logits.shape[-1] - 1
     detector_layers = predictions.clip_embed.shape[1]
-    target = (matches.classes != no_object).to(predictions.gates.dtype)
+    target = (matches.classes != no_object).to(predictions.gate_values.dtype)
     target = target.unflatten(1, (-1, 1, detector_layers))  # (G, D, 1, L, B, Q)
-    # A decoder layer may have several gates: (G, D, gates, L, B, Q).
-    gates = predictions.gates.unflatten(1, (target.shape[1], -1, detector_layers))
-    loss = F.binary_cross_entropy_with_logits(gates, target.expand_as(gates), reduction="none")
+    # (G, D, gates of a decoder layer, L, B, Q): one gate, unless changed as in docs/extending.md.
+    values = predictions.gate_values.unflatten(1, (target.shape[1], -1, detector_layers))
+    loss = F.binary_cross_entropy_with_logits(values, target.expand_as(values), reduction="none")
     total = loss.sum((2, 4, 5)).flatten(1)
     return total, torch.full_like(total, loss[0, 0, :, 0].numel())
 

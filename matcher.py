@@ -63,8 +63,8 @@ class Predictions:
     clip_length: int  # frames of a clip; the last clip may be shorter
     clip_embed: Tensor | None = None  # (G, L, B, Q, C), similarity embeddings; tracker only
     frame_embed: Tensor | None = None  # (T, L, B, F, C)
-    # (G, gates * L, B, Q), gate logits or sampled soft gates; one gate or more per decoder layer
-    gates: Tensor | None = None
+    # (G, D * L, B, Q), gate logits or soft gates; more where a decoder layer has several gates
+    gate_values: Tensor | None = None
 
     @property
     def clip_of(self) -> Tensor:
@@ -135,12 +135,14 @@ def stack_frame_layers(layers: tuple[Tensor, ...], batch: int) -> Tensor:
     return full_precision(stacked.permute(2, 0, 1, 3, 4))
 
 
-def clip_predictions(output: TrainingOutput, batch: int, gates: str = "gate_logits") -> Predictions:
-    """All predictions of the tracker. gates: which field of ClipPrediction the gate loss reads."""
+def clip_predictions(
+    output: TrainingOutput, batch: int, gate_field: str = "gate_logits"
+) -> Predictions:
+    """All predictions of the tracker. gate_field: of ClipPrediction, what the gate loss reads."""
     clips = output.clips
     frame_embed = torch.cat([clip.frame_embed for clip in clips], 2)  # (L, B, T, F, C)
     clip_embed = torch.stack([clip.clip_embed for clip in clips])
-    has_gates = bool(getattr(clips[0], gates))
+    has_gates = bool(getattr(clips[0], gate_field))
     return Predictions(
         logits=stack_clip_layers(clips, "logits"),
         mask_kernel=stack_clip_layers(clips, "mask_kernel"),
@@ -148,7 +150,7 @@ def clip_predictions(output: TrainingOutput, batch: int, gates: str = "gate_logi
         clip_length=clips[0].frame_embed.shape[2],
         clip_embed=full_precision(clip_embed),
         frame_embed=full_precision(frame_embed.permute(2, 0, 1, 3, 4)),
-        gates=stack_clip_layers(clips, gates) if has_gates else None,
+        gate_values=stack_clip_layers(clips, gate_field) if has_gates else None,
     )
 
 

@@ -298,16 +298,16 @@ class GRAttVIS(nn.Module):
         last = -1  # of the D decoder layers
         logits = torch.stack([clip.logits[last][stream] for clip in predictions])
         kernels = torch.stack([clip.mask_kernel[last][stream] for clip in predictions])
-        gates = [layer[stream] for clip in predictions for layer in clip.gate_logits]
-        if gates:
-            gates = torch.stack(gates).unflatten(0, (len(clips), -1))  # (G, D, Q)
+        gate_logits = [layer[stream] for clip in predictions for layer in clip.gate_logits]
+        if gate_logits:
+            gate_logits = torch.stack(gate_logits).unflatten(0, (len(clips), -1))  # (G, D, Q)
         else:
-            gates = logits.new_empty(len(clips), 0, logits.shape[1])  # D = 0
+            gate_logits = logits.new_empty(len(clips), 0, logits.shape[1])  # D = 0
 
         def for_each_frame(x: Tensor) -> Tensor:  # (G, ...) -> (T, ...)
             return x[:, None].expand(-1, clip_length, -1, -1).flatten(0, 1)
 
-        return (logits, for_each_frame(kernels), for_each_frame(gates >= 0)), state
+        return (logits, for_each_frame(kernels), for_each_frame(gate_logits >= 0)), state
 
     @torch.no_grad()
     def segment_video(

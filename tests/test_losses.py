@@ -258,7 +258,7 @@ def test_gate_losses():
             None,
             1,
             clip_embed=torch.zeros(1, 1, 1, 2, 4),
-            gates=gates,
+            gate_values=gates,
         )
         total, count = gate_bce(predictions, None, Matches(None, None, classes))
         return (total / count).item()
@@ -270,8 +270,8 @@ def test_gate_losses():
     assert loss(soft, wrong) == pytest.approx((math.log(2) + math.log1p(math.exp(1))) / 2)
     output = random_output(1, 2, clip_length=1)
     for kind, name in zip(GATE_LOSSES, ("gate_logits", "gate_soft"), strict=True):
-        gates = clip_predictions(output, 1, Criterion(CLASSES, gate_loss=kind).gates).gates
-        assert torch.equal(gates[1, 2], getattr(output.clips[1], name)[1][0])
+        predictions = clip_predictions(output, 1, Criterion(CLASSES, gate_loss=kind).gate_field)
+        assert torch.equal(predictions.gate_values[1, 2], getattr(output.clips[1], name)[1][0])
     with pytest.raises(ValueError, match="logits, released"):
         Criterion(CLASSES, gate_loss="hinge")
 
@@ -287,7 +287,7 @@ def test_a_decoder_layer_may_have_several_gates():
         None,
         1,
         clip_embed=torch.zeros(clips, detector_layers, batch, queries, 4),
-        gates=gates.flatten(1, 3),
+        gate_values=gates.flatten(1, 3),
     )
     total, count = gate_bce(predictions, None, Matches(None, None, classes))
     assert total.shape == count.shape == (clips, depth * detector_layers)

@@ -296,7 +296,7 @@ def test_predictions_in_one_form():
         prediction, layer = output.clips[clip], 3 * depth + level
         assert torch.equal(clips.logits[clip, layer], prediction.logits[depth][level])
         assert torch.equal(clips.mask_kernel[clip, layer], prediction.mask_kernel[depth][level])
-        assert torch.equal(clips.gates[clip, layer], prediction.gate_logits[depth][level])
+        assert torch.equal(clips.gate_values[clip, layer], prediction.gate_logits[depth][level])
         assert torch.equal(clips.clip_embed[clip, level], prediction.clip_embed[level])
     for t, level in itertools.product(range(5), range(3)):
         expected = output.clips[t // 2].frame_embed[level, :, t % 2]
