@@ -150,11 +150,11 @@ class Criterion:
         """
         batch = len(videos)
         detector_layers = len(output.frames.queries)
-        all_layers = len(output.frames.predictions)
-        # With a frozen detector, only those that the similarity loss needs are matched.
-        frame_layers = detector_layers if self.freeze_detector else all_layers
+        predictions_per_frame = len(output.frames.predictions)
+        if self.freeze_detector:  # only those that the similarity loss needs are matched
+            predictions_per_frame = detector_layers
         targets = pad_targets(videos, output.padded_size, output.frames.features.device)
-        frames = frame_predictions(output, batch, frame_layers)
+        frames = frame_predictions(output, batch, predictions_per_frame)
         clips = clip_predictions(output, batch, self.gate_field)
 
         costs = [
@@ -359,7 +359,7 @@ def sample_matched_masks(
     predictions: Predictions,
     targets: Targets,
     matches: Matches,
-    points: int,
+    count: int,
     candidates: int,
     uncertain: int,
 ) -> tuple[Tensor, Tensor]:
@@ -372,14 +372,14 @@ def sample_matched_masks(
     elements = 6 * candidates * batch * length * instances  # about 6 numbers per candidate
     point_logits, point_targets = [], []
     for some_layers in matched_masks(predictions, matches):
-        for masks in some_layers.split(chunk_size(elements), 2):
+        for masks in some_layers.split(items_at_once(elements), 2):
             shape = masks.shape[:4]  # (B, T, some of R, I)
             masks = masks.flatten(0, 3)[:, None]  # (B * T * R * I, 1, h, w)
             with torch.no_grad():
-                positions = uncertain_points(masks, points, candidates, uncertain)
-                positions_of_layer = positions.view(*shape, points, 2)
-                point_targets.append(sample_targets(targets, positions_of_layer, masks.dtype))
-            point_logits.append(sample_at(masks, positions).view(*shape, points))
+                points = uncertain_points(masks, count, candidates, uncertain)
+                points_of_masks = points.view(*shape, count, 2)
+                point_targets.append(sample_targets(targets, points_of_masks, masks.dtype))
+            point_logits.append(sample_at(masks, points).view(*shape, count))
     return (
         torch.cat(point_logits, 2).permute(1, 2, 0, 3, 4),
         torch.cat(point_targets, 2).permute(1, 2, 0, 3, 4),
@@ -392,7 +392,8 @@ def matched_masks(predictions: Predictions, matches: Matches) -> Iterator[Tensor
     kernels = kernels[predictions.clip_of]  # (T, R, B, I, C + 1)
     batch, length, _, height, width = predictions.features.shape
     instances = kernels.shape[3]
-    for some_kernels in kernels.split(chunk_size(batch * length * instances * height * width), 1):
+    elements = batch * length * instances * height * width
+    for some_kernels in kernels.split(items_at_once(elements), 1):
         yield torch.stack(
             [
                 checkpoint(
@@ -417,16 +418,16 @@ def masks_of_video(kernel: Tensor, features: Tensor) -> Tensor:
     return masks.unflatten(1, kernel.shape[1:3])
 
 
-def sample_targets(targets: Targets, positions: Tensor, dtype: torch.dtype) -> Tensor:
-    """Values (B, T, R, I, P) in 0..1 of the instances' masks at positions (B, T, R, I, P, 2)."""
-    batch, length, layers, instances, points, _ = positions.shape
+def sample_targets(targets: Targets, points: Tensor, dtype: torch.dtype) -> Tensor:
+    """Values (B, T, R, I, P) in 0..1 of the instances' masks at points (B, T, R, I, P, 2)."""
+    batch, length, layers, instances, count, _ = points.shape
     masks = targets.masks.flatten(0, 2)[:, None]  # (B * T * I, 1, H, W)
     # Targets do not depend on R: all R sets of points are sampled from one mask.
-    positions = positions.transpose(2, 3).reshape(len(masks), layers * points, 2)
-    size = chunk_size(masks[0].numel())  # as numbers, masks are large
-    chunks = zip(masks.split(size), positions.split(size))
+    points = points.transpose(2, 3).reshape(len(masks), layers * count, 2)
+    size = items_at_once(masks[0].numel())  # as numbers, masks are large
+    chunks = zip(masks.split(size), points.split(size))
     sampled = torch.cat([sample_at(some.to(dtype), at)[:, 0] for some, at in chunks])
-    return sampled.view(batch, length, instances, layers, points).transpose(2, 3)
+    return sampled.view(batch, length, instances, layers, count).transpose(2, 3)
 
 
 def gather_queries(values: Tensor, query_of: Tensor) -> Tensor:
@@ -438,7 +439,7 @@ def gather_queries(values: Tensor, query_of: Tensor) -> Tensor:
     return values.gather(3, index)
 
 
-def chunk_size(elements: int) -> int:
+def items_at_once(elements: int) -> int:
     """How many items of so many elements are processed at once."""
     return max(1, MAX_ELEMENTS // max(1, elements))
 

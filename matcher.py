@@ -118,9 +118,9 @@ def pad_targets(videos: list[Clip], size: tuple[int, int], device: torch.device)
     return Targets(*to_device([labels, visible], device), masks, labels, visible)
 
 
-def frame_predictions(output: TrainingOutput, batch: int, layers: int) -> Predictions:
-    """The last `layers` predictions of the frame decoder, G = T."""
-    logits, kernels = zip(*output.frames.predictions[-layers:])
+def frame_predictions(output: TrainingOutput, batch: int, count: int) -> Predictions:
+    """The last `count` predictions of the frame decoder, G = T."""
+    logits, kernels = zip(*output.frames.predictions[-count:])
     return Predictions(
         logits=stack_frame_layers(logits, batch),
         mask_kernel=stack_frame_layers(kernels, batch),
@@ -130,7 +130,7 @@ def frame_predictions(output: TrainingOutput, batch: int, layers: int) -> Predic
 
 
 def stack_frame_layers(layers: tuple[Tensor, ...], batch: int) -> Tensor:
-    """(B * T, F, ...) of each layer -> (T, R, B, F, ...)."""
+    """(B * T, F, ...) of each prediction -> (T, R, B, F, ...)."""
     stacked = torch.stack(layers).unflatten(1, (batch, -1))
     return full_precision(stacked.permute(2, 0, 1, 3, 4))
 
