@@ -4,13 +4,14 @@ A matched query learns the class and the mask of its instance. Every other query
 instance while it is invisible, learns "no object".
 
 To add a loss, write a function (predictions, targets, matches) -> (total, count), both of shape
-(G, R), and give it a name and a weight in the table of `Criterion.__init__`. The loss is
-weight * total / count, and what is minimised is the plain sum over clips, layers and losses.
+(G, R), or (G, L) for a clip loss of the last decoder layer alone, and give it a name and a weight in
+the table of `Criterion.__init__`. The loss is weight * total / count, and what is minimised is the
+plain sum over clips, layers and losses.
 
 Counts are averaged over processes, as DDP averages the gradients: the loss is then the mean over
-the instances of all processes. As upstream, a mean count below 1 is taken as 1: without instances a
-loss is 0, and with fewer instances than processes (for clips, processes / L) it is less than their
-mean.
+the instances of all processes. As upstream, a mean count below 1 is taken as 1. So without instances
+the mask, dice and similarity losses are 0, and with less than one instance per process they are
+below the mean. (An instance of a clip counts L times, so there the limit is 1 / L.)
 
 Paper: Mask2Former (2112.01527) section 3.3, GenVIS (2211.08834) section 3.3, VITA (2206.04403)
 section 3.3 for the similarity loss. Upstream: mask2former/modeling/criterion.py,
@@ -79,8 +80,9 @@ class LossSum:
 class Criterion:
     """All losses of a training step, weighted, under the official names.
 
-    Frame losses: loss_{ce,mask,dice} for the last decoder layer, ..._{0..8} for the others. Clip
-    losses: loss_genvis_{ce,mask,dice,sim}_clip{c} and ..._{ce,mask,dice}_{d}_clip{c}, or
+    Frame losses: loss_{ce,mask,dice} after the last decoder layer, ..._0 before the first (learned
+    queries), ..._{i} after the i-th. Clip losses: loss_genvis_{ce,mask,dice,sim}_clip{c} after the
+    last decoder layer, ..._{ce,mask,dice}_{d}_clip{c} after layer d, counted from 0; or
     loss_vita_... without a clip number where one clip is the whole video.
     """
 
@@ -229,8 +231,9 @@ class Criterion:
         for name, (function, weight) in self.clip_losses.items():
             if name == "gate" and predictions.gate_values is None:  # a mode without
                 continue
-            total, count = function(predictions, targets, matches)  # (G, D * L)
-            total = total.unflatten(1, (-1, detector_layers)).sum(2)  # (G, D)
+            # (G, D * L), or (G, L) of the last decoder layer; similarity over a video: (1, L)
+            total, count = function(predictions, targets, matches)
+            total = total.unflatten(1, (-1, detector_layers)).sum(2)  # (G, D), (G, 1) or (1, 1)
             count = count.unflatten(1, (-1, detector_layers)).sum(2)
             sums.append(LossSum(f"{prefix}_{name}", suffix, weight, total, count))
         return sums
@@ -258,7 +261,7 @@ class Criterion:
 
         The queries are those of the frames of a clip and of the clip itself (last layer). Pairs are
         within a stream (one detector layer, one video). They are ordered, and each query is also
-        paired with itself.
+        paired with itself. Returns (G, L), or (1, L) with span "video".
         """
         detector_layers = predictions.clip_embed.shape[1]
         frame_query_of = matches.frames.query_of[:, -detector_layers:]

@@ -9,11 +9,14 @@ One function serves both, with the shape letters of model.py and
 
                                             frames              clips
     G  what is matched at once              T, each by itself   clips of a video
-    R  predictions of each of them          decoder layers      D * L, D-major
+    R  predictions of each of them          see below           D * L, D-major
+    Q  queries of a prediction              F                   Q
     I  instances, padded to the most of any video of the batch
     P  points at which masks are compared
 
-The R predictions are matched independently: an instance may have another query in each layer.
+The predictions of a frame are that of the learned queries and one after each decoder layer; with a
+frozen detector only the last L. The R predictions are matched independently: an instance may have
+another query in each.
 
     targets = pad_targets(videos, size, device)
     costs = matching_costs(predictions, targets, points, weights)      # on the GPU
@@ -331,7 +334,8 @@ def match_clip(
 
     cost (Q, I); new, visible (I,) bool; previous (I,), the queries after the clip before. The query
     of a visible instance is not given away (unless there are more instances than queries). That of
-    an occluded instance is, as upstream (grattvis_matcher.py:159).
+    an occluded instance may be given to a new one, as upstream (grattvis_matcher.py:159); both then
+    share it.
     """
     query_of = previous.copy()
     if new.any():
