@@ -50,7 +50,7 @@ from evaluation.postprocess import (
     check_finite,
     class_probabilities,
     instance_mask_logits,
-    mask_score_parts,
+    mask_sum_and_area,
     resize_masks,
     with_mask_scores,
 )
@@ -152,7 +152,7 @@ class GRAttVIS(nn.Module):
         mean, std = torch.tensor(PIXEL_MEAN), torch.tensor(PIXEL_STD)
         self.register_buffer("pixel_mean", mean[:, None, None], persistent=False)
         self.register_buffer("pixel_std", std[:, None, None], persistent=False)
-        self.mask_score_parts = mask_score_parts  # Speed: an attribute, so that it can be compiled
+        self.mask_sum_and_area = mask_sum_and_area  # Speed: an attribute, to be compiled
         self.cuda_graphs = CUDAGraphCache()  # Speed: of inference, see fast/
 
     @property
@@ -333,7 +333,7 @@ class GRAttVIS(nn.Module):
         class_scores = class_probabilities(logits).amax(0)  # (Q, K)
         class_scores, labels, track_ids = best_pairs(class_scores, top_k)
         instance_logits, mask_sum, mask_area = instance_mask_logits(
-            chunks, track_ids, self.mask_score_parts
+            chunks, track_ids, self.mask_sum_and_area
         )  # Memory: empties the list
         scores, order = with_mask_scores(class_scores, mask_sum, mask_area)
         track_ids = track_ids[order]
@@ -361,7 +361,7 @@ class GRAttVIS(nn.Module):
                     chunk.mask_kernel.shape[1],
                     chunk.frame_size,
                     output_size or chunk.frame_size,
-                    self.mask_score_parts,
+                    self.mask_sum_and_area,
                 )
             class_scores = class_probabilities(chunk.logits).amax(0)
             for kernel, features in zip(chunk.mask_kernel, chunk.features):
@@ -408,7 +408,7 @@ class GRAttVIS(nn.Module):
         outputs, tracker_state = video_pipeline.track(self, frame_queries, 1, state.tracker)
         logits, kernels, gates = outputs
         masks = mask_logits(kernels, features)[0]  # (Q, h, w)
-        mask_sum, mask_area = self.mask_score_parts(resize_masks(masks, size))
+        mask_sum, mask_area = self.mask_sum_and_area(resize_masks(masks, size))
         class_scores = class_probabilities(logits[0])
         running = RunningScores(class_scores, mask_sum, mask_area).merge(state.scores)
         scores, labels, track_ids = running.best(top_k)
