@@ -187,20 +187,27 @@ class MixedClips(Dataset):
 class StepSampler(Sampler):
     """Yields the clip numbers of each step of one process.
 
-    Step s of W processes trains the clips s * W * B to (s + 1) * W * B, in rank order.
-    batch: clips per process, B.
+    Step s of W processes (`world`) trains the clips from s * W * clips_per_process on, and the
+    process of rank r those from (s * W + r) * clips_per_process on.
     """
 
-    def __init__(self, first_step: int, last_step: int, batch: int, rank: int = 0, world: int = 1):
+    def __init__(
+        self,
+        first_step: int,
+        last_step: int,
+        clips_per_process: int,
+        rank: int = 0,
+        world: int = 1,
+    ):
         self.steps = range(first_step, last_step)
-        self.batch = batch
+        self.clips_per_process = clips_per_process
         self.rank = rank
         self.world = world
 
     def __iter__(self) -> Iterator[list[int]]:
         for step in self.steps:
-            first = (step * self.world + self.rank) * self.batch
-            yield list(range(first, first + self.batch))
+            first = (step * self.world + self.rank) * self.clips_per_process
+            yield list(range(first, first + self.clips_per_process))
 
     def __len__(self) -> int:
         return len(self.steps)

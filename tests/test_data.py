@@ -351,15 +351,15 @@ def test_workers_make_no_difference(five_videos, workers):
 
 
 def test_two_processes_share_the_batch_of_one():
-    alone = list(StepSampler(0, 5, batch=4))
-    first, second = (list(StepSampler(0, 5, batch=2, rank=rank, world=2)) for rank in range(2))
+    alone = list(StepSampler(0, 5, 4))
+    first, second = (list(StepSampler(0, 5, 2, rank=rank, world=2)) for rank in range(2))
     assert [one + two for one, two in zip(first, second, strict=True)] == alone
     assert sum(alone, []) == list(range(20))
 
 
 def test_a_resumed_run_goes_on_with_the_same_clips():
     for rank in range(2):
-        whole, rest = (StepSampler(start, 9, batch=3, rank=rank, world=2) for start in (0, 4))
+        whole, rest = (StepSampler(start, 9, 3, rank=rank, world=2) for start in (0, 4))
         assert list(rest) == list(whole)[4:] and len(rest) == 5
 
 

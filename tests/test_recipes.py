@@ -586,7 +586,7 @@ def test_skip_bad_goes_on_and_counts(broken, tmp_path_factory, capsys):
         "annotations of categories that do not exist: 1; the first: annotation 4 ",
     ):
         assert f"skipped: {reason}" in printed
-    assert "video2/" in printed and f"left out {counted} bad" in printed
+    assert "video2/" in printed and f"skipped {counted} bad" in printed
 
 
 def test_a_stage_counts_more_than_that_of_the_recipe():

@@ -337,7 +337,7 @@ def add_optimisation_flags(add) -> None:
         type=at_least(0),
         default=0,
         metavar="N",
-        help="skip up to N consecutive steps with non-finite losses or gradients instead of "
+        help="do not take steps with non-finite losses or gradients, up to N in a row, instead of "
         "stopping at the first",
     )
     add(

@@ -30,7 +30,7 @@ class Run:
     step: int = 0  # number of completed steps
     best: float = -1.0  # best AP so far
     evaluation_pending: bool = False  # a signal interrupted the evaluation after this step
-    skipped_in_a_row: int = 0  # steps whose losses or gradients were not finite
+    not_taken_in_a_row: int = 0  # steps whose losses or gradients were not finite
     saved: int = -1  # step of the last checkpoint
     stopping: int = 0  # signal received by any process
 
