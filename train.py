@@ -122,7 +122,7 @@ def make_model(
 
     say: prints what was loaded.
     """
-    # Every flag that is named like an argument of the model. Checkpoints store them.
+    # Every flag named like an argument of the model, such as --window. Checkpoints store them.
     options = flags_named(option_types().keys() - {"num_classes", "propagation"}, args)
     check_options(options, "the command line")
     model = build_model(args.preset, len(categories), args.propagation, **options)
@@ -188,7 +188,7 @@ def make_network(
 
 
 def make_criterion(args: argparse.Namespace, num_classes: int) -> Criterion:
-    """The losses, with every flag that is named like an argument of Criterion."""
+    """The losses, with every flag that is named like an argument of Criterion, such as --points."""
     names = inspect.signature(Criterion).parameters.keys() - {"num_classes"}
     return Criterion(num_classes, **flags_named(names, args))
 
