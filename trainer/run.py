@@ -45,7 +45,7 @@ class Run:
 
     @property
     def learning_rate(self) -> float:
-        """The rate of the next step; that of the backbone may be a multiple of it."""
+        """The rate of the next step; that of the backbone is this times --backbone-lr-factor."""
         return self.args.lr * self.schedule.lr_lambdas[0](self.step)
 
     @property
