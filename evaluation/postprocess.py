@@ -249,6 +249,7 @@ class MaskEncoder:
         self.output_size = tuple(output_size)
         self.sum_and_area = sum_and_area
         largest = max(math.prod(output_size), math.prod(frame_size))
+        # Half the pixels, since `mask_sum_and_area` holds as many probabilities as logits.
         self.query_chunk = max(1, MASK_PIXELS // 2 // largest)
         self.logits: list[Tensor] = []  # of the kept frames, (Q, h, w) each
         self.codes = PackedCodes(queries)  # of the frames before
