@@ -4,6 +4,9 @@
     clips = ClipDataset(videos, frames=5, reach=6, augmentation=Augmentation((288, 320)))
     clips[0].frames, clips[0].masks, clips[0].labels
 
+A training clip (Clip, T frames) is a "video" of the model, the matcher and the losses. What the
+tracker calls a clip is U consecutive frames of it (--clip-length).
+
 The randomness of a clip depends only on (seed, index of the clip). A run is therefore the same for
 any number of workers and processes, and can be resumed exactly. An image (of COCO, for example) is
 a pseudo video: the same picture in every frame, with an augmentation that drifts. Clips of

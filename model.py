@@ -1,7 +1,8 @@
 """GRAtt-VIS, the full model: backbone, pixel decoder, frame decoder, tracker, masks of a video.
 
 Paper: GRAtt-VIS (arXiv 2305.17096) on Mask2Former (2112.01527), VITA (2206.04403) and GenVIS
-(2211.08834). Upstream: grattvis/grattvis_model.py.
+(2211.08834). "Upstream", the official or released code, is Tanveer81/GRAttVIS at 4a634e7; for this
+file grattvis/grattvis_model.py.
 
     from model import build_model
     model = build_model("r50", num_classes=25).eval()
@@ -9,21 +10,23 @@ Paper: GRAtt-VIS (arXiv 2305.17096) on Mask2Former (2112.01527), VITA (2206.0440
     result = model.encode_video(video, (720, 1280), top_k=20)  # run-length codes: any length
     tracks, state = model.step(frame, state)                   # live, frame by frame
 
-fast/ holds CUDA graphs, streams, casts and fused layers; it calls the methods that are defined
-here. What the files of the paper keep for speed or memory is marked "Speed:" or "Memory:".
+fast/ holds CUDA graphs and streams, casts and fused layers; it calls the methods that are defined
+here. "Speed:" and "Memory:" mark lines that the method itself does not need, in all files.
 
 To add a preset, add it to PRESETS and its test size to TEST_SIDES: the values are arguments of
 GRAttVIS. A new hyperparameter of the tracker is an argument of `Tracker` and nothing else; one of
 another component is also passed on in GRAttVIS.__init__. `build_model` and presets take both.
 
-Shape letters of the whole project:
-    B videos, T frames of a video, N = B * T frames of all videos
-    G clips of a video, U frames of a clip
+Shape letters (evaluation/metric.py and evaluation/run_length.py have their own):
+    B videos, T frames of a video; in training, each is a Clip of clips.py
+    N = B * T frames of all videos; where a function sees only a batch, the size of the batch
+    G clips of a video: U consecutive frames each, which the tracker reads at once (--clip-length;
+        with "clip" propagation the whole video)
     H height and W width of frames (h, w at stride 4), C channels
     F queries of a frame, Q queries of the tracker, I instances, K classes (K = "no object")
     L detector layers whose queries the tracker receives (3 in training, else the last)
     D decoder layers of the tracker
-    S = L * B streams of the tracker, layer-major
+    S = L * B streams: the batch entries of the tracker (detector layer, video), layer-major
 """
 
 import sys
@@ -247,7 +250,10 @@ class GRAttVIS(nn.Module):
         return TrainingOutput(frames, predictions, size)
 
     def split_clips(self, frame_queries: Tensor) -> list[Tensor]:
-        """Frame queries (L, B, T, F, C) -> whole clips (L, B, G, U, F, C) and a shorter rest."""
+        """Frame queries (L, B, T, F, C) -> whole clips (L, B, G, U, F, C) and a shorter rest.
+
+        train.py has no rest, because it requires whole clips.
+        """
         length = frame_queries.shape[2]
         clip_length = min(self.frames_per_clip, length)
         rest = length % clip_length
@@ -263,7 +269,8 @@ class GRAttVIS(nn.Module):
     def track_video(self, video: Tensor | Iterable[Tensor]) -> Iterator[FrameChunk]:
         """Detect and track a video, chunk by chunk (upstream grattvis_model.py, `inference`).
 
-        Plainly, for each chunk of frames:
+        A chunk is some consecutive frames that make whole clips; the last clip may be shorter.
+        Plainly, for each chunk:
 
             frame_queries, features = self.detect_queries(frames)
             outputs, state = self.track(frame_queries, clip_length, state)
@@ -272,7 +279,7 @@ class GRAttVIS(nn.Module):
         "clip" propagation has one chunk, the whole video. How frames arrive changes no result.
         """
         clip_length = self.frames_per_clip
-        pipeline = video_pipeline.VideoPipeline(self)  # Speed: graphs and streams
+        pipeline = video_pipeline.VideoPipeline(self)  # Speed: CUDA graphs and streams
         state = self.tracker.initial_state(streams=1)
         for frame_queries, features in pipeline.detect(video, clip_length):
             outputs, state = pipeline.track(frame_queries, clip_length, state)
@@ -363,6 +370,7 @@ class GRAttVIS(nn.Module):
                     output_size or chunk.frame_size,
                     self.mask_sum_and_area,
                 )
+            # Of the whole chunk, and merged once per frame: repeating it changes no maximum.
             class_scores = class_probabilities(chunk.logits).amax(0)
             for kernel, features in zip(chunk.mask_kernel, chunk.features):
                 mask_sum, mask_area = encoder.add(kernel, features)
