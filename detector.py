@@ -226,7 +226,7 @@ class FrameDecoder(nn.Module):
             outputs.append(output)
             kernels.append(kernel)
 
-        tracked = outputs[1:]  # without the learned queries, which are those of every frame
+        tracked = outputs[1:]  # outputs[0] are the learned queries, the same in every frame
         tracked = tracked[-TRACKED_LAYERS:] if self.training else tracked[-1:]
         if not self.training:
             outputs, kernels = outputs[-1:], kernels[-1:]
@@ -266,6 +266,7 @@ def attention_mask(kernel: Tensor, features: Tensor, size: tuple[int, int]) -> T
     logits = mask_logits(kernel, features)
     if logits.shape[-2:] != size:
         logits = shrink(logits, size)
-    background = logits.flatten(2).sigmoid() < 0.5  # as upstream; tiny negative logits round to 0.5
+    # Not logits < 0: as upstream, the sigmoid of a tiny negative logit is 0.5, so foreground.
+    background = logits.flatten(2).sigmoid() < 0.5
     is_empty = background.all(-1, keepdim=True)
     return (background & ~is_empty)[:, None]

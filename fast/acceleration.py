@@ -153,6 +153,7 @@ def detect_in_chunks(model: GRAttVIS, images: Tensor) -> FrameOutput:
         predictions.append((torch.cat(logits), torch.cat(kernels)))
     queries = torch.cat([chunk.queries for chunk in chunks], 1)
     features = torch.cat([chunk.features for chunk in chunks])
+    # A FrameOutput, which cannot be imported here: model.py imports this file.
     return type(chunks[0])(predictions, queries, features)
 
 
