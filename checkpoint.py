@@ -8,9 +8,11 @@
 reading/checkpoints.py reads the files without executing any code in them. reading/translation.py
 translates official files (GRAtt-VIS, GenVIS, VITA, Mask2Former, backbones) to our names.
 
-Our checkpoints are one .pt file: model, optimizer, schedule, scaler, step, and the config
-(arguments, categories). No random state is stored, because every training step seeds its generators
-from (seed, step, rank), see train.py.
+Our checkpoints are one .pt file. last.pt has model, optimizer, schedule, scaler, ema (the averaged
+weights, with --ema), step, best (AP so far), unevaluated (a signal interrupted the evaluation after
+this step) and config: preset, propagation, model_options, test_short_side, categories, args, data
+(checksums of the annotation files). best.pt has model, step, best and config. No random state is
+stored, because every training step seeds its generators from (seed, step, rank), see train.py.
 """
 
 import argparse

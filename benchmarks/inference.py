@@ -29,7 +29,7 @@ from data import VideoSet  # noqa: E402
 from deform_attn import implementation  # noqa: E402
 from evaluation import postprocess  # noqa: E402
 from evaluation.inference import FrameBatches, segment_videos, to_entries  # noqa: E402
-from evaluation.postprocess import mask_score_parts, resize_masks  # noqa: E402
+from evaluation.postprocess import mask_sum_and_area, resize_masks  # noqa: E402
 from evaluation.run_length import encode, encode_counts  # noqa: E402
 from fast import video_pipeline  # noqa: E402
 from model import build_model  # noqa: E402
@@ -226,7 +226,7 @@ def speed(videos: int, frames: int, chunk: int, workers: int) -> None:
         def masks() -> None:
             for kernels, feature in zip(kernel, features):
                 logits = mask_logits(kernels[None], feature[None])[0]
-                mask_score_parts(resize_masks(logits, (HEIGHT, WIDTH)))
+                mask_sum_and_area(resize_masks(logits, (HEIGHT, WIDTH)))
                 encode_counts(resize_masks(logits, (HEIGHT, WIDTH), OUTPUT) > 0)
 
         stages = {

@@ -190,18 +190,16 @@ def live(
 def make_clip(frames: int, height: int, width: int, instances: int) -> Clip:
     """Random frames, rectangles that are visible in most of them."""
     masks = torch.zeros(instances, frames, height, width, dtype=torch.bool)
-    ids = torch.full((instances, frames), -1)
     for number in range(instances):
         for t in range(number % 3 // 2, frames):
             top, left = (
                 (37 * number + 9 * t) % (height - 160),
                 (91 * number + 11 * t) % (width - 200),
             )
-            masks[number, t, top : top + 160, left : left + 200], ids[number, t] = True, number
+            masks[number, t, top : top + 160, left : left + 200] = True
     return Clip(
         torch.randint(0, 256, (frames, 3, height, width), dtype=torch.uint8),
         torch.arange(instances) % 25,
-        ids,
         masks,
     )
 

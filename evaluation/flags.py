@@ -41,7 +41,11 @@ def add_model_flags(add) -> None:
 
 def add_data_flags(add) -> None:
     """Flags for the videos, and the size at which they are tested."""
-    add("--data-root", help="data set")
+    add(
+        "--data-root",
+        help="folder of one data set, such as datasets/ovis (train.py with a recipe takes the "
+        "folder above)",
+    )
     add("--split", default="valid", help="split of the data set")
     add("--json", help="annotation file, instead of --data-root")
     add("--images", help="with --json: the folder that its file names are relative to")

@@ -617,6 +617,9 @@ def test_requests_that_make_no_sense_are_refused():
     for count in (0, -3, 2.5, None, True):
         with pytest.raises(ValueError, match="top_k must be an int of at least 1"):
             model.step(frames[0], top_k=count)
+    for videos in ([], [frames[:0]], [frames, frames[:0]]):
+        with pytest.raises(ValueError, match="no frames"):
+            model.prepare_videos(videos)
     with pytest.raises(ValueError, match="no frames"):
         model.prepare([])
     with pytest.raises(ValueError, match="num_classes"):

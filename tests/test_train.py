@@ -442,14 +442,14 @@ def test_a_step_that_is_not_finite_stops_the_run(data_root, tmp_path, monkeypatc
     assert last["step"] == 2 and all(value.isfinite().all() for value in last["model"].values())
 
 
-def test_some_steps_that_are_not_finite_can_be_left_out(data_root, tmp_path, monkeypatch, capsys):
+def test_some_steps_that_are_not_finite_need_not_be_taken(data_root, tmp_path, monkeypatch, capsys):
     """They change nothing, not even a batch norm: two in a row are allowed, three are not."""
     arguments = ["--batch", "1", "--skip-nonfinite", "2", "--weight-decay", "0"]
     before = run(data_root, tmp_path / "before", *arguments, "--iterations", "1")["model"]
     poison(monkeypatch, {1, 2}, "loss")
     after = run(data_root, tmp_path / "after", *arguments, "--iterations", "3")["model"]
     assert all(torch.equal(value, after[name]) for name, value in before.items())
-    assert capsys.readouterr().out.count("left out: not finite at iteration") == 2
+    assert capsys.readouterr().out.count("step not taken: not finite at iteration") == 2
     monkeypatch.undo()
     poison(monkeypatch, {0, 2, 3, 4}, "gradient")
     with pytest.raises(FloatingPointError, match="not finite at iteration 4"):

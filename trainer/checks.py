@@ -52,8 +52,8 @@ def check_run(args: argparse.Namespace, resumed: dict | None, world: int) -> Non
         )
 
 
-# Arguments that may change between a run and its resumption.
-MAY_CHANGE = {
+# Names of arguments.
+MAY_CHANGE_ON_RESUME = {
     "recipe",
     "dry_run",
     "iterations",
@@ -90,7 +90,7 @@ def check_resumed(args: argparse.Namespace, resumed: dict) -> None:
     changed = [
         f"{flag(name)} {before[name]} (now {value})"
         for name, value in vars(args).items()
-        if name not in MAY_CHANGE and before[name] != value
+        if name not in MAY_CHANGE_ON_RESUME and before[name] != value
     ]
     if changed:
         raise InputError(f"{args.resume} was trained with {', '.join(changed)}")
@@ -101,8 +101,8 @@ def check_resumed(args: argparse.Namespace, resumed: dict) -> None:
         )
 
 
-# Arguments that may differ between machines; of files, the contents are compared instead.
-MAY_DIFFER = {
+# Names of arguments; of files, the contents are compared instead.
+MAY_DIFFER_BETWEEN_MACHINES = {
     "output",
     "resume",
     "init",
@@ -120,7 +120,9 @@ MAY_DIFFER = {
 def values_to_agree_on(args: argparse.Namespace, config: dict) -> dict[str, object]:
     """Values that must be the same in all processes."""
     values: dict[str, object] = {
-        flag(name): value for name, value in vars(args).items() if name not in MAY_DIFFER
+        flag(name): value
+        for name, value in vars(args).items()
+        if name not in MAY_DIFFER_BETWEEN_MACHINES
     }
     for name in ("init", "backbone_weights"):
         path = getattr(args, name)

@@ -33,7 +33,7 @@ class Run:
     resumed_step: int = 0  # of the checkpoint that the run was resumed from
     best: float = -1.0  # best AP so far
     evaluation_pending: bool = False  # a signal interrupted the evaluation after this step
-    skipped_in_a_row: int = 0  # steps whose losses or gradients were not finite
+    not_taken_in_a_row: int = 0  # steps whose losses or gradients were not finite
     saved: int = -1  # step of the last checkpoint
     stopping: int = 0  # signal received by any process
 
@@ -48,7 +48,7 @@ class Run:
 
     @property
     def learning_rate(self) -> float:
-        """The rate of the next step; that of the backbone may be a multiple of it."""
+        """The rate of the next step; that of the backbone is this times --backbone-lr-factor."""
         return self.args.lr * self.schedule.lr_lambdas[0](self.step)
 
     @cached_property
