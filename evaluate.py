@@ -138,9 +138,27 @@ def score_file(args: argparse.Namespace) -> dict | None:
         raise InputError("scoring a file needs --results and --annotations")
     path = Path(args.results)
     ground_truth = read_parts(args.annotations, args.skip_bad)
-    output = Path(args.output or path.parent)
     other = find_other(args.compare, "", ground_truth)
-    return score_results(path, ground_truth, output, args.plot is not None, other)
+    return score(path, ground_truth, Path(args.output or path.parent), args, other)
+
+
+def score(
+    results: Path,
+    ground_truth: dict[str, AnnotationFile],
+    output: Path,
+    args: argparse.Namespace,
+    other: Path | None,
+) -> dict | None:
+    """Score a results file with the flags of the command line."""
+    return score_results(
+        results,
+        ground_truth,
+        output,
+        plot=args.plot is not None,
+        other_path=other,
+        track_score=args.track_score,
+        boundary=args.boundary,
+    )
 
 
 def default_output(weights: str) -> Path:
@@ -241,7 +259,7 @@ def evaluate_set(
             return None
         left_out = skipped + videos.file.left_out
         parts = {name: part.without(left_out) for name, part in ground_truth.items()}
-        return score_results(output / "results.json", parts, output, args.plot is not None, other)
+        return score(output / "results.json", parts, output, args, other)
 
 
 def segment_set(
