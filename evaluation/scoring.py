@@ -55,7 +55,7 @@ class ScoredPart:
     precision: np.ndarray  # of `metric.accumulate`
     matched: dict[Id, dict]  # of `metric.match_video`, by video
     explained: dict[Id, Explanation]  # of `causes.explain_video`
-    videos: list[VideoOverlaps]
+    overlaps: dict[Id, VideoOverlaps]
 
 
 def read_parts(paths: list[str | Path], skip_bad: bool) -> dict[str, AnnotationFile]:
@@ -153,7 +153,8 @@ def score_part(
     groupings = choose_groupings(part.content["annotations"])
     groups = len(AREA_RANGES) + sum(len(grouping.ranges) for grouping in groupings.values())
 
-    videos = measure_overlaps(results, part.content)
+    overlaps = {video.video_id: video for video in measure_overlaps(results, part.content)}
+    videos = list(overlaps.values())
     matched = {v.video_id: match_video(v, [AREA, *groupings.values()]) for v in videos}
     explained = {v.video_id: explain_video(v, matched[v.video_id], numbers) for v in videos}
     linked = [link_video(video) for video in videos]
@@ -170,7 +171,7 @@ def score_part(
     metrics["tracking"] = evaluate_tracking(videos, part.content["categories"], track_score)
     if boundary:
         metrics["boundary"] = evaluate_boundary(results, part.content, videos)
-    return ScoredPart(metrics, precision, matched, explained, videos)
+    return ScoredPart(metrics, precision, matched, explained, overlaps)
 
 
 def join_metrics(
@@ -183,7 +184,7 @@ def join_metrics(
         return dict(first)
     mean = mean_metrics(list(metrics.values()))
     # Of all videos together: counts can be added.
-    videos = [video for part in scored.values() for video in part.videos]
+    videos = [video for part in scored.values() for video in part.overlaps.values()]
     any_part, *_ = parts.values()  # all have the same categories
     mean["tracking"] = evaluate_tracking(videos, any_part.content["categories"], track_score)
     return mean | {"parts": metrics}
