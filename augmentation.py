@@ -52,7 +52,7 @@ class Augmentation:
     short_sides: tuple[int, ...]  # pixels
     max_long_side: int = 1333  # pixels
     crop_short_sides: tuple[int, ...] = ()  # pixels; empty = no crop
-    crop_size: tuple[float, float] = (384, 600)  # pixels, minimum and maximum side of the window
+    crop_size: tuple[float, float] = (384, 600)  # pixels, range of both sides, at most the image's
     crop_relative: bool = False  # crop_size is the minimum share of height and width
     flip: bool = True
     rotation: float = 0  # maximum angle in degrees; 0 = none
@@ -89,7 +89,7 @@ class Augmentation:
         return resize_to(frames, masks, size)
 
     def crop(self, frames, masks, generator: np.random.Generator):
-        """Crop a window of one size, which moves along a straight line over the clip."""
+        """Crop a window of one size, which moves straight down and right over the clip, or back."""
         sides = np.array(frames.shape[-2:])
         height, width = self.window_size(sides, generator)
         room = sides - (height, width)

@@ -8,9 +8,11 @@
 reading/checkpoints.py reads the files without executing any code in them. reading/translation.py
 translates official files (GRAtt-VIS, GenVIS, VITA, Mask2Former, backbones) to our names.
 
-Our checkpoints are one .pt file: model, optimizer, schedule, scaler, step, and the config
-(arguments, categories). No random state is stored, because every training step seeds its generators
-from (seed, step, rank), see train.py.
+Our checkpoints are one .pt file. last.pt has model, optimizer, schedule, scaler, ema (the averaged
+weights, with --ema), step, best (AP so far), unevaluated (a signal interrupted the evaluation after
+this step) and config: preset, propagation, model_options, test_short_side, categories, args, data
+(checksums of the annotation files). best.pt has model, step, best and config. No random state is
+stored, because every training step seeds its generators from (seed, step, rank), see train.py.
 """
 
 import argparse
@@ -319,18 +321,22 @@ def save_weights(source: str | Path, target: str | Path) -> int:
     return target.stat().st_size
 
 
-def main() -> None:
-    """Write the weights of a checkpoint as the command line says."""
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description="Write only the weights of a training checkpoint, in 16 bit."
     )
     parser.add_argument("source", help="checkpoint of train.py")
     parser.add_argument("target", help="file to write; must not exist yet")
-    args = parser.parse_args()
-    with cli_errors():
-        size = save_weights(args.source, args.target)
-        print(f"{args.target}: {size / 1e6:.2f} MB")
+    return parser.parse_args(arguments)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Write the weights of a checkpoint."""
+    size = save_weights(args.source, args.target)
+    print(f"{args.target}: {size / 1e6:.2f} MB")
 
 
 if __name__ == "__main__":
-    main()
+    with cli_errors():
+        main(parse_arguments())

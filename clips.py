@@ -2,7 +2,10 @@
 
     videos = VideoSet("train.json", "train")
     clips = ClipDataset(videos, frames=5, reach=6, augmentation=Augmentation((288, 320)))
-    clips[0].frames, clips[0].masks, clips[0].ids, clips[0].labels
+    clips[0].frames, clips[0].masks, clips[0].labels
+
+A training clip (Clip, T frames) is a "video" of the model, the matcher and the losses. What the
+tracker calls a clip is U consecutive frames of it (--clip-length).
 
 The randomness of a clip depends only on (seed, index of the clip). A run is therefore the same for
 any number of workers and processes, and can be resumed exactly. An image (of COCO, for example) is
@@ -36,8 +39,7 @@ class Clip:
 
     frames: Tensor  # uint8 (T, 3, H, W), RGB
     labels: Tensor  # (I,) int64, 0-based
-    ids: Tensor  # (I, T) int64, -1 where the instance is not visible
-    masks: Tensor  # (I, T, H, W) bool, True = instance
+    masks: Tensor  # (I, T, H, W) bool, True = instance; empty where it is not visible
     source: str = ""  # its files, for messages
     skipped: tuple[str, ...] = ()  # errors of the unreadable clips that this one replaces
 
@@ -70,11 +72,8 @@ def make_clip(
     masks = tv_tensors.Mask(torch.from_numpy(masks))
     frames, masks = augmentation(frames, masks, generator)
     masks = masks.as_subclass(Tensor)
-    is_visible = torch.from_numpy(masks.numpy().any((2, 3)))  # (I, T). Speed: in NumPy
-    numbers = torch.arange(len(masks))[:, None].expand(-1, len(frames))
-    ids = torch.where(is_visible, numbers, -1)
-    kept = is_visible.any(1)
-    return Clip(frames.as_subclass(Tensor), torch.tensor(labels)[kept], ids[kept], masks[kept])
+    is_visible = torch.from_numpy(masks.numpy().any((1, 2, 3)))  # (I,). Speed: in NumPy
+    return Clip(frames.as_subclass(Tensor), torch.tensor(labels)[is_visible], masks[is_visible])
 
 
 class ClipDataset(Dataset):
@@ -191,20 +190,27 @@ class MixedClips(Dataset):
 class StepSampler(Sampler):
     """Yields the clip numbers of each step of one process.
 
-    Step s of W processes trains the clips s * W * B to (s + 1) * W * B, in rank order.
-    batch: clips per process, B.
+    Step s of W processes (`world`) trains the clips from s * W * clips_per_process on, and the
+    process of rank r those from (s * W + r) * clips_per_process on.
     """
 
-    def __init__(self, first_step: int, last_step: int, batch: int, rank: int = 0, world: int = 1):
+    def __init__(
+        self,
+        first_step: int,
+        last_step: int,
+        clips_per_process: int,
+        rank: int = 0,
+        world: int = 1,
+    ):
         self.steps = range(first_step, last_step)
-        self.batch = batch
+        self.clips_per_process = clips_per_process
         self.rank = rank
         self.world = world
 
     def __iter__(self) -> Iterator[list[int]]:
         for step in self.steps:
-            first = (step * self.world + self.rank) * self.batch
-            yield list(range(first, first + self.batch))
+            first = (step * self.world + self.rank) * self.clips_per_process
+            yield list(range(first, first + self.clips_per_process))
 
     def __len__(self) -> int:
         return len(self.steps)

@@ -248,7 +248,7 @@ def at_test_size(picture: Image.Image, short_side: int, max_long_side: int = 133
 # Writing the synthetic data set
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line of `python data.py`."""
     from synthetic.suites import SUITES
 
@@ -320,7 +320,7 @@ def parse_arguments() -> argparse.Namespace:
         metavar="ID",
         help="values that are no instance, beside 0",
     )
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.from_masks and not args.images:
         parser.error("--from-masks needs --images, the folder of the frames")
     if not 0 <= args.valid_share <= 1:

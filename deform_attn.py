@@ -126,7 +126,7 @@ def attend_in_pytorch(
 def sampling_locations(
     level_shapes: LevelShapes, offsets: Tensor, logits: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Where the pixels sample, and with which weights; arguments of `deformable_attention`.
+    """Where the pixels sample, and with which weights. Arguments as of `deformable_attention`.
 
     locations  (N, pixels, heads, levels, points, 2) as (x, y): pixel centre / size + offset / size,
                so 0 and 1 are the borders of a level
@@ -148,7 +148,8 @@ def weighted_samples(
     with align_corners=False and zeros outside. A bilinear sample is a weighted sum of four pixels,
     so all samples of a query are computed as one weighted sum of table rows, F.embedding_bag.
 
-    Speed: the detector is 1.4 times as fast on a CPU. On GPUs, backward is deterministic.
+    Speed: the detector is 1.4 times as fast on a CPU as with F.grid_sample. On GPUs, backward is
+    deterministic.
 
     value      (N, pixels, heads, C / heads)
     locations  (N, queries, heads, levels, points, 2) as (x, y)
@@ -163,15 +164,16 @@ def weighted_samples(
         x, y = locations[:, :, :, level].unbind(-1)  # (N, queries, heads, points)
         columns = neighbours(x * width - 0.5, width)
         rows = neighbours(y * height - 0.5, height)
-        pixel, share = [], []  # of the four neighbours
+        corner_pixels, corner_shares = [], []  # of the four neighbours
         for row, row_share in rows:
             row_start = level_start + row * width
             row_share = weights[:, :, :, level] * row_share
             for column, column_share in columns:
-                pixel.append(row_start + column)
-                share.append(row_share * column_share)
-        indices.append(torch.stack(pixel, -1).flatten(3))  # (N, queries, heads, points * 4)
-        shares.append(torch.stack(share, -1).flatten(3))
+                corner_pixels.append(row_start + column)
+                corner_shares.append(row_share * column_share)
+        # (N, queries, heads, points * 4)
+        indices.append(torch.stack(corner_pixels, -1).flatten(3))
+        shares.append(torch.stack(corner_shares, -1).flatten(3))
         level_start += height * width
     pixel = torch.cat(indices, -1)  # (N, queries, heads, samples)
     share = torch.cat(shares, -1)

@@ -112,7 +112,8 @@ class PixelDecoder(nn.Module):
             nn.GroupNorm(32, channels),
             nn.ReLU(),
         )
-        self.mask_features = nn.Conv2d(channels, channels, 1)  # FrameDecoder applies it
+        # A layer, never called, named as in checkpoints: `mask_kernel` reads its W and b.
+        self.mask_features = nn.Conv2d(channels, channels, 1)
         for projection in self.input_proj:
             nn.init.xavier_uniform_(projection[0].weight)
             nn.init.zeros_(projection[0].bias)
@@ -163,9 +164,9 @@ class FrameDecoderLayer(nn.Module):
         self.feed_forward = FeedForward(channels, feed_forward)
 
     def forward(
-        self, x: Tensor, query_pos: Tensor, memory: Tensor, memory_pos: Tensor, mask: Tensor
+        self, x: Tensor, query_pos: Tensor, context: Tensor, context_pos: Tensor, mask: Tensor
     ) -> Tensor:
-        x = self.cross_attention(x, query_pos, memory, memory_pos, mask)
+        x = self.cross_attention(x, query_pos, context, context_pos, mask)
         x = self.self_attention(x, query_pos)
         return self.feed_forward(x)
 
@@ -199,33 +200,33 @@ class FrameDecoder(nn.Module):
         """Decode the queries of N frames.
 
         levels: of strides [32, 16, 8]. features: the FPN map (N, C, h, w). mask_projection: the
-        module `mask_features` of the pixel decoder, which never applies it itself.
+        layer `mask_features` of the pixel decoder, see `mask_kernel`.
 
         Returns predictions and the frame queries (L, N, F, C) of the last L layers, normed. A
         prediction is class logits (N, F, K + 1) and mask kernels (N, F, C + 1), see `mask_kernel`.
         In training there is one before the first layer and one after each, otherwise only the last.
         """
-        inputs = []  # of each level: memory, its positions, features for masks, size
+        inputs = []  # of each level: context, its positions, features for masks, size
         sizes = [tuple(level.shape[-2:]) for level in levels]
         sources = features_for_masks(features, sizes)
         for level, embed, source in zip(levels, self.level_embed.weight, sources):
             channels, height, width = level.shape[1:]
-            memory = to_tokens(level) + embed
-            memory_pos = to_tokens(sine_position(height, width, channels, level))
-            inputs.append((memory, memory_pos, source, (height, width)))
+            context = to_tokens(level) + embed
+            context_pos = to_tokens(sine_position(height, width, channels, level))
+            inputs.append((context, context_pos, source, (height, width)))
         x = self.query_feat.weight.expand(len(features), -1, -1)
         query_pos = self.query_embed.weight
         output, kernel = self.mask_head(x, mask_projection)
         outputs, kernels = [output], [kernel]
         for index, layer in enumerate(self.layers):
-            memory, memory_pos, source, size = inputs[index % len(inputs)]
+            context, context_pos, source, size = inputs[index % len(inputs)]
             mask = attention_mask(kernel, source, size)
-            x = layer(x, query_pos, memory, memory_pos, mask)
+            x = layer(x, query_pos, context, context_pos, mask)
             output, kernel = self.mask_head(x, mask_projection)
             outputs.append(output)
             kernels.append(kernel)
 
-        tracked = outputs[1:]  # without the learned queries, which are those of every frame
+        tracked = outputs[1:]  # outputs[0] are the learned queries, the same in every frame
         tracked = tracked[-TRACKED_LAYERS:] if self.training else tracked[-1:]
         if not self.training:
             outputs, kernels = outputs[-1:], kernels[-1:]
@@ -265,6 +266,7 @@ def attention_mask(kernel: Tensor, features: Tensor, size: tuple[int, int]) -> T
     logits = mask_logits(kernel, features)
     if logits.shape[-2:] != size:
         logits = shrink(logits, size)
-    background = logits.flatten(2).sigmoid() < 0.5  # as upstream; tiny negative logits round to 0.5
+    # Not logits < 0: as upstream, the sigmoid of a tiny negative logit is 0.5, so foreground.
+    background = logits.flatten(2).sigmoid() < 0.5
     is_empty = background.all(-1, keepdim=True)
     return (background & ~is_empty)[:, None]

@@ -139,10 +139,31 @@ def score_file(args: argparse.Namespace) -> dict | None:
         raise InputError("scoring a file needs --results and --annotations")
     path = Path(args.results)
     ground_truth = read_parts(args.annotations, args.skip_bad)
-    output = Path(args.output or path.parent)
     other = find_other(args.compare, "", ground_truth)
     sources = file_sources(ground_truth, args) if args.report else None
-    return score_results(path, ground_truth, output, args.plot is not None, other, sources)
+    output = Path(args.output or path.parent)
+    return score(path, ground_truth, output, args, other, sources)
+
+
+def score(
+    results: Path,
+    ground_truth: dict[str, AnnotationFile],
+    output: Path,
+    args: argparse.Namespace,
+    other: Path | None,
+    sources: Sources | None,
+) -> dict | None:
+    """Score a results file with the flags of the command line."""
+    return score_results(
+        results,
+        ground_truth,
+        output,
+        plot=args.plot is not None,
+        other_path=other,
+        track_score=args.track_score,
+        boundary=args.boundary,
+        sources=sources,
+    )
 
 
 def file_sources(ground_truth: dict[str, AnnotationFile], args: argparse.Namespace) -> Sources:
@@ -258,8 +279,7 @@ def evaluate_set(
             return None
         left_out = skipped + videos.file.left_out
         parts = {name: part.without(left_out) for name, part in ground_truth.items()}
-        plot = args.plot is not None
-        return score_results(output / "results.json", parts, output, plot, other, sources)
+        return score(output / "results.json", parts, output, args, other, sources)
 
 
 def model_sources(unfinished: Unfinished, videos: list[Video]) -> Sources:

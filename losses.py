@@ -4,13 +4,14 @@ A matched query learns the class and the mask of its instance. Every other query
 instance while it is invisible, learns "no object".
 
 To add a loss, write a function (predictions, targets, matches) -> (total, count), both of shape
-(G, R), and give it a name and a weight in the table of `Criterion.__init__`. The loss is
-weight * total / count, and what is minimised is the plain sum over clips, layers and losses.
+(G, R), or (G, L) for a clip loss of the last decoder layer alone, and give it a name and a weight in
+the table of `Criterion.__init__`. The loss is weight * total / count, and what is minimised is the
+plain sum over clips, layers and losses.
 
 Counts are averaged over processes, as DDP averages the gradients: the loss is then the mean over
-the instances of all processes. As upstream, a mean count below 1 is taken as 1: without instances a
-loss is 0, and with fewer instances than processes (for clips, processes / L) it is less than their
-mean.
+the instances of all processes. As upstream, a mean count below 1 is taken as 1. So without instances
+the mask, dice and similarity losses are 0, and with less than one instance per process they are
+below the mean. (An instance of a clip counts L times, so there the limit is 1 / L.)
 
 Paper: Mask2Former (2112.01527) section 3.3, GenVIS (2211.08834) section 3.3, VITA (2206.04403)
 section 3.3 for the similarity loss. Upstream: mask2former/modeling/criterion.py,
@@ -79,8 +80,9 @@ class LossSum:
 class Criterion:
     """All losses of a training step, weighted, under the official names.
 
-    Frame losses: loss_{ce,mask,dice} for the last decoder layer, ..._{0..8} for the others. Clip
-    losses: loss_genvis_{ce,mask,dice,sim}_clip{c} and ..._{ce,mask,dice}_{d}_clip{c}, or
+    Frame losses: loss_{ce,mask,dice} after the last decoder layer, ..._0 before the first (learned
+    queries), ..._{i} after the i-th. Clip losses: loss_genvis_{ce,mask,dice,sim}_clip{c} after the
+    last decoder layer, ..._{ce,mask,dice}_{d}_clip{c} after layer d, counted from 0; or
     loss_vita_... without a clip number where one clip is the whole video.
     """
 
@@ -120,7 +122,7 @@ class Criterion:
         self.no_object_weight = no_object_weight
         self.freeze_detector = freeze_detector
         self.similarity_span = similarity_span
-        self.gates = "gate_soft" if gate_loss == "released" else "gate_logits"
+        self.gate_field = "gate_soft" if gate_loss == "released" else "gate_logits"
         self.points = points
         self.candidates = int(points * oversample)
         self.uncertain = int(importance * points)
@@ -150,12 +152,12 @@ class Criterion:
         """
         batch = len(videos)
         detector_layers = len(output.frames.queries)
-        all_layers = len(output.frames.predictions)
-        # With a frozen detector, only those that the similarity loss needs are matched.
-        frame_layers = detector_layers if self.freeze_detector else all_layers
+        predictions_per_frame = len(output.frames.predictions)
+        if self.freeze_detector:  # only those that the similarity loss needs are matched
+            predictions_per_frame = detector_layers
         targets = pad_targets(videos, output.padded_size, output.frames.features.device)
-        frames = frame_predictions(output, batch, frame_layers)
-        clips = clip_predictions(output, batch, self.gates)
+        frames = frame_predictions(output, batch, predictions_per_frame)
+        clips = clip_predictions(output, batch, self.gate_field)
 
         costs = [
             matching_costs(predictions, targets, self.points, self.matching_weights)
@@ -227,10 +229,11 @@ class Criterion:
         prefix, suffix = ("loss_vita", "") if whole_video else ("loss_genvis", "_clip{}")
         sums = []
         for name, (function, weight) in self.clip_losses.items():
-            if name == "gate" and predictions.gates is None:  # a mode without
+            if name == "gate" and predictions.gate_values is None:  # a mode without
                 continue
-            total, count = function(predictions, targets, matches)  # (G, D * L)
-            total = total.unflatten(1, (-1, detector_layers)).sum(2)  # (G, D)
+            # (G, D * L), or (G, L) of the last decoder layer; similarity over a video: (1, L)
+            total, count = function(predictions, targets, matches)
+            total = total.unflatten(1, (-1, detector_layers)).sum(2)  # (G, D), (G, 1) or (1, 1)
             count = count.unflatten(1, (-1, detector_layers)).sum(2)
             sums.append(LossSum(f"{prefix}_{name}", suffix, weight, total, count))
         return sums
@@ -258,7 +261,7 @@ class Criterion:
 
         The queries are those of the frames of a clip and of the clip itself (last layer). Pairs are
         within a stream (one detector layer, one video). They are ordered, and each query is also
-        paired with itself.
+        paired with itself. Returns (G, L), or (1, L) with span "video".
         """
         detector_layers = predictions.clip_embed.shape[1]
         frame_query_of = matches.frames.query_of[:, -detector_layers:]
@@ -343,11 +346,11 @@ def gate_bce(
     """
     no_object = predictions.logits.shape[-1] - 1
     detector_layers = predictions.clip_embed.shape[1]
-    target = (matches.classes != no_object).to(predictions.gates.dtype)
+    target = (matches.classes != no_object).to(predictions.gate_values.dtype)
     target = target.unflatten(1, (-1, 1, detector_layers))  # (G, D, 1, L, B, Q)
-    # A decoder layer may have several gates: (G, D, gates, L, B, Q).
-    gates = predictions.gates.unflatten(1, (target.shape[1], -1, detector_layers))
-    loss = F.binary_cross_entropy_with_logits(gates, target.expand_as(gates), reduction="none")
+    # (G, D, gates of a decoder layer, L, B, Q): one gate, unless changed as in docs/extending.md.
+    values = predictions.gate_values.unflatten(1, (target.shape[1], -1, detector_layers))
+    loss = F.binary_cross_entropy_with_logits(values, target.expand_as(values), reduction="none")
     total = loss.sum((2, 4, 5)).flatten(1)
     return total, torch.full_like(total, loss[0, 0, :, 0].numel())
 
@@ -359,7 +362,7 @@ def sample_matched_masks(
     predictions: Predictions,
     targets: Targets,
     matches: Matches,
-    points: int,
+    count: int,
     candidates: int,
     uncertain: int,
 ) -> tuple[Tensor, Tensor]:
@@ -372,14 +375,14 @@ def sample_matched_masks(
     elements = 6 * candidates * batch * length * instances  # about 6 numbers per candidate
     point_logits, point_targets = [], []
     for some_layers in matched_masks(predictions, matches):
-        for masks in some_layers.split(chunk_size(elements), 2):
+        for masks in some_layers.split(items_at_once(elements), 2):
             shape = masks.shape[:4]  # (B, T, some of R, I)
             masks = masks.flatten(0, 3)[:, None]  # (B * T * R * I, 1, h, w)
             with torch.no_grad():
-                positions = uncertain_points(masks, points, candidates, uncertain)
-                positions_of_layer = positions.view(*shape, points, 2)
-                point_targets.append(sample_targets(targets, positions_of_layer, masks.dtype))
-            point_logits.append(sample_at(masks, positions).view(*shape, points))
+                points = uncertain_points(masks, count, candidates, uncertain)
+                points_of_masks = points.view(*shape, count, 2)
+                point_targets.append(sample_targets(targets, points_of_masks, masks.dtype))
+            point_logits.append(sample_at(masks, points).view(*shape, count))
     return (
         torch.cat(point_logits, 2).permute(1, 2, 0, 3, 4),
         torch.cat(point_targets, 2).permute(1, 2, 0, 3, 4),
@@ -392,7 +395,8 @@ def matched_masks(predictions: Predictions, matches: Matches) -> Iterator[Tensor
     kernels = kernels[predictions.clip_of]  # (T, R, B, I, C + 1)
     batch, length, _, height, width = predictions.features.shape
     instances = kernels.shape[3]
-    for some_kernels in kernels.split(chunk_size(batch * length * instances * height * width), 1):
+    elements = batch * length * instances * height * width
+    for some_kernels in kernels.split(items_at_once(elements), 1):
         yield torch.stack(
             [
                 checkpoint(
@@ -417,16 +421,16 @@ def masks_of_video(kernel: Tensor, features: Tensor) -> Tensor:
     return masks.unflatten(1, kernel.shape[1:3])
 
 
-def sample_targets(targets: Targets, positions: Tensor, dtype: torch.dtype) -> Tensor:
-    """Values (B, T, R, I, P) in 0..1 of the instances' masks at positions (B, T, R, I, P, 2)."""
-    batch, length, layers, instances, points, _ = positions.shape
+def sample_targets(targets: Targets, points: Tensor, dtype: torch.dtype) -> Tensor:
+    """Values (B, T, R, I, P) in 0..1 of the instances' masks at points (B, T, R, I, P, 2)."""
+    batch, length, layers, instances, count, _ = points.shape
     masks = targets.masks.flatten(0, 2)[:, None]  # (B * T * I, 1, H, W)
     # Targets do not depend on R: all R sets of points are sampled from one mask.
-    positions = positions.transpose(2, 3).reshape(len(masks), layers * points, 2)
-    size = chunk_size(masks[0].numel())  # as numbers, masks are large
-    chunks = zip(masks.split(size), positions.split(size))
+    points = points.transpose(2, 3).reshape(len(masks), layers * count, 2)
+    size = items_at_once(masks[0].numel())  # as numbers, masks are large
+    chunks = zip(masks.split(size), points.split(size))
     sampled = torch.cat([sample_at(some.to(dtype), at)[:, 0] for some, at in chunks])
-    return sampled.view(batch, length, instances, layers, points).transpose(2, 3)
+    return sampled.view(batch, length, instances, layers, count).transpose(2, 3)
 
 
 def gather_queries(values: Tensor, query_of: Tensor) -> Tensor:
@@ -438,7 +442,7 @@ def gather_queries(values: Tensor, query_of: Tensor) -> Tensor:
     return values.gather(3, index)
 
 
-def chunk_size(elements: int) -> int:
+def items_at_once(elements: int) -> int:
     """How many items of so many elements are processed at once."""
     return max(1, MAX_ELEMENTS // max(1, elements))
 

@@ -9,11 +9,14 @@ One function serves both, with the shape letters of model.py and
 
                                             frames              clips
     G  what is matched at once              T, each by itself   clips of a video
-    R  predictions of each of them          decoder layers      D * L, D-major
+    R  predictions of each of them          see below           D * L, D-major
+    Q  queries of a prediction              F                   Q
     I  instances, padded to the most of any video of the batch
     P  points at which masks are compared
 
-The R predictions are matched independently: an instance may have another query in each layer.
+The predictions of a frame are that of the learned queries and one after each decoder layer; with a
+frozen detector only the last L. The R predictions are matched independently: an instance may have
+another query in each.
 
     targets = pad_targets(videos, size, device)
     costs = matching_costs(predictions, targets, points, weights)      # on the GPU
@@ -63,8 +66,8 @@ class Predictions:
     clip_length: int  # frames of a clip; the last clip may be shorter
     clip_embed: Tensor | None = None  # (G, L, B, Q, C), similarity embeddings; tracker only
     frame_embed: Tensor | None = None  # (T, L, B, F, C)
-    # (G, gates * L, B, Q), gate logits or sampled soft gates; one gate or more per decoder layer
-    gates: Tensor | None = None
+    # (G, D * L, B, Q), gate logits or soft gates; more where a decoder layer has several gates
+    gate_values: Tensor | None = None
 
     @property
     def clip_of(self) -> Tensor:
@@ -118,9 +121,9 @@ def pad_targets(videos: list[Clip], size: tuple[int, int], device: torch.device)
     return Targets(*to_device([labels, visible], device), masks, labels, visible)
 
 
-def frame_predictions(output: TrainingOutput, batch: int, layers: int) -> Predictions:
-    """The last `layers` predictions of the frame decoder, G = T."""
-    logits, kernels = zip(*output.frames.predictions[-layers:])
+def frame_predictions(output: TrainingOutput, batch: int, count: int) -> Predictions:
+    """The last `count` predictions of the frame decoder, G = T."""
+    logits, kernels = zip(*output.frames.predictions[-count:])
     return Predictions(
         logits=stack_frame_layers(logits, batch),
         mask_kernel=stack_frame_layers(kernels, batch),
@@ -130,17 +133,19 @@ def frame_predictions(output: TrainingOutput, batch: int, layers: int) -> Predic
 
 
 def stack_frame_layers(layers: tuple[Tensor, ...], batch: int) -> Tensor:
-    """(B * T, F, ...) of each layer -> (T, R, B, F, ...)."""
+    """(B * T, F, ...) of each prediction -> (T, R, B, F, ...)."""
     stacked = torch.stack(layers).unflatten(1, (batch, -1))
     return full_precision(stacked.permute(2, 0, 1, 3, 4))
 
 
-def clip_predictions(output: TrainingOutput, batch: int, gates: str = "gate_logits") -> Predictions:
-    """All predictions of the tracker. gates: which field of ClipPrediction the gate loss reads."""
+def clip_predictions(
+    output: TrainingOutput, batch: int, gate_field: str = "gate_logits"
+) -> Predictions:
+    """All predictions of the tracker. gate_field: of ClipPrediction, what the gate loss reads."""
     clips = output.clips
     frame_embed = torch.cat([clip.frame_embed for clip in clips], 2)  # (L, B, T, F, C)
     clip_embed = torch.stack([clip.clip_embed for clip in clips])
-    has_gates = bool(getattr(clips[0], gates))
+    has_gates = bool(getattr(clips[0], gate_field))
     return Predictions(
         logits=stack_clip_layers(clips, "logits"),
         mask_kernel=stack_clip_layers(clips, "mask_kernel"),
@@ -148,7 +153,7 @@ def clip_predictions(output: TrainingOutput, batch: int, gates: str = "gate_logi
         clip_length=clips[0].frame_embed.shape[2],
         clip_embed=full_precision(clip_embed),
         frame_embed=full_precision(frame_embed.permute(2, 0, 1, 3, 4)),
-        gates=stack_clip_layers(clips, gates) if has_gates else None,
+        gate_values=stack_clip_layers(clips, gate_field) if has_gates else None,
     )
 
 
@@ -329,7 +334,8 @@ def match_clip(
 
     cost (Q, I); new, visible (I,) bool; previous (I,), the queries after the clip before. The query
     of a visible instance is not given away (unless there are more instances than queries). That of
-    an occluded instance is, as upstream (grattvis_matcher.py:159).
+    an occluded instance may be given to a new one, as upstream (grattvis_matcher.py:159); both then
+    share it.
     """
     query_of = previous.copy()
     if new.any():

@@ -1,7 +1,8 @@
 """GRAtt-VIS, the full model: backbone, pixel decoder, frame decoder, tracker, masks of a video.
 
 Paper: GRAtt-VIS (arXiv 2305.17096) on Mask2Former (2112.01527), VITA (2206.04403) and GenVIS
-(2211.08834). Upstream: grattvis/grattvis_model.py.
+(2211.08834). "Upstream", the official or released code, is Tanveer81/GRAttVIS at 4a634e7; for this
+file grattvis/grattvis_model.py.
 
     from model import build_model
     model = build_model("r50", num_classes=25).eval()
@@ -9,21 +10,23 @@ Paper: GRAtt-VIS (arXiv 2305.17096) on Mask2Former (2112.01527), VITA (2206.0440
     result = model.encode_video(video, (720, 1280), top_k=20)  # run-length codes: any length
     tracks, state = model.step(frame, state)                   # live, frame by frame
 
-fast/ holds CUDA graphs, streams, casts and fused layers; it calls the methods that are defined
-here. What the files of the paper keep for speed or memory is marked "Speed:" or "Memory:".
+fast/ holds CUDA graphs and streams, casts and fused layers; it calls the methods that are defined
+here. "Speed:" and "Memory:" mark lines that the method itself does not need, in all files.
 
 To add a preset, add it to PRESETS and its test size to TEST_SIDES: the values are arguments of
 GRAttVIS. A new hyperparameter of the tracker is an argument of `Tracker` and nothing else; one of
 another component is also passed on in GRAttVIS.__init__. `build_model` and presets take both.
 
-Shape letters of the whole project:
-    B videos, T frames of a video, N = B * T frames of all videos
-    G clips of a video, U frames of a clip
+Shape letters (evaluation/metric.py and evaluation/run_length.py have their own):
+    B videos, T frames of a video; in training, each is a Clip of clips.py
+    N = B * T frames of all videos; where a function sees only a batch, the size of the batch
+    G clips of a video: U consecutive frames each, which the tracker reads at once (--clip-length;
+        with "clip" propagation the whole video)
     H height and W width of frames (h, w at stride 4), C channels
     F queries of a frame, Q queries of the tracker, I instances, K classes (K = "no object")
     L detector layers whose queries the tracker receives (3 in training, else the last)
     D decoder layers of the tracker
-    S = L * B streams of the tracker, layer-major
+    S = L * B streams: the batch entries of the tracker (detector layer, video), layer-major
 """
 
 import sys
@@ -50,7 +53,7 @@ from evaluation.postprocess import (
     check_finite,
     class_probabilities,
     instance_mask_logits,
-    mask_score_parts,
+    mask_sum_and_area,
     resize_masks,
     with_mask_scores,
 )
@@ -152,7 +155,7 @@ class GRAttVIS(nn.Module):
         mean, std = torch.tensor(PIXEL_MEAN), torch.tensor(PIXEL_STD)
         self.register_buffer("pixel_mean", mean[:, None, None], persistent=False)
         self.register_buffer("pixel_std", std[:, None, None], persistent=False)
-        self.mask_score_parts = mask_score_parts  # Speed: an attribute, so that it can be compiled
+        self.mask_sum_and_area = mask_sum_and_area  # Speed: an attribute, to be compiled
         self.cuda_graphs = CUDAGraphCache()  # Speed: of inference, see fast/
 
     @property
@@ -192,11 +195,11 @@ class GRAttVIS(nn.Module):
 
     def prepare_videos(self, videos: list[Tensor]) -> Tensor:
         """`prepare` for the frames of videos (T, 3, H, W); T, H and W may differ."""
-        if not any(map(len, videos)):
-            raise ValueError("the video has no frames")
+        lengths = [len(video) for video in videos]
+        if not min(lengths, default=0):
+            raise ValueError("a video has no frames")
         for video in videos:
             check_frame(video[0])
-        lengths = [len(video) for video in videos]
         height = max(video.shape[2] for video in videos)
         width = max(video.shape[3] for video in videos)
         shape = sum(lengths), 3, *padded_size(height, width)
@@ -247,7 +250,10 @@ class GRAttVIS(nn.Module):
         return TrainingOutput(frames, predictions, size)
 
     def split_clips(self, frame_queries: Tensor) -> list[Tensor]:
-        """Frame queries (L, B, T, F, C) -> whole clips (L, B, G, U, F, C) and a shorter rest."""
+        """Frame queries (L, B, T, F, C) -> whole clips (L, B, G, U, F, C) and a shorter rest.
+
+        train.py has no rest, because it requires whole clips.
+        """
         length = frame_queries.shape[2]
         clip_length = min(self.frames_per_clip, length)
         rest = length % clip_length
@@ -263,7 +269,8 @@ class GRAttVIS(nn.Module):
     def track_video(self, video: Tensor | Iterable[Tensor]) -> Iterator[FrameChunk]:
         """Detect and track a video, chunk by chunk (upstream grattvis_model.py, `inference`).
 
-        Plainly, for each chunk of frames:
+        A chunk is some consecutive frames that make whole clips; the last clip may be shorter.
+        Plainly, for each chunk:
 
             frame_queries, features = self.detect_queries(frames)
             outputs, state = self.track(frame_queries, clip_length, state)
@@ -272,7 +279,7 @@ class GRAttVIS(nn.Module):
         "clip" propagation has one chunk, the whole video. How frames arrive changes no result.
         """
         clip_length = self.frames_per_clip
-        pipeline = video_pipeline.VideoPipeline(self)  # Speed: graphs and streams
+        pipeline = video_pipeline.VideoPipeline(self)  # Speed: CUDA graphs and streams
         state = self.tracker.initial_state(streams=1)
         for frame_queries, features in pipeline.detect(video, clip_length):
             outputs, state = pipeline.track(frame_queries, clip_length, state)
@@ -298,16 +305,16 @@ class GRAttVIS(nn.Module):
         last = -1  # of the D decoder layers
         logits = torch.stack([clip.logits[last][stream] for clip in predictions])
         kernels = torch.stack([clip.mask_kernel[last][stream] for clip in predictions])
-        gates = [layer[stream] for clip in predictions for layer in clip.gate_logits]
-        if gates:
-            gates = torch.stack(gates).unflatten(0, (len(clips), -1))  # (G, D, Q)
+        gate_logits = [layer[stream] for clip in predictions for layer in clip.gate_logits]
+        if gate_logits:
+            gate_logits = torch.stack(gate_logits).unflatten(0, (len(clips), -1))  # (G, D, Q)
         else:
-            gates = logits.new_empty(len(clips), 0, logits.shape[1])  # D = 0
+            gate_logits = logits.new_empty(len(clips), 0, logits.shape[1])  # D = 0
 
         def for_each_frame(x: Tensor) -> Tensor:  # (G, ...) -> (T, ...)
             return x[:, None].expand(-1, clip_length, -1, -1).flatten(0, 1)
 
-        return (logits, for_each_frame(kernels), for_each_frame(gates >= 0)), state
+        return (logits, for_each_frame(kernels), for_each_frame(gate_logits >= 0)), state
 
     @torch.no_grad()
     def segment_video(
@@ -333,7 +340,7 @@ class GRAttVIS(nn.Module):
         class_scores = class_probabilities(logits).amax(0)  # (Q, K)
         class_scores, labels, track_ids = best_pairs(class_scores, top_k)
         instance_logits, mask_sum, mask_area = instance_mask_logits(
-            chunks, track_ids, self.mask_score_parts
+            chunks, track_ids, self.mask_sum_and_area
         )  # Memory: empties the list
         scores, order = with_mask_scores(class_scores, mask_sum, mask_area)
         track_ids = track_ids[order]
@@ -361,8 +368,9 @@ class GRAttVIS(nn.Module):
                     chunk.mask_kernel.shape[1],
                     chunk.frame_size,
                     output_size or chunk.frame_size,
-                    self.mask_score_parts,
+                    self.mask_sum_and_area,
                 )
+            # Of the whole chunk, and merged once per frame: repeating it changes no maximum.
             class_scores = class_probabilities(chunk.logits).amax(0)
             for kernel, features in zip(chunk.mask_kernel, chunk.features):
                 mask_sum, mask_area = encoder.add(kernel, features)
@@ -408,7 +416,7 @@ class GRAttVIS(nn.Module):
         outputs, tracker_state = video_pipeline.track(self, frame_queries, 1, state.tracker)
         logits, kernels, gates = outputs
         masks = mask_logits(kernels, features)[0]  # (Q, h, w)
-        mask_sum, mask_area = self.mask_score_parts(resize_masks(masks, size))
+        mask_sum, mask_area = self.mask_sum_and_area(resize_masks(masks, size))
         class_scores = class_probabilities(logits[0])
         running = RunningScores(class_scores, mask_sum, mask_area).merge(state.scores)
         scores, labels, track_ids = running.best(top_k)

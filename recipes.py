@@ -44,6 +44,7 @@ VIDEO = ALL | dict(
     lsj=False,
     lsj_size=768,
 )
+# VITA and COCO have "clip" propagation, so clip_length and gate_weight have no effect there.
 VITA = VIDEO | dict(stage="vita", clip_length=5, gate_weight=1.0)
 GRATTVIS = VIDEO | dict(stage="grattvis", frames=5, reach=6, clip_length=1, gate_weight=0.0)
 COCO = ALL | dict(
@@ -62,7 +63,7 @@ COCO = ALL | dict(
     crop_short_sides=(),
     crop_relative=True,
     crop_size=(0.9, 0.9),
-    lsj=True,
+    lsj=True,  # instead of the sizes and crops above, so no recipe crops with crop_relative
     lsj_size=1024,
     test_short_side=800,
     clip_length=5,

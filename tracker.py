@@ -78,8 +78,8 @@ class TrackerState:
     """
 
     query: Tensor  # (S, Q, C), output of the last layer before decoder_norm
-    memory_key: Tensor | None = None  # (S, past clips, Q, C)
-    memory_value: Tensor | None = None
+    past_keys: Tensor | None = None  # (S, past clips, Q, C), the memory
+    past_values: Tensor | None = None
 
 
 @dataclass
@@ -150,7 +150,8 @@ class Tracker(nn.Module):
         self.query_feat = nn.Embedding(queries, channels)  # the queries of the first clip
         self.query_embed = nn.Embedding(queries, channels)  # positions of queries
         self.frame_query_embed = nn.Embedding(frame_queries, channels)  # of frame queries
-        self.mask_features = nn.Conv2d(mask_channels, channels, 1)  # used by mask_kernel
+        # A layer, never called, named as in checkpoints: `mask_kernel` reads its W and b.
+        self.mask_features = nn.Conv2d(mask_channels, channels, 1)
         self.class_embed = nn.Linear(channels, num_classes + 1)  # class logits
         self.mask_embed = MLP(channels, channels)  # mask embeddings
         self.frame_similarity = nn.Linear(channels, channels)  # similarity embeddings
@@ -185,10 +186,12 @@ class Tracker(nn.Module):
                 state = self.initial_state(detector_layers * batch)
             elif self.training and self.query_noise:
                 state = replace(state, query=self.add_query_noise(state.query))
-            output, logits, soft, state = self.decode_clip(encoded_clip, state, detector_layers)
-            outputs.append(torch.stack(output))
-            gate_logits.append(logits)
-            gate_soft.append(soft)
+            layer_outputs, layer_gate_logits, layer_gate_soft, state = self.decode_clip(
+                encoded_clip, state, detector_layers
+            )
+            outputs.append(torch.stack(layer_outputs))
+            gate_logits.append(layer_gate_logits)
+            gate_soft.append(layer_gate_soft)
 
         def split_streams(x: Tensor, axis: int = 0) -> Tensor:  # S -> L, B
             return x.unflatten(axis, (detector_layers, batch))
@@ -198,11 +201,11 @@ class Tracker(nn.Module):
         frame_embed = self.frame_similarity(encoded).unflatten(0, (clips, detector_layers, batch))
         if not self.training:
             outputs = outputs[:, -1:]  # the last decoder layer
-        logits = self.class_embed(outputs)  # (G, D, L, B, Q, K + 1)
+        class_logits = self.class_embed(outputs)  # (G, D, L, B, Q, K + 1)
         kernels = mask_kernel(self.mask_embed(outputs), self.mask_features)
         predictions = [
             ClipPrediction(
-                logits=list(logits[clip]),
+                logits=list(class_logits[clip]),
                 mask_kernel=list(kernels[clip]),
                 clip_embed=clip_embed[clip],
                 frame_embed=frame_embed[clip],
@@ -236,12 +239,13 @@ class Tracker(nn.Module):
                 x = gate * x + (1 - gate) * query  # gated residual connection
                 mask = self.attention_mask(gate)  # for the masked self-attention
                 gate_logits.append(logits)
-                gate_soft.append(soft)
+                if self.training:
+                    gate_soft.append(soft)
             x = layer.self_attention(x, query_pos, mask)
             x = layer.feed_forward(x)
             outputs.append(self.decoder_norm(x))
         state = self.next_state(x, outputs[-1], state)
-        return outputs, gate_logits, gate_soft if self.training else [], state
+        return outputs, gate_logits, gate_soft, state
 
     def gate(self, x: Tensor, detector_layers: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Decide which queries x (S, Q, C) keep what they have read from the clip.
@@ -286,21 +290,21 @@ class Tracker(nn.Module):
         """GenVIS: each query attends to its own past, without scaling. Returns (S, Q, C)."""
         query = state.query
         output = query + self.query_value(query)
-        if state.memory_key is None:
+        if state.past_keys is None:
             return output
-        logits = torch.einsum("sqc,smqc->smq", self.query_key(query), state.memory_key)
-        return output + torch.einsum("smq,smqc->sqc", logits.softmax(1), state.memory_value)
+        logits = torch.einsum("sqc,smqc->smq", self.query_key(query), state.past_keys)
+        return output + torch.einsum("smq,smqc->sqc", logits.softmax(1), state.past_values)
 
     def next_state(self, x: Tensor, output: Tensor, state: TrackerState) -> TrackerState:
         """Propagate the queries x of the last layer; append its normed output to the memory."""
         if not self.use_memory:
             return TrackerState(x)
-        key = self.memory_key(output)[:, None]
-        value = self.memory_value(output)[:, None]
-        if state.memory_key is not None:
-            key = torch.cat((state.memory_key, key), 1)
-            value = torch.cat((state.memory_value, value), 1)
-        return TrackerState(x, key, value)
+        keys = self.memory_key(output)[:, None]
+        values = self.memory_value(output)[:, None]
+        if state.past_keys is not None:
+            keys = torch.cat((state.past_keys, keys), 1)
+            values = torch.cat((state.past_values, values), 1)
+        return TrackerState(x, keys, values)
 
     # The encoder. Here N = G * S: the clips of all streams are a batch.
 

@@ -71,7 +71,7 @@ PREFETCH = 4  # batches that each loader process reads ahead
 def train_step(
     network: nn.Module,
     criterion: Criterion,
-    batch: list[Clip],
+    clips: list[Clip],
     args: argparse.Namespace,
     device: torch.device,
     amp_dtype: torch.dtype,
@@ -85,16 +85,16 @@ def train_step(
     before clipping. Both are the same in all processes, even if not finite.
     """
     optimizer.zero_grad(set_to_none=True)
-    size = len(batch) // args.accumulate
+    size = len(clips) // args.accumulate
     totals = 0
-    for first in range(0, len(batch), size):
-        micro_batch = batch[first : first + size]
-        is_last = first + size == len(batch)
+    for first in range(0, len(clips), size):
+        micro_batch = clips[first : first + size]
+        is_last = first + size == len(clips)
         with nullcontext() if is_last else no_exchange(network):
             # Autocast covers the network; the criterion computes in float32.
             with torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32):
-                predictions = network([upload(clip.frames, device) for clip in micro_batch])
-            losses, _ = criterion(predictions, micro_batch, whole_video=args.propagation == "clip")
+                output = network([upload(clip.frames, device) for clip in micro_batch])
+            losses, _ = criterion(output, micro_batch, whole_video=args.propagation == "clip")
             values = torch.stack(list(losses.values())) / args.accumulate
             scaler.scale(values.sum()).backward()
         totals = totals + values.detach()
@@ -122,7 +122,7 @@ def make_model(
 
     say: prints what was loaded.
     """
-    # Every flag that is named like an argument of the model. Checkpoints store them.
+    # Every flag named like an argument of the model, such as --window. Checkpoints store them.
     options = flags_named(option_types().keys() - {"num_classes", "propagation"}, args)
     check_options(options, "the command line")
     model = build_model(args.preset, len(categories), args.propagation, **options)
@@ -188,7 +188,7 @@ def make_network(
 
 
 def make_criterion(args: argparse.Namespace, num_classes: int) -> Criterion:
-    """The losses, with every flag that is named like an argument of Criterion."""
+    """The losses, with every flag that is named like an argument of Criterion, such as --points."""
     names = inspect.signature(Criterion).parameters.keys() - {"num_classes"}
     return Criterion(num_classes, **flags_named(names, args))
 
@@ -269,33 +269,33 @@ def make_run(
 
 
 def advance(
-    run: Run, network: nn.Module, criterion: Criterion, batch: list[Clip]
+    run: Run, network: nn.Module, criterion: Criterion, clips: list[Clip]
 ) -> tuple[dict[str, float], float, str]:
     """Train one step on this process's clips.
 
-    Returns losses, gradient norm, and the reason if the step was skipped. Raises FloatingPointError
-    after --skip-nonfinite consecutive skipped steps.
+    Returns losses, gradient norm, and the reason if the step was not taken. Raises
+    FloatingPointError if more than --skip-nonfinite consecutive steps are not.
     """
     buffers = list(run.model.buffers()) if run.args.skip_nonfinite else []
     buffers_before = [buffer.clone() for buffer in buffers]
     losses, grad_norm = train_step(
-        network, criterion, batch, run.args, run.device, run.amp_dtype, run.optimizer, run.scaler
+        network, criterion, clips, run.args, run.device, run.amp_dtype, run.optimizer, run.scaler
     )
     total = sum(losses.values())
-    # With fp16, gradients may overflow: the scaler then skips the step and lowers its scale.
+    # With fp16, gradients may overflow: the scaler then takes no step and lowers its scale.
     handled_by_scaler = run.scaler.is_enabled() and math.isfinite(total)
     reason = ""
     if math.isfinite(grad_norm + total) or handled_by_scaler:
-        run.skipped_in_a_row = 0
+        run.not_taken_in_a_row = 0
     else:
-        run.skipped_in_a_row += 1
-        reason = describe_nonfinite(losses, grad_norm, run.step, run.learning_rate, batch)
-        if run.skipped_in_a_row > run.args.skip_nonfinite:
+        run.not_taken_in_a_row += 1
+        reason = describe_nonfinite(losses, grad_norm, run.step, run.learning_rate, clips)
+        if run.not_taken_in_a_row > run.args.skip_nonfinite:
             raise FloatingPointError(reason)
         for buffer, before in zip(buffers, buffers_before):
             buffer.copy_(before)
-    # With fp16, scaler.step skips by itself and must be called; otherwise it is optimizer.step,
-    # which must be called only for finite steps.
+    # With fp16, scaler.step takes only finite steps and must be called; otherwise it is
+    # optimizer.step, which must be called only for finite steps.
     if run.scaler.is_enabled() or not reason:
         run.scaler.step(run.optimizer)
     run.scaler.update()
@@ -323,16 +323,17 @@ def train(
         pause_to_evaluate(run, held_out, bar)
     began = mark = perf_counter()
     waited = 0.0
-    for batch in () if run.stopping else bar:
+    batches = () if run.stopping else bar
+    for clips in batches:
         waited += perf_counter() - mark
-        for message in [message for clip in batch for message in clip.skipped]:
+        for message in [message for clip in clips for message in clip.skipped]:
             skipped += 1
             bar.write(f"skipped: {message}")
         torch.manual_seed(hash((args.seed, run.step, run.rank)) % 2**63)
         rate = run.learning_rate
-        losses, grad_norm, reason = advance(run, network, criterion, batch)
+        losses, grad_norm, reason = advance(run, network, criterion, clips)
         if reason:
-            bar.write(f"left out: {reason}")
+            bar.write(f"step not taken: {reason}")
         if run.step % args.log_every == 0:
             seconds, began = perf_counter() - began, perf_counter()
             total = sum(losses.values())
@@ -342,7 +343,7 @@ def train(
                     "step": run.step,
                     "loss": total,
                     "lr": rate,
-                    # With fp16, the scaler skips a step whose norm is not finite.
+                    # With fp16, the scaler takes no step whose norm is not finite.
                     "gradient_norm": grad_norm if math.isfinite(grad_norm) else None,
                     "iterations_per_second": args.log_every / seconds,
                     "data_share": waited / seconds,
@@ -364,7 +365,7 @@ def train(
             break
         mark = perf_counter()
     run.save()
-    bad = f"; left out {skipped} bad videos, annotations and clips" if skipped else ""
+    bad = f"; skipped {skipped} bad videos, annotations and clips" if skipped else ""
     if run.rank == 0 and not run.stopping:
         bar.close()
         print(f"saved {run.last}{bad}")

@@ -95,7 +95,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """x = norm(x + attention(x + query_pos, memory + memory_pos, memory))."""
+    """x = norm(x + attention(x + query_pos, context + context_pos, context))."""
 
     def __init__(self, channels: int, heads: int):
         super().__init__()
@@ -106,13 +106,13 @@ class CrossAttention(nn.Module):
         self,
         x: Tensor,
         query_pos: Tensor,
-        memory: Tensor,
-        memory_pos: Tensor,
+        context: Tensor,
+        context_pos: Tensor,
         mask: Tensor | None = None,
     ) -> Tensor:
         query = x + query_pos
-        key = memory + memory_pos
-        attended = self.attention(query, key, memory, mask)
+        key = context + context_pos
+        attended = self.attention(query, key, context, mask)
         return self.norm(x, attended)
 
 
@@ -146,18 +146,18 @@ class MLP(nn.Sequential):
         )
 
 
-def mask_kernel(embed: Tensor, mask_features: nn.Conv2d) -> Tensor:
-    """Move the 1x1 convolution `mask_features` from the pixels to the mask embeddings.
+def mask_kernel(embed: Tensor, mask_projection: nn.Conv2d) -> Tensor:
+    """Move the 1x1 convolution `mask_projection` from the pixels to the mask embeddings.
 
     The paper computes mask logits as e (W f + b), for embedding e (C), pixel feature f (C) and
     convolution weights W and b. This function uses e (W f + b) = (e W) f + e b: it maps embed
     (..., C) to kernels (..., C + 1), which hold e W and the constant e b. `mask_logits` applies
     them to f.
 
-    Memory: W f + b, as large as the features, is never stored. Training takes 7 % less.
+    Memory: W f + b, as large as the features, is never stored. Training takes 7 % less memory.
     """
-    weight = mask_features.weight.flatten(1)  # (C, C)
-    bias = mask_features.bias[:, None]  # (C, 1)
+    weight = mask_projection.weight.flatten(1)  # (C, C)
+    bias = mask_projection.bias[:, None]  # (C, 1)
     return embed @ torch.cat((weight, bias), 1)
 
 

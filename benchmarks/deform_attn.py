@@ -291,8 +291,8 @@ def print_row(row: dict, columns: tuple[str, ...]) -> None:
     )
 
 
-def main() -> None:
-    """Read the command line, then measure and print row by row."""
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description="Time deformable attention on a CUDA GPU and compare it with float64."
     )
@@ -305,7 +305,11 @@ def main() -> None:
         help="time the whole pixel decoder instead of the operator",
     )
     parser.add_argument("--json", type=Path, metavar="PATH", help="write all rows to this file")
-    options = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main(options: argparse.Namespace) -> None:
+    """Measure and print row by row."""
     if not torch.cuda.is_available():
         sys.exit("This benchmark needs a CUDA GPU, and PyTorch finds none here.")
     if not deform_attn_cuda.load():
@@ -362,4 +366,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(parse_arguments())

@@ -29,7 +29,7 @@ from data import VideoSet  # noqa: E402
 from deform_attn import implementation  # noqa: E402
 from evaluation import postprocess  # noqa: E402
 from evaluation.inference import FrameBatches, segment_videos, to_entries  # noqa: E402
-from evaluation.postprocess import mask_score_parts, resize_masks  # noqa: E402
+from evaluation.postprocess import mask_sum_and_area, resize_masks  # noqa: E402
 from evaluation.run_length import encode, encode_counts  # noqa: E402
 from fast import video_pipeline  # noqa: E402
 from model import build_model  # noqa: E402
@@ -226,7 +226,7 @@ def speed(videos: int, frames: int, chunk: int, workers: int) -> None:
         def masks() -> None:
             for kernels, feature in zip(kernel, features):
                 logits = mask_logits(kernels[None], feature[None])[0]
-                mask_score_parts(resize_masks(logits, (HEIGHT, WIDTH)))
+                mask_sum_and_area(resize_masks(logits, (HEIGHT, WIDTH)))
                 encode_counts(resize_masks(logits, (HEIGHT, WIDTH), OUTPUT) > 0)
 
         stages = {
@@ -289,8 +289,8 @@ def chunks(frames: int) -> None:
             )
 
 
-def main() -> None:
-    """Run the parts selected on the command line."""
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description="Measure inference.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -307,7 +307,11 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=100)
     parser.add_argument("--chunk", type=int, default=8)
     parser.add_argument("--workers", type=int, default=15)
-    args = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Run the parts selected on the command line."""
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if CUDA else 'CPU'}")
     if "encoding" in args.parts:
         encoding()
@@ -320,4 +324,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(parse_arguments())

@@ -44,7 +44,7 @@ from synthetic.scenes import CATEGORIES
 from synthetic.suites import write_split
 from train import PREFETCH
 from trainer.datasets import open_clips
-from trainer.flags import parse_arguments
+from trainer.flags import parse_arguments as parse_training_arguments
 
 HEIGHT, WIDTH, FRAMES, OBJECTS = 720, 1280, 14, 6  # of a video; reach 6 sees 13 frames
 NOISE = 5.0  # grey levels, standard deviation
@@ -159,7 +159,7 @@ def describe_machine() -> dict:
 
 def measure(root: Path, options: argparse.Namespace) -> dict:
     """All numbers of the set in `root`; prints them."""
-    args = parse_arguments(
+    args = parse_training_arguments(
         [
             "--recipe",
             options.recipe,
@@ -215,8 +215,8 @@ def measure(root: Path, options: argparse.Namespace) -> dict:
     }
 
 
-def main() -> None:
-    """Read the command line, make the set, measure."""
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description="Time the loading of training clips from JPEGs of 1280x720 pixels.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -246,12 +246,14 @@ def main() -> None:
         "--repeats", type=int, default=3, help="a rate is the median of so many measurements"
     )
     parser.add_argument("--json", type=Path, metavar="PATH", help="write all numbers to this file")
-    options = parser.parse_args()
-    if (
-        min(options.videos, options.batches, options.repeats, options.processes, *options.workers)
-        < 1
-    ):
+    args = parser.parse_args(arguments)
+    if min(args.videos, args.batches, args.repeats, args.processes, *args.workers) < 1:
         parser.error("numbers must be at least 1")
+    return args
+
+
+def main(options: argparse.Namespace) -> None:
+    """Make the set and measure."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         root = options.root or Path(scratch)
@@ -264,4 +266,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(parse_arguments())

@@ -34,7 +34,7 @@ from losses import Criterion  # noqa: E402
 from model import build_model  # noqa: E402
 from runtime.device import choose_amp  # noqa: E402
 from train import parameter_groups, train_step  # noqa: E402
-from trainer.flags import parse_arguments  # noqa: E402
+from trainer.flags import parse_arguments as parse_training_arguments  # noqa: E402
 from transformer import mask_logits  # noqa: E402
 
 CUDA = torch.cuda.is_available()
@@ -190,18 +190,16 @@ def live(
 def make_clip(frames: int, height: int, width: int, instances: int) -> Clip:
     """Random frames, rectangles that are visible in most of them."""
     masks = torch.zeros(instances, frames, height, width, dtype=torch.bool)
-    ids = torch.full((instances, frames), -1)
     for number in range(instances):
         for t in range(number % 3 // 2, frames):
             top, left = (
                 (37 * number + 9 * t) % (height - 160),
                 (91 * number + 11 * t) % (width - 200),
             )
-            masks[number, t, top : top + 160, left : left + 200], ids[number, t] = True, number
+            masks[number, t, top : top + 160, left : left + 200] = True
     return Clip(
         torch.randint(0, 256, (frames, 3, height, width), dtype=torch.uint8),
         torch.arange(instances) % 25,
-        ids,
         masks,
     )
 
@@ -211,7 +209,7 @@ def train(
 ) -> None:
     """Iterations of 5 frames and 6 instances a clip, R-50, the OVIS setting."""
     torch.manual_seed(0)
-    setting = parse_arguments(["--recipe", "grattvis/ovis/r50"])
+    setting = parse_training_arguments(["--recipe", "grattvis/ovis/r50"])
     model = build_model("r50", 25).to(DEVICE, memory_format=torch.channels_last).train()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not frozen or name.startswith("tracker."))
@@ -337,8 +335,8 @@ def others(args: argparse.Namespace, frames: int = 36) -> None:
         )
 
 
-def main() -> None:
-    """Run the parts selected on the command line."""
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description="Measure speed.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -379,7 +377,11 @@ def main() -> None:
         metavar="N",
         help="print the N longest kernels of every part",
     )
-    args = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Run the parts selected on the command line."""
     kinds = [
         str(choose_amp(args.amp, DEVICE, training)[0]).removeprefix("torch.")
         for training in (False, True)
@@ -410,4 +412,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(parse_arguments())

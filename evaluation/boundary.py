@@ -24,7 +24,7 @@ from dataclasses import replace
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from evaluation.metric import AREA, accumulate_videos, category_ids, summarize
+from evaluation.metric import AREA, accumulate_videos, category_ids, percent, summarize
 from evaluation.overlaps import VideoOverlaps, measure_overlaps, track_rles
 
 DILATION_RATIO = 0.02  # of the diagonal
@@ -100,3 +100,11 @@ def erode(mask: np.ndarray, times: int) -> np.ndarray:
             window += step
         mask = mask.T
     return mask
+
+
+def format_boundary(boundary: dict[str, dict]) -> str:
+    """The output of `evaluate_boundary` for printing: a line, in percent."""
+    numbers = {name: boundary["min_iou"][name] for name in ("AP", "AP50", "AP75")}
+    numbers["AP by boundary IoU alone"] = boundary["boundary_iou"]["AP"]
+    cells = [f"{name} {percent(value)}" for name, value in numbers.items()]
+    return f"boundaries: {'   '.join(cells)}"

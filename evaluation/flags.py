@@ -4,7 +4,7 @@ import argparse
 
 from checkpoint import SHIPPED_WEIGHTS
 from model import PRESETS
-from runtime.flags import at_least
+from runtime.flags import at_least, finite
 from synthetic.suites import SUITES
 from tracker import PROPAGATIONS
 
@@ -41,7 +41,11 @@ def add_model_flags(add) -> None:
 
 def add_data_flags(add) -> None:
     """Flags for the videos, and the size at which they are tested."""
-    add("--data-root", help="data set")
+    add(
+        "--data-root",
+        help="folder of one data set, such as datasets/ovis (train.py with a recipe takes the "
+        "folder above)",
+    )
     add("--split", default="valid", help="split of the data set")
     add("--json", help="annotation file, instead of --data-root")
     add(
@@ -115,6 +119,17 @@ def add_result_flags(add) -> None:
         metavar="RESULTS",
         help="results file of the same videos, or the --output of another evaluation: print the "
         "differences with bootstrap intervals",
+    )
+    add(
+        "--track-score",
+        type=finite,
+        default=0.3,
+        help="minimum score of the predictions that HOTA, MOTA and IDF1 are computed from",
+    )
+    add(
+        "--boundary",
+        action="store_true",
+        help="also compute AP by the boundaries of masks (0.4 ms per mask of 360x640)",
     )
 
 

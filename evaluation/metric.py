@@ -464,11 +464,8 @@ def mean_metrics(runs):
 def format_table(metrics):
     """Format the output of `evaluate_results` for printing: in percent, '-' where undefined."""
 
-    def percent(value):
-        return f"{100 * value:5.1f}" if value >= 0 else "    -"
-
     def line(*names):
-        return "   ".join(f"{name} {percent(metrics[name])}" for name in names)
+        return "   ".join(f"{name} {percent(metrics[name]):>5}" for name in names)
 
     width = max(map(len, metrics["per_class"]), default=0)
     lines = [
@@ -477,5 +474,10 @@ def format_table(metrics):
         "AP per class",
     ]
     for name, value in metrics["per_class"].items():
-        lines.append(f"  {name:<{width}} {percent(value)}")
+        lines.append(f"  {name:<{width}} {percent(value):>5}")
     return "\n".join(lines)
+
+
+def percent(value):
+    """A metric for printing: in percent, '-' if it is undefined."""
+    return f"{100 * value:.1f}" if value >= 0 else "-"

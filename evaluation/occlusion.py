@@ -22,7 +22,7 @@ import math
 
 import numpy as np
 
-from evaluation.metric import AREA_RANGES, Grouping, mean_defined
+from evaluation.metric import AREA_RANGES, Grouping, mean_defined, percent
 from evaluation.overlaps import VideoOverlaps
 
 LEVELS = {"no_occlusion": 0.0, "slight_occlusion": 0.25, "severe_occlusion": 0.75}
@@ -126,10 +126,6 @@ def ovis_metrics(metrics: dict, occlusion: dict[str, dict[str, float]]) -> dict[
 
 def format_groups(groups: dict[str, dict[str, dict[str, float]]]) -> str:
     """The output of `group_scores` for printing: a line per grouping, in percent."""
-
-    def percent(value):
-        return f"{100 * value:.1f}" if value >= 0 else "-"
-
     titles = {"occlusion": "occlusion", "gap": "longest gap", "length": "length in frames"}
     lines = []
     for grouping, scores in groups.items():

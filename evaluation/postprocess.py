@@ -26,7 +26,7 @@ MASK_CHUNK = 4  # frames whose masks are made at output size
 MASK_PIXELS = 2 * 10**8  # mask pixels in a MaskEncoder
 RESIZED_MASKS = 10  # that a MaskEncoder resizes at once
 KEPT_LOGITS = 2**29  # bytes of mask logits in a MaskEncoder: 175 frames of 360x640 in 16 bit
-MaskScoreParts = Callable[[Tensor], tuple[Tensor, Tensor]]  # `mask_score_parts`, maybe compiled
+SumAndArea = Callable[[Tensor], tuple[Tensor, Tensor]]  # `mask_sum_and_area`, maybe compiled
 
 
 @dataclass
@@ -143,7 +143,7 @@ def class_probabilities(logits: Tensor) -> Tensor:
     return logits.softmax(-1)[..., :-1]
 
 
-def mask_score_parts(logits: Tensor) -> tuple[Tensor, Tensor]:
+def mask_sum_and_area(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Mask logits (..., H, W) -> sum of the probabilities above 0.5 and their number, each (...).
 
     The mask score is the ratio of both, each summed over all frames of a video.
@@ -198,7 +198,7 @@ def resize_masks(
 
 
 def instance_mask_logits(
-    chunks: list[FrameChunk], queries: Tensor, score_parts: MaskScoreParts
+    chunks: list[FrameChunk], queries: Tensor, sum_and_area: SumAndArea
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mask logits (I, T, h, w) of I queries in all frames, and mask sum and area over the video.
 
@@ -210,7 +210,7 @@ def instance_mask_logits(
         kernels = chunk.mask_kernel[:, queries].split(LOGIT_CHUNK)
         for kernel, features in zip(kernels, chunk.features.split(LOGIT_CHUNK)):
             some_logits = mask_logits(kernel, features).transpose(0, 1)  # (I, frames, h, w)
-            mask_sum, mask_area = score_parts(resize_masks(some_logits, chunk.frame_size))
+            mask_sum, mask_area = sum_and_area(resize_masks(some_logits, chunk.frame_size))
             logits.append(some_logits)
             sums.append(mask_sum)
             areas.append(mask_area)
@@ -242,13 +242,14 @@ class MaskEncoder:
         queries: int,
         frame_size: tuple[int, int],
         output_size: tuple[int, int],
-        score_parts: MaskScoreParts,
+        sum_and_area: SumAndArea,
     ):
         self.queries = queries
         self.frame_size = frame_size
         self.output_size = tuple(output_size)
-        self.score_parts = score_parts
+        self.sum_and_area = sum_and_area
         largest = max(math.prod(output_size), math.prod(frame_size))
+        # Half the pixels, since `mask_sum_and_area` holds as many probabilities as logits.
         self.query_chunk = max(1, MASK_PIXELS // 2 // largest)
         self.logits: list[Tensor] = []  # of the kept frames, (Q, h, w) each
         self.codes = PackedCodes(queries)  # of the frames before
@@ -256,7 +257,7 @@ class MaskEncoder:
     def add(self, mask_kernel: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
         """Take the kernels (Q, C + 1) and features (C, h, w) of the next frame.
 
-        Returns `mask_score_parts` of its masks, (Q,) each.
+        Returns `mask_sum_and_area` of its masks, (Q,) each.
         """
         logits = mask_logits(mask_kernel[None], features[None])[0]  # (Q, h, w)
         self.logits.append(logits)
@@ -265,7 +266,7 @@ class MaskEncoder:
                 self.codes.add(codes)
         sums, areas = [], []
         for some_logits in logits.split(self.query_chunk):
-            mask_sum, mask_area = self.score_parts(resize_masks(some_logits, self.frame_size))
+            mask_sum, mask_area = self.sum_and_area(resize_masks(some_logits, self.frame_size))
             sums.append(mask_sum)
             areas.append(mask_area)
         return torch.cat(sums), torch.cat(areas)

@@ -4,8 +4,8 @@
     metrics = score_results(Path("results.json"), parts, output=Path("scores"), plot=False)
 
 The ground truth may have several parts (YouTube-VIS 2022), which are scored one by one and then
-averaged. The metric itself is in metric.py, what explains it in causes.py, linking.py and
-comparison.py.
+averaged. The metrics are in metric.py (AP), occlusion.py, tracking.py and boundary.py, what explains
+them in causes.py, linking.py and comparison.py. All use the same overlaps (overlaps.py).
 """
 
 import os
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from evaluation.boundary import evaluate_boundary, format_boundary
 from evaluation.causes import (
     Explanation,
     explain_video,
@@ -25,6 +26,8 @@ from evaluation.causes import (
 from evaluation.comparison import compare, compare_gains, format_comparison
 from evaluation.linking import link_video, measure_linking
 from evaluation.metric import (
+    AREA,
+    AREA_RANGES,
     accumulate_matched,
     category_ids,
     check_predictions,
@@ -33,7 +36,9 @@ from evaluation.metric import (
     mean_metrics,
     summarize,
 )
+from evaluation.occlusion import choose_groupings, format_groups, group_scores, ovis_metrics
 from evaluation.overlaps import VideoOverlaps, measure_overlaps
+from evaluation.tracking import evaluate_tracking, format_tracking
 from reading.annotations import AnnotationFile, Skipped, read_annotations
 from reading.ids import Id
 from reading.layouts import GROUND_TRUTH_HELP
@@ -82,13 +87,17 @@ def score_results(
     output: Path,
     plot: bool,
     other_path: Path | None = None,
+    track_score: float = 0.3,
+    boundary: bool = False,
     sources: Sources | None = None,
 ) -> dict | None:
     """Validate a results file, zip it for a server, and score it if there are annotations.
 
     Args:
         parts: the ground truth by name. Each part is scored; metrics.json starts with the mean.
+            "tracking" is of all videos together instead.
         other_path: a results file to compare with.
+        track_score, boundary: see `score_part`.
         sources: of the pictures of a report; without them, no report is written.
 
     All files are written before anything is printed, so that no error of the terminal loses them.
@@ -106,49 +115,105 @@ def score_results(
         print(f"{archive} is what the server of a benchmark takes; {GROUND_TRUTH_HELP}")
         return None
 
-    scored = {name: score_part(results, part) for name, part in parts.items()}
-    metrics = {name: part.metrics for name, part in scored.items()}
-    for name, part in parts.items():
-        if len(parts) > 1:
-            lines.append(f"{name}, {len(part.content['videos'])} videos")
-        lines += [format_table(metrics[name]), format_causes(metrics[name])]
-    total = metrics[name]
-    if len(parts) > 1:
-        total = mean_metrics(list(metrics.values())) | {"parts": metrics}
-        lines += ["mean", format_table(total), format_causes(total)]
+    scored = {
+        name: score_part(results, part, track_score, boundary) for name, part in parts.items()
+    }
+    metrics = join_metrics(scored, parts, track_score)
+    lines += format_parts(metrics, parts)
     if other is not None:
-        others = {name: score_part(other, part) for name, part in parts.items()}
-        total = total | {"comparison": compare_parts(parts, scored, others, other_path)}
-        lines.append(format_comparison(total["comparison"]))
-    save_json(output / "metrics.json", total)
+        others = {
+            name: score_part(other, part, track_score, boundary) for name, part in parts.items()
+        }
+        metrics["comparison"] = compare_parts(parts, scored, others, other_path)
+        lines.append(format_comparison(metrics["comparison"]))
+    save_json(output / "metrics.json", metrics)
     if sources is not None:
-        write_report(output / "report.html", parts, scored, total, sources)
+        write_report(output / "report.html", parts, scored, metrics, sources)
     if plot:
-        precision = {name: part.precision for name, part in scored.items()}
-        plot_metrics(output / "plots", metrics, precision)
+        plot_metrics(output / "plots", scored)
     print(*filter(None, lines), sep="\n")
-    return total
+    return metrics
 
 
-def score_part(results: list[dict], part: AnnotationFile) -> ScoredPart:
-    """Score the predictions of the videos of one part of the ground truth."""
-    videos = {video["id"] for video in part.content["videos"]}
-    results = [entry for entry in results if entry["video_id"] in videos]
+def score_part(
+    results: list[dict], part: AnnotationFile, track_score: float, boundary: bool
+) -> ScoredPart:
+    """Score the predictions of the videos of one part of the ground truth.
+
+    Args:
+        track_score: minimum score of the predictions that count as tracks in "tracking".
+        boundary: also compute "boundary".
+
+    The metrics are those of `metric.evaluate_results`, and
+        "causes", "oracle": what AP is lost to (causes.py), and what better links would give
+            (linking.py).
+        "groups": AP and AR by occlusion, or by gap and length (occlusion.py).
+        "ovis": the 18 numbers of OVIS, if there are occlusion levels.
+        "tracking": HOTA, MOTA, IDF1 and their parts (tracking.py).
+        "boundary": AP by boundaries (boundary.py).
+    """
+    ids = {video["id"] for video in part.content["videos"]}
+    results = [entry for entry in results if entry["video_id"] in ids]
     categories = category_ids(part.content)
     numbers = {category: number for number, category in enumerate(categories)}
+    groupings = choose_groupings(part.content["annotations"])
+    groups = len(AREA_RANGES) + sum(len(grouping.ranges) for grouping in groupings.values())
+
     overlaps = {video.video_id: video for video in measure_overlaps(results, part.content)}
-    matched = {name: match_video(video) for name, video in overlaps.items()}
-    explained = {
-        name: explain_video(video, matched[name], numbers) for name, video in overlaps.items()
-    }
-    linked = [link_video(video) for video in overlaps.values()]
-    precision, recall, _ = accumulate_matched(matched.values(), categories)
+    videos = list(overlaps.values())
+    matched = {v.video_id: match_video(v, [AREA, *groupings.values()]) for v in videos}
+    explained = {v.video_id: explain_video(v, matched[v.video_id], numbers) for v in videos}
+    linked = [link_video(video) for video in videos]
+    precision, recall, _ = accumulate_matched(matched.values(), categories, groups)
+
     metrics = summarize(precision, recall, part.content)
     metrics["causes"] = measure_causes(explained.values())
     metrics["oracle"] = measure_linking(linked, categories) | {
         "order": measure_order(explained.values())
     }
+    metrics["groups"] = group_scores(precision, recall, groupings, videos)
+    if "occlusion" in groupings:
+        metrics["ovis"] = ovis_metrics(metrics, metrics["groups"]["occlusion"])
+    metrics["tracking"] = evaluate_tracking(videos, part.content["categories"], track_score)
+    if boundary:
+        metrics["boundary"] = evaluate_boundary(results, part.content, videos)
     return ScoredPart(metrics, precision, matched, explained, overlaps)
+
+
+def join_metrics(
+    scored: dict[str, ScoredPart], parts: dict[str, AnnotationFile], track_score: float
+) -> dict:
+    """The contents of metrics.json, from those of the parts."""
+    metrics = {name: part.metrics for name, part in scored.items()}
+    first, *others = metrics.values()
+    if not others:
+        return dict(first)
+    mean = mean_metrics(list(metrics.values()))
+    # Of all videos together: counts can be added.
+    videos = [video for part in scored.values() for video in part.overlaps.values()]
+    any_part, *_ = parts.values()  # all have the same categories
+    mean["tracking"] = evaluate_tracking(videos, any_part.content["categories"], track_score)
+    return mean | {"parts": metrics}
+
+
+def format_parts(metrics: dict, parts: dict[str, AnnotationFile]) -> list[str]:
+    """The output of `join_metrics` for printing."""
+    lines = []
+    for name, of_part in metrics.get("parts", {}).items():
+        lines += [f"{name}, {len(parts[name].content['videos'])} videos", *format_metrics(of_part)]
+    return [*lines, "mean", *format_metrics(metrics)] if lines else format_metrics(metrics)
+
+
+def format_metrics(metrics: dict) -> list[str]:
+    """The metrics of `score_part` for printing."""
+    lines = [
+        format_table(metrics),
+        format_groups(metrics["groups"]),
+        format_tracking(metrics["tracking"]),
+    ]
+    if "boundary" in metrics:
+        lines.append(format_boundary(metrics["boundary"]))
+    return [*lines, format_causes(metrics)]
 
 
 def compare_parts(
@@ -191,13 +256,13 @@ def describe_skipped(parts: dict[str, AnnotationFile]) -> list[str]:
     return lines
 
 
-def plot_metrics(folder: Path, metrics: dict[str, dict], precision: dict[str, np.ndarray]) -> None:
+def plot_metrics(folder: Path, scored: dict[str, ScoredPart]) -> None:
     """Plot the precision and the classes of each part."""
     folder.mkdir(exist_ok=True)
-    for name in metrics:
+    for name, part in scored.items():
         file_name = name.replace(os.sep, "-") + ".png"
-        plot_precision(folder / f"precision_{file_name}", precision[name])
-        plot_classes(folder / f"classes_{file_name}", metrics[name]["per_class"])
+        plot_precision(folder / f"precision_{file_name}", part.precision)
+        plot_classes(folder / f"classes_{file_name}", part.metrics["per_class"])
 
 
 def zip_results(path: Path, target: Path) -> None:

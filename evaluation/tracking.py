@@ -96,7 +96,7 @@ def match_for_hota(
 
     matches = [(np.empty(0, int), np.empty(0, int), np.empty(0))]
     for t, g, d in frames_with_both(actual, predicted):
-        pairs = np.ix_(g, d)
+        pairs = g[:, None], d
         rows, columns = linear_sum_assignment(-(association[pairs] * ious[t][pairs]))
         g, d = g[rows], d[columns]
         matches.append((g, d, ious[t, g, d]))
@@ -119,7 +119,7 @@ def clear_counts(ious: np.ndarray, actual: np.ndarray, predicted: np.ndarray) ->
     begun = np.zeros(objects, int)  # how often it was tracked after a frame in which it was not
     tp = switches = 0
     for t, g, d in frames_with_both(actual, predicted):
-        iou = ious[t][np.ix_(g, d)]
+        iou = ious[t][g[:, None], d]
         worth = CONTINUED * (before[g][:, None] == d) + iou
         worth[iou < MIN_IOU - EPSILON] = 0
         rows, columns = linear_sum_assignment(-worth)
@@ -322,13 +322,12 @@ def class_mean(per_class: list[dict[str, float]]) -> dict[str, float]:
 
 
 def format_tracking(tracking: dict) -> str:
-    """The most important numbers over detections, in one line."""
+    """The most important numbers over detections for printing: a line, shares in percent."""
     numbers = tracking["over_detections"]
-    shares = ("HOTA", "DetA", "AssA", "LocA", "MOTA", "IDF1")
-    return "   ".join(
-        [
-            *(f"{name} {100 * numbers[name]:.1f}" for name in shares),
-            *(f"{name} {numbers[name]}" for name in SUMMED),
-            f"({tracking['tracks']} tracks scoring at least {tracking['score_threshold']:g})",
-        ]
+    shares = ("HOTA", "DetA", "AssA", "MOTA", "IDF1")
+    cells = [f"{name} {100 * numbers[name]:.1f}" for name in shares]
+    cells += [f"{name} {numbers[name]}" for name in SUMMED]
+    return (
+        f"{tracking['tracks']} tracks of score {tracking['score_threshold']:g} or more: "
+        f"{'   '.join(cells)}"
     )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from backbone import ResNetBackbone
-from evaluation.postprocess import mask_score_parts
+from evaluation.postprocess import mask_sum_and_area
 from fast.folded_resnet import FusedResNet, fold_frozen_resnet, fold_resnet
 from fast.fused_norms import fuse_norms
 from fast.half_precision import cast_weights
@@ -102,7 +102,7 @@ def compile_parts(model: GRAttVIS, detector: bool = True) -> None:
     for owner, name in parts:
         function = torch.compile(getattr(type(owner), name), dynamic=False)
         setattr(owner, name, MethodType(function, owner))  # a copy of the model gets its own
-    model.mask_score_parts = torch.compile(mask_score_parts)
+    model.mask_sum_and_area = torch.compile(mask_sum_and_area)
 
 
 def cast_frozen_weights(model: GRAttVIS, dtype: torch.dtype) -> None:
@@ -153,6 +153,7 @@ def detect_in_chunks(model: GRAttVIS, images: Tensor) -> FrameOutput:
         predictions.append((torch.cat(logits), torch.cat(kernels)))
     queries = torch.cat([chunk.queries for chunk in chunks], 1)
     features = torch.cat([chunk.features for chunk in chunks])
+    # A FrameOutput, which cannot be imported here: model.py imports this file.
     return type(chunks[0])(predictions, queries, features)
 
 

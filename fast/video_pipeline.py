@@ -56,8 +56,8 @@ class VideoPipeline:
             if previous is not None:
                 yield previous
             previous = detection
-            # track() of this detection may start when it is done. The next detection, which is
-            # launched before that, is not waited for.
+            # This marks the end of this detection. `track` is called after the next detection has
+            # been launched, but its work waits up to this mark only.
             self.track_stream.wait()
         yield previous
 

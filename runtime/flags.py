@@ -1,6 +1,7 @@
 """Types of command-line flags, and passing flags on."""
 
 import argparse
+import math
 from collections.abc import Iterable
 
 
@@ -13,6 +14,13 @@ def at_least(minimum: int):
         return int(text)
 
     return integer
+
+
+def finite(text: str) -> float:
+    """An argparse type: a number that is neither infinite nor NaN."""
+    if not math.isfinite(float(text)):
+        raise argparse.ArgumentTypeError(f"{text} is not finite")
+    return float(text)
 
 
 def flags_named(names: Iterable[str], args: argparse.Namespace) -> dict:

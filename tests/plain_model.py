@@ -110,14 +110,15 @@ def cross_attention(
 def sine_position(height: int, width: int, channels: int) -> Tensor:
     """(C, height, width): y in the first half of the channels, x in the second."""
     position, half = torch.zeros(channels, height, width), channels // 2
-    for channel in range(channels):
-        number = channel % half
-        wave = math.cos if number % 2 else math.sin
+    for channel in range(half):
+        wave = math.cos if channel % 2 else math.sin
+        wavelength = 10000 ** (2 * (channel // 2) / half)
         for y in range(height):
-            for x in range(width):
-                place = (y + 1) / (height + 1e-6) if channel < half else (x + 1) / (width + 1e-6)
-                wavelength = 10000 ** (2 * (number // 2) / half)
-                position[channel, y, x] = wave(2 * math.pi * place / wavelength)
+            place = (y + 1) / (height + 1e-6)
+            position[channel, y] = wave(2 * math.pi * place / wavelength)
+        for x in range(width):
+            place = (x + 1) / (width + 1e-6)
+            position[half + channel, :, x] = wave(2 * math.pi * place / wavelength)
     return position
 
 

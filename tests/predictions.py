@@ -24,18 +24,21 @@ def fixed_points(rows: int, count: int, like: torch.Tensor) -> torch.Tensor:
 
 
 def make_clip(visible: list[list[int]]) -> Clip:
-    """Instance i: class i, id 10 + i, a column of the frame where visible[i][t].
+    """Instance i: class i, a column of the frame where visible[i][t].
 
     Frames are black; there are 3 without any instance.
     """
     instances, frames = len(visible), len(visible[0]) if visible else 3
     shown = torch.tensor(visible, dtype=torch.bool).view(instances, frames)
-    number = torch.arange(instances)
     masks = torch.zeros(instances, frames, *SIZE, dtype=torch.bool)
     for index in range(instances):
         masks[index, shown[index], 2:14, 6 * index : 6 * index + 5] = True
-    ids = torch.where(shown, 10 + number[:, None], -1)
-    return Clip(torch.zeros(frames, 3, *SIZE, dtype=torch.uint8), number, ids, masks)
+    return Clip(torch.zeros(frames, 3, *SIZE, dtype=torch.uint8), torch.arange(instances), masks)
+
+
+def visible_in_frames(clip: Clip) -> torch.Tensor:
+    """(I, T) bool."""
+    return clip.masks.flatten(2).any(2)
 
 
 def make_targets(*clips: Clip) -> Targets:
@@ -114,9 +117,8 @@ def painted_output(clip: Clip, plan: list[list[int]], queries: int = 4) -> Train
 
     There is one stream and one decoder layer.
     """
-    instances, frames = clip.ids.shape
+    instances, frames = clip.masks.shape[:2]
     features = torch.where(clip.masks, 20.0, -20.0)
-    features[clip.ids == -1] = -20.0
     frame_logits = torch.zeros(frames, queries, CLASSES + 1)
     frame_kernels = torch.zeros(frames, queries, instances + 1)
     clips = []

@@ -8,6 +8,7 @@ imported torch, since that takes longer than most files. A file is printed once 
 if it passed, everything that pytest printed if not. The last line has the totals.
 """
 
+import gc
 import multiprocessing
 import os
 import re
@@ -25,9 +26,10 @@ import processes
 
 os.environ |= processes.ONE_THREAD  # before torch is imported, which reads it once
 
+import scipy.ndimage  # noqa: E402, F401
 import scipy.optimize  # noqa: E402, F401
 import torch  # noqa: E402, F401
-import torchvision  # noqa: E402, F401
+import torchvision.transforms.v2  # noqa: E402, F401
 
 FOLDER = Path(__file__).parent
 START_FIRST = (
@@ -94,4 +96,5 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # otherwise each process collects, and thereby copies, all of torch
     sys.exit(main(sys.argv[1:]))

@@ -4,7 +4,9 @@ Ids of videos, categories and annotations have gaps and are unordered. Every vid
 or length, and every instance its own rectangles.
 """
 
+import copy
 import json
+from functools import cache
 from pathlib import Path
 
 import numpy
@@ -130,10 +132,15 @@ def write_json(path: Path, content) -> Path:
     return path
 
 
-def tiny_model(classes: int = 3, propagation: str = "gated", seed: int = 0, **options) -> GRAttVIS:
-    """A small model with random weights, in evaluation mode."""
+@cache
+def tiny_model_once(classes: int, propagation: str, seed: int, **options) -> GRAttVIS:
     torch.manual_seed(seed)
     return build_model("toy", classes, propagation, **TINY | options).eval()
+
+
+def tiny_model(classes: int = 3, propagation: str = "gated", seed: int = 0, **options) -> GRAttVIS:
+    """A small model with random weights, in evaluation mode; a copy, which is faster to make."""
+    return copy.deepcopy(tiny_model_once(classes, propagation, seed, **options))
 
 
 def save_tiny_model(

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torchvision.models import get_model, resnet50
+from torchvision.models.resnet import Bottleneck
 from torchvision.models.swin_transformer import SwinTransformer
 
 from backbone import (
@@ -113,9 +114,17 @@ def test_norms():
         build_backbone("vgg")
 
 
+@pytest.fixture
+def bottlenecks(monkeypatch):
+    """A ResNet with the blocks of ResNet-50, two in a stage."""
+    build = lambda norm, _: ResNetBackbone(Bottleneck, [2, 2, 2, 2], norm, 128)  # noqa: E731
+    monkeypatch.setitem(BACKBONES, "bottlenecks", build)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("norm", ["frozen", "batch", "group"])
-@pytest.mark.parametrize("name", ["resnet10_thin", "resnet50"])
+@pytest.mark.parametrize("name", ["resnet10_thin", "bottlenecks"])
+@pytest.mark.usefixtures("bottlenecks")
 def test_folded_norms_change_nothing(name, norm):
     """Statistics and affine maps of all kinds; a group norm looks at its input and stays."""
     torch.manual_seed(0)
@@ -132,7 +141,8 @@ def test_folded_norms_change_nothing(name, norm):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["resnet10", "resnet50"])
+@pytest.mark.parametrize("name", ["resnet10", "bottlenecks"])
+@pytest.mark.usefixtures("bottlenecks")
 def test_fused_convolutions_are_the_same(monkeypatch, name):
     """What cuDNN's kernels are to compute, computed by PyTorch: the same maps, with the first
     convolution on pairs of pixels.

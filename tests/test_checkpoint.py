@@ -1,9 +1,11 @@
 """Loading weights: official files fit, mismatches are errors, and no file executes code."""
 
 import argparse
+import copy
 import pickle
 import zipfile
 from collections import OrderedDict
+from functools import cache
 from pathlib import Path
 
 import numpy
@@ -26,12 +28,18 @@ from golden_set import meta, names_shapes
 from model import PRESETS, TEST_SIDES, build_model
 from reading.translation import translate
 
-TINY = dict(channels=32, heads=2, feed_forward=32, pixel_feed_forward=32)
+TINY = dict(backbone="resnet10_thin", channels=32, heads=2, feed_forward=32, pixel_feed_forward=32)
+
+
+@cache
+def tiny_model_once(num_classes, propagation):
+    torch.manual_seed(0)
+    return build_model("toy", num_classes, propagation, **TINY)
 
 
 def tiny_model(num_classes=3, propagation="gated"):
-    torch.manual_seed(0)
-    return build_model("toy", num_classes, propagation, **TINY)
+    """A model of its own for every test; copying it is faster than initialising it again."""
+    return copy.deepcopy(tiny_model_once(num_classes, propagation))
 
 
 def official_preset(shapes: dict) -> str:
@@ -346,7 +354,7 @@ def test_official_names_stay_what_they_are(key):
 @pytest.mark.slow
 def test_real_wrappers_of_pytorch():
     """Their own state dicts, nested in one another."""
-    model = build_model("toy", 3, backbone="resnet10_thin", **TINY)
+    model = build_model("toy", 3, **TINY)
     compiled = torch.nn.Module()
     compiled.model = torch.compile(torch.nn.DataParallel(model))
     averaged = torch.optim.swa_utils.AveragedModel(compiled)
@@ -519,7 +527,7 @@ def test_torchvision_backbones(tmp_path):
 
     theirs = ResNet(BasicBlock, [1, 1, 1, 1])
     torch.save(theirs.state_dict(), tmp_path / "resnet.pth")
-    model = build_model("toy", 3, norm="frozen", **TINY)
+    model = build_model("toy", 3, norm="frozen", **TINY | {"backbone": "resnet10"})
     report = load_backbone(model, str(tmp_path / "resnet.pth"), "resnet10")
     assert not report.missing
     assert not report.unexpected
@@ -527,7 +535,9 @@ def test_torchvision_backbones(tmp_path):
     assert torch.equal(model.backbone.layer4[0].conv1.weight, theirs.layer4[0].conv1.weight)
     with pytest.raises(InputError, match="norm 'frozen' or 'batch'"):
         load_backbone(
-            build_model("toy", 3, norm="group", **TINY), str(tmp_path / "resnet.pth"), "resnet10"
+            build_model("toy", 3, norm="group", **TINY | {"backbone": "resnet10"}),
+            str(tmp_path / "resnet.pth"),
+            "resnet10",
         )
     with pytest.raises(InputError, match="no ImageNet weights for resnet10"):
         load_backbone(model, "imagenet", "resnet10")

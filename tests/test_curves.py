@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from runtime.errors import InputError
-from viewing.curves import curves, main, read_log
+from viewing.curves import curves, main, parse_arguments, read_log
 
 LINES = [
     {
@@ -58,7 +58,7 @@ def test_losses_of_a_kind_are_added_up(run):
 
 def test_picture_and_table(run, tmp_path):
     pytest.importorskip("matplotlib", reason="plots need matplotlib")
-    main([str(run), str(run / "log.jsonl"), "--csv", str(tmp_path / "all.csv")])
+    main(parse_arguments([str(run), str(run / "log.jsonl"), "--csv", str(tmp_path / "all.csv")]))
     with Image.open(run / "curves.png") as picture:
         assert picture.size[0] > 1000
     with open(tmp_path / "all.csv", newline="") as file:

@@ -97,7 +97,7 @@ def is_colour(frame, category):
 
 
 def parts(clip):
-    return clip.frames, clip.labels, clip.ids, clip.masks
+    return clip.frames, clip.labels, clip.masks
 
 
 def same(one, other):
@@ -351,15 +351,15 @@ def test_workers_make_no_difference(five_videos, workers):
 
 
 def test_two_processes_share_the_batch_of_one():
-    alone = list(StepSampler(0, 5, batch=4))
-    first, second = (list(StepSampler(0, 5, batch=2, rank=rank, world=2)) for rank in range(2))
+    alone = list(StepSampler(0, 5, 4))
+    first, second = (list(StepSampler(0, 5, 2, rank=rank, world=2)) for rank in range(2))
     assert [one + two for one, two in zip(first, second, strict=True)] == alone
     assert sum(alone, []) == list(range(20))
 
 
 def test_a_resumed_run_goes_on_with_the_same_clips():
     for rank in range(2):
-        whole, rest = (StepSampler(start, 9, batch=3, rank=rank, world=2) for start in (0, 4))
+        whole, rest = (StepSampler(start, 9, 3, rank=rank, world=2) for start in (0, 4))
         assert list(rest) == list(whole)[4:] and len(rest) == 5
 
 
@@ -386,21 +386,20 @@ def test_a_set_of_crowds_cannot_be_trained_on(tmp_path):
         ClipDataset(write_set(tmp_path, [red_and_green(2)], crowds=(1, 2)), 2, 2, AS_IT_IS)
 
 
-def test_ids_are_there_exactly_where_masks_are(tmp_path):
+def test_labels_are_those_of_the_masks_and_of_nobody_else(tmp_path):
     red, green = (masks for _, masks in red_and_green(6))
     red[3:], green[1:] = False, False
     clips = ClipDataset(write_set(tmp_path, [[(RED, red), (GREEN, green)]]), 2, 2, SHAKEN, seed=3)
     seen = set()
     for index in range(60):
         clip = clips[index]
-        assert clip.masks.dtype == torch.bool and clip.ids.dtype == clip.labels.dtype == torch.int64
-        assert torch.equal(clip.ids != -1, clip.masks.flatten(2).any(2))
-        assert (clip.ids != -1).any(1).all()  # who is never seen is left out
-        for label, ids in zip(clip.labels.tolist(), clip.ids):
-            # Red was annotated first and green second, and keep these numbers whoever else is in
-            # the clip.
-            assert set(ids.tolist()) <= {-1, {1: 0, 0: 1}[label]}
-        seen.add((tuple(clip.labels.tolist()), tuple(map(tuple, (clip.ids == -1).tolist()))))
+        assert clip.masks.dtype == torch.bool and clip.labels.dtype == torch.int64
+        hidden = ~clip.masks.flatten(2).any(2)
+        assert not hidden.all(1).any()  # who is never seen is left out
+        for label, masks in zip(clip.labels.tolist(), clip.masks):
+            coloured = clip.frames[:, 1 - label] > 127  # label 1 is red, 0 is green
+            assert coloured[masks].float().mean() > 0.5 > coloured[~masks].float().mean()
+        seen.add((tuple(clip.labels.tolist()), tuple(map(tuple, hidden.tolist()))))
     assert {labels for labels, _ in seen} == {(), (0,), (1,), (1, 0)}
     assert ((1,), ((False, True),)) in seen  # red leaves within the clip
 
@@ -432,10 +431,9 @@ def test_rendered_clips_show_somebody(rendered):
         assert clip.frames.shape[:2] == (2, 3)
         assert clip.frames.dtype == torch.uint8
         assert clip.masks.dtype == torch.bool
-        assert len(clip.labels) == len(clip.ids) == len(clip.masks) > 0
+        assert len(clip.labels) == len(clip.masks) > 0
         assert set(clip.labels.tolist()) <= set(range(6))
-        assert torch.equal(clip.ids != -1, clip.masks.flatten(2).any(2))
-        assert (clip.ids != -1).any(1).all()
+        assert clip.masks.flatten(1).any(1).all()
     with pytest.raises(InputError, match="show no instance"):
         RenderedClips(["easy"], 1, 1, lambda frames, masks, generator: (frames, masks & False))[0]
 

@@ -45,7 +45,7 @@ def requests(tmp_path, monkeypatch):
     for name in ("model.pt", f"model-{DIGEST}.pt", "model-00000000.pt", "a b.pt"):
         (served / name).write_bytes(CONTENT)
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=served))
-    Thread(target=server.serve_forever, daemon=True).start()
+    Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()  # polls every 10 ms
     open_url = urllib.request.urlopen
     local = f"http://127.0.0.1:{server.server_address[1]}"
     monkeypatch.setattr(

@@ -9,8 +9,9 @@ from pycocotools import mask as rle
 
 import evaluate
 from data import frames_at_test_size
-from golden_set import meta, read_json
+from golden_set import meta, occlusion_set, read_json
 from synthetic.suites import SUITES, Suite, make_dataset
+from test_tracking import assert_equal
 from training import train_one_step
 
 pytestmark = pytest.mark.slow  # whole programs
@@ -35,7 +36,21 @@ def test_golden_results_file_scored_from_the_command_line(golden_dir, tmp_path):
     assert [metrics[name] for name in names] == pytest.approx(
         read_json(spec["stats"])["stats"], abs=1e-9
     )
-    assert set(metrics) >= {*names, "per_class", "causes", "oracle"}
+    assert set(metrics) == {*names, "per_class", "causes", "oracle", "groups", "tracking"}
+
+
+def test_golden_occlusion_and_tracking_from_the_command_line(tmp_path):
+    """All numbers of OVIS's evaluator and of TrackEval, in metrics.json."""
+    ground_truth, results, expected = occlusion_set()
+    (tmp_path / "gt.json").write_text(json.dumps(ground_truth))
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    arguments = ["--results", tmp_path / "results.json", "--annotations", tmp_path / "gt.json"]
+    arguments += ["--track-score", expected["tracking"]["score_threshold"]]
+    evaluate.main(evaluate.parse_arguments([str(argument) for argument in arguments]))
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["ovis"] == pytest.approx(expected["ovis"], rel=0, abs=1e-9)
+    assert_equal(metrics["tracking"], expected["tracking"])
+    assert list(metrics["groups"]) == ["occlusion"]
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,7 @@ from test_recipes import data_sets  # noqa: F401, a fixture
 from test_train import poison
 from test_train_by_hand import CASES
 from training import TINY_MODEL, train_tiny
+from viewing.curves import curves, read_log
 
 COVERED = {name for case in CASES.values() for name in case}
 CLASSES = 6  # of the synthetic set
@@ -410,3 +411,35 @@ def test_how_often_is_logged_and_saved(run, tmp_path):
     assert torch.load(tmp_path / "run/last.pt")["step"] == 3
     lines = (tmp_path / "run/log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [2, 4]
+
+
+@covers("tensorboard")
+def test_tensorboard_has_the_curves_of_the_log(run, tmp_path):
+    """Also of a resumed run, whose second and third step it shows once, with the new values."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    options = {"tensorboard": True, "save_every": 1, "evaluate_every": 3}
+    run("run", iterations=1, **options)
+    shutil.copy(tmp_path / "run/last.pt", tmp_path / "first.pt")
+    run("run", iterations=3, resume=tmp_path / "run/last.pt", **options)
+    shutil.copy(tmp_path / "first.pt", tmp_path / "run/last.pt")
+    run("run", iterations=4, resume=tmp_path / "run/last.pt", **options)
+    written = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
+    found = {
+        tag.replace("/", " "): [(event.step, event.value) for event in written.Scalars(tag)]
+        for tag in written.Tags()["scalars"]
+    }
+    expected = curves(read_log(tmp_path / "run"))
+    assert {"loss", "loss ce", "AP", "learning rate", "waiting for data"} <= expected.keys()
+    assert found.keys() == expected.keys()
+    for name, points in expected.items():
+        assert found[name] == [(step, pytest.approx(value)) for step, value in points]
+
+
+@pytest.mark.slow
+def test_tensorboard_is_required_before_anything_is_written(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("trainer.tensorboard.find_spec", lambda name: None)
+    with pytest.raises(InputError, match="--tensorboard needs tensorboard: python -m pip install"):
+        run("run", tensorboard=True)
+    assert not (tmp_path / "run").exists()

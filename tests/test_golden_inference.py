@@ -34,7 +34,7 @@ STAGES = [
     pytest.param(
         dtype,
         name,
-        marks=[pytest.mark.slow] if (dtype, name) != (DTYPES[0], VIDEOS[0]) else [],
+        marks=[pytest.mark.slow] if (dtype, name) != (torch.float32, VIDEOS[0]) else [],
         id=f"{str(dtype).removeprefix('torch.')}-{name}",
     )
     for dtype in DTYPES

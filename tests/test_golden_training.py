@@ -76,8 +76,7 @@ def make_clip(video: dict, length: int) -> Clip:
     """
     height, width, instances = video["H"], video["W"], video["instances"]
     masks = torch.zeros(len(instances), length, height, width, dtype=torch.bool)
-    ids = torch.full((len(instances), length), -1)
-    for mask, row, instance in zip(masks, ids, instances):
+    for mask, instance in zip(masks, instances):
         for t in (t for t in instance["frames"] if t < length):
             top, left = instance["y0"] + instance["vy"] * t, instance["x0"] + instance["vx"] * t
             mask[
@@ -85,11 +84,9 @@ def make_clip(video: dict, length: int) -> Clip:
                 max(top, 0) : max(top + instance["h"], 0),
                 max(left, 0) : max(left + instance["w"], 0),
             ] = True
-            row[t] = instance["id"]
     return Clip(
         make_video(length, height, width, video["salt"]),
         torch.tensor([i["class"] for i in instances]),
-        ids,
         masks,
     )
 

@@ -266,7 +266,6 @@ def make_clip(frames, height, width, instances):
     return Clip(
         frames=torch.randint(0, 256, shape, dtype=torch.uint8),
         labels=torch.arange(instances),
-        ids=torch.arange(instances)[:, None].expand(-1, frames),
         masks=masks,
     )
 

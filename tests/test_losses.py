@@ -42,6 +42,7 @@ from predictions import (
     make_targets,
     paint,
     random_output,
+    visible_in_frames,
 )
 from tracker import ClipPrediction
 
@@ -257,7 +258,7 @@ def test_gate_losses():
             None,
             1,
             clip_embed=torch.zeros(1, 1, 1, 2, 4),
-            gates=gates,
+            gate_values=gates,
         )
         total, count = gate_bce(predictions, None, Matches(None, None, classes))
         return (total / count).item()
@@ -269,8 +270,8 @@ def test_gate_losses():
     assert loss(soft, wrong) == pytest.approx((math.log(2) + math.log1p(math.exp(1))) / 2)
     output = random_output(1, 2, clip_length=1)
     for kind, name in zip(GATE_LOSSES, ("gate_logits", "gate_soft"), strict=True):
-        gates = clip_predictions(output, 1, Criterion(CLASSES, gate_loss=kind).gates).gates
-        assert torch.equal(gates[1, 2], getattr(output.clips[1], name)[1][0])
+        predictions = clip_predictions(output, 1, Criterion(CLASSES, gate_loss=kind).gate_field)
+        assert torch.equal(predictions.gate_values[1, 2], getattr(output.clips[1], name)[1][0])
     with pytest.raises(ValueError, match="logits, released"):
         Criterion(CLASSES, gate_loss="hinge")
 
@@ -286,7 +287,7 @@ def test_a_decoder_layer_may_have_several_gates():
         None,
         1,
         clip_embed=torch.zeros(clips, detector_layers, batch, queries, 4),
-        gates=gates.flatten(1, 3),
+        gate_values=gates.flatten(1, 3),
     )
     total, count = gate_bce(predictions, None, Matches(None, None, classes))
     assert total.shape == count.shape == (clips, depth * detector_layers)
@@ -372,7 +373,7 @@ def slow_class_loss(rows: list[tuple[torch.Tensor, dict[int, int]]]) -> torch.Te
 
 
 def slow_similarity(streams: list[list[tuple[int, torch.Tensor]]]) -> torch.Tensor:
-    """streams: ids and embeddings."""
+    """streams: instances and embeddings."""
     total, pairs = torch.zeros((), dtype=torch.float64), 1e-6
     for members in streams:
         for (one, first), (other, second) in itertools.product(members, members):
@@ -400,17 +401,14 @@ def slow_criterion(
     output: TrainingOutput, clips: list[Clip], criterion: Criterion
 ) -> tuple[dict, list, list]:
     """Losses and matches of frames and clips, all by loops."""
-    losses, layers, length, batch = (
-        {},
-        len(output.frames.queries),
-        clips[0].ids.shape[1],
-        len(clips),
-    )
+    losses, layers = {}, len(output.frames.queries)
+    length, batch = clips[0].masks.shape[1], len(clips)
+    visible = [visible_in_frames(clip) for clip in clips]
     found = []  # [layer][frame] {instance: query}
     for number, (logits, kernel) in enumerate(output.frames.predictions):
         found.append([])
         for n, (b, t) in enumerate(itertools.product(range(batch), range(length))):
-            shown = [i for i in range(len(clips[b].labels)) if clips[b].ids[i, t] != -1]
+            shown = [i for i in range(len(clips[b].labels)) if visible[b][i, t]]
             cost = slow_costs(
                 logits[n],
                 kernel[n],
@@ -430,7 +428,7 @@ def slow_criterion(
                 (paint(kernel[n, query], output.frames.features[n][None]), clip.masks[i, t][None])
                 for i, query in match.items()
             ]
-            count += int((clip.ids[:, t] != -1).sum())
+            count += int(visible[n // length][:, t].sum())
         suffix = f"_{number}" if number < len(output.frames.predictions) - 1 else ""
         losses[f"loss_ce{suffix}"] = SLOW["class"] * slow_class_loss(rows)
         add_masks(losses, "loss", suffix, pairs, count, criterion)
@@ -459,8 +457,8 @@ def slow_criterion(
                     prediction.mask_kernel[d][level, b],
                 )
                 own = held.setdefault((d, level, b), {})
-                valid = [i for i in range(len(clip.labels)) if (clip.ids[i, times] != -1).any()]
-                new = [i for i in valid if (clip.ids[i, :first] == -1).all()]
+                valid = [i for i in range(len(clip.labels)) if visible[b][i, times].any()]
+                new = [i for i in valid if not visible[b][i, :first].any()]
                 cost = slow_costs(
                     logits,
                     kernel,
@@ -488,14 +486,11 @@ def slow_criterion(
                 target[list(matched.values())] = 1
                 gates.append(F.binary_cross_entropy_with_logits(gate, target))
                 streams.append(
-                    [
-                        (clip.ids[i, times].max().item(), prediction.clip_embed[level, b, query])
-                        for i, query in matched.items()
-                    ]
+                    [(i, prediction.clip_embed[level, b, query]) for i, query in matched.items()]
                 )
                 for offset, t in enumerate(times):
                     streams[-1] += [
-                        (clip.ids[i, t].item(), prediction.frame_embed[level, b, offset, query])
+                        (i, prediction.frame_embed[level, b, offset, query])
                         for i, query in found[level][b * length + t].items()
                     ]
             suffix = f"_clip{number}" if d == depth - 1 else f"_{d}_clip{number}"
@@ -530,7 +525,7 @@ def test_all_losses_and_matches_are_loops(no_chance, queries, span):
             [[0, 0, 1, 1, 0]],
         )
     ]
-    clips[1] = Clip(clips[1].frames, clips[1].labels[:0], clips[1].ids[:0], clips[1].masks[:0])
+    clips[1] = Clip(clips[1].frames, clips[1].labels[:0], clips[1].masks[:0])
     output = random_output(batch=4, frames=5, clip_length=2, layers=2, depth=2, queries=queries)
     criterion = Criterion(
         CLASSES,

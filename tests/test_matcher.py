@@ -36,6 +36,7 @@ from predictions import (
     paint,
     painted_output,
     random_output,
+    visible_in_frames,
 )
 
 
@@ -295,7 +296,7 @@ def test_predictions_in_one_form():
         prediction, layer = output.clips[clip], 3 * depth + level
         assert torch.equal(clips.logits[clip, layer], prediction.logits[depth][level])
         assert torch.equal(clips.mask_kernel[clip, layer], prediction.mask_kernel[depth][level])
-        assert torch.equal(clips.gates[clip, layer], prediction.gate_logits[depth][level])
+        assert torch.equal(clips.gate_values[clip, layer], prediction.gate_logits[depth][level])
         assert torch.equal(clips.clip_embed[clip, level], prediction.clip_embed[level])
     for t, level in itertools.product(range(5), range(3)):
         expected = output.clips[t // 2].frame_embed[level, :, t % 2]
@@ -335,9 +336,9 @@ def instances_of(clips: list[Clip], name: str) -> int:
     """What a mask loss is divided by: visible instances of the frames, or of the clip of 2 frames
     on both levels."""
     if "clip" not in name:
-        return max(1, sum(int((clip.ids != -1).sum()) for clip in clips))
+        return max(1, sum(int(visible_in_frames(clip).sum()) for clip in clips))
     frames = slice(2 * int(name[-1]), 2 * int(name[-1]) + 2)
-    return max(1, 2 * sum(int((clip.ids[:, frames] != -1).any(1).sum()) for clip in clips))
+    return max(1, 2 * sum(int(visible_in_frames(clip)[:, frames].any(1).sum()) for clip in clips))
 
 
 # Targets
@@ -353,11 +354,10 @@ def test_pad_targets():
     clip = Clip(
         torch.zeros(2, 3, 4, 5, dtype=torch.uint8),
         torch.tensor([0, 1, 2]),
-        torch.tensor([[7, 7], [8, 8], [9, 9]]),
         masks,
     )
     other = make_clip([[0, 0]])  # nothing to see
-    other = Clip(other.frames, other.labels, other.ids, other.masks[..., :4, :5])
+    other = Clip(other.frames, other.labels, other.masks[..., :4, :5])
     targets = pad_targets([clip, other, clip], (6, 8), torch.device("cpu"))
     assert targets.labels.tolist() == [[0, 1, 2], [0, 0, 0], [0, 1, 2]]
     assert targets.visible[0].tolist() == [[True, False, False], [True, False, True]]
@@ -365,7 +365,7 @@ def test_pad_targets():
     assert targets.masks.shape == (3, 2, 3, 6, 8)
     assert targets.masks[0].nonzero().tolist() == [[0, 0, 1, 2], [1, 0, 1, 2], [1, 2, 3, 4]]
     assert torch.equal(targets.masks[0], targets.masks[2]) and not targets.masks[1].any()
-    assert clip.ids[2].tolist() == [9, 9]  # the clip is unchanged
+    assert clip.masks.shape == (3, 2, 4, 5)  # the clip is unchanged
 
 
 def test_visible_instances_without_a_query_forbid_none():

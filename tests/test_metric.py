@@ -14,6 +14,11 @@ from hand_made import LEFT, RIGHT, annotation, encode, prediction, square, truth
 METRICS = "AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl".split()
 
 
+def ap_numbers(metrics):
+    """What evaluate_results returns, of the contents of a metrics.json."""
+    return {name: metrics[name] for name in (*METRICS, "per_class")}
+
+
 def test_golden_metric(golden_dir):
     """The twelve numbers, AP per class and the full curves of the official evaluator."""
     names = json.loads((golden_dir / "meta.json").read_text())["eval"]

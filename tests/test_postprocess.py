@@ -11,7 +11,7 @@ from evaluation.postprocess import (
     best_pairs,
     check_finite,
     class_probabilities,
-    mask_score_parts,
+    mask_sum_and_area,
     resize_masks,
     with_mask_scores,
 )
@@ -52,9 +52,9 @@ def test_resizing_is_bilinear(size, output, dtype, error):
         )  # any number of masks
 
 
-def test_mask_score_parts_is_a_loop():
+def test_mask_sum_and_area_is_a_loop():
     logits = torch.tensor([[[2.0, -1.0], [0.0, 0.5]], [[-3.0, -1.0], [-0.1, -9.0]]])
-    mask_sum, mask_area = mask_score_parts(logits)
+    mask_sum, mask_area = mask_sum_and_area(logits)
     assert mask_sum.tolist() == pytest.approx(
         [sum(1 / (1 + 2.718281828459045**-logit) for logit in (2.0, 0.5)), 0]
     )
@@ -70,10 +70,10 @@ def test_large_masks_in_16_bit_have_the_score_of_float32(dtype):
     logits = (3 * torch.randn(2, 512, 512)).to(dtype)
     logits[0].abs_()
     for found, expected in zip(
-        mask_score_parts(logits), mask_score_parts(logits.float()), strict=True
+        mask_sum_and_area(logits), mask_sum_and_area(logits.float()), strict=True
     ):
         assert found.dtype == expected.dtype and torch.equal(found, expected)
-    mask_sum, mask_area = mask_score_parts(logits)
+    mask_sum, mask_area = mask_sum_and_area(logits)
     inside = logits.double()[0].sigmoid()[logits[0] > 0]
     assert mask_area[0] == len(inside) > 2**17
     assert mask_sum[0].item() == pytest.approx(inside.sum().item(), rel=1e-5)

@@ -1,67 +1,22 @@
-"""README.md and docs/: length, tables, links, references to code, and arguments of commands."""
+"""README.md and other pages: length, tables, links, and references to code."""
 
+import hashlib
 import re
-import shlex
-import sys
-from pathlib import Path
 
 import pytest
 
-import data
-import demo
-import evaluate
-import train
+from checkpoint import SHIPPED_WEIGHTS, model_from_checkpoint
+from pages import PAGES, find_all, prose
+from processes import REPOSITORY
 
-REPOSITORY = Path(__file__).parent.parent
-# At the end: some of its files have names of ours.
-sys.path.append(str(REPOSITORY / "benchmarks"))
-import study  # noqa: E402
-
-PAGES = {
-    path.relative_to(REPOSITORY).as_posix(): path.read_text(encoding="utf-8")
-    for path in [REPOSITORY / "README.md", *sorted(REPOSITORY.glob("docs/*.md"))]
-}
 README = PAGES["README.md"]
-PROGRAMS = {
-    "data.py": data,
-    "demo.py": demo,
-    "evaluate.py": evaluate,
-    "train.py": train,
-    "benchmarks/study.py": study,
-}
-
-
-def find_all(pattern):
-    """[(page, match), ...] of a regular expression in all pages."""
-    return [
-        (page, match)
-        for page, text in PAGES.items()
-        for match in re.findall(pattern, text, re.MULTILINE | re.DOTALL)
-    ]
 
 
 def links():
     """[(page, target), ...] of all links and pictures that are in the repository."""
-    for page, text in PAGES.items():
-        prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
-        for target in re.findall(r"\]\((?!https?:)([^)]*)\)", prose):
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!https?:)([^)]*)\)", prose(page)):
             yield page, target
-
-
-def commands():
-    """[(page, command), ...] of PROGRAMS, in blocks without a language and in `code`."""
-    blocks = find_all(r"^```(\w*)\n(.*?)^```")
-    lines = [
-        (page, line)
-        for page, (language, block) in blocks
-        if not language
-        for line in re.split(r"\n|&&", block.replace("\\\n", " "))
-    ]
-    for page, line in lines + find_all(r"`(python [^`]*)`"):
-        words = shlex.split(line, comments=True)
-        programs = [number for number, word in enumerate(words) if word in PROGRAMS]
-        if programs:
-            yield page, tuple(words[programs[0] :])
 
 
 def test_the_readme_has_at_most_1500_words():
@@ -87,15 +42,6 @@ def test_links_lead_to_a_file_and_a_heading(page, link):
         ]
 
 
-@pytest.mark.parametrize("page, command", list(dict.fromkeys(commands())))
-def test_commands_have_valid_arguments(page, command, monkeypatch):
-    monkeypatch.setattr(sys, "argv", list(command))
-    try:
-        PROGRAMS[command[0]].parse_arguments()
-    except SystemExit as end:
-        assert not end.code  # 0 after --help
-
-
 def test_every_module_is_in_the_table_of_files():
     table = set(re.findall(r"^\| `(\w+\.py)`", README, re.MULTILINE))
     assert table == {path.name for path in REPOSITORY.glob("*.py")}
@@ -115,3 +61,16 @@ def test_the_first_two_blocks_hold_one_line_each():
     blocks = re.findall(r"^```\w*\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
     assert all(len(block.splitlines()) == 1 for block in blocks[:2])
     assert "train.py" in blocks[0] and "tests/run.py" in blocks[1]
+
+
+def test_the_model_card_describes_the_file():
+    card, contents = PAGES["weights/README.md"], SHIPPED_WEIGHTS.read_bytes()
+    assert f"| {len(contents):,} bytes;" in card
+    assert f"`{hashlib.sha256(contents).hexdigest()}`" in card
+    model, config = model_from_checkpoint(SHIPPED_WEIGHTS)
+    size = sum(parameter.numel() for parameter in model.parameters())
+    assert f"`{config['propagation']}` propagation), thin ResNet, {size / 1e6:.2f} M" in card
+    assert f"| {', '.join(name for _, name in config['categories'])} |" in card
+    assert f"resized to {config['test_short_side']} pixels" in card
+    row = re.compile(r"^\| `(?:weights/)?small.pt` \|([ \d.|]*)$", re.MULTILINE)
+    assert row.search(card)[1] == row.search(README)[1]

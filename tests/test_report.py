@@ -90,7 +90,7 @@ def make_report(folder, results, content, sources=None, other=None):
     path = write_json(folder / "results.json", results)
     parts = read_parts([write_json(folder / "gt.json", content)], False)
     other = other and write_json(folder / "other.json", other)
-    metrics = score_results(path, parts, folder, False, other, sources or Sources())
+    metrics = score_results(path, parts, folder, False, other, sources=sources or Sources())
     page = Page(folder / "report.html")
     check_self_contained(page)
     return page, metrics
@@ -131,7 +131,17 @@ def test_sections_have_the_numbers_of_metrics_json(tmp_path, sparse):
     for key, (name, _) in ORACLES.items():
         assert page.value(name) == charts.percent(metrics["oracle"][key]["AP"])
     assert GROUP_TEXTS["gap"] in page.text and GROUP_TEXTS["length"] in page.text
-    assert all(page.value(name) for name in IDENTITY_TEXTS)
+    for name in IDENTITY_TEXTS:
+        value = metrics["tracking"]["over_detections"][name]
+        assert page.value(name) == (str(value) if isinstance(value, int) else charts.number(value))
+    for name, scores in metrics["groups"]["gap"].items():
+        row = next(row for row in page.rows if row[0] == name)
+        assert row[1:] == [
+            str(scores["tracks"]),
+            charts.percent(scores["AP"]),
+            "",
+            charts.percent(scores["AR"]),
+        ]
     assert set(CAUSE_TEXTS) == set(metrics["causes"])
     assert len(page.pictures()) == 3
     assert "All videos with objects are shown above" in page.text

@@ -475,14 +475,14 @@ def test_state_size(propagation):
         _, state = track_clip(tracker, random_frames(layers=2, seed=clip), state)
         assert state.query.shape == (2, QUERIES, CHANNELS)
         if "memory" not in propagation:
-            assert state.memory_key is None and state.memory_value is None
+            assert state.past_keys is None and state.past_values is None
             continue
-        assert state.memory_key.shape == state.memory_value.shape == (2, clip, QUERIES, CHANNELS)
+        assert state.past_keys.shape == state.past_values.shape == (2, clip, QUERIES, CHANNELS)
         # The past is not rewritten.
         if before:
-            assert torch.equal(state.memory_key[:, :-1], before.memory_key)
+            assert torch.equal(state.past_keys[:, :-1], before.past_keys)
         normed = tracker.decoder_norm(state.query)
-        torch.testing.assert_close(state.memory_value[:, -1], tracker.memory_value(normed))
+        torch.testing.assert_close(state.past_values[:, -1], tracker.memory_value(normed))
 
 
 def test_what_is_carried():

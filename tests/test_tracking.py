@@ -129,8 +129,8 @@ def test_the_score_threshold_is_included():
     numbers = tracking["over_detections"]
     assert (numbers["DetRe"], numbers["DetPr"]) == pytest.approx((0.5, 1))
     assert format_tracking(tracking) == (
-        "HOTA 70.7   DetA 50.0   AssA 100.0   LocA 100.0   MOTA 50.0   IDF1 66.7   IDSW 0   "
-        "Frag 0   (1 tracks scoring at least 0.5)"
+        "1 tracks of score 0.5 or more: "
+        "HOTA 70.7   DetA 50.0   AssA 100.0   MOTA 50.0   IDF1 66.7   IDSW 0   Frag 0"
     )
 
 

@@ -5,6 +5,7 @@ import math
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -441,14 +442,14 @@ def test_a_step_that_is_not_finite_stops_the_run(data_root, tmp_path, monkeypatc
     assert last["step"] == 2 and all(value.isfinite().all() for value in last["model"].values())
 
 
-def test_some_steps_that_are_not_finite_can_be_left_out(data_root, tmp_path, monkeypatch, capsys):
+def test_some_steps_that_are_not_finite_need_not_be_taken(data_root, tmp_path, monkeypatch, capsys):
     """They change nothing, not even a batch norm: two in a row are allowed, three are not."""
     arguments = ["--batch", "1", "--skip-nonfinite", "2", "--weight-decay", "0"]
     before = run(data_root, tmp_path / "before", *arguments, "--iterations", "1")["model"]
     poison(monkeypatch, {1, 2}, "loss")
     after = run(data_root, tmp_path / "after", *arguments, "--iterations", "3")["model"]
     assert all(torch.equal(value, after[name]) for name, value in before.items())
-    assert capsys.readouterr().out.count("left out: not finite at iteration") == 2
+    assert capsys.readouterr().out.count("step not taken: not finite at iteration") == 2
     monkeypatch.undo()
     poison(monkeypatch, {0, 2, 3, 4}, "gradient")
     with pytest.raises(FloatingPointError, match="not finite at iteration 4"):
@@ -550,6 +551,7 @@ def test_two_processes_have_the_gradients_of_one(tmp_path):
         "0",
         "--log-every",
         "1",
+        "--tensorboard" if find_spec("tensorboard") else "--no-tensorboard",
     ]
     launchers = {
         "one": [],
@@ -584,6 +586,8 @@ def test_two_processes_have_the_gradients_of_one(tmp_path):
         record = json.loads((folder / "run/log.jsonl").read_text())
         losses.append({key: value for key, value in record.items() if "loss" in key})
         seeds.append({path.name[-1]: path.read_text() for path in folder.glob("seed_of_rank_*")})
+        # Only rank 0 writes for TensorBoard.
+        assert len(list(folder.glob("run/tensorboard/*"))) == bool(find_spec("tensorboard"))
     assert losses[1] == pytest.approx(losses[0], rel=1e-12) and len(losses[0]) > 20
     assert seeds[0]["0"] == seeds[1]["0"] != seeds[1]["1"]
     one, two = moments

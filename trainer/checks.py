@@ -7,6 +7,7 @@ from pathlib import Path
 from runtime.errors import InputError
 from runtime.files import checksum
 from trainer.flags import parse_arguments
+from trainer.tensorboard import require_tensorboard
 
 
 def choose_seed(given: int, resumed: dict | None) -> int:
@@ -22,6 +23,8 @@ def check_run(args: argparse.Namespace, resumed: dict | None, world: int) -> Non
     """InputError for arguments that contradict each other, or the checkpoint to resume."""
     if resumed:
         check_resumed(args, resumed)
+    if args.tensorboard:
+        require_tensorboard()
     if args.batch % (world * args.accumulate):
         parts = f" in {args.accumulate} parts" if args.accumulate > 1 else ""
         raise InputError(f"--batch {args.batch} cannot be shared by {world} processes{parts}")
@@ -49,8 +52,8 @@ def check_run(args: argparse.Namespace, resumed: dict | None, world: int) -> Non
         )
 
 
-# Arguments that may change between a run and its resumption.
-MAY_CHANGE = {
+# Names of arguments.
+MAY_CHANGE_ON_RESUME = {
     "recipe",
     "dry_run",
     "iterations",
@@ -65,6 +68,7 @@ MAY_CHANGE = {
     "skip_nonfinite",
     "log_every",
     "save_every",
+    "tensorboard",
     "skip_bad",
     "data_root",
     "train_json",
@@ -86,7 +90,7 @@ def check_resumed(args: argparse.Namespace, resumed: dict) -> None:
     changed = [
         f"{flag(name)} {before[name]} (now {value})"
         for name, value in vars(args).items()
-        if name not in MAY_CHANGE and before[name] != value
+        if name not in MAY_CHANGE_ON_RESUME and before[name] != value
     ]
     if changed:
         raise InputError(f"{args.resume} was trained with {', '.join(changed)}")
@@ -97,8 +101,8 @@ def check_resumed(args: argparse.Namespace, resumed: dict) -> None:
         )
 
 
-# Arguments that may differ between machines; of files, the contents are compared instead.
-MAY_DIFFER = {
+# Names of arguments; of files, the contents are compared instead.
+MAY_DIFFER_BETWEEN_MACHINES = {
     "output",
     "resume",
     "init",
@@ -116,7 +120,9 @@ MAY_DIFFER = {
 def values_to_agree_on(args: argparse.Namespace, config: dict) -> dict[str, object]:
     """Values that must be the same in all processes."""
     values: dict[str, object] = {
-        flag(name): value for name, value in vars(args).items() if name not in MAY_DIFFER
+        flag(name): value
+        for name, value in vars(args).items()
+        if name not in MAY_DIFFER_BETWEEN_MACHINES
     }
     for name in ("init", "backbone_weights"):
         path = getattr(args, name)

@@ -81,7 +81,9 @@ def make_clips(args: argparse.Namespace, videos: VideoSet) -> ClipDataset:
 def make_augmentation(args: argparse.Namespace, pseudo: bool) -> Augmentation:
     """The augmentation of videos, or of pseudo videos.
 
-    It gets every flag that is named like a field of Augmentation, but:
+    Flags with the name of a field of Augmentation are its values, with these exceptions: pseudo
+    videos have short sides and crops of their own, videos are not rotated, and only --lsj turns
+    large-scale jitter on.
     """
     options = flags_named(Augmentation.__annotations__, args)
     if pseudo:

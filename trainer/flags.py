@@ -148,8 +148,9 @@ def add_data_flags(add) -> None:
     """Flags for the training data and its loading."""
     add(
         "--data-root",
-        help="data set with a train split (default: datasets/synthetic); with --train-sets: the "
-        "folder that contains ovis, coco, ... (default: $DETECTRON2_DATASETS or datasets)",
+        help="folder of one data set, with a train split (default: datasets/synthetic); with "
+        "--train-sets, which recipes set, the folder above: it contains ovis, coco, ... (default: "
+        "$DETECTRON2_DATASETS or datasets)",
     )
     add("--train-json", help="annotation file, instead of --data-root")
     add("--train-images", help="with --train-json: the folder that its file names are relative to")
@@ -312,7 +313,8 @@ def add_optimisation_flags(add) -> None:
         "--warmup-start",
         type=float,
         default=0.0,
-        help="share of the learning rate at the first iteration",
+        help="warm-up starts from this share S of the learning rate: iteration i, counted from 0, "
+        "has S + (1 - S) * (i + 1) / WARMUP",
     )
     add(
         "--backbone-lr-factor",
@@ -337,7 +339,7 @@ def add_optimisation_flags(add) -> None:
         type=at_least(0),
         default=0,
         metavar="N",
-        help="skip up to N consecutive steps with non-finite losses or gradients instead of "
+        help="do not take steps with non-finite losses or gradients, up to N in a row, instead of "
         "stopping at the first",
     )
     add(
@@ -401,3 +403,10 @@ def add_run_flags(add) -> None:
     )
     add("--log-every", type=at_least(1), default=20, help="iterations between lines of log.jsonl")
     add("--save-every", type=at_least(1), default=500, help="iterations between checkpoints")
+    add(
+        "--tensorboard",
+        action=SWITCH,
+        default=False,
+        help="also write the curves of log.jsonl for TensorBoard, to the folder tensorboard in "
+        "--output",
+    )

@@ -1,4 +1,4 @@
-"""What a training run says about itself: its setting, and why a step was skipped."""
+"""What a training run says about itself: its setting, and why a step was not taken."""
 
 import math
 
@@ -49,7 +49,7 @@ def print_setting(
 
 
 def describe_nonfinite(
-    losses: dict[str, float], grad_norm: float, step: int, rate: float, batch: list[Clip]
+    losses: dict[str, float], grad_norm: float, step: int, rate: float, clips: list[Clip]
 ) -> str:
     """Describe what is not finite, when, and for which clips of this process.
 
@@ -57,7 +57,7 @@ def describe_nonfinite(
     """
     broken = [f"{name} {value}" for name, value in losses.items() if not math.isfinite(value)]
     broken = ", ".join(broken or [f"the gradient's norm {grad_norm}"])
-    sources = "; ".join(clip.source for clip in batch)
+    sources = "; ".join(clip.source for clip in clips)
     return (
         f"not finite at iteration {step}, learning rate {rate:g}: {broken}; clips: {sources}. "
         "Look at these, lower --lr, or pass --skip-nonfinite N"

@@ -2,6 +2,7 @@
 
 import argparse
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 from checkpoint import save_checkpoint
 from model import GRAttVIS
 from trainer.folder import append_to_log
+from trainer.tensorboard import open_writer, write_scalars
 
 
 @dataclass
@@ -28,9 +30,10 @@ class Run:
     averaged: AveragedModel | None  # with --ema
     rank: int = 0
     step: int = 0  # number of completed steps
+    resumed_step: int = 0  # of the checkpoint that the run was resumed from
     best: float = -1.0  # best AP so far
     evaluation_pending: bool = False  # a signal interrupted the evaluation after this step
-    skipped_in_a_row: int = 0  # steps whose losses or gradients were not finite
+    not_taken_in_a_row: int = 0  # steps whose losses or gradients were not finite
     saved: int = -1  # step of the last checkpoint
     stopping: int = 0  # signal received by any process
 
@@ -45,8 +48,13 @@ class Run:
 
     @property
     def learning_rate(self) -> float:
-        """The rate of the next step; that of the backbone may be a multiple of it."""
+        """The rate of the next step; that of the backbone is this times --backbone-lr-factor."""
         return self.args.lr * self.schedule.lr_lambdas[0](self.step)
+
+    @cached_property
+    def writer(self):
+        """Writes for TensorBoard."""
+        return open_writer(self.output, self.resumed_step)
 
     @property
     def stateful(self) -> dict:
@@ -56,7 +64,7 @@ class Run:
 
     def restore(self, resumed: dict) -> None:
         """Continue from the contents of a checkpoint, whose weights are already in the model."""
-        self.step = resumed["step"]
+        self.step = self.resumed_step = resumed["step"]
         self.best = resumed.get("best", -1.0)
         self.evaluation_pending = resumed.get("unevaluated", False)
         for name, part in self.stateful.items():
@@ -91,6 +99,9 @@ class Run:
         return weights
 
     def log(self, record: dict) -> None:
-        """Append a line to log.jsonl, in rank 0."""
-        if self.rank == 0:
-            append_to_log(self.output / "log.jsonl", record)
+        """Append a line to log.jsonl, in rank 0; with --tensorboard, also for TensorBoard."""
+        if self.rank:
+            return
+        append_to_log(self.output / "log.jsonl", record)
+        if self.args.tensorboard:
+            write_scalars(self.writer, record)

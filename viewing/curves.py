@@ -12,7 +12,6 @@ import argparse
 import csv
 import json
 import re
-import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -128,8 +127,8 @@ def save_csv(path: Path, runs: dict[str, dict]) -> None:
         csv.writer(file).writerows(rows)
 
 
-def main(arguments: list[str]) -> None:
-    """Read the logs and write the picture and the table."""
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m viewing.curves",
         description="Plot the training curves of runs.",
@@ -145,7 +144,11 @@ def main(arguments: list[str]) -> None:
     parser.add_argument(
         "--csv", type=Path, metavar="CSV", help="also write all numbers to this file"
     )
-    args = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Read the logs and write the picture and the table."""
     runs = {str(run): curves(read_log(run)) for run in args.runs}
     if args.csv:
         save_csv(args.csv, runs)
@@ -158,4 +161,4 @@ def main(arguments: list[str]) -> None:
 
 if __name__ == "__main__":
     with cli_errors():
-        main(sys.argv[1:])
+        main(parse_arguments())

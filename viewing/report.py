@@ -7,8 +7,7 @@ The file needs no network and no JavaScript: the style (report.css), charts (cha
 at most MAX_BYTES: animations share what the text leaves, lose quality or are left out, and long
 lists are cut.
 
-The numbers are those of metrics.json. What that does not contain is measured here: intervals,
-groups of objects, identity metrics, and the AP of every video.
+The numbers are those of metrics.json, with intervals, and with the AP of every video.
 """
 
 from pathlib import Path, PurePath
@@ -23,16 +22,7 @@ from evaluation.comparison import (
     resampled_metrics,
     video_ids,
 )
-from evaluation.metric import (
-    ALL,
-    AREA,
-    IOU_THRESHOLDS,
-    RECALL_POINTS,
-    accumulate_videos,
-    category_ids,
-)
-from evaluation.occlusion import choose_groupings, group_scores
-from evaluation.tracking import evaluate_tracking
+from evaluation.metric import ALL, IOU_THRESHOLDS, RECALL_POINTS
 from reading.annotations import AnnotationFile
 from runtime.files import atomic_write
 from viewing.cards import Sources, video_sections
@@ -45,7 +35,6 @@ MARGIN = 20_000  # headings and introductions of the videos
 LISTED_CLASSES = 100
 LISTED_CHANGES = 5  # videos and classes that gained or lost most
 CURVES = (0, 2, 4, 6, 8)  # indices into IOU_THRESHOLDS
-TRACK_SCORE = 0.3  # of identity metrics
 NOTHING = "<p>There are no objects that count.</p>\n"
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
@@ -68,8 +57,8 @@ def write_report(
         "Numbers": numbers_section(parts, scored, metrics),
         "Precision and recall": curve_section(scored),
         "Classes": class_section(metrics["per_class"]),
-        "Hidden objects": group_section(parts, scored),
-        "Identities": identity_section(parts, scored),
+        "Hidden objects": group_section(scored),
+        "Identities": identity_section(metrics),
         "Causes of lost AP": cause_section(metrics),
         "Linking": oracle_section(metrics),
     }
@@ -174,22 +163,15 @@ def class_section(per_class: dict[str, float]) -> str:
     return table(["class", "AP", ""], rows) + note
 
 
-def group_section(parts: dict, scored: dict) -> str:
+def group_section(scored: dict) -> str:
     """AP and AR by occlusion level, or by longest gap and track length."""
     html = (
         "<p>An unmatched prediction may be an error in several groups, so AP is lower where objects "
         "are few: compare models, not groups. AR ignores false predictions.</p>\n"
     )
     for name, part in scored.items():
-        content = parts[name].content
-        groupings = choose_groupings(content["annotations"])
-        videos = list(part.overlaps.values())
-        curves_of_groups = accumulate_videos(
-            videos, category_ids(content), [AREA, *groupings.values()]
-        )
-        groups = group_scores(*curves_of_groups[:2], groupings, videos)
         html += part_title(name, scored)
-        for grouping, scores in groups.items():
+        for grouping, scores in part.metrics["groups"].items():
             rows = [
                 [
                     group,
@@ -205,27 +187,18 @@ def group_section(parts: dict, scored: dict) -> str:
     return html
 
 
-def identity_section(parts: dict, scored: dict) -> str:
+def identity_section(metrics: dict) -> str:
     """HOTA, MOTA, IDF1 and their parts over all detections."""
-    html = (
-        f"<p>Predictions that score at least {TRACK_SCORE:g} are compared frame by frame as the "
-        "output of a tracker, the counts of all classes together.</p>\n"
-    )
-    for name, part in scored.items():
-        tracking = part.metrics.get("tracking") or evaluate_tracking(
-            list(part.overlaps.values()), parts[name].content["categories"], TRACK_SCORE
-        )
-        values = tracking["over_detections"]
-        rows = [
-            [
-                key,
-                values[key] if isinstance(values[key], int) else number(values[key]),
-                meaning,
-            ]
-            for key, meaning in IDENTITY_TEXTS.items()
-        ]
-        html += part_title(name, scored) + table(["", "value", ""], rows, "explained")
-    return html
+    tracking = metrics["tracking"]
+    values = tracking["over_detections"]
+    rows = [
+        [key, values[key] if isinstance(values[key], int) else number(values[key]), meaning]
+        for key, meaning in IDENTITY_TEXTS.items()
+    ]
+    return (
+        f"<p>Predictions that score at least {tracking['score_threshold']:g} are compared frame by "
+        "frame as the output of a tracker, the counts of all classes together.</p>\n"
+    ) + table(["", "value", ""], rows, "explained")
 
 
 def cause_section(metrics: dict) -> str:
