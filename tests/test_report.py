@@ -14,6 +14,7 @@ from PIL import Image
 from evaluation.scoring import read_parts, score_results
 from hand_made import LEFT, RIGHT, annotation, encode, prediction, random_set, truth
 from sparse_set import (
+    part_of_set,
     perfect_results,
     sparse_content,
     write_json,
@@ -262,3 +263,18 @@ def test_numbers_are_formatted():
     assert charts.percent(-1.0) == charts.percent(float("nan")) == charts.UNDEFINED
     assert charts.percent(0.1234) == "12.3" and charts.gain(-0.1) == f"{charts.MINUS}10.0"
     assert charts.gain(-1e-9) == "+0.0" and charts.span(float("nan"), 1) == ""
+
+
+def test_parts_are_told_apart(tmp_path, sparse):
+    """Numbers are means; curves and groups are those of each part."""
+    path = write_json(tmp_path / "results.json", sparse)
+    paths = [
+        write_json(tmp_path / f"part{number}.json", part_of_set(number)) for number in (3, 5, 17)
+    ]
+    parts = read_parts(paths, False)
+    metrics = score_results(path, parts, tmp_path, False, sources=Sources())
+    page = Page(tmp_path / "report.html")
+    check_self_contained(page)
+    assert page.value("AP") == charts.percent(metrics["AP"])
+    assert all(page.text.count(f"\npart{number}\n") == 2 for number in (3, 5, 17))
+    assert len(page.pictures()) == 3
