@@ -4,8 +4,8 @@
     python tests/run.py -m fast            # arguments are passed on to pytest
 
 Each test file runs in a process of its own. The processes are forked from this one, which has
-imported torch, since that takes longer than most files. A file is printed once it is done: one line
-if it passed, everything that pytest printed if not. The last line has the totals.
+imported torch and the programs, since that takes longer than most files. A file is printed once it
+is done: one line if it passed, everything that pytest printed if not. The last line has the totals.
 """
 
 import gc
@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -26,12 +27,17 @@ import processes
 
 os.environ |= processes.ONE_THREAD  # before torch is imported, which reads it once
 
-import scipy.ndimage  # noqa: E402, F401
 import scipy.optimize  # noqa: E402, F401
 import torch  # noqa: E402, F401
-import torchvision.transforms.v2  # noqa: E402, F401
+import torchvision  # noqa: E402, F401
 
 FOLDER = Path(__file__).parent
+sys.path.append(str(FOLDER.parent))
+with suppress(Exception):  # if a program is broken, its tests say so
+    import demo  # noqa: F401
+    import evaluate  # noqa: F401
+    import train  # noqa: F401
+
 START_FIRST = (
     "test_golden_training.py",
     "test_kills.py",
@@ -42,6 +48,8 @@ START_FIRST = (
     "test_train.py",
     "test_model.py",
     "test_flags.py",
+    "test_tutorial.py",
+    "test_pages.py",
 )  # they take longest
 FORK = multiprocessing.get_context("fork" if hasattr(os, "fork") else None)
 
