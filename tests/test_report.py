@@ -30,7 +30,7 @@ SECTIONS = [
     "Numbers",
     "Precision and recall",
     "Classes",
-    "Hidden objects",
+    "Occluded objects",
     "Identities",
     "Causes of lost AP",
     "Linking",

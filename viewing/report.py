@@ -57,7 +57,7 @@ def write_report(
         "Numbers": numbers_section(parts, scored, metrics),
         "Precision and recall": curve_section(scored),
         "Classes": class_section(metrics["per_class"]),
-        "Hidden objects": group_section(scored),
+        "Occluded objects": group_section(scored),
         "Identities": identity_section(metrics),
         "Causes of lost AP": cause_section(metrics),
         "Linking": oracle_section(metrics),
