@@ -24,7 +24,7 @@ import numpy as np
 from pycocotools import mask as rle
 from tqdm import tqdm
 
-from reading.pictures import check_pixels, open_picture
+from reading.pictures import check_pixels, open_picture, read_picture
 from reading.videos import read_video
 from runtime.errors import InputError
 from runtime.files import save_json
@@ -52,7 +52,10 @@ def convert(
     videos = [folder.name for folder in folders if folder.is_dir()]
     if not videos:
         raise InputError(f"{masks} holds no folders of mask images, one for each video")
-    valid = set(random.Random(seed).sample(videos, round(valid_share * len(videos))))
+    held_out = round(valid_share * len(videos))
+    if valid_share and len(videos) > 1:
+        held_out = max(1, held_out)
+    valid = set(random.Random(seed).sample(videos, held_out))
     splits = {"train": [video for video in videos if video not in valid], "valid": sorted(valid)}
     root.parent.mkdir(parents=True, exist_ok=True)
     lines = []
@@ -70,6 +73,7 @@ def convert(
             lines.append(
                 f"{root / split}.json: {len(chosen)} videos, {len(content['annotations'])} "
                 f"instances, {len(content['categories'])} classes"
+                + (f" ({', '.join(chosen)})" if 0 < len(chosen) <= 8 else "")
             )
         partial.rename(root)
     print("\n".join(lines))
@@ -87,6 +91,14 @@ def add_video(
     """Append a video and its instances to an annotation file, and put its frames into `output`."""
     pairs = list(pair_frames(frames, masks / video, output / video))
     instances, (height, width) = read_instances([image for _, image in pairs], {0, *ignored})
+    for frame, image in pairs:
+        picture = read_picture(frame)
+        if picture.size != (width, height):
+            raise InputError(
+                f"mask image {image} is {width}x{height}, its frame {frame.name} "
+                f"{picture.width}x{picture.height}: scale the masks of this video to the size of "
+                "its frames, without interpolation"
+            )
     category_ids = {category["name"]: category["id"] for category in content["categories"]}
     number = len(content["videos"]) + 1
     content["videos"].append(

@@ -6,20 +6,22 @@ python tests/demo_notebook.py
 import tempfile
 from pathlib import Path
 
-import nbformat
-from nbclient import NotebookClient
-
 from processes import ENVIRONMENT, REPOSITORY
 
 NOTEBOOK = REPOSITORY / "demo.ipynb"
 LANGUAGE = {"name": "python"}  # without the versions that a kernel adds
 
 
-def run_notebook(folder: Path, *cells: str) -> nbformat.NotebookNode:
+def run_notebook(folder: Path, *cells: str):
     """Run demo.ipynb, and then more cells of code, in a folder; returns it with its outputs.
+
+    The packages are imported here, because they are for developers.
 
     Raises nbclient.exceptions.CellExecutionError for the first error.
     """
+    import nbformat
+    from nbclient import NotebookClient
+
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     notebook.cells += map(nbformat.v4.new_code_cell, cells)
     client = NotebookClient(
@@ -36,6 +38,8 @@ def run_notebook(folder: Path, *cells: str) -> nbformat.NotebookNode:
 
 
 if __name__ == "__main__":
+    import nbformat
+
     with tempfile.TemporaryDirectory() as folder:
         notebook = run_notebook(Path(folder))
     nbformat.write(notebook, NOTEBOOK)

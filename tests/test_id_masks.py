@@ -137,6 +137,28 @@ def test_errors_are_told_and_leave_nothing(tmp_path, damage, message):
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_masks_of_another_size_than_the_frames(tmp_path):
+    write(tmp_path)
+    for path in (tmp_path / "masks/b").iterdir():
+        Image.open(path).resize((20, 12), Image.Resampling.NEAREST).save(path)
+    message = "000.png is 20x12, its frame 000.jpg 40x24: scale the masks of this video"
+    with pytest.raises(InputError, match=message):
+        convert(tmp_path / "frames", tmp_path / "masks", tmp_path / "set", CLASSES, 0.34, [], 0)
+    assert not (tmp_path / "set").exists()
+
+
+def test_one_of_two_videos_is_held_out(tmp_path, capsys):
+    write(tmp_path)
+    shutil.rmtree(tmp_path / "masks/c")
+    convert(tmp_path / "frames", tmp_path / "masks", tmp_path / "set", CLASSES, 0.2, [], seed=0)
+    train, valid = (
+        json.loads((tmp_path / f"set/{split}.json").read_text())["videos"]
+        for split in ("train", "valid")
+    )
+    assert len(train) == len(valid) == 1
+    assert f"({valid[0]['file_names'][0][0]})" in capsys.readouterr().out
+
+
 def test_an_instance_without_a_class(tmp_path):
     write(tmp_path)
     classes = {key: name for key, name in CLASSES.items() if key[0] != "b"}
