@@ -136,7 +136,7 @@ def score_results(
 
 
 def score_part(
-    results: list[dict], part: AnnotationFile, track_score: float, boundary: bool
+    results: list[dict], part: AnnotationFile, track_score: float = 0.3, boundary: bool = False
 ) -> ScoredPart:
     """Score the predictions of the videos of one part of the ground truth.
 
