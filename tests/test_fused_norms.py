@@ -23,6 +23,7 @@ def random_weights(norm):
     return norm
 
 
+@pytest.mark.slow
 def test_kernels_in_the_interpreter():
     """The tests below that need it, in a process of their own: the variable is read on import."""
     command = [sys.executable, "-m", "pytest", "-q", "-k", "interpreted", __file__]

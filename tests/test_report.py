@@ -212,6 +212,7 @@ def test_gates_are_strips_in_the_tables(tmp_path, sparse):
     assert "dark where its gate is open" in page.text
 
 
+@pytest.mark.slow
 def test_the_file_has_a_limit(tmp_path, monkeypatch):
     """Animations that do not fit are left out."""
     results, content = random_set(0, range(24))
