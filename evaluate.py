@@ -13,10 +13,12 @@ The last but one scores both parts of YouTube-VIS 2022, and their mean.
 
 Writes to --output: results.json, results.json.zip (for the server of a benchmark), metrics.json if
 there are annotations, report.html with --report, and overlays/ and plots/ of the first --draw and
---plot videos. Each suite has a folder. After an interruption, the same command continues with the remaining videos.
+--plot videos. Each suite has a folder. After an interruption, the same command continues with the
+remaining videos.
 
-The flags are in evaluation/flags.py. inference.py runs a model over a data set, scoring.py scores
-the results, and the metric is in metric.py. Upstream: vita/data/ytvis_eval.py.
+The flags are in evaluation/flags.py. inference.py runs a model over a data set, and scoring.py
+scores the results with metric.py (AP), occlusion.py, tracking.py (HOTA, MOTA, IDF1) and boundary.py.
+Upstream: vita/data/ytvis_eval.py.
 """
 
 import argparse

@@ -1,17 +1,18 @@
 """AP by the boundaries of masks: loose outlines of large objects hardly lower the IoU of masks.
 
-The boundary of a mask are its pixels within d pixels of its outline, where d is 2 % of the diagonal
-of the frame. Boundary IoU (Cheng et al., Boundary IoU: Improving Object-Centric Image Segmentation
-Evaluation, 2021, section 4) is the IoU of two boundaries. For tracks, intersections and unions are
-summed over the frames before they are divided, as YouTube-VIS does with masks. Two numbers result:
+The boundary of a mask is the set of its pixels within d pixels of its outline, where d is 2 % of the
+diagonal of the frame. Boundary IoU (Cheng et al., Boundary IoU: Improving Object-Centric Image
+Segmentation Evaluation, 2021) is the IoU of two boundaries. For tracks, intersections and unions
+are summed over the frames before they are divided, as YouTube-VIS does with masks. Two numbers
+result:
 
     "boundary_iou"    AP with boundary IoU in place of mask IoU
     "min_iou"         AP with min(mask IoU, boundary IoU), the Boundary AP of the paper: boundary
                       IoU alone ignores what is inside of two equal outlines
 
-All else, sizes included, is the protocol of metric.py. As in the published code (bowenc0221/
-boundary-iou-api), crowds are matched by mask IoU. For images (videos of one frame), "min_iou" is
-that code's Boundary AP.
+All else, sizes included, is the protocol of metric.py. As in the published code
+(bowenc0221/boundary-iou-api), crowds are matched by masks. For images (videos of one frame) without
+crowds, "min_iou" is the Boundary AP of that code.
 
     boundary = evaluate_boundary(results, ground_truth, videos)
     boundary["min_iou"]["AP"]

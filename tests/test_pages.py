@@ -31,13 +31,15 @@ PYTHON = {  # pages with examples in Python, and the tests that run them
     "docs/kernel.md": "test_pages.py",
     "weights/README.md": "test_pages.py",
 }
-# What examples take for granted: frames, an official file, and a copy of the repository. The large
-# preset is a small one.
+# What examples take for granted: frames, an official file, results with their ground truth, and a
+# copy of the repository. The large preset is a small one.
 PRELUDE = f"""
 import os, torch, model
 model.PRESETS["r50"] = model.PRESETS["toy"]
 torch.save(model.build_model("r50", 25).state_dict(), "grattvis_r50_ovis.pth")
 frames = torch.randint(256, (2, 3, 64, 96), dtype=torch.uint8)
+for name in ("results.json", "gt.json"):
+    os.symlink(f"{REPOSITORY}/tests/golden/{{name}}", name)
 os.makedirs("path/to")
 os.symlink({str(REPOSITORY)!r}, "path/to/repository")
 del os, torch, model
