@@ -17,8 +17,8 @@ there are annotations, report.html with --report, and overlays/ and plots/ of th
 remaining videos.
 
 The flags are in evaluation/flags.py. inference.py runs a model over a data set, and scoring.py
-scores the results with metric.py (AP), occlusion.py, tracking.py (HOTA, MOTA, IDF1) and boundary.py.
-Upstream: vita/data/ytvis_eval.py.
+scores the results, with what references.py finds to compare them with. Upstream:
+vita/data/ytvis_eval.py.
 """
 
 import argparse
@@ -34,18 +34,19 @@ from tqdm import tqdm
 
 from augmentation import short_side_size
 from checkpoint import SHIPPED_WEIGHTS, default_short_side, model_from_checkpoint
-from data import Video, VideoSet, find_frames, read_frame
+from data import Video, VideoSet, read_frame
 from deform_attn import implementation
 from evaluation.flags import parse_arguments
 from evaluation.inference import segment_videos, share
 from evaluation.postprocess import EncodedVideo
-from evaluation.scoring import read_parts, read_results, score_results
+from evaluation.references import file_sources, find_other, ground_truth_of, model_sources
+from evaluation.scoring import read_parts, score_results
 from evaluation.unfinished import Unfinished
 from model import GRAttVIS
 from reading.annotations import AnnotationFile, one_line, unique_names
 from reading.downloads import find_weights
-from reading.ids import EntryName, Id, id_key
-from reading.layouts import find_ground_truth, find_split
+from reading.ids import Id
+from reading.layouts import find_split
 from runtime.device import choose_amp
 from runtime.errors import InputError, cli_errors
 from runtime.files import checksum, folder_lock
@@ -168,20 +169,6 @@ def score(
     )
 
 
-def file_sources(ground_truth: dict[str, AnnotationFile], args: argparse.Namespace) -> Sources:
-    """The frames in --images or --data-root for the pictures of a report, as far as they exist."""
-    images = args.images
-    if args.data_root and not images:
-        _, images = find_split(args.data_root, args.split)
-    files = {}
-    for part in ground_truth.values() if images else ():
-        for index, video in enumerate(part.content["videos"]):
-            with suppress(InputError):
-                where = EntryName("video", index, video, part.name)
-                files[video["id"]] = find_frames(Path(images), video, where)
-    return Sources(files)
-
-
 def default_output(weights: str) -> Path:
     """evaluation/ next to the weights; in runs/ for the shipped and for downloaded ones."""
     path = Path(weights)
@@ -282,15 +269,6 @@ def evaluate_set(
         left_out = skipped + videos.file.left_out
         parts = {name: part.without(left_out) for name, part in ground_truth.items()}
         return score(output / "results.json", parts, output, args, other, sources)
-
-
-def model_sources(unfinished: Unfinished, videos: list[Video]) -> Sources:
-    """The frames and gates of a data set for the pictures of a report."""
-    gates = {video.id: unfinished.load(video).gates.numpy() for video in videos}
-    return Sources(
-        {video.id: video.files for video in videos},
-        {video: gate for video, gate in gates.items() if gate.size},
-    )
 
 
 def segment_set(
@@ -398,67 +376,6 @@ def draw_video(folder: Path, video: Video, result: EncodedVideo, names: list[str
     frames = (np.array(read_frame(file, video.height, video.width)) for file in video.files)
     pictures = overlays(frames, result, names, MIN_DRAWN_SCORE)
     save_pictures(folder, video.name, pictures, len(video.files))
-
-
-def ground_truth_of(
-    videos: VideoSet, args: argparse.Namespace, rank: int
-) -> dict[str, AnnotationFile]:
-    """The parts of the ground truth of a data set, by name.
-
-    They are --annotations, or the annotation file of the data set. If that has no annotations,
-    they are in the files that find_ground_truth (reading/layouts.py) finds, if any.
-    """
-    if args.annotations:
-        return read_parts(args.annotations, args.skip_bad)
-    if not videos.ground_truth["annotations"]:
-        for paths in find_ground_truth(videos.path, args.data_root, args.split):
-            names = " and ".join(map(str, paths))
-            try:
-                parts = read_parts(paths, args.skip_bad)
-                message = f"not of these videos: {names}"
-            except InputError as error:
-                parts, message = {}, f"not used as ground truth: {error}"
-            fits = is_ground_truth(parts, videos)
-            if rank == 0:
-                print(f"ground truth: {names}" if fits else message)
-            if fits:
-                return parts
-    return {videos.path.stem: videos.file}
-
-
-def is_ground_truth(parts: dict[str, AnnotationFile], videos: VideoSet) -> bool:
-    """Whether files have annotations, the classes of a data set, and all of its videos."""
-    contents = [part.content for part in parts.values()]
-    ids = {id_key(video["id"]) for content in contents for video in content["videos"]}
-    left_out = {id_key(video) for part in parts.values() for video in part.left_out}
-    return (
-        any(content["annotations"] for content in contents)
-        and all(part.categories == videos.file.categories for part in parts.values())
-        and {id_key(video.id) for video in videos.videos} <= ids | left_out
-    )
-
-
-def find_other(path: str | None, name: str, ground_truth: dict[str, AnnotationFile]) -> Path | None:
-    """The results file of --compare for a data set: a file, or in an output folder of evaluate.py.
-
-    name: of the suite, or "". Raises InputError unless it can be compared.
-    """
-    if path is None:
-        return None
-    other = Path(path)
-    if other.is_dir():
-        other = other / name / "results.json"
-    elif name:
-        raise InputError(
-            f"--compare {path} is no folder: for suites, give the --output of another evaluation"
-        )
-    if not any(part.content["annotations"] for part in ground_truth.values()):
-        raise InputError("--compare needs annotations: pass them with --annotations")
-    try:
-        read_results(other, ground_truth)
-    except InputError as error:
-        raise InputError(f"{other} cannot be compared: {error}") from error
-    return other
 
 
 def check_categories(model: GRAttVIS, config: dict, videos: VideoSet, weights: str) -> None:

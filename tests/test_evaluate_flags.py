@@ -19,6 +19,7 @@ from torch import nn
 
 import evaluate
 from evaluation.metric import evaluate_results
+from evaluation.references import find_other
 from model import GRAttVIS, build_model
 from runtime.errors import InputError
 from sparse_set import (
@@ -424,7 +425,7 @@ def test_flag_compare(run, seen, tmp_path, capsys):
 
 def test_suites_are_compared_with_a_folder(tmp_path):
     with pytest.raises(InputError, match="for suites, give the --output of another evaluation"):
-        evaluate.find_other(write_json(tmp_path / "r.json", []), "easy", {})
+        find_other(write_json(tmp_path / "r.json", []), "easy", {})
 
 
 def test_flag_track_score(run, seen, folder, tmp_path):
