@@ -276,8 +276,10 @@ class MaskEncoder:
         # A constant number of masks is resized at once, because rounding can depend on the number.
         count = min(RESIZED_MASKS, self.query_chunk)
         frames = max(1, MASK_PIXELS // (len(queries) * math.prod(self.output_size)))
+        if self.logits:  # one copy to the GPU, which waits for it, instead of one per frame
+            chosen = torch.tensor(queries, device=self.logits[0].device)
         while self.logits:
-            logits = torch.cat([logits[queries] for logits in self.logits[:frames]])
+            logits = torch.cat([logits[chosen] for logits in self.logits[:frames]])
             del self.logits[:frames]
             shape = len(logits), *self.output_size
             masks = torch.empty(shape, dtype=torch.bool, device=logits.device)

@@ -4,8 +4,8 @@
     metrics = score_results(Path("results.json"), parts, output=Path("scores"), plot=False)
 
 The ground truth may have several parts (YouTube-VIS 2022), which are scored one by one and then
-averaged. The metrics are in metric.py (AP), occlusion.py, tracking.py and boundary.py, what explains
-them in causes.py, linking.py and comparison.py. All use the same overlaps (overlaps.py).
+averaged. The metrics are in metric.py (AP), occlusion.py, tracking.py and boundary.py; causes.py,
+linking.py and comparison.py explain them. All use the same overlaps (overlaps.py).
 """
 
 import os
@@ -121,9 +121,7 @@ def score_results(
     metrics = join_metrics(scored, parts, track_score)
     lines += format_parts(metrics, parts)
     if other is not None:
-        others = {
-            name: score_part(other, part, track_score, boundary) for name, part in parts.items()
-        }
+        others = {name: score_part(other, part) for name, part in parts.items()}
         metrics["comparison"] = compare_parts(parts, scored, others, other_path)
         lines.append(format_comparison(metrics["comparison"]))
     save_json(output / "metrics.json", metrics)
