@@ -56,5 +56,5 @@ def gratt_vis(preset=None, num_classes=None, weights=None, propagation=None, **o
 
 
 def gratt_vis_small():
-    """The preset small with weights/small.pt, which knows six synthetic shapes: see its README.md."""
+    """The preset small with weights/small.pt, which knows six shapes: see weights/README.md."""
     return _model_from_checkpoint(_SHIPPED_WEIGHTS)[0]

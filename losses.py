@@ -4,12 +4,12 @@ A matched query learns the class and the mask of its instance. Every other query
 instance while it is invisible, learns "no object".
 
 To add a loss, write a function (predictions, targets, matches) -> (total, count), both of shape
-(G, R), or (G, L) for a clip loss of the last decoder layer alone, and give it a name and a weight in
+(G, R), or (G, L) for a clip loss of the last decoder layer alone. Give it a name and a weight in
 the table of `Criterion.__init__`. The loss is weight * total / count, and what is minimised is the
 plain sum over clips, layers and losses.
 
 Counts are averaged over processes, as DDP averages the gradients: the loss is then the mean over
-the instances of all processes. As upstream, a mean count below 1 is taken as 1. So without instances
+the instances of all processes. As upstream, a mean count below 1 is taken as 1. Without instances
 the mask, dice and similarity losses are 0, and with less than one instance per process they are
 below the mean. (An instance of a clip counts L times, so there the limit is 1 / L.)
 

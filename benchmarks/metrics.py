@@ -5,7 +5,7 @@
 
 Ground truth are 3 to 6 wobbly ellipses per video that move and pause. Predictions are 10 shifted
 copies per video, some of another class. Times are the best of --repeats, in one process each, from
-reading the files to writing metrics.json. Memory is the peak of the process, minus that of a process
+reading the files to writing metrics.json. Memory is the peak of the process, minus that of one
 which only imports the same modules.
 """
 

@@ -1,7 +1,7 @@
 """AP by the boundaries of masks: loose outlines of large objects hardly lower the IoU of masks.
 
-The boundary of a mask is the set of its pixels within d pixels of its outline, where d is 2 % of the
-diagonal of the frame. Boundary IoU (Cheng et al., Boundary IoU: Improving Object-Centric Image
+The boundary of a mask is the set of its pixels within d pixels of its outline, where d is 2 % of
+the diagonal of the frame. Boundary IoU (Cheng et al., Boundary IoU: Improving Object-Centric Image
 Segmentation Evaluation, 2021) is the IoU of two boundaries. For tracks, intersections and unions
 are summed over the frames before they are divided, as YouTube-VIS does with masks. Two numbers
 result:

@@ -50,7 +50,8 @@ def add_data_flags(add) -> None:
     add("--json", help="annotation file, instead of --data-root")
     add(
         "--images",
-        help="with --json, or with --results and --report: the folder that file names are relative to",
+        help="with --json, or with --results and --report: the folder of the frames, which file "
+        "names are relative to",
     )
     add(
         "--suites",

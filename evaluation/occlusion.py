@@ -2,7 +2,7 @@
 
 OVIS annotates an occlusion level in every frame. Its evaluator reports AP and AR of the objects
 with light, medium and heavy occlusion besides the twelve numbers of YouTube-VIS: the 18 numbers of
-`ovis_metrics`. Source: oviseval.py of qjy981010/cocoapi@886baff. A golden test compares the numbers.
+`ovis_metrics`. Source: oviseval.py of qjy981010/cocoapi@886baff; a golden test compares them.
 
 Objects without levels are grouped by their longest gap, and by their length in frames.
 
@@ -65,7 +65,7 @@ LENGTH = Grouping(
 
 
 def choose_groupings(annotations: list[dict]) -> dict[str, Grouping]:
-    """By "occlusion" if every annotation has levels in the notation of OVIS, else "gap", "length"."""
+    """By "occlusion" if every annotation has levels as in OVIS, otherwise by "gap" and "length"."""
     if annotations and all(map(has_levels, annotations)):
         return {"occlusion": OCCLUSION}
     return {"gap": GAP, "length": LENGTH}

@@ -2,7 +2,7 @@
 
     videos = measure_overlaps(results, ground_truth)   # both checked, see metric.check_results
     videos[0].track_ious                               # (D, G), of whole tracks: AP
-    videos[0].frame_ious()                             # (L, D, G), of single masks: HOTA, MOTA, IDF1
+    videos[0].frame_ious()                             # (L, D, G), of single masks: HOTA, IDF1
 
 Masks stay run-length encoded. All pairs of a video are measured at once, of different classes too:
 that takes no longer than class by class, because pycocotools decodes each code once per call.

@@ -11,7 +11,7 @@ score at least a threshold as the output of a tracker, and compare the masks of 
 Each class of each video is matched on its own (`hota_counts`, `clear_counts`, `identity_counts`).
 The counts are added, and the metrics are quotients of the sums, one function each below.
 
-The numbers equal those of TrackEval with its YouTube-VIS data set (JonathonLuiten/TrackEval@12c8791,
+The numbers equal those of TrackEval with its YouTube-VIS set (JonathonLuiten/TrackEval@12c8791,
 cls_comb_det_av and cls_comb_cls_av), crowds removed and empty masks absent; a golden test compares
 them. Papers, in the docstrings:
 

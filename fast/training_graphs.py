@@ -97,6 +97,7 @@ class Replay(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, graphs: TrackerGraphs, frame_queries: Tensor, *parameters: Tensor) -> tuple:
+        """The outputs of the tracker. `parameters` are read by the graph, and get gradients."""
         graphs.calls += 1
         ctx.graphs, ctx.call = graphs, graphs.calls
         ctx.set_materialize_grads(False)
@@ -110,6 +111,7 @@ class Replay(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *gradients: Tensor | None) -> tuple:
+        """The gradients of `forward`'s arguments; RuntimeError after another forward pass."""
         graphs = ctx.graphs
         if ctx.call != graphs.calls:
             raise RuntimeError("a later forward pass has overwritten the activations of this one")

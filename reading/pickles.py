@@ -34,7 +34,8 @@ DATA_TYPES = {
         "array": "array _array_reconstructor",
         "builtins": "Ellipsis NotImplemented bool bytearray bytes complex dict float frozenset "
         "getattr int list long object range set slice str tuple type unicode xrange",
-        "collections": "ChainMap Counter OrderedDict UserDict UserList UserString defaultdict deque",
+        "collections": "ChainMap Counter OrderedDict UserDict UserList UserString defaultdict "
+        "deque",
         "copyreg": "_reconstructor",
         "datetime": "date datetime time timedelta timezone",
         "decimal": "Decimal",

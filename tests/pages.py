@@ -36,7 +36,7 @@ def prose(page: str) -> str:
 
 
 def commands() -> list[tuple[str, str]]:
-    """[(page, command), ...]: the lines of blocks without a language, and `commands` in the prose."""
+    """[(page, command), ...]: lines of blocks without a language, and `commands` in prose."""
     found = []
     for page, language, block in code_blocks():
         if not language:

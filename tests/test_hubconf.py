@@ -80,7 +80,8 @@ import data
 load("gratt_vis", "toy", 4)
 assert data.mine and {str(REPOSITORY)!r} not in sys.path
 for name, module in sys.modules.items():
-    if "." not in name and (getattr(module, "__file__", None) or "").startswith({str(REPOSITORY)!r}):
+    file = getattr(module, "__file__", None) or ""
+    if "." not in name and file.startswith({str(REPOSITORY)!r}):
         print(name)
 """
     done = run(tmp_path, script)

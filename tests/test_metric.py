@@ -64,7 +64,7 @@ def test_identity_switch_halfway():
 
 
 def test_broken_track():
-    """A track broken into halves of IoU 0.5: the first half is found, at the lowest threshold only."""
+    """A track broken into halves of IoU 0.5: the first is found, at the lowest threshold."""
     halves = [
         prediction(LEFT[:2] + [None] * 2, score=0.9),
         prediction([None] * 2 + LEFT[2:], score=0.8),

@@ -1,4 +1,4 @@
-"""demo.ipynb: what it states holds when it runs, and its stored outputs are those of a clean run."""
+"""demo.ipynb: what it states holds when it runs; its stored outputs are those of a clean run."""
 
 import json
 import re

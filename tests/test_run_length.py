@@ -146,7 +146,7 @@ def test_views_of_other_tensors(view):
 
 
 def test_parts_and_threads_change_nothing(monkeypatch):
-    """However few pixels are searched at once, and however few masks there are for so many threads."""
+    """However few pixels are searched at once, and however many threads share the masks."""
     masks = torch.cat((noise(6, 9, 12), blobs(5, 9, 12)))
     expected = official(masks)
     monkeypatch.setattr(run_length, "THREADS", 4)

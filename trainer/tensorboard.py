@@ -4,8 +4,8 @@
     python train.py --tensorboard
     tensorboard --logdir runs
 
-The numbers are those of viewing/curves.py: losses by kind, AP, learning rate, gradient norm, and the
-share of time spent waiting for data.
+The numbers are those of viewing/curves.py: losses by kind, AP, learning rate, gradient norm, and
+the share of time spent waiting for data.
 """
 
 from importlib.util import find_spec
@@ -22,7 +22,7 @@ def require_tensorboard() -> None:
 
 
 def open_writer(output: Path, step: int):
-    """A SummaryWriter. TensorBoard hides what an interrupted run wrote after `step`, its checkpoint."""
+    """A SummaryWriter. What an interrupted run wrote after `step`, its checkpoint, is hidden."""
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(output / "tensorboard", purge_step=step + 1)

@@ -74,8 +74,8 @@ def video_sections(
     introduction = (
         f"<p>Left: ground truth, A, B, ... Right: the predictions that score at least "
         f"{SHOWN_SCORE:g} (at least one), 1, 2, ..., in the colour of the object that they overlap "
-        f"most, or grey. Labels name errors at IoU {IOU_THRESHOLDS[PICTURE_THRESHOLD]:.2f}. At most "
-        f"{FRAMES} frames of a video are shown. {describe_sources(sources)}</p>\n"
+        f"most, or grey. Labels name errors at IoU {IOU_THRESHOLDS[PICTURE_THRESHOLD]:.2f}. "
+        f"At most {FRAMES} frames of a video are shown. {describe_sources(sources)}</p>\n"
     )
     sections = {}
     for title, videos in zip(("Worst videos", "Median videos"), chosen):
@@ -92,6 +92,7 @@ def video_sections(
 
 
 def describe_sources(sources: Sources) -> str:
+    """What is missing in the pictures, and what the strips of gates show."""
     frames = "" if sources.files else "Frames are not available, so the background is plain. "
     if sources.gates:
         return frames + (
@@ -104,6 +105,7 @@ def describe_sources(sources: Sources) -> str:
 
 
 def class_names(part: AnnotationFile) -> dict[Id, str]:
+    """{category id: name}."""
     return {category["id"]: category["name"] for category in part.content["categories"]}
 
 

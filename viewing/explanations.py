@@ -1,6 +1,6 @@
 """What the numbers of a report mean, in a line each; html, in the order of the report.
 
-The exact definitions are in evaluation/: metric.py, occlusion.py, tracking.py, causes.py, linking.py.
+The definitions are in evaluation/: metric.py, occlusion.py, tracking.py, causes.py, linking.py.
 """
 
 NUMBER_TEXTS = {
@@ -23,7 +23,8 @@ GROUP_TEXTS = {
     "length": "By track length: the number of frames with the object",
 }
 IDENTITY_TEXTS = {
-    "HOTA": "finding objects and keeping their identity, equally weighted: &radic;(DetA &middot; AssA)",
+    "HOTA": "finding objects and keeping their identity, equally weighted: "
+    "&radic;(DetA &middot; AssA)",
     "DetA": "masks that are found, of all predicted and actual ones",
     "DetRe": "actual masks that are found",
     "DetPr": "predicted masks that find something",

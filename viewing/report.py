@@ -92,7 +92,8 @@ def page(parts: dict[str, AnnotationFile], scored: dict, sections: dict[str, str
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{names}: evaluation</title>\n<style>\n{STYLE.read_text('utf-8')}</style>\n</head>\n"
+        f"<title>{names}: evaluation</title>\n"
+        f"<style>\n{STYLE.read_text('utf-8')}</style>\n</head>\n"
         f"<body>\n<header>\n<h1>Evaluation on {names}</h1>\n"
         f"<p>{', '.join(f'{count} {name}' for name, count in counts.items())}. All numbers are in "
         f"percent, except counts.</p>\n<nav>{links}</nav>\n</header>\n<main>\n{body}</main>\n"
@@ -166,8 +167,8 @@ def class_section(per_class: dict[str, float]) -> str:
 def group_section(scored: dict) -> str:
     """AP and AR by occlusion level, or by longest gap and track length."""
     html = (
-        "<p>An unmatched prediction may be an error in several groups, so AP is lower where objects "
-        "are few: compare models, not groups. AR ignores false predictions.</p>\n"
+        "<p>An unmatched prediction may be an error in several groups, so AP is lower where "
+        "objects are few: compare models, not groups. AR ignores false predictions.</p>\n"
     )
     for name, part in scored.items():
         html += part_title(name, scored)
