@@ -27,28 +27,31 @@ from transformer import (
 TRACKED_LAYERS = 3  # L in training: the last layers, whose queries the tracker receives
 
 
-def sine_position(height: int, width: int, channels: int, like: Tensor) -> Tensor:
-    """Sine position encoding (1, channels, height, width), on the device of `like`.
+class SinePosition(nn.Module):
+    """Sine position encoding: the first half of the channels encodes y, the second half x.
 
-    The first half of the channels encodes y, the second half x; positions are normalised to
-    (0, 2 pi]. The dtype is that of `like`, but at least float32.
+    Positions are normalised to (0, 2 pi].
     """
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    device = like.device
-    half = channels // 2
-    pair = torch.arange(half, dtype=dtype, device=device).div(2, rounding_mode="floor")
-    wavelength = 10000 ** (2 * pair / half)
 
-    def encode(size: int) -> Tensor:  # (size, half): sines and cosines in turn
-        position = torch.arange(1, size + 1, dtype=dtype, device=device) / (size + 1e-6)
-        phase = (position * (2 * math.pi))[:, None] / wavelength
+    def forward(self, maps: Tensor) -> Tensor:
+        """Maps (N, C, h, w) -> their positions (1, C, h, w), in their dtype, at least float32."""
+        channels, height, width = maps.shape[1:]
+        dtype = torch.promote_types(maps.dtype, torch.float32)
+        half = channels // 2
+        pair = torch.arange(half, dtype=dtype, device=maps.device).div(2, rounding_mode="floor")
+        wavelength = 10000 ** (2 * pair / half)
+        y = self.encode(height, wavelength)[:, None].expand(height, width, half)
+        x = self.encode(width, wavelength)[None].expand(height, width, half)
+        position = torch.cat((y, x), 2)  # (h, w, C)
+        return position.permute(2, 0, 1)[None]
+
+    @staticmethod
+    def encode(size: int, wavelength: Tensor) -> Tensor:
+        """Positions along one side: (size, C / 2), sines and cosines in turn."""
+        position = torch.arange(1, size + 1, dtype=wavelength.dtype, device=wavelength.device)
+        phase = (position / (size + 1e-6) * (2 * math.pi))[:, None] / wavelength
         sine, cosine = phase[:, 0::2].sin(), phase[:, 1::2].cos()
         return torch.stack((sine, cosine), 2).flatten(1)
-
-    y = encode(height)[:, None].expand(height, width, half)
-    x = encode(width)[None].expand(height, width, half)
-    position = torch.cat((y, x), 2)  # (height, width, channels)
-    return position.permute(2, 0, 1)[None]
 
 
 def to_tokens(maps: Tensor) -> Tensor:
@@ -56,19 +59,19 @@ def to_tokens(maps: Tensor) -> Tensor:
     return maps.flatten(2).transpose(1, 2)
 
 
-def shrink(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """Maps (N, C, h, w) resized bilinearly to 1/2, 1/4 or 1/8: (N, C, *size).
+def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear resizing of maps (N, C, h, w) without antialiasing: (N, C, *size)."""
+    return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
 
-    Bilinear interpolation without antialiasing reads the 2x2 pixels in the middle of each square,
-    with equal weights:
 
-        F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
+class UpsampleAdd(nn.Module):
+    """Step of a feature pyramid network: a level, resized, plus the map of the next finer level."""
 
-    Speed: pooling takes a tenth of the time of that on a GPU, and half on a CPU.
-    """
-    factor = maps.shape[-1] // size[-1]
-    middle = factor // 2 - 1
-    return F.avg_pool2d(maps[..., middle:, middle:], kernel_size=2, stride=factor)
+    def forward(self, level: Tensor, lateral: Tensor) -> Tensor:
+        """level (N, C, h', w') and lateral (N, C, h, w) -> (N, C, h, w)."""
+        x = resize(level, lateral.shape[-2:])
+        x += lateral  # Memory: in place, since it is the largest map of the detector
+        return x
 
 
 class DeformableEncoderLayer(nn.Module):
@@ -100,6 +103,7 @@ class PixelDecoder(nn.Module):
             nn.Sequential(nn.Conv2d(inputs, channels, 1), nn.GroupNorm(32, channels))
             for inputs in reversed(others)
         )
+        self.sine_position = SinePosition()
         self.level_embed = nn.Parameter(torch.randn(3, channels))
         self.layers = nn.ModuleList(
             DeformableEncoderLayer(channels, heads, feed_forward) for _ in range(layers)
@@ -107,6 +111,7 @@ class PixelDecoder(nn.Module):
         self.lateral = nn.Sequential(
             nn.Conv2d(res2, channels, 1, bias=False), nn.GroupNorm(32, channels)
         )
+        self.upsample_add = UpsampleAdd()
         self.output = nn.Sequential(
             nn.Conv2d(channels, channels, 3, padding=1, bias=False),
             nn.GroupNorm(32, channels),
@@ -133,25 +138,62 @@ class PixelDecoder(nn.Module):
         projections = zip((res5, res4, res3), self.input_proj, self.level_embed)
         for backbone_map, projection, embed in projections:
             projected = projection(backbone_map).to(dtype)
-            channels, height, width = projected.shape[1:]
-            sine = sine_position(height, width, channels, projected)
             tokens.append(to_tokens(projected))
-            positions.append(to_tokens(sine) + embed)
-            level_shapes.append((height, width))
+            positions.append(to_tokens(self.sine_position(projected)) + embed)
+            level_shapes.append(tuple(projected.shape[-2:]))
         x = torch.cat(tokens, 1)  # (N, pixels, C)
         position = torch.cat(positions, 1)  # added to the queries of attention, not to the values
         for layer in self.layers:
             x = checkpointed(self.recompute, layer, x, position, level_shapes)
         sizes = [height * width for height, width in level_shapes]
-        levels = x.transpose(1, 2).split(sizes, 2)  # (N, C, pixels of a level)
-        levels = [level.unflatten(2, shape) for level, shape in zip(levels, level_shapes)]
+        levels = [
+            level.unflatten(1, shape).permute(0, 3, 1, 2)  # (N, C, h, w)
+            for level, shape in zip(x.split(sizes, 1), level_shapes)
+        ]
         return levels, checkpointed(self.recompute, self.fpn_step, levels[-1], res2)
 
     def fpn_step(self, level: Tensor, res2: Tensor) -> Tensor:
         """Add the upsampled level of stride 8 to the projected res2 -> (N, C, h, w)."""
-        x = F.interpolate(level, size=res2.shape[-2:], mode="bilinear", align_corners=False)
-        x += self.lateral(res2)  # Memory: in place, since it is the largest map of the detector
+        x = self.upsample_add(level, self.lateral(res2))
         return self.output(x)
+
+
+class AttentionMask(nn.Module):
+    """Masked attention (section 3.2.1): attend to where the last mask is foreground."""
+
+    @torch.no_grad()
+    def forward(self, kernel: Tensor, features: Tensor, size: tuple[int, int]) -> Tensor:
+        """kernel (N, F, C + 1), features of `features_for_masks` -> bool (N, 1, F, pixels).
+
+        True = must not attend. pixels are those of the level, of `size`.
+        """
+        logits = mask_logits(kernel, features)
+        if logits.shape[-2:] != size:
+            logits = resize(logits, size)
+        return self.block_background(logits.flatten(2))
+
+    def block_background(self, logits: Tensor) -> Tensor:
+        """Mask logits (N, F, pixels) -> mask; a query with an empty mask attends everywhere."""
+        # Not logits < 0: as upstream, the sigmoid of a tiny negative logit is 0.5, so foreground.
+        background = logits.sigmoid() < 0.5
+        is_empty = background.all(-1, keepdim=True)
+        return (background & ~is_empty)[:, None]
+
+
+@torch.no_grad()
+def features_for_masks(features: Tensor, sizes: list[tuple[int, int]]) -> list[Tensor]:
+    """Features (N, C, h, w) from which `AttentionMask` computes the masks of each level.
+
+    Upstream resizes masks: resize(e . f), for a mask embedding e and features f. In float32 this
+    does the same, so all levels get the features as they are.
+
+    Speed: in 16 bit the features are resized instead, once for all layers. Bilinear resizing is
+    linear, so resize(e . f) = e . resize(f) up to rounding.
+    """
+    if features.dtype not in (torch.float16, torch.bfloat16):
+        return [features] * len(sizes)
+    features = features.contiguous(memory_format=torch.channels_last)  # Speed: for GPUs
+    return [resize(features, size) for size in sizes]
 
 
 class FrameDecoderLayer(nn.Module):
@@ -164,9 +206,9 @@ class FrameDecoderLayer(nn.Module):
         self.feed_forward = FeedForward(channels, feed_forward)
 
     def forward(
-        self, x: Tensor, query_pos: Tensor, context: Tensor, context_pos: Tensor, mask: Tensor
+        self, x: Tensor, query_pos: Tensor, key: Tensor, value: Tensor, mask: Tensor
     ) -> Tensor:
-        x = self.cross_attention(x, query_pos, context, context_pos, mask)
+        x = self.cross_attention(x, query_pos, key, value, mask)
         x = self.self_attention(x, query_pos)
         return self.feed_forward(x)
 
@@ -188,6 +230,8 @@ class FrameDecoder(nn.Module):
             FrameDecoderLayer(channels, heads, feed_forward) for _ in range(layers)
         )
         self.decoder_norm = nn.LayerNorm(channels)
+        self.sine_position = SinePosition()
+        self.attention_mask = AttentionMask()
         self.query_feat = nn.Embedding(queries, channels)  # queries before the first layer
         self.query_embed = nn.Embedding(queries, channels)  # positions of queries
         self.level_embed = nn.Embedding(3, channels)  # added to keys and values
@@ -206,22 +250,21 @@ class FrameDecoder(nn.Module):
         prediction is class logits (N, F, K + 1) and mask kernels (N, F, C + 1), see `mask_kernel`.
         In training there is one before the first layer and one after each, otherwise only the last.
         """
-        inputs = []  # of each level: context, its positions, features for masks, size
+        inputs = []  # of each level: keys, values, features for masks, size
         sizes = [tuple(level.shape[-2:]) for level in levels]
         sources = features_for_masks(features, sizes)
-        for level, embed, source in zip(levels, self.level_embed.weight, sources):
-            channels, height, width = level.shape[1:]
-            context = to_tokens(level) + embed
-            context_pos = to_tokens(sine_position(height, width, channels, level))
-            inputs.append((context, context_pos, source, (height, width)))
+        for level, embed, source, size in zip(levels, self.level_embed.weight, sources, sizes):
+            value = to_tokens(level) + embed
+            key = value + to_tokens(self.sine_position(level))
+            inputs.append((key, value, source, size))
         x = self.query_feat.weight.expand(len(features), -1, -1)
         query_pos = self.query_embed.weight
         output, kernel = self.mask_head(x, mask_projection)
         outputs, kernels = [output], [kernel]
         for index, layer in enumerate(self.layers):
-            context, context_pos, source, size = inputs[index % len(inputs)]
-            mask = attention_mask(kernel, source, size)
-            x = layer(x, query_pos, context, context_pos, mask)
+            key, value, source, size = inputs[index % len(inputs)]
+            mask = self.attention_mask(kernel, source, size)
+            x = layer(x, query_pos, key, value, mask)
             output, kernel = self.mask_head(x, mask_projection)
             outputs.append(output)
             kernels.append(kernel)
@@ -239,34 +282,3 @@ class FrameDecoder(nn.Module):
         """Queries x (N, F, C) -> normed queries and their mask kernels (N, F, C + 1)."""
         output = self.decoder_norm(x)
         return output, mask_kernel(self.mask_embed(output), mask_projection)
-
-
-@torch.no_grad()
-def features_for_masks(features: Tensor, sizes: list[tuple[int, int]]) -> list[Tensor]:
-    """Features (N, C, h, w) from which `attention_mask` computes the masks of each level.
-
-    Upstream resizes masks: resize(e . f), for a mask embedding e and features f. In float32 this
-    does the same, so all levels get the features as they are.
-
-    Speed: in 16 bit the features are resized instead, once for all layers. Bilinear resizing is
-    linear, so resize(e . f) = e . resize(f) up to rounding.
-    """
-    if features.dtype in (torch.float16, torch.bfloat16):
-        return [shrink(features, size) for size in sizes]
-    return [features] * len(sizes)
-
-
-@torch.no_grad()
-def attention_mask(kernel: Tensor, features: Tensor, size: tuple[int, int]) -> Tensor:
-    """Masked attention (section 3.2.1): attend to where the last mask is foreground.
-
-    kernel (N, F, C + 1), features of `features_for_masks` -> bool (N, 1, F, pixels of the level),
-    True = must not attend. A query with an empty mask attends everywhere.
-    """
-    logits = mask_logits(kernel, features)
-    if logits.shape[-2:] != size:
-        logits = shrink(logits, size)
-    # Not logits < 0: as upstream, the sigmoid of a tiny negative logit is 0.5, so foreground.
-    background = logits.flatten(2).sigmoid() < 0.5
-    is_empty = background.all(-1, keepdim=True)
-    return (background & ~is_empty)[:, None]

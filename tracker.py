@@ -229,11 +229,12 @@ class Tracker(nn.Module):
         query_pos = self.query_embed.weight
         frames = encoded_clip.shape[1] // len(self.frame_query_embed.weight)
         frame_query_pos = self.frame_query_embed.weight.expand(frames, -1, -1).flatten(0, 1)
+        key, value = encoded_clip + frame_query_pos, encoded_clip
         query = self.read_memory(state) if self.use_memory else state.query
         x, mask = query, None
         outputs, gate_logits, gate_soft = [], [], []
         for layer in self.decoder:
-            x = layer.cross_attention(x, query_pos, encoded_clip, frame_query_pos)
+            x = layer.cross_attention(x, query_pos, key, value)
             if self.gated:
                 gate, logits, soft = self.gate(x, detector_layers)
                 x = gate * x + (1 - gate) * query  # gated residual connection

@@ -95,7 +95,10 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """x = norm(x + attention(x + query_pos, context + context_pos, context))."""
+    """x = norm(x + attention(x + query_pos, key, value)).
+
+    The caller adds the positions of the keys, once for all layers: key = value + positions.
+    """
 
     def __init__(self, channels: int, heads: int):
         super().__init__()
@@ -106,13 +109,12 @@ class CrossAttention(nn.Module):
         self,
         x: Tensor,
         query_pos: Tensor,
-        context: Tensor,
-        context_pos: Tensor,
+        key: Tensor,
+        value: Tensor,
         mask: Tensor | None = None,
     ) -> Tensor:
         query = x + query_pos
-        key = context + context_pos
-        attended = self.attention(query, key, context, mask)
+        attended = self.attention(query, key, value, mask)
         return self.norm(x, attended)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from deform_attn import sampling_locations, weighted_samples  # noqa: E402
-from detector import attention_mask, features_for_masks, shrink  # noqa: E402
+from detector import AttentionMask, features_for_masks, resize  # noqa: E402
 from evaluation.postprocess import resize_masks  # noqa: E402
 from fast.video_pipeline import INFERENCE_CHUNK  # noqa: E402
 from matcher import append_bias_channel, sample_at  # noqa: E402
@@ -107,10 +107,11 @@ def masks_for_attention():
     features = random(CHUNK, CHANNELS, *STRIDE_4)
 
     def plain() -> Tensor:
-        masks = [shrink(mask_logits(kernel, features), size) for size in sizes]
+        masks = [resize(mask_logits(kernel, features), size) for size in sizes]
         return torch.cat([mask.flatten(2).sigmoid() < 0.5 for mask in masks], 2)
 
     def rewritten() -> Tensor:
+        attention_mask = AttentionMask()
         sources = features_for_masks(features, sizes[:3]) * 3
         return torch.cat(
             [attention_mask(kernel, source, size)[:, 0] for source, size in zip(sources, sizes)], 2

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import plain_model
-from detector import attention_mask, features_for_masks, shrink, sine_position
+from detector import AttentionMask, SinePosition, features_for_masks
 from golden_set import relative_error
 from model import build_model
 from plain_model import Weights
@@ -115,17 +115,10 @@ def test_every_prediction_is_that_of_plain_loops(images, training):
 
 def test_sine_position():
     for size in ((3, 5), (1, 2), (7, 4)):
-        found = sine_position(*size, 8, torch.zeros((), dtype=torch.float64))
+        found = SinePosition()(torch.zeros(2, 8, *size, dtype=torch.float64))
         torch.testing.assert_close(found, plain_model.sine_position(*size, 8)[None])
-    assert sine_position(2, 2, 8, torch.zeros((), dtype=torch.float16)).dtype == torch.float32
-
-
-@pytest.mark.parametrize("factor", [2, 4, 8])
-def test_shrinking_is_bilinear(factor):
-    maps = torch.randn(2, 3, 16, 24)
-    size = (16 // factor, 24 // factor)
-    expected = F.interpolate(maps, size, mode="bilinear", align_corners=False)
-    torch.testing.assert_close(shrink(maps, size), expected)
+    in_16_bit = torch.zeros(1, 8, 2, 2, dtype=torch.float16)
+    assert SinePosition()(in_16_bit).dtype == torch.float32
 
 
 # In 16 bit
@@ -153,7 +146,7 @@ def test_attention_masks(dtype):
         assert logits.dtype == dtype and (logits - expected).norm() / expected.norm() < (
             1e-6 if dtype == torch.float64 else 1e-2
         )
-        mask = attention_mask(kernel.to(dtype), source, size)
+        mask = AttentionMask()(kernel.to(dtype), source, size)
         assert mask.shape == (2, 1, 3, size[0] * size[1]) and mask.dtype == torch.bool
         blocked = expected < 0
         blocked[0, 0] = False  # an empty mask blocks nothing
