@@ -16,9 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from backbone import ResNetBackbone
+from detector import SinePosition
 from evaluation.postprocess import mask_sum_and_area
+from fast.cuda_graphs import graph_constant
 from fast.folded_resnet import FusedResNet, fold_frozen_resnet, fold_resnet
-from fast.fused_norms import fuse_norms
+from fast.fused_masks import fused_mask_sum_and_area
+from fast.fused_modules import fuse_modules
 from fast.half_precision import cast_weights
 from fast.training_graphs import graph_tracker
 
@@ -50,9 +53,27 @@ def accelerate(
         model.to(memory_format=torch.channels_last)
     if compiled:
         compile_parts(model)
-    elif fused:
-        fuse_norms(model)
+    elif on_gpu:
+        keep_positions(model)
+        model.mask_sum_and_area = fused_mask_sum_and_area
+        if fused:
+            fuse_modules(model)
     return model.eval()
+
+
+def keep_positions(model: GRAttVIS) -> None:
+    """Let CUDA graphs keep the positions of pixels instead of computing them, in place."""
+    for module in model.modules():
+        if type(module) is SinePosition:
+            module.__class__ = KeptSinePosition
+
+
+class KeptSinePosition(SinePosition):
+    """The position encoding, computed once per CUDA graph."""
+
+    def forward(self, maps: Tensor) -> Tensor:
+        key = "sine_position", maps.shape[1:], maps.dtype
+        return graph_constant(key, lambda: super(KeptSinePosition, self).forward(maps))
 
 
 def accelerate_training(
@@ -73,7 +94,7 @@ def accelerate_training(
         torch.set_float32_matmul_precision("high")
     if fused:
         fold_frozen_resnet(model.backbone, dtype)  # before its weights are rounded
-        fuse_norms(model)
+        fuse_modules(model)
     if dtype != torch.float32:
         cast_frozen_weights(model, dtype)
     if fused and graphs:

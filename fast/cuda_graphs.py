@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 MAX_GRAPHS = 3  # each holds its own memory
+_constants: list[dict] = []  # of the graph being captured; empty at other times
 
 
 @cache
@@ -39,6 +40,20 @@ class CapturedGraph:
     graph: torch.cuda.CUDAGraph
     inputs: list[Tensor]
     outputs: tuple[Tensor, ...]
+    constants: dict[tuple, Tensor]  # see `graph_constant`
+
+
+def graph_constant(key: tuple, compute: Callable[[], Tensor]) -> Tensor:
+    """compute(), for a tensor that depends only on `key`: at each call, but once per CUDA graph.
+
+    While a graph is captured, its warm-up computes the tensor and the graph reads it.
+    """
+    if not _constants:
+        return compute()
+    constants = _constants[-1]
+    if key not in constants:
+        constants[key] = compute()
+    return constants[key]
 
 
 class CUDAGraphCache:
@@ -94,15 +109,20 @@ class CUDAGraphCache:
             torch.is_autocast_enabled("cuda"),
             cache_enabled=False,
         )
-        with torch.cuda.stream(stream), autocast:
-            function(*inputs)
-            torch.cuda.empty_cache()  # the graph allocates from a pool of its own
-            # Data loaders pin memory in other threads meanwhile.
-            graph.capture_begin(capture_error_mode="thread_local")
-            outputs = function(*inputs)
-            graph.capture_end()
+        constants = {}
+        _constants.append(constants)
+        try:
+            with torch.cuda.stream(stream), autocast:
+                function(*inputs)
+                torch.cuda.empty_cache()  # the graph allocates from a pool of its own
+                # Data loaders pin memory in other threads meanwhile.
+                graph.capture_begin(capture_error_mode="thread_local")
+                outputs = function(*inputs)
+                graph.capture_end()
+        finally:
+            _constants.pop()
         current.wait_stream(stream)
-        return CapturedGraph(graph, inputs, outputs)
+        return CapturedGraph(graph, inputs, outputs, constants)
 
     def check_module(self, module: nn.Module) -> None:
         """Drop all graphs if the module has changed: call this before each video.

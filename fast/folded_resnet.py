@@ -70,19 +70,23 @@ class FusedResNet(ResNetBackbone):
         return maps
 
     def stem(self, images: Tensor) -> Tensor:
-        x = stem_convolution(self.conv1, images)
-        return self.maxpool(self.relu(x))
+        squares, weight = space_to_depth(images, self.conv1.weight)
+        options = (1, 1), (0, 0), (1, 1), 1  # stride, padding, dilation, groups
+        x = torch.cudnn_convolution_relu(squares, weight, self.conv1.bias, *options)
+        return self.maxpool(x)
 
 
-def stem_convolution(convolution: nn.Conv2d, images: Tensor) -> Tensor:
-    """convolution(images), for a 7x7 of stride 2 on 3 channels, in a form that tensor cores accept.
+def space_to_depth(images: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A 7x7 convolution of stride 2 on 3 channels in a form that tensor cores accept.
 
-    Space-to-depth: each square of 2x2 pixels becomes one pixel of 12 channels, and the convolution
+        F.conv2d(images, weight, stride=2, padding=3) = F.conv2d(*space_to_depth(images, weight))
+
+    Each square of 2x2 pixels becomes one pixel of 12 channels, and the convolution
     a 4x4 of stride 1. Output row y reads rows 2 y - 3 to 2 y + 3. These lie in squares y - 2 to
     y + 1, whose first row has weight 0. Channels are padded to 16, because 16-bit kernels need a
     multiple of 8. H and W must be even.
     """
-    weight = F.pad(convolution.weight, (1, 0, 1, 0))  # (64, 3, 8, 8)
+    weight = F.pad(weight, (1, 0, 1, 0))  # (64, 3, 8, 8)
     weight = weight.unflatten(3, (4, 2)).unflatten(2, (4, 2))  # (64, 3, 4, 2, 4, 2)
     weight = weight.permute(0, 2, 4, 3, 5, 1).flatten(3)  # (64, 4, 4, 12)
     weight = F.pad(weight, (0, 4)).permute(0, 3, 1, 2)  # (64, 16, 4, 4)
@@ -91,7 +95,7 @@ def stem_convolution(convolution: nn.Conv2d, images: Tensor) -> Tensor:
     squares = squares.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # (N, H/2, 2, W/2, 2, 3)
     squares = squares.transpose(2, 3).flatten(3)  # (N, H/2, W/2, 12)
     squares = F.pad(squares, (0, 4, 2, 1, 2, 1)).permute(0, 3, 1, 2)  # (N, 16, H/2 + 3, W/2 + 3)
-    return F.conv2d(squares, weight, convolution.bias)
+    return squares, weight
 
 
 def fused_block(block: BasicBlock | Bottleneck, x: Tensor) -> Tensor:

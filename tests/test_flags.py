@@ -336,7 +336,7 @@ def test_the_tracker_runs_as_graphs_in_16_bit_on_a_gpu(run):
         model = build_model("toy", 3)
         with (
             mock.patch.object(GRAttVIS, "device", torch.device("cuda")),
-            mock.patch("fast.acceleration.fuse_norms"),
+            mock.patch("fast.acceleration.fuse_modules"),
         ):
             for graphs in (False, True):
                 accelerate_training(model, torch.bfloat16, graphs=graphs)

@@ -9,10 +9,19 @@ import torch
 import train
 from backbone import build_backbone
 from clips import Clip
+from detector import AttentionMask, UpsampleAdd
+from evaluation.postprocess import mask_sum_and_area
 from fast.cuda_graphs import CUDAGraphCache
 from fast.folded_resnet import FusedResNet, fold_frozen_resnet, fold_resnet
-from fast.fused_norms import FusedGroupNorm, FusedResidualNorm, fuse_norms
-from fast.half_precision import LinearReLU, cast_weights
+from fast.fused_masks import fused_mask_sum_and_area
+from fast.fused_modules import (
+    FusedAttentionMask,
+    FusedGroupNorm,
+    FusedResidualNorm,
+    FusedUpsampleAdd,
+    fuse_modules,
+)
+from fast.half_precision import HalfLinear, LinearReLU, cast_weights
 from fast.training_graphs import graph_tracker
 from golden_set import PROPAGATION, golden_model, make_video, meta, read_arrays, relative_error
 from losses import Criterion
@@ -222,7 +231,7 @@ def test_a_residual_norm_is_one_kernel(rows, channels):
     x = 3 + torch.randn(rows, channels, device="cuda")
     branch = torch.randn(rows, channels, device="cuda", dtype=torch.bfloat16)
     expected = copy.deepcopy(norm).double()(x.double(), branch.double())
-    fuse_norms(norm)
+    fuse_modules(norm)
     assert type(norm) is FusedResidualNorm
     with torch.autocast("cuda", torch.bfloat16):
         found = norm(x, branch)
@@ -242,7 +251,7 @@ def test_a_group_norm_of_channels_last_maps(size, relu):
     sequence = torch.nn.Sequential(*parts)
     x = 5 + torch.randn(2, 256, *size, device="cuda", dtype=torch.float16)
     expected = copy.deepcopy(sequence).double()(x.double())
-    fuse_norms(sequence)
+    fuse_modules(sequence)
     assert type(norm) is FusedGroupNorm
     with torch.autocast("cuda", torch.float16):
         plain = sequence(x)
@@ -251,6 +260,62 @@ def test_a_group_norm_of_channels_last_maps(size, relu):
     assert torch.equal(found, again)
     for result in (plain, found):
         torch.testing.assert_close(result.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(1, 1), (12, 20), (23, 41)])
+def test_upsampling_in_one_kernel(size):
+    """Of the last of two levels that are joined, as in the pixel decoder."""
+    torch.manual_seed(0)
+    tokens = torch.randn(2, 7 + size[0] * size[1], 256, device="cuda")
+    level = tokens[:, 7:].unflatten(1, size).permute(0, 3, 1, 2)
+    lateral = torch.randn(2, 2 * size[0], 2 * size[1], 256, device="cuda").permute(0, 3, 1, 2)
+    expected = UpsampleAdd()(level.double(), lateral.double())
+    with torch.autocast("cuda", torch.float16):
+        found = FusedUpsampleAdd()(level, lateral)
+    assert found.dtype == torch.float16 and found.stride() == lateral.stride()
+    torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_attention_masks_in_one_kernel(dtype):
+    torch.manual_seed(0)
+    logits = torch.randn(2, 50, 3840, device="cuda").to(dtype)
+    logits[0, 1], logits[1, 2] = -1, 1  # an empty and a full mask
+    logits[1, 3, ::7] = -1e-5  # rounds to a probability of 0.5
+    with torch.autocast("cuda", dtype):
+        blocked = AttentionMask().block_background(logits)
+        found = FusedAttentionMask().block_background(logits)
+    assert found.dtype == dtype
+    assert torch.equal(found, torch.zeros_like(found).masked_fill(blocked, -torch.inf))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_mask_scores_in_one_kernel(dtype):
+    torch.manual_seed(0)
+    logits = 4 * torch.randn(3, 5, 179, 333, device="cuda", dtype=dtype)
+    logits[1, 2] = -5  # an empty mask
+    sums, areas = fused_mask_sum_and_area(logits)
+    expected_sums, expected_areas = mask_sum_and_area(logits)
+    torch.testing.assert_close(sums, expected_sums, rtol=1e-5, atol=1e-3)
+    assert torch.equal(areas, expected_areas) and areas.dtype == torch.int64
+
+
+@torch.no_grad()
+def test_a_graph_casts_its_inputs_at_every_replay():
+    """Tensors remember their casts; a graph must not keep the one of its warm-up."""
+    linear = torch.nn.Linear(64, 8).cuda()
+    cast_weights([linear], torch.float16)
+    assert type(linear) is HalfLinear
+    graphs = CUDAGraphCache()
+    with torch.autocast("cuda", torch.float16):
+        for _ in range(3):
+            x = torch.randn(5, 64, device="cuda")
+            found = graphs(lambda x: (linear(x), linear(x)), x)
+            assert len(graphs.graphs) == 1
+            for result in found:
+                torch.testing.assert_close(result, linear(x.clone()))
 
 
 # Graphs of training

@@ -1,0 +1,35 @@
+"""Scores of masks on a GPU in one kernel.
+
+    model.mask_sum_and_area = fused_mask_sum_and_area    # what accelerate does
+
+`step` scores the masks of all queries at frame size, so every pass over them counts.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from evaluation.postprocess import mask_sum_and_area
+from fast.triton_kernels import mask_sums_kernel, triton, triton_works
+
+BLOCK = 4096  # pixels that a program takes
+
+
+def can_fuse(logits: Tensor) -> bool:
+    """Whether the kernel takes these logits: it computes in float32."""
+    return logits.is_cuda and logits.dtype != torch.float64 and triton_works()
+
+
+def fused_mask_sum_and_area(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """`mask_sum_and_area`, up to rounding."""
+    if not can_fuse(logits):
+        return mask_sum_and_area(logits)
+    *shape, height, width = logits.shape
+    masks, pixels = math.prod(shape), height * width
+    blocks = triton.cdiv(pixels, BLOCK)
+    sums = logits.new_empty(masks, blocks, dtype=torch.float32)
+    areas = logits.new_empty(masks, blocks, dtype=torch.int32)
+    if masks:
+        mask_sums_kernel[(masks, blocks)](logits.contiguous(), sums, areas, pixels, BLOCK)
+    return sums.sum(1).view(shape), areas.sum(1).view(shape)

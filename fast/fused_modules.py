@@ -1,0 +1,187 @@
+"""Norms and other small modules in 16-bit programs on a GPU, each in one or two kernels.
+
+    fuse_modules(model)    # in place, for inference or for frozen parts in training
+
+Under autocast a norm reads and writes float32. Launched one by one, the residual sum, the norm, the
+activation and copies between memory formats each read and write the whole tensor; at a stride of 4
+that takes longer than the convolutions. Layer norms also write a copy in 16 bit, for the layers
+that follow (`cast_once`).
+
+A fused module is a subclass of the plain one (detector.py, transformer.py), which still runs with
+gradients and on other devices. Results are equal up to rounding. Whoever edits a plain module that
+is listed in FUSED edits the kernel as well, or removes the entry; tests/test_triton_kernels.py
+compares both.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from detector import AttentionMask, UpsampleAdd
+from fast.half_precision import remember_cast
+from fast.triton_kernels import (
+    block_background_kernel,
+    group_norm_kernel,
+    group_sums_kernel,
+    layer_norm_kernel,
+    triton,
+    triton_works,
+    upsample_add_kernel,
+)
+from transformer import ResidualNorm
+
+TOKEN_CHANNELS = 2048  # numbers that a program of `layer_norm_kernel` takes
+TILE = 32  # pixels that a program of other kernels takes at once
+PIXELS = 1024  # the same for `block_background_kernel`
+PROGRAMS = 256  # of the group norm for few images
+
+
+def fuse_modules(model: nn.Module) -> None:
+    """Let small modules of a model run in fused kernels where possible, in place."""
+    if not triton_works():
+        return
+    for module in model.modules():
+        if type(module) in FUSED:
+            module.__class__ = FUSED[type(module)]
+        elif isinstance(module, nn.Sequential):
+            fuse_group_norm(module)
+
+
+def fuse_group_norm(sequence: nn.Sequential) -> None:
+    """Fuse the group norm of [convolution, norm] or [convolution, norm, ReLU]."""
+    norm, relu = (*sequence, None, None)[1:3]
+    if type(norm) is not nn.GroupNorm or not is_power_of_2(norm.num_channels):
+        return
+    norm.__class__ = FusedGroupNorm
+    norm.relu = isinstance(relu, nn.ReLU)
+    if norm.relu:
+        sequence[2] = nn.Identity()
+
+
+def is_power_of_2(number: int) -> bool:
+    return number & number - 1 == 0
+
+
+def can_fuse(x: Tensor) -> bool:
+    """Whether the kernels take this input: they have no backward."""
+    return x.is_cuda and not torch.is_grad_enabled() and torch.is_autocast_enabled("cuda")
+
+
+class FusedLayerNorm(nn.LayerNorm):
+    """Layer norm in one kernel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not can_fuse(x) or len(self.normalized_shape) != 1:
+            return super().forward(x)
+        return fused_layer_norm(x, None, self)
+
+
+class FusedResidualNorm(ResidualNorm):
+    """norm(x + branch) in one kernel."""
+
+    def forward(self, x: Tensor, branch: Tensor) -> Tensor:
+        if not can_fuse(x) or x.shape != branch.shape:
+            return super().forward(x, branch)
+        return fused_layer_norm(x, branch, self)
+
+
+def fused_layer_norm(x: Tensor, branch: Tensor | None, norm: nn.LayerNorm) -> Tensor:
+    """norm(x + branch) in float32, which remembers its copy in the dtype of autocast."""
+    has_branch = branch is not None
+    x = x.contiguous()
+    branch = branch.contiguous() if has_branch else x
+    output = torch.empty_like(x, dtype=torch.float32)
+    copy = torch.empty_like(x, dtype=torch.get_autocast_dtype("cuda"))
+    channels = x.shape[-1]
+    rows = x.numel() // channels
+    width = triton.next_power_of_2(channels)
+    rows_each = max(1, TOKEN_CHANNELS // width)
+    layer_norm_kernel[(triton.cdiv(rows, rows_each),)](
+        x,
+        branch,
+        norm.weight,
+        norm.bias,
+        output,
+        copy,
+        rows,
+        norm.eps,
+        channels,
+        width,
+        rows_each,
+        has_branch,
+    )
+    remember_cast(output, copy)
+    return output
+
+
+class FusedGroupNorm(nn.GroupNorm):
+    """Group norm, and ReLU behind it if `relu`, of channels-last maps."""
+
+    relu = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not can_fuse(x) or not x.is_contiguous(memory_format=torch.channels_last):
+            x = super().forward(x)
+            return x.relu() if self.relu else x
+        batch, channels, height, width = x.shape
+        pixels = height * width
+        most_blocks = triton.next_power_of_2(PROGRAMS // min(batch, 4))
+        tiles = triton.cdiv(pixels, TILE * most_blocks)  # of each program
+        blocks = triton.cdiv(pixels, TILE * tiles)
+        sums = x.new_empty(batch, blocks, 2, self.num_groups, dtype=torch.float32)
+        output = torch.empty_like(x, dtype=torch.float32)
+        sizes = channels, self.num_groups, TILE
+        group_sums_kernel[(blocks, batch)](x, sums, pixels, tiles, *sizes)
+        group_norm_kernel[(blocks, batch)](
+            x,
+            sums,
+            self.weight,
+            self.bias,
+            output,
+            pixels,
+            tiles,
+            self.eps,
+            *sizes,
+            most_blocks,
+            self.relu,
+        )
+        return output
+
+
+class FusedUpsampleAdd(UpsampleAdd):
+    """Doubling in one kernel. The result is in 16 bit, since the next layer is a convolution."""
+
+    def forward(self, level: Tensor, lateral: Tensor) -> Tensor:
+        batch, channels, height, width = level.shape
+        is_double = lateral.shape[-2:] == (2 * height, 2 * width)
+        is_channels_last = level.stride()[1:] == (1, width * channels, channels)
+        is_channels_last &= lateral.is_contiguous(memory_format=torch.channels_last)
+        is_supported = is_double and is_channels_last and is_power_of_2(channels)
+        if not can_fuse(level) or not is_supported:
+            return super().forward(level, lateral)
+        output = torch.empty_like(lateral, dtype=torch.get_autocast_dtype("cuda"))
+        tiles = triton.cdiv(2 * width, TILE)
+        upsample_add_kernel[(tiles, 2 * height, batch)](
+            level, lateral, output, level.stride(0), height, width, channels, TILE
+        )
+        return output
+
+
+class FusedAttentionMask(AttentionMask):
+    """The mask of mask logits in one kernel: -inf where attention is blocked, instead of True."""
+
+    def block_background(self, logits: Tensor) -> Tensor:
+        if not can_fuse(logits) or logits.dtype != torch.get_autocast_dtype("cuda"):
+            return super().block_background(logits)
+        batch, queries, pixels = logits.shape
+        mask = torch.empty_like(logits)
+        block_background_kernel[(batch * queries,)](logits.contiguous(), mask, pixels, PIXELS)
+        return mask[:, None]
+
+
+# The fused module of each plain one.
+FUSED = {
+    ResidualNorm: FusedResidualNorm,
+    nn.LayerNorm: FusedLayerNorm,
+    UpsampleAdd: FusedUpsampleAdd,
+    AttentionMask: FusedAttentionMask,
+}

@@ -1,0 +1,203 @@
+"""Triton kernels of fast/: norms, upsampling, masks of attention, sums of masks.
+
+fused_modules.py and fused_masks.py call them. Each computes in float32. Sums are not added
+atomically, so results are deterministic. Tests: tests/test_triton_kernels.py, tests/test_gpu.py.
+"""
+
+import subprocess
+import warnings
+from functools import cache
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # PyTorch brings Triton for NVIDIA GPUs on Linux only
+    triton = None
+
+
+@cache
+def triton_works() -> bool:
+    """Whether Triton can compile a kernel, which takes a C compiler. If not, a warning says why."""
+    if triton is None or not torch.cuda.is_available():
+        return False
+    logits = torch.zeros(1, 16, device="cuda")
+    sums, areas = torch.zeros_like(logits), torch.zeros_like(logits)
+    try:
+        mask_sums_kernel[(1, 1)](logits, sums, areas, 16, 16)
+    except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+        warnings.warn(f"kernels are not fused, because Triton fails: {error}", stacklevel=3)
+        return False
+    return True
+
+
+if triton:
+
+    @triton.jit
+    def layer_norm_kernel(
+        x,
+        branch,
+        weight,
+        bias,
+        output,
+        copy,
+        rows,
+        eps,
+        C: tl.constexpr,
+        WIDTH: tl.constexpr,
+        ROWS: tl.constexpr,
+        HAS_BRANCH: tl.constexpr,
+    ):
+        """output (rows, C) = copy = layer_norm(x + branch), for ROWS rows. WIDTH >= C."""
+        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+        channel = tl.arange(0, WIDTH)[None]
+        is_channel = channel < C
+        inside = (row < rows) & is_channel
+        at = row.to(tl.int64) * C + channel
+        value = tl.load(x + at, inside, 0).to(tl.float32)
+        if HAS_BRANCH:
+            value += tl.load(branch + at, inside, 0).to(tl.float32)
+        value -= tl.sum(value, 1, keep_dims=True) / C
+        value = tl.where(is_channel, value, 0)
+        variance = tl.sum(value * value, 1, keep_dims=True) / C
+        value *= tl.rsqrt(variance + eps)
+        value *= tl.load(weight + channel, is_channel, 0)
+        value += tl.load(bias + channel, is_channel, 0)
+        tl.store(output + at, value, inside)
+        tl.store(copy + at, value, inside)
+
+    @triton.jit
+    def group_sums_kernel(
+        x,
+        sums,
+        pixels,
+        tiles,
+        C: tl.constexpr,
+        GROUPS: tl.constexpr,
+        TILE: tl.constexpr,
+    ):
+        """Sum and sum of squares of each group of x (N, pixels, C), over some tiles of pixels.
+
+        sums: (N, blocks, 2, GROUPS).
+        """
+        block, image, blocks = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
+        total = tl.zeros((GROUPS,), tl.float32)
+        squares = tl.zeros((GROUPS,), tl.float32)
+        channel = tl.arange(0, C)[None]
+        for tile in range(tiles):
+            pixel = (block * tiles + tile) * TILE + tl.arange(0, TILE)[:, None]
+            at = (image.to(tl.int64) * pixels + pixel) * C + channel
+            value = tl.load(x + at, pixel < pixels, 0).to(tl.float32)
+            total += tl.sum(tl.reshape(tl.sum(value, 0), (GROUPS, C // GROUPS)), 1)
+            squares += tl.sum(tl.reshape(tl.sum(value * value, 0), (GROUPS, C // GROUPS)), 1)
+        first = sums + (image * blocks + block) * 2 * GROUPS + tl.arange(0, GROUPS)
+        tl.store(first, total)
+        tl.store(first + GROUPS, squares)
+
+    @triton.jit
+    def group_norm_kernel(
+        x,
+        sums,
+        weight,
+        bias,
+        output,
+        pixels,
+        tiles,
+        eps,
+        C: tl.constexpr,
+        GROUPS: tl.constexpr,
+        TILE: tl.constexpr,
+        BLOCKS: tl.constexpr,
+        RELU: tl.constexpr,
+    ):
+        """output (N, pixels, C) = group_norm(x), and ReLU, for some tiles of pixels."""
+        image, blocks = tl.program_id(1), tl.num_programs(0)
+        block = tl.arange(0, BLOCKS)[:, None]
+        group = tl.arange(0, GROUPS)[None]
+        channel = tl.arange(0, C)[None]
+        first = sums + (image * blocks + block) * 2 * GROUPS + group
+        count = pixels * (C // GROUPS)
+        mean = tl.sum(tl.load(first, block < blocks, 0), 0) / count  # (GROUPS,)
+        squares = tl.sum(tl.load(first + GROUPS, block < blocks, 0), 0) / count
+        scale = tl.rsqrt(squares - mean * mean + eps)
+        # From groups to channels: (1, C).
+        each: tl.constexpr = C // GROUPS
+        mean = tl.reshape(tl.broadcast_to(mean[:, None], (GROUPS, each)), (1, C))
+        scale = tl.reshape(tl.broadcast_to(scale[:, None], (GROUPS, each)), (1, C))
+        scale *= tl.load(weight + channel)
+        shift = tl.load(bias + channel) - mean * scale
+        for tile in range(tiles):
+            pixel = (tl.program_id(0) * tiles + tile) * TILE + tl.arange(0, TILE)[:, None]
+            at = (image.to(tl.int64) * pixels + pixel) * C + channel
+            value = tl.load(x + at, pixel < pixels, 0).to(tl.float32) * scale + shift
+            if RELU:
+                value = tl.maximum(value, 0)
+            tl.store(output + at, value, pixel < pixels)
+
+    @triton.jit
+    def mask_sums_kernel(logits, sums, areas, pixels, BLOCK: tl.constexpr):
+        """Sum of the probabilities above 0.5, and their number, in a block of pixels of a mask.
+
+        logits: (masks, pixels). sums and areas: (masks, blocks).
+        """
+        mask, block, blocks = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+        pixel = block * BLOCK + tl.arange(0, BLOCK)
+        logit = tl.load(logits + mask.to(tl.int64) * pixels + pixel, pixel < pixels, float("-inf"))
+        probability = tl.sigmoid(logit.to(tl.float32))
+        inside = probability > 0.5
+        tl.store(sums + mask * blocks + block, tl.sum(tl.where(inside, probability, 0), 0))
+        tl.store(areas + mask * blocks + block, tl.sum(inside.to(tl.int32), 0))
+
+    @triton.jit
+    def upsample_add_kernel(
+        level,
+        lateral,
+        output,
+        image_stride,
+        height,
+        width,
+        C: tl.constexpr,
+        TILE: tl.constexpr,
+    ):
+        """output (N, 2 height, 2 width, C) = level, doubled bilinearly, + lateral.
+
+        level: (N, height, width, C), its images image_stride apart. An output pixel lies 1/4 of a
+        pixel beside the centre of a pixel of the level: it has 3/4 of that one and 1/4 of the next.
+        """
+        column = tl.program_id(0) * TILE + tl.arange(0, TILE)[:, None]
+        row, image = tl.program_id(1), tl.program_id(2).to(tl.int64)
+        channel = tl.arange(0, C)[None]
+        inside = column < 2 * width
+        near_column, near_row = column // 2, row // 2
+        # The next one is to the left of even pixels, to the right of odd ones; none at the border.
+        far_column = near_column + (column % 2) * 2 - 1
+        far_column = tl.minimum(tl.maximum(far_column, 0), width - 1)
+        far_row = tl.minimum(tl.maximum(near_row + (row % 2) * 2 - 1, 0), height - 1)
+        first = level + image * image_stride + channel
+        near_line, far_line = first + near_row * width * C, first + far_row * width * C
+        value = 0.5625 * tl.load(near_line + near_column * C, inside, 0)
+        value += 0.1875 * tl.load(near_line + far_column * C, inside, 0)
+        value += 0.1875 * tl.load(far_line + near_column * C, inside, 0)
+        value += 0.0625 * tl.load(far_line + far_column * C, inside, 0)
+        at = ((image * 2 * height + row) * 2 * width + column) * C + channel
+        value += tl.load(lateral + at, inside, 0)
+        tl.store(output + at, value, inside)
+
+    @triton.jit
+    def block_background_kernel(logits, mask, pixels, PIXELS: tl.constexpr):
+        """mask (rows, pixels): -inf where a mask is background, 0 elsewhere or if it is empty."""
+        first = tl.program_id(0).to(tl.int64) * pixels
+        area = 0
+        for start in range(0, pixels, PIXELS):
+            pixel = start + tl.arange(0, PIXELS)
+            logit = tl.load(logits + first + pixel, pixel < pixels, float("-inf"))
+            # Rounded like a probability in 16 bit: a tiny negative logit is foreground.
+            probability = tl.sigmoid(logit.to(tl.float32)).to(logit.dtype)
+            area += tl.sum((probability >= 0.5).to(tl.int32), 0)
+        for start in range(0, pixels, PIXELS):
+            pixel = start + tl.arange(0, PIXELS)
+            logit = tl.load(logits + first + pixel, pixel < pixels, float("-inf"))
+            probability = tl.sigmoid(logit.to(tl.float32)).to(logit.dtype)
+            blocked = (probability < 0.5) & (area > 0)
+            tl.store(mask + first + pixel, tl.where(blocked, float("-inf"), 0.0), pixel < pixels)
