@@ -366,7 +366,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="as evaluate.py's and train.py's",
     )
     parser.add_argument("--compile", action="store_true", help="torch.compile the model")
-    parser.add_argument("--graphs", action="store_true", help="as train.py's")
+    parser.add_argument(
+        "--graphs", action=argparse.BooleanOptionalAction, default=True, help="as train.py's"
+    )
     parser.add_argument(
         "--recompute", default="off", choices=("off", "decoder", "all"), help="as train.py's"
     )

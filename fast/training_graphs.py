@@ -13,13 +13,14 @@ loader pins memory meanwhile.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MethodType
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fast.cuda_graphs import CUDAGraphCache, get_stream
 from tracker import ClipPrediction, Tracker, TrackerState
@@ -49,10 +50,10 @@ def forward_in_graphs(
 
 
 def is_capturable(tracker: Tracker, frame_queries: Tensor, state: TrackerState | None) -> bool:
-    """Whether this is training on a GPU, from the start of a video."""
+    """Whether this is training on a GPU, through several clips from the start of a video."""
     # Noise of queries is drawn with randperm, which waits for the GPU.
     trains = tracker.training and torch.is_grad_enabled() and not tracker.query_noise
-    return trains and frame_queries.is_cuda and state is None
+    return trains and frame_queries.is_cuda and state is None and frame_queries.shape[2] > 1
 
 
 @dataclass
@@ -135,9 +136,12 @@ def capture(tracker: Tracker, frame_queries: Tensor) -> TrackerGraphs:
     parameters = [parameter for parameter in tracker.parameters() if parameter.requires_grad]
     stream, current = get_stream(static.device), torch.cuda.current_stream()
     stream.wait_stream(current)
-    with torch.cuda.stream(stream):
+    with torch.cuda.stream(stream), same_weights(tracker):
+        leaves = [parameter for parameter in tracker.parameters() if parameter.requires_grad]
         outputs = tensors_of(run_forward(tracker, static))
-        run_backward(outputs, static, parameters, list(map(torch.ones_like, outputs)))
+        # The next forward pass overwrites the memory of graphs. Gradients, which are added up over
+        # several passes, must not lie there: the graph copies them to those of the warm-up.
+        gradients = run_backward(outputs, static, leaves, list(map(torch.ones_like, outputs)))
         del outputs
         torch.cuda.empty_cache()  # the graphs allocate from a pool of their own
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
@@ -148,7 +152,7 @@ def capture(tracker: Tracker, frame_queries: Tensor) -> TrackerGraphs:
         outputs = tensors_of(results)
         output_gradients = [torch.empty_like(x) if x.requires_grad else None for x in outputs]
         backward.capture_begin(pool=forward.pool(), capture_error_mode="thread_local")
-        input_gradients = run_backward(outputs, static, parameters, output_gradients)
+        copy_all(gradients, run_backward(outputs, static, leaves, output_gradients))
         backward.capture_end()
     current.wait_stream(stream)
     # Without the autograd graph of the capture, which would be bound to its stream.
@@ -162,8 +166,38 @@ def capture(tracker: Tracker, frame_queries: Tensor) -> TrackerGraphs:
         results,
         outputs,
         output_gradients,
-        input_gradients,
+        gradients,
     )
+
+
+def copy_all(targets: list[Tensor | None], sources: list[Tensor | None]) -> None:
+    """Copy tensors in few kernels; None where there is none."""
+    pairs = [pair for pair in zip(targets, sources) if pair[0] is not None]
+    targets, sources = zip(*pairs)
+    torch._foreach_copy_(targets, sources)
+
+
+@contextmanager
+def same_weights(module: nn.Module) -> Iterator[None]:
+    """A context in which a module has new parameters, in the memory of its own ones.
+
+    Backward synchronises with the stream on which a parameter was used first. That is another one
+    if the module has been used before, or in DistributedDataParallel, and a capture cannot wait
+    for it.
+    """
+    owned = [
+        (owner, name, parameter)
+        for owner in module.modules()
+        for name, parameter in owner._parameters.items()
+        if parameter is not None
+    ]
+    for owner, name, parameter in owned:
+        owner._parameters[name] = nn.Parameter(parameter.detach(), parameter.requires_grad)
+    try:
+        yield
+    finally:
+        for owner, name, parameter in owned:
+            owner._parameters[name] = parameter
 
 
 def run_forward(tracker: Tracker, frame_queries: Tensor) -> list:

@@ -370,9 +370,10 @@ def add_optimisation_flags(add) -> None:
     )
     add(
         "--graphs",
-        action="store_true",
+        action=SWITCH,
+        default=True,
         help="launch the tracker, forward and backward, as two CUDA graphs instead of thousands of "
-        "kernels; experimental, in 16 bit on a GPU, without --compile",
+        "kernels: in 16 bit on a GPU, without --compile",
     )
 
 
