@@ -7,17 +7,19 @@ activation and copies between memory formats each read and write the whole tenso
 that takes longer than the convolutions. Layer norms also write a copy in 16 bit, for the layers
 that follow (`cast_once`).
 
-A fused module is a subclass of the plain one (detector.py, transformer.py), which still runs with
-gradients and on other devices. Results are equal up to rounding. Whoever edits a plain module that
-is listed in FUSED edits the kernel as well, or removes the entry; tests/test_triton_kernels.py
-compares both.
+A fused module is a subclass of the plain one (backbone.py, detector.py, transformer.py), which runs
+with gradients and on other devices. Results are equal up to rounding. Whoever edits a plain module
+that is listed in FUSED edits the kernel as well, or removes the entry;
+tests/test_triton_kernels.py compares both.
 """
 
 import torch
 from torch import Tensor, nn
+from torchvision.models.swin_transformer import SwinTransformerBlock
 
+from backbone import DetectorWindowAttention
 from detector import AttentionMask, UpsampleAdd
-from fast.half_precision import remember_cast
+from fast.half_precision import HALF, remember_cast
 from fast.triton_kernels import (
     block_background_kernel,
     group_norm_kernel,
@@ -26,11 +28,13 @@ from fast.triton_kernels import (
     triton,
     triton_works,
     upsample_add_kernel,
+    window_attention_kernel,
 )
 from transformer import ResidualNorm
 
 TOKEN_CHANNELS = 2048  # numbers that a program of `layer_norm_kernel` takes
 TILE = 32  # pixels that a program of other kernels takes at once
+ATTENTION_TILE = 64  # tokens of a window that are queries, or keys, at once
 PIXELS = 1024  # the same for `block_background_kernel`
 PROGRAMS = 256  # of the group norm for few images
 
@@ -44,6 +48,9 @@ def fuse_modules(model: nn.Module) -> None:
             module.__class__ = FUSED[type(module)]
         elif isinstance(module, nn.Sequential):
             fuse_group_norm(module)
+    for module in model.modules():
+        if isinstance(module, SwinTransformerBlock):  # linear layers follow both norms
+            module.norm1.half_output = module.norm2.half_output = True
 
 
 def fuse_group_norm(sequence: nn.Sequential) -> None:
@@ -67,12 +74,14 @@ def can_fuse(x: Tensor) -> bool:
 
 
 class FusedLayerNorm(nn.LayerNorm):
-    """Layer norm in one kernel."""
+    """Layer norm in one kernel; with `half_output`, its result is in 16 bit only."""
+
+    half_output = False
 
     def forward(self, x: Tensor) -> Tensor:
         if not can_fuse(x) or len(self.normalized_shape) != 1:
             return super().forward(x)
-        return fused_layer_norm(x, None, self)
+        return fused_layer_norm(x, None, self, self.half_output)
 
 
 class FusedResidualNorm(ResidualNorm):
@@ -84,13 +93,15 @@ class FusedResidualNorm(ResidualNorm):
         return fused_layer_norm(x, branch, self)
 
 
-def fused_layer_norm(x: Tensor, branch: Tensor | None, norm: nn.LayerNorm) -> Tensor:
-    """norm(x + branch) in float32, which remembers its copy in the dtype of autocast."""
+def fused_layer_norm(
+    x: Tensor, branch: Tensor | None, norm: nn.LayerNorm, half_output: bool = False
+) -> Tensor:
+    """norm(x + branch) in float32, which remembers its copy in 16 bit; or the copy alone."""
     has_branch = branch is not None
     x = x.contiguous()
     branch = branch.contiguous() if has_branch else x
-    output = torch.empty_like(x, dtype=torch.float32)
     copy = torch.empty_like(x, dtype=torch.get_autocast_dtype("cuda"))
+    output = copy if half_output else torch.empty_like(x, dtype=torch.float32)
     channels = x.shape[-1]
     rows = x.numel() // channels
     width = triton.next_power_of_2(channels)
@@ -108,8 +119,10 @@ def fused_layer_norm(x: Tensor, branch: Tensor | None, norm: nn.LayerNorm) -> Te
         width,
         rows_each,
         has_branch,
+        not half_output,
     )
-    remember_cast(output, copy)
+    if not half_output:
+        remember_cast(output, copy)
     return output
 
 
@@ -178,8 +191,45 @@ class FusedAttentionMask(AttentionMask):
         return mask[:, None]
 
 
+class FusedWindowAttention(DetectorWindowAttention):
+    """Window attention in one kernel between both projections.
+
+    It reads and writes pixels where they are in the map, so nothing is padded, rolled or copied.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, height, width, channels = x.shape
+        head_channels = channels // self.num_heads
+        is_supported = is_power_of_2(head_channels) and head_channels >= 16
+        if not can_fuse(x) or not is_supported or self.qkv.weight.dtype not in HALF:
+            return super().forward(x)
+        qkv = self.qkv(x)
+        window, shift = self.window_size[0], self.shift_size[0]
+        rows, columns = triton.cdiv(height, window), triton.cdiv(width, window)  # of windows
+        tiles = triton.cdiv(window**2, ATTENTION_TILE)
+        output = qkv.new_empty(x.shape)
+        window_attention_kernel[(rows * columns * tiles, self.num_heads, batch)](
+            qkv,
+            self.qkv.bias,
+            self.get_relative_position_bias(),
+            output,
+            height,
+            width,
+            rows,
+            columns,
+            head_channels**-0.5,
+            channels,
+            head_channels,
+            window,
+            shift,
+            ATTENTION_TILE,
+        )
+        return self.proj(output)
+
+
 # The fused module of each plain one.
 FUSED = {
+    DetectorWindowAttention: FusedWindowAttention,
     ResidualNorm: FusedResidualNorm,
     nn.LayerNorm: FusedLayerNorm,
     UpsampleAdd: FusedUpsampleAdd,

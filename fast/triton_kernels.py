@@ -1,4 +1,4 @@
-"""Triton kernels of fast/: norms, upsampling, masks of attention, sums of masks.
+"""Triton kernels of fast/: norms, upsampling, window attention, masks of attention, sums of masks.
 
 fused_modules.py and fused_masks.py call them. Each computes in float32. Sums are not added
 atomically, so results are deterministic. Tests: tests/test_triton_kernels.py, tests/test_gpu.py.
@@ -48,6 +48,7 @@ if triton:
         WIDTH: tl.constexpr,
         ROWS: tl.constexpr,
         HAS_BRANCH: tl.constexpr,
+        HAS_COPY: tl.constexpr,
     ):
         """output (rows, C) = copy = layer_norm(x + branch), for ROWS rows. WIDTH >= C."""
         row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -65,7 +66,8 @@ if triton:
         value *= tl.load(weight + channel, is_channel, 0)
         value += tl.load(bias + channel, is_channel, 0)
         tl.store(output + at, value, inside)
-        tl.store(copy + at, value, inside)
+        if HAS_COPY:
+            tl.store(copy + at, value, inside)
 
     @triton.jit
     def group_sums_kernel(
@@ -201,3 +203,87 @@ if triton:
             probability = tl.sigmoid(logit.to(tl.float32)).to(logit.dtype)
             blocked = (probability < 0.5) & (area > 0)
             tl.store(mask + first + pixel, tl.where(blocked, float("-inf"), 0.0), pixel < pixels)
+
+    @triton.jit
+    def locate_tokens(token, row, column, height, width, rows, columns, WINDOW, SHIFT):
+        """Tokens of a window -> their pixels, whether these exist, and their zones.
+
+        The map is padded to (rows, columns), and shifted. row, column: where the window begins.
+        Tokens of a window in different zones were not neighbours before the shift.
+        """
+        row, column = row + token // WINDOW, column + token % WINDOW
+        row_zone = (row >= rows - WINDOW).to(tl.int32) + (row >= rows - SHIFT).to(tl.int32)
+        column_zone = (column >= columns - WINDOW).to(tl.int32)
+        column_zone += (column >= columns - SHIFT).to(tl.int32)
+        row, column = (row + SHIFT) % rows, (column + SHIFT) % columns
+        exists = (row < height) & (column < width) & (token < WINDOW * WINDOW)
+        return row * width + column, exists, 3 * row_zone + column_zone
+
+    @triton.jit
+    def load_tokens(qkv, qkv_bias, pixel, exists, first, C: tl.constexpr, D: tl.constexpr):
+        """D channels of tokens, from `first`. Padding is 0, so its projection is the bias."""
+        channel = first + tl.arange(0, D)[None]
+        padding = tl.load(qkv_bias + channel)
+        value = tl.load(qkv + pixel[:, None] * (3 * C) + channel, exists[:, None], 0)
+        return tl.where(exists[:, None], value, padding)
+
+    @triton.jit
+    def window_attention_kernel(
+        qkv,
+        qkv_bias,
+        bias,
+        output,
+        height,
+        width,
+        windows_y,
+        windows_x,
+        scale,
+        C: tl.constexpr,
+        D: tl.constexpr,
+        WINDOW: tl.constexpr,
+        SHIFT: tl.constexpr,
+        TILE: tl.constexpr,
+    ):
+        """Shifted window attention, for a tile of the queries of a window, in one head.
+
+        qkv (N, height, width, 3 C) is projected; so is 0, to qkv_bias. bias (heads, T, T), for
+        T = WINDOW^2 tokens. output (N, height, width, C).
+        """
+        TOKENS: tl.constexpr = WINDOW * WINDOW
+        TILES: tl.constexpr = (TOKENS + TILE - 1) // TILE
+        window, tile = tl.program_id(0) // TILES, tl.program_id(0) % TILES
+        head, image = tl.program_id(1), tl.program_id(2).to(tl.int64)
+        row, column = window // windows_x * WINDOW, window % windows_x * WINDOW
+        rows, columns = windows_y * WINDOW, windows_x * WINDOW
+        qkv += image * height * width * 3 * C
+        output += image * height * width * C
+        bias += head * TOKENS * TOKENS
+
+        query = tile * TILE + tl.arange(0, TILE)
+        pixel, exists, zone = locate_tokens(
+            query, row, column, height, width, rows, columns, WINDOW, SHIFT
+        )
+        q = load_tokens(qkv, qkv_bias, pixel, exists, head * D, C, D)
+        highest = tl.full((TILE,), float("-inf"), tl.float32)
+        total = tl.zeros((TILE,), tl.float32)
+        value = tl.zeros((TILE, D), tl.float32)
+        for start in range(0, TOKENS, TILE):
+            key = start + tl.arange(0, TILE)
+            key_pixel, key_exists, key_zone = locate_tokens(
+                key, row, column, height, width, rows, columns, WINDOW, SHIFT
+            )
+            k = load_tokens(qkv, qkv_bias, key_pixel, key_exists, C + head * D, C, D)
+            v = load_tokens(qkv, qkv_bias, key_pixel, key_exists, 2 * C + head * D, C, D)
+            inside = (query < TOKENS)[:, None] & (key < TOKENS)[None]
+            logits = tl.dot(q, tl.trans(k)) * scale
+            logits += tl.load(bias + query[:, None] * TOKENS + key[None], inside, 0)
+            logits = tl.where(zone[:, None] != key_zone[None], logits - 100, logits)
+            logits = tl.where((key < TOKENS)[None], logits, float("-inf"))
+            # Softmax as in flash attention: sums so far are rescaled when the maximum rises.
+            before, highest = highest, tl.maximum(highest, tl.max(logits, 1))
+            weights = tl.exp(logits - highest[:, None])
+            rescale = tl.exp(before - highest)
+            total = total * rescale + tl.sum(weights, 1)
+            value = value * rescale[:, None] + tl.dot(weights.to(v.dtype), v)
+        at = pixel[:, None] * C + head * D + tl.arange(0, D)[None]
+        tl.store(output + at, value / total[:, None], exists[:, None])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import train
-from backbone import build_backbone
+from backbone import DetectorWindowAttention, build_backbone
 from clips import Clip
 from detector import AttentionMask, UpsampleAdd
 from evaluation.postprocess import mask_sum_and_area
@@ -19,6 +19,7 @@ from fast.fused_modules import (
     FusedGroupNorm,
     FusedResidualNorm,
     FusedUpsampleAdd,
+    FusedWindowAttention,
     fuse_modules,
 )
 from fast.half_precision import HalfLinear, LinearReLU, cast_weights
@@ -275,6 +276,24 @@ def test_upsampling_in_one_kernel(size):
         found = FusedUpsampleAdd()(level, lateral)
     assert found.dtype == torch.float16 and found.stride() == lateral.stride()
     torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("window, shift", [(7, 3), (12, 0), (12, 6)])
+def test_window_attention_in_one_kernel(window, shift):
+    """A map with padding, against the plain module in float32."""
+    torch.manual_seed(0)
+    plain = DetectorWindowAttention(192, [window, window], [shift, shift], num_heads=6).cuda()
+    for parameter in plain.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    x = torch.randn(2, 28, 50, 192, device="cuda")
+    fused = copy.deepcopy(plain)
+    fuse_modules(fused)
+    assert type(fused) is FusedWindowAttention
+    cast_weights(fused.modules(), torch.float16)
+    with torch.autocast("cuda", torch.float16):
+        found = fused(x)
+    torch.testing.assert_close(found.float(), plain.eval()(x), rtol=0.02, atol=0.02)
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """Triton kernels without a GPU: interpreted, and compiled for one. test_gpu.py runs them."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from backbone import DetectorWindowAttention
 from detector import AttentionMask, UpsampleAdd
 from evaluation.postprocess import mask_sum_and_area
 from fast import fused_masks, fused_modules, triton_kernels
@@ -18,6 +20,7 @@ from fast.fused_modules import (
     FusedLayerNorm,
     FusedResidualNorm,
     FusedUpsampleAdd,
+    FusedWindowAttention,
     fuse_modules,
 )
 from transformer import ResidualNorm
@@ -85,6 +88,23 @@ def test_interpreted_upsampling(on_this_device, size):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("shift", [0, 2])
+@pytest.mark.parametrize("size", [(3, 4), (8, 8), (9, 17)])
+def test_interpreted_window_attention(on_this_device, monkeypatch, size, shift):
+    """Maps smaller than a window, of whole windows, and with padding; 25 tokens, in two tiles."""
+    monkeypatch.setattr(fused_modules, "ATTENTION_TILE", 16)
+    torch.manual_seed(0)
+    plain = DetectorWindowAttention(64, [5, 5], [shift, shift], num_heads=4).eval()
+    for parameter in plain.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    x = torch.randn(2, *size, 64)
+    fused = copy.deepcopy(plain)
+    fused.__class__ = FusedWindowAttention
+    found = fused.half()(x.half())
+    torch.testing.assert_close(found.float(), plain(x), rtol=0.02, atol=0.02)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("pixels", [1, 240, 3000])
 def test_interpreted_attention_masks(on_this_device, pixels):
     logits = torch.randn(2, 5, pixels).half()
@@ -130,6 +150,7 @@ def test_interpreted_group_norm(on_this_device, size, relu):
         "group_sums_kernel",
         "group_norm_kernel",
         "upsample_add_kernel",
+        "window_attention_kernel",
         "block_background_kernel",
         "mask_sums_kernel",
     ],
@@ -141,10 +162,12 @@ def test_kernels_compile_for_a_gpu(name):
 
     kernel = getattr(triton_kernels, name)
     constants = {"C": C, "GROUPS": GROUPS, "TILE": 32, "BLOCKS": 64, "ROWS": 8, "RELU": True}
-    constants |= {"WIDTH": C, "HAS_BRANCH": True, "BLOCK": 4096, "PIXELS": 1024}
-    sizes = ("rows", "pixels", "tiles", "image_stride", "height", "width")
-    numbers = dict.fromkeys(sizes, "i32") | {"eps": "fp32", "areas": "*i32"}
-    halves = dict.fromkeys(("x", "branch", "copy", "logits", "mask"), "*fp16")
+    constants |= {"WIDTH": C, "HAS_BRANCH": True, "HAS_COPY": True, "BLOCK": 4096}
+    constants |= {"PIXELS": 1024, "D": 32, "WINDOW": 12, "SHIFT": 6, "TILE": 32}
+    sizes = ("rows", "pixels", "tiles", "image_stride", "height", "width", "windows_y", "windows_x")
+    numbers = dict.fromkeys(sizes, "i32") | {"eps": "fp32", "scale": "fp32", "areas": "*i32"}
+    halves = ("x", "branch", "copy", "logits", "mask", "qkv", "qkv_bias")
+    halves = dict.fromkeys(halves, "*fp16")
     types = halves | numbers | dict.fromkeys(constants, "constexpr")
     signature = {argument: types.get(argument, "*fp32") for argument in kernel.arg_names}
     constants = {key: value for key, value in constants.items() if key in signature}
