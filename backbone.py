@@ -200,8 +200,7 @@ class SwinBackbone(nn.Module):
             if stage:
                 x = self.features[2 * stage](x)  # patch merging
             x = self.features[2 * stage + 1](x)
-            output = norm(x).permute(0, 3, 1, 2)
-            maps.append(output.contiguous())
+            maps.append(norm(x).permute(0, 3, 1, 2))
         return maps
 
 

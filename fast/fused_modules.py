@@ -207,11 +207,13 @@ class FusedWindowAttention(DetectorWindowAttention):
         window, shift = self.window_size[0], self.shift_size[0]
         rows, columns = triton.cdiv(height, window), triton.cdiv(width, window)  # of windows
         tiles = triton.cdiv(window**2, ATTENTION_TILE)
+        rest = window**2 % ATTENTION_TILE  # matrix products take 16 or more
+        rest = max(16, triton.next_power_of_2(rest)) if rest else 0
         output = qkv.new_empty(x.shape)
         window_attention_kernel[(rows * columns * tiles, self.num_heads, batch)](
             qkv,
             self.qkv.bias,
-            self.get_relative_position_bias(),
+            self.get_relative_position_bias().to(qkv.dtype),
             output,
             height,
             width,
@@ -223,6 +225,7 @@ class FusedWindowAttention(DetectorWindowAttention):
             window,
             shift,
             ATTENTION_TILE,
+            rest,
         )
         return self.proj(output)
 

@@ -228,6 +228,54 @@ if triton:
         return tl.where(exists[:, None], value, padding)
 
     @triton.jit
+    def attend_to_keys(
+        q,
+        query,
+        query_zone,
+        highest,
+        total,
+        value,
+        first_key,
+        qkv,
+        qkv_bias,
+        bias,
+        row,
+        column,
+        height,
+        width,
+        rows,
+        columns,
+        head,
+        scale,
+        C: tl.constexpr,
+        D: tl.constexpr,
+        WINDOW: tl.constexpr,
+        SHIFT: tl.constexpr,
+        KEYS: tl.constexpr,
+    ):
+        """A step of flash attention: KEYS tokens, from first_key, join the sums of the softmax."""
+        TOKENS: tl.constexpr = WINDOW * WINDOW
+        key = first_key + tl.arange(0, KEYS)
+        pixel, exists, zone = locate_tokens(
+            key, row, column, height, width, rows, columns, WINDOW, SHIFT
+        )
+        k = load_tokens(qkv, qkv_bias, pixel, exists, C + head * D, C, D)
+        v = load_tokens(qkv, qkv_bias, pixel, exists, 2 * C + head * D, C, D)
+        inside = (query < TOKENS)[:, None] & (key < TOKENS)[None]
+        logits = tl.dot(q, tl.trans(k)) * scale
+        logits += tl.load(bias + query[:, None] * TOKENS + key[None], inside, 0)
+        if SHIFT > 0:
+            logits = tl.where(query_zone[:, None] != zone[None], logits - 100, logits)
+        logits = tl.where((key < TOKENS)[None], logits, float("-inf"))
+        # Sums so far are rescaled when the maximum rises.
+        before, highest = highest, tl.maximum(highest, tl.max(logits, 1))
+        weights = tl.exp(logits - highest[:, None])
+        rescale = tl.exp(before - highest)
+        total = total * rescale + tl.sum(weights, 1)
+        value = value * rescale[:, None] + tl.dot(weights.to(v.dtype), v)
+        return highest, total, value
+
+    @triton.jit
     def window_attention_kernel(
         qkv,
         qkv_bias,
@@ -243,14 +291,17 @@ if triton:
         WINDOW: tl.constexpr,
         SHIFT: tl.constexpr,
         TILE: tl.constexpr,
+        REST: tl.constexpr,
     ):
         """Shifted window attention, for a tile of the queries of a window, in one head.
 
         qkv (N, height, width, 3 C) is projected; so is 0, to qkv_bias. bias (heads, T, T), for
-        T = WINDOW^2 tokens. output (N, height, width, C).
+        T = WINDOW^2 tokens. output (N, height, width, C). REST: a power of 2, at least the keys
+        that remain after whole tiles, or 0.
         """
         TOKENS: tl.constexpr = WINDOW * WINDOW
         TILES: tl.constexpr = (TOKENS + TILE - 1) // TILE
+        IN_TILES: tl.constexpr = TOKENS // TILE * TILE
         window, tile = tl.program_id(0) // TILES, tl.program_id(0) % TILES
         head, image = tl.program_id(1), tl.program_id(2).to(tl.int64)
         row, column = window // windows_x * WINDOW, window % windows_x * WINDOW
@@ -267,23 +318,15 @@ if triton:
         highest = tl.full((TILE,), float("-inf"), tl.float32)
         total = tl.zeros((TILE,), tl.float32)
         value = tl.zeros((TILE, D), tl.float32)
-        for start in range(0, TOKENS, TILE):
-            key = start + tl.arange(0, TILE)
-            key_pixel, key_exists, key_zone = locate_tokens(
-                key, row, column, height, width, rows, columns, WINDOW, SHIFT
-            )
-            k = load_tokens(qkv, qkv_bias, key_pixel, key_exists, C + head * D, C, D)
-            v = load_tokens(qkv, qkv_bias, key_pixel, key_exists, 2 * C + head * D, C, D)
-            inside = (query < TOKENS)[:, None] & (key < TOKENS)[None]
-            logits = tl.dot(q, tl.trans(k)) * scale
-            logits += tl.load(bias + query[:, None] * TOKENS + key[None], inside, 0)
-            logits = tl.where(zone[:, None] != key_zone[None], logits - 100, logits)
-            logits = tl.where((key < TOKENS)[None], logits, float("-inf"))
-            # Softmax as in flash attention: sums so far are rescaled when the maximum rises.
-            before, highest = highest, tl.maximum(highest, tl.max(logits, 1))
-            weights = tl.exp(logits - highest[:, None])
-            rescale = tl.exp(before - highest)
-            total = total * rescale + tl.sum(weights, 1)
-            value = value * rescale[:, None] + tl.dot(weights.to(v.dtype), v)
+        for key in range(0, IN_TILES, TILE):
+            highest, total, value = attend_to_keys(
+                q, query, zone, highest, total, value, key, qkv, qkv_bias, bias,
+                row, column, height, width, rows, columns, head, scale, C, D, WINDOW, SHIFT, TILE,
+            )  # fmt: skip
+        if REST > 0:
+            highest, total, value = attend_to_keys(
+                q, query, zone, highest, total, value, IN_TILES, qkv, qkv_bias, bias,
+                row, column, height, width, rows, columns, head, scale, C, D, WINDOW, SHIFT, REST,
+            )  # fmt: skip
         at = pixel[:, None] * C + head * D + tl.arange(0, D)[None]
         tl.store(output + at, value / total[:, None], exists[:, None])

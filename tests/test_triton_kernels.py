@@ -163,7 +163,7 @@ def test_kernels_compile_for_a_gpu(name):
     kernel = getattr(triton_kernels, name)
     constants = {"C": C, "GROUPS": GROUPS, "TILE": 32, "BLOCKS": 64, "ROWS": 8, "RELU": True}
     constants |= {"WIDTH": C, "HAS_BRANCH": True, "HAS_COPY": True, "BLOCK": 4096}
-    constants |= {"PIXELS": 1024, "D": 32, "WINDOW": 12, "SHIFT": 6, "TILE": 32}
+    constants |= {"PIXELS": 1024, "D": 32, "WINDOW": 12, "SHIFT": 6, "TILE": 32, "REST": 16}
     sizes = ("rows", "pixels", "tiles", "image_stride", "height", "width", "windows_y", "windows_x")
     numbers = dict.fromkeys(sizes, "i32") | {"eps": "fp32", "scale": "fp32", "areas": "*i32"}
     halves = ("x", "branch", "copy", "logits", "mask", "qkv", "qkv_bias")
