@@ -30,11 +30,11 @@ from torch.utils.checkpoint import checkpoint
 
 from clips import Clip
 from matcher import (
+    CostsToCPU,
     Matches,
     Predictions,
     Targets,
     clip_predictions,
-    costs_to_cpu,
     dice,
     frame_predictions,
     full_precision,
@@ -159,13 +159,13 @@ class Criterion:
         frames = frame_predictions(output, batch, predictions_per_frame)
         clips = clip_predictions(output, batch, self.gate_field)
 
-        costs = [
-            matching_costs(predictions, targets, self.points, self.matching_weights)
+        # Speed: the costs of clips are computed while frames are matched.
+        frame_costs, clip_costs = (
+            CostsToCPU(matching_costs(predictions, targets, self.points, self.matching_weights))
             for predictions in (frames, clips)
-        ]
-        frame_costs, clip_costs = costs_to_cpu(costs)
-        frame_matches = match(frame_costs, frames, targets, keep_identities=False)
-        clip_matches = match(clip_costs, clips, targets, keep_identities=True)
+        )
+        frame_matches = match(frame_costs.wait(), frames, targets, keep_identities=False)
+        clip_matches = match(clip_costs.wait(), clips, targets, keep_identities=True)
 
         sums = []
         if not self.freeze_detector:

@@ -19,9 +19,8 @@ frozen detector only the last L. The R predictions are matched independently: an
 another query in each.
 
     targets = pad_targets(videos, size, device)
-    costs = matching_costs(predictions, targets, points, weights)      # on the GPU
-    costs, = costs_to_cpu([costs])
-    matches = match(costs, predictions, targets, keep_identities=True)
+    costs = CostsToCPU(matching_costs(predictions, targets, points, weights))
+    matches = match(costs.wait(), predictions, targets, keep_identities=True)
 
 Paper: Mask2Former (2112.01527) section 3.3 for point sampling, GenVIS (2211.08834) section 3.2 for
 identities over clips. Upstream: mask2former/modeling/matcher.py, grattvis/modeling/
@@ -300,20 +299,26 @@ def append_bias_channel(features: Tensor) -> Tensor:
     return F.pad(features, (0, 0, 0, 0, 0, 1), value=1)
 
 
-def costs_to_cpu(costs: list[Tensor]) -> list[np.ndarray]:
-    """All costs as arrays, in one copy.
+class CostsToCPU:
+    """Costs on their way to the CPU, so that the GPU computes others meanwhile."""
 
-    This is the first of two waits for the GPU in a training step. The other is at the end of
-    `train_step`; with fp16, the gradient scaler adds one.
+    def __init__(self, costs: Tensor):
+        self.costs = costs.to("cpu", non_blocking=True)
+        self.copied = torch.cuda.current_stream().record_event() if costs.is_cuda else None
 
-    Costs that are not finite become high ones. If predictions are the reason, the losses will not
-    be finite either, and training then stops with a message.
-    """
-    flat = torch.cat([cost.flatten() for cost in costs])
-    flat = flat.cpu().numpy()
-    flat = np.where(np.isfinite(flat), flat, flat.dtype.type(FORBIDDEN_COST))
-    ends = np.cumsum([cost.numel() for cost in costs])[:-1]
-    return [array.reshape(cost.shape) for array, cost in zip(np.split(flat, ends), costs)]
+    def wait(self) -> np.ndarray:
+        """The costs as an array.
+
+        The losses of a training step wait here only. `train_step` waits once more, at its end; with
+        fp16, the gradient scaler adds another wait.
+
+        Costs that are not finite become high ones. If predictions are the reason, the losses will
+        not be finite either, and training then stops with a message.
+        """
+        if self.copied:
+            self.copied.synchronize()
+        costs = self.costs.numpy()
+        return np.where(np.isfinite(costs), costs, costs.dtype.type(FORBIDDEN_COST))
 
 
 # Assignment

@@ -25,10 +25,10 @@ from losses import (
     mask_loss,
 )
 from matcher import (
+    CostsToCPU,
     Matches,
     Predictions,
     clip_predictions,
-    costs_to_cpu,
     sample_at,
     uncertain_points,
 )
@@ -646,8 +646,8 @@ def test_waiting_operations_are_noticed():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that PyTorch sees")
 @pytest.mark.parametrize("frozen", [True, False])
-def test_one_wait_for_the_gpu(monkeypatch, frozen):
-    """Outside costs_to_cpu PyTorch raises an error at anything that waits, in the criterion and in
+def test_only_costs_wait_for_the_gpu(monkeypatch, frozen):
+    """Outside CostsToCPU PyTorch raises an error at anything that waits, in the criterion and in
     its gradients."""
     torch.manual_seed(0)
     clips = [make_clip([[1, 1, 0], [0, 1, 1]]), make_clip([])]
@@ -655,14 +655,15 @@ def test_one_wait_for_the_gpu(monkeypatch, frozen):
     inputs = [value for clip in output.clips for value in (*clip.logits, *clip.mask_kernel)]
     waits = []
 
-    def bring(costs):
-        torch.cuda.set_sync_debug_mode("default")
-        waits.append(len(costs))
-        brought = costs_to_cpu(costs)
-        torch.cuda.set_sync_debug_mode("error")
-        return brought
+    class Watched(CostsToCPU):
+        def wait(self):
+            torch.cuda.set_sync_debug_mode("default")
+            waits.append(self)
+            costs = super().wait()
+            torch.cuda.set_sync_debug_mode("error")
+            return costs
 
-    monkeypatch.setattr(losses_module, "costs_to_cpu", bring)
+    monkeypatch.setattr(losses_module, "CostsToCPU", Watched)
     torch.cuda.set_sync_debug_mode("error")
     try:
         losses, _ = Criterion(CLASSES, points=32, gate_weight=1.0, freeze_detector=frozen)(
@@ -671,7 +672,9 @@ def test_one_wait_for_the_gpu(monkeypatch, frozen):
         gradients = torch.autograd.grad(sum(losses.values()), inputs)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert waits == [2] and all(value.isfinite().all() for value in (*losses.values(), *gradients))
+    assert len(waits) == 2 and all(
+        value.isfinite().all() for value in (*losses.values(), *gradients)
+    )
 
 
 # The whole criterion on the toy model

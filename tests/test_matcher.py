@@ -12,10 +12,10 @@ import matcher
 from clips import Clip
 from losses import Criterion
 from matcher import (
+    CostsToCPU,
     Matches,
     assign,
     clip_predictions,
-    costs_to_cpu,
     frame_predictions,
     gather_at,
     match,
@@ -93,10 +93,10 @@ def test_assign_is_the_best_of_all_ways(queries, instances):
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_costs_that_are_not_finite_are_high(value):
     costs = [torch.rand(1, 2, 3, 4), torch.rand(2, 1, 3, 0), torch.rand(2, 1, 3, 2)]
-    for cost, array in zip(costs, costs_to_cpu(costs), strict=True):
-        assert numpy.array_equal(cost.numpy(), array)
+    for cost in costs:
+        assert numpy.array_equal(CostsToCPU(cost).wait(), cost.numpy())
     costs[2][1, 0, 1, 1] = value
-    assert costs_to_cpu(costs)[2][1, 0, 1, 1] == matcher.FORBIDDEN_COST
+    assert CostsToCPU(costs[2]).wait()[1, 0, 1, 1] == matcher.FORBIDDEN_COST
 
 
 # Points
@@ -225,7 +225,7 @@ def test_the_last_clip_may_be_shorter():
     clip = make_clip([[0, 0, 0, 1, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, 0, 0, 1]])
     output, targets = random_output(1, 9, clip_length=4), make_targets(clip)
     predictions = clip_predictions(output, 1)
-    (costs,) = costs_to_cpu([matching_costs(predictions, targets, 9, WEIGHTS)])
+    costs = CostsToCPU(matching_costs(predictions, targets, 9, WEIGHTS)).wait()
     matches = match(costs, predictions, targets, keep_identities=True)
     assert matches.visible[:, 0].tolist() == [[True, False], [True, False], [False, True]]
     assert ((matches.query_of >= 0).all((1, 2))).tolist() == [
