@@ -28,7 +28,7 @@ from fast.training_graphs import graph_tracker
 if TYPE_CHECKING:
     from model import FrameOutput, GRAttVIS
 
-FROZEN_CHUNK = 40  # frames that a frozen detector takes at once in training
+FROZEN_CHUNK = 20  # frames that a frozen detector takes at once in training
 
 
 def accelerate(
