@@ -86,12 +86,14 @@ class Page(HTMLParser):
         return [Image.open(io.BytesIO(code)) for code in codes]
 
 
-def make_report(folder, results, content, sources=None, other=None):
+def make_report(folder, results, content, sources=None, other=None, boundary=False):
     """The parsed report, and metrics.json."""
     path = write_json(folder / "results.json", results)
     parts = read_parts([write_json(folder / "gt.json", content)], False)
     other = other and write_json(folder / "other.json", other)
-    metrics = score_results(path, parts, folder, False, other, sources=sources or Sources())
+    metrics = score_results(
+        path, parts, folder, False, other, boundary=boundary, sources=sources or Sources()
+    )
     page = Page(folder / "report.html")
     check_self_contained(page)
     return page, metrics
@@ -153,6 +155,18 @@ def test_an_interval_contains_its_number(tmp_path):
     low, high = next(row[2] for row in page.rows if row[0] == "AP").split(" to ")
     assert float(low) <= round(100 * metrics["AP"], 1) <= float(high)
     assert float(low) < float(high)
+
+
+def test_boundaries_are_a_section_if_they_are_scored(tmp_path, sparse):
+    page, metrics = make_report(tmp_path, sparse, sparse_content(), boundary=True)
+    assert page.titles == SECTIONS[:2] + ["Boundaries"] + SECTIONS[2:]
+    for name, values in (
+        ("masks", metrics),
+        ("boundaries", metrics["boundary"]["boundary_iou"]),
+        ("Boundary AP", metrics["boundary"]["min_iou"]),
+    ):
+        row = next(row for row in page.rows if row[0] == name)
+        assert row[1:4] == [charts.percent(values[key]) for key in ("AP", "AP50", "AP75")]
 
 
 def test_comparison_is_the_last_section(tmp_path, sparse):

@@ -35,6 +35,7 @@ MARGIN = 20_000  # headings and introductions of the videos
 LISTED_CLASSES = 100
 LISTED_CHANGES = 5  # videos and classes that gained or lost most
 CURVES = (0, 2, 4, 6, 8)  # indices into IOU_THRESHOLDS
+BOUNDARY_COLUMNS = ("AP", "AP50", "AP75")
 NOTHING = "<p>There are no objects that count.</p>\n"
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
@@ -56,12 +57,14 @@ def write_report(
     sections = {
         "Numbers": numbers_section(parts, scored, metrics),
         "Precision and recall": curve_section(scored),
+        "Boundaries": boundary_section(metrics),
         "Classes": class_section(metrics["per_class"]),
         "Occluded objects": group_section(scored),
         "Identities": identity_section(metrics),
         "Causes of lost AP": cause_section(metrics),
         "Linking": oracle_section(metrics),
     }
+    sections = {title: html for title, html in sections.items() if html}
     comparison = {}
     if "comparison" in metrics:
         comparison = {"Comparison": comparison_section(metrics["comparison"])}
@@ -146,6 +149,26 @@ def curve_section(scored: dict) -> str:
 
 def part_title(name: str, parts: dict) -> str:
     return f"<h3>{text(name)}</h3>\n" if len(parts) > 1 else ""
+
+
+def boundary_section(metrics: dict) -> str:
+    """AP by masks, by boundaries, and by both; empty without --boundary."""
+    if "boundary" not in metrics:
+        return ""
+    boundary = metrics["boundary"]
+    kinds = (
+        ("masks", "mask IoU", metrics),
+        ("boundaries", "IoU of the pixels near the outlines", boundary["boundary_iou"]),
+        ("Boundary AP", "the lower of both IoUs", boundary["min_iou"]),
+    )
+    rows = [
+        [name, *(percent(values[key]) for key in BOUNDARY_COLUMNS), bar(values["AP"]), meaning]
+        for name, meaning, values in kinds
+    ]
+    return (
+        "<p>AP with other IoUs of tracks. Loose outlines of large objects hardly lower the IoU of "
+        "masks. Near means 2 % of the diagonal of the frame.</p>\n"
+    ) + table(["", *BOUNDARY_COLUMNS, "", "compared by"], rows, "explained")
 
 
 def class_section(per_class: dict[str, float]) -> str:
