@@ -55,9 +55,10 @@ def accelerate(
         compile_parts(model)
     elif on_gpu:
         keep_positions(model)
-        model.mask_sum_and_area = fused_mask_sum_and_area
         if fused:
             fuse_modules(model)
+    if on_gpu:
+        model.mask_sum_and_area = fused_mask_sum_and_area
     return model.eval()
 
 
