@@ -249,10 +249,9 @@ def test_an_empty_config_says_nothing(tmp_path, config):
 
 @pytest.mark.parametrize("propagation", ["gated", "memory", "gated+memory"])
 def test_the_names_of_an_official_file_tell_its_propagation(tmp_path, propagation):
-    torch.save(
-        {"model": build_model("toy", 4, propagation).state_dict()}, tmp_path / "official.pth"
-    )
-    model, config = model_from_checkpoint(tmp_path / "official.pth", "toy")
+    weights = tiny_model(4, propagation).state_dict()
+    torch.save({"model": weights}, tmp_path / "official.pth")
+    model, config = model_from_checkpoint(tmp_path / "official.pth", "toy", **TINY)
     assert model.propagation == propagation and model.num_classes == 4 and config == {}
     with pytest.raises(
         InputError,
