@@ -148,13 +148,13 @@ def test_prepare_refuses_other_frames(model, frame):
     "propagation, options",
     [
         ("gated", {}),
-        ("gated", {"gate_mask": "blocked"}),
-        ("plain", {}),
-        ("memory", {}),
         ("gated+memory", {"clip_length": 2}),
         ("gated", {"clip_length": 3}),
-        ("clip", {}),
         ("clip", {"window": 2}),
+        pytest.param("gated", {"gate_mask": "blocked"}, marks=pytest.mark.slow),
+        pytest.param("plain", {}, marks=pytest.mark.slow),
+        pytest.param("memory", {}, marks=pytest.mark.slow),
+        pytest.param("clip", {}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
