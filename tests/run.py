@@ -9,6 +9,7 @@ is done: one line if it passed, everything that pytest printed if not. The last 
 """
 
 import gc
+import io
 import multiprocessing
 import os
 import re
@@ -17,7 +18,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -52,6 +53,15 @@ START_FIRST = (
     "test_pages.py",
 )  # they take longest
 FORK = multiprocessing.get_context("fork" if hasattr(os, "fork") else None)
+
+
+def warm_up() -> None:
+    """Import what most processes would import again: pytest's plugins, conftest.py, matplotlib."""
+    with redirect_stdout(io.StringIO()):
+        pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", str(FOLDER / "conftest.py")])
+    with suppress(ImportError):
+        import matplotlib.backends.backend_agg  # noqa: F401
+    gc.freeze()  # otherwise each process collects, and thereby copies, all of torch
 
 
 def run_pytest(file: Path, arguments: list[str], output: int) -> None:
@@ -104,5 +114,5 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    gc.freeze()  # otherwise each process collects, and thereby copies, all of torch
+    warm_up()
     sys.exit(main(sys.argv[1:]))
