@@ -59,7 +59,18 @@ def official_preset(shapes: dict) -> str:
     return "r101" if any("res4.22." in name for name in shapes) else "r50"
 
 
-@pytest.mark.parametrize("key", [key for key in meta()["names_shapes"] if "swin_tiny" not in key])
+# Files of one model for other data sets have the same names.
+OTHER_SETS = ("swinl_ovisyaml", "vita_r50_coco", "vita_r50_ytvis2019")
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        pytest.param(key, marks=[pytest.mark.slow] * (key in OTHER_SETS))
+        for key in meta()["names_shapes"]
+        if "swin_tiny" not in key
+    ],
+)
 def test_golden_official_state_dicts_load(key):
     """Nothing is missing and nothing unexpected, in the mode that the names imply.
 
