@@ -261,15 +261,16 @@ def test_a_run_equals_a_plain_loop(case, data_root, tmp_path):
             {name: run.last["ema"][f"module.{name}"] for name in averages[-1]}, averages[-1]
         )
     if setting["evaluate_every"]:
-        # An untrained model finds nothing. The first of equal evaluations is the best.
+        # An untrained model finds nothing. The last of equal evaluations is the best.
         assert len({line["AP"] for line in run.evaluations}) == 1
         assert [line["step"] for line in run.evaluations] == list(
             range(setting["evaluate_every"], setting["iterations"] + 1, setting["evaluate_every"])
         )
-        first = run.evaluations[0]["step"]
         evaluated = averages if setting["ema"] else weights
-        assert run.best["step"] == first
-        assert_same_weights(run.best["model"], evaluated[first - 1])
+        last = run.evaluations[-1]["step"]
+        assert run.best["step"] == last
+        assert_same_weights(run.best["model"], evaluated[last - 1])
+        first = run.evaluations[0]["step"]
         convolution, _ = run.evaluated[0]
         torch.testing.assert_close(convolution, evaluated[first - 1]["backbone.conv1.weight"])
 
