@@ -245,7 +245,10 @@ def at_test_size(picture: Image.Image, short_side: int, max_long_side: int = 133
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
 
 
-# Writing the synthetic data set
+# Writing a data set
+
+SYNTHETIC_FLAGS = ("videos", "valid_videos", "suite", "frames", "height", "width", "objects")
+CONVERSION_FLAGS = ("images", "classes", "class_name", "valid_share", "ignore_ids")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -321,6 +324,18 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="values that are no instance, beside 0",
     )
     args = parser.parse_args(arguments)
+    # Those that are on the command line, even with the value of their default.
+    unset = argparse.Namespace(**dict.fromkeys(vars(args)))
+    given = [
+        name
+        for name, value in vars(parser.parse_args(arguments, unset)).items()
+        if value is not None
+    ]
+    others = SYNTHETIC_FLAGS if args.from_masks else CONVERSION_FLAGS
+    for name in given:
+        if name in others:
+            condition = "is for synthetic videos: not with" if args.from_masks else "needs"
+            parser.error(f"--{name.replace('_', '-')} {condition} --from-masks")
     if args.from_masks and not args.images:
         parser.error("--from-masks needs --images, the folder of the frames")
     if not 0 <= args.valid_share <= 1:
