@@ -248,7 +248,7 @@ def at_test_size(picture: Image.Image, short_side: int, max_long_side: int = 133
 # Writing a data set
 
 SYNTHETIC_FLAGS = ("videos", "valid_videos", "suite", "frames", "height", "width", "objects")
-CONVERSION_FLAGS = ("images", "classes", "class_name", "valid_share", "ignore_ids")
+CONVERSION_FLAGS = ("images", "classes", "class_name", "valid_share", "held_out", "ignore_ids")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -308,12 +308,16 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="columns video, instance and class (default: one class, --class-name)",
     )
     own.add_argument("--class-name", default="object", help="class of all instances")
-    own.add_argument(
+    split = own.add_mutually_exclusive_group()
+    split.add_argument(
         "--valid-share",
         type=float,
         default=0.2,
         metavar="SHARE",
-        help="of the videos, to be held out",
+        help="of the videos, to be held out; chosen at random by --seed",
+    )
+    split.add_argument(
+        "--held-out", nargs="+", metavar="VIDEO", help="hold out these videos, by their names"
     )
     own.add_argument(
         "--ignore-ids",
@@ -357,6 +361,7 @@ def main() -> None:
                 args.valid_share,
                 args.ignore_ids,
                 args.seed,
+                args.held_out,
             )
         else:
             make_synthetic(args)

@@ -45,12 +45,13 @@ def convert(
     valid_share: float,
     ignored: list[int],
     seed: int,
+    held_out: list[str] | None = None,
 ) -> None:
     """Write a data set to `root`, which must not exist yet.
 
     classes: {(video, instance): class}, or {("*", 0): class} for all. ignored: values that are no
-    instance, such as 255 for borders. The split valid has a share of all videos, valid_share
-    (0..1), chosen at random by `seed`.
+    instance, such as 255 for borders. The split valid has the videos `held_out`; None: a share of
+    all videos, valid_share (0..1), chosen at random by `seed`.
     """
     if root.exists():
         raise InputError(f"{root} exists: choose another folder")
@@ -58,10 +59,16 @@ def convert(
     videos = [folder.name for folder in folders if folder.is_dir()]
     if not videos:
         raise InputError(f"{masks} holds no folders of mask images, one for each video")
-    held_out = round(valid_share * len(videos))
-    if valid_share and len(videos) > 1:
-        held_out = max(1, held_out)
-    valid = set(random.Random(seed).sample(videos, held_out))
+    if held_out is None:
+        count = round(valid_share * len(videos))
+        if valid_share and len(videos) > 1:
+            count = max(1, count)
+        held_out = random.Random(seed).sample(videos, count)
+    valid = set(held_out)
+    if valid - set(videos):
+        raise InputError(
+            f"{masks} holds no video to hold out named {examples(valid - set(videos))}"
+        )
     splits = {"train": [video for video in videos if video not in valid], "valid": sorted(valid)}
     root.parent.mkdir(parents=True, exist_ok=True)
     lines, seen = [], set()

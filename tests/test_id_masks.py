@@ -142,12 +142,26 @@ def test_rows_of_classes_that_nothing_has(tmp_path, capsys):
     ]
 
 
+@pytest.mark.parametrize("names", [["a"], ["c", "b"]], ids=str)
+def test_videos_to_hold_out_are_chosen_by_name(tmp_path, names):
+    write(tmp_path)
+    folders = tmp_path / "frames", tmp_path / "masks"
+    with pytest.raises(InputError, match="holds no video to hold out named x$"):
+        convert(*folders, tmp_path / "set", CLASSES, 0.2, [], 0, [*names, "x"])
+    convert(*folders, tmp_path / "set", CLASSES, 0.2, [], 0, names)
+    held_out = VideoSet(*find_split(tmp_path / "set", "valid")).videos
+    assert {video.files[0].parent.name for video in held_out} == set(names)
+    assert len(VideoSet(*find_split(tmp_path / "set", "train")).videos) == 3 - len(names)
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
         ("--from-masks m --images f --videos 240", "--videos is for synthetic videos"),
         ("--from-masks m --images f --suite=easy", "--suite is for synthetic videos"),
+        ("--held-out a", "--held-out needs --from-masks"),
         ("--valid-share 0", "--valid-share needs --from-masks"),
+        ("--from-masks m --images f --held-out a --valid-share 0.2", "not allowed with argument"),
         ("--from-masks m", "--from-masks needs --images"),
     ],
 )
