@@ -22,11 +22,11 @@ from training import TINY, TINY_MODEL, train_tiny
 
 CASES = {  # all values differ from the defaults of the command line
     "schedule, clipping, average": dict(
-        iterations=5,
+        iterations=4,
         lr=2e-3,
         warmup=2,
         warmup_start=0.25,
-        lr_steps=[3, 4],
+        lr_steps=[2, 3],
         lr_gamma=0.5,
         clip_gradient=0.05,
         weight_decay=0.3,
