@@ -245,7 +245,10 @@ def at_test_size(picture: Image.Image, short_side: int, max_long_side: int = 133
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
 
 
-# Writing the synthetic data set
+# Writing a data set
+
+SYNTHETIC_FLAGS = ("videos", "valid_videos", "suite", "frames", "height", "width", "objects")
+CONVERSION_FLAGS = ("images", "classes", "class_name", "valid_share", "held_out", "ignore_ids")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -305,12 +308,16 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="columns video, instance and class (default: one class, --class-name)",
     )
     own.add_argument("--class-name", default="object", help="class of all instances")
-    own.add_argument(
+    split = own.add_mutually_exclusive_group()
+    split.add_argument(
         "--valid-share",
         type=float,
         default=0.2,
         metavar="SHARE",
-        help="of the videos, to be held out",
+        help="of the videos, to be held out; chosen at random by --seed",
+    )
+    split.add_argument(
+        "--held-out", nargs="+", metavar="VIDEO", help="hold out these videos, by their names"
     )
     own.add_argument(
         "--ignore-ids",
@@ -321,6 +328,18 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="values that are no instance, beside 0",
     )
     args = parser.parse_args(arguments)
+    # Those that are on the command line, even with the value of their default.
+    unset = argparse.Namespace(**dict.fromkeys(vars(args)))
+    given = [
+        name
+        for name, value in vars(parser.parse_args(arguments, unset)).items()
+        if value is not None
+    ]
+    others = SYNTHETIC_FLAGS if args.from_masks else CONVERSION_FLAGS
+    for name in given:
+        if name in others:
+            condition = "is for synthetic videos: not with" if args.from_masks else "needs"
+            parser.error(f"--{name.replace('_', '-')} {condition} --from-masks")
     if args.from_masks and not args.images:
         parser.error("--from-masks needs --images, the folder of the frames")
     if not 0 <= args.valid_share <= 1:
@@ -342,6 +361,7 @@ def main() -> None:
                 args.valid_share,
                 args.ignore_ids,
                 args.seed,
+                args.held_out,
             )
         else:
             make_synthetic(args)

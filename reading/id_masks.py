@@ -9,15 +9,17 @@
 Values are grey values (8 or 16 bits), palette indices, or colours (each colour is an instance, with
 the number red + 256 green + 65536 blue). DAVIS, SAM 2 tools, CVAT, label editors and demo.py (ids/)
 write such images. A value is the same instance in all frames of a video. Frames without a mask
-image are left out. Writes ROOT/train.json, ROOT/train/, ROOT/valid.json and ROOT/valid/.
+image are left out, and counted in a message: a frame without objects has an image of zeros. Writes
+ROOT/train.json, ROOT/train/, ROOT/valid.json and ROOT/valid/.
 """
 
 import csv
 import os
 import random
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -26,10 +28,13 @@ from tqdm import tqdm
 
 from reading.pictures import check_pixels, open_picture, read_picture
 from reading.videos import read_video
-from runtime.errors import InputError
+from runtime.errors import InputError, shown
 from runtime.files import save_json
 
-ALL_VIDEOS = "*"  # key of the class that holds for every instance
+FOR_ALL = ("*", 0)  # key of the class that holds for every instance
+COLUMNS = ("video", "instance", "class")  # of the CSV file of classes
+LOSSY_FORMATS = ("JPEG", "MPO")  # of Pillow; their values are not those that were saved
+EXAMPLES = 3  # in a message
 
 
 def convert(
@@ -40,11 +45,13 @@ def convert(
     valid_share: float,
     ignored: list[int],
     seed: int,
+    held_out: list[str] | None = None,
 ) -> None:
-    """Write a data set to `root`, which must not exist yet. Videos are split at random by `seed`.
+    """Write a data set to `root`, which must not exist yet.
 
-    classes: {(video, instance): class}, or {("*", 0): class} for all. valid_share: of the videos,
-    0..1. ignored: values that are no instance, such as 255 for borders.
+    classes: {(video, instance): class}, or {("*", 0): class} for all. ignored: values that are no
+    instance, such as 255 for borders. The split valid has the videos `held_out`; None: a share of
+    all videos, valid_share (0..1), chosen at random by `seed`.
     """
     if root.exists():
         raise InputError(f"{root} exists: choose another folder")
@@ -52,13 +59,19 @@ def convert(
     videos = [folder.name for folder in folders if folder.is_dir()]
     if not videos:
         raise InputError(f"{masks} holds no folders of mask images, one for each video")
-    held_out = round(valid_share * len(videos))
-    if valid_share and len(videos) > 1:
-        held_out = max(1, held_out)
-    valid = set(random.Random(seed).sample(videos, held_out))
+    if held_out is None:
+        count = round(valid_share * len(videos))
+        if valid_share and len(videos) > 1:
+            count = max(1, count)
+        held_out = random.Random(seed).sample(videos, count)
+    valid = set(held_out)
+    if valid - set(videos):
+        raise InputError(
+            f"{masks} holds no video to hold out named {examples(valid - set(videos))}"
+        )
     splits = {"train": [video for video in videos if video not in valid], "valid": sorted(valid)}
     root.parent.mkdir(parents=True, exist_ok=True)
-    lines = []
+    lines, seen = [], set()
     # Renamed when it is complete, so that a failure leaves nothing.
     with tempfile.TemporaryDirectory(prefix=f"{root.name}.", dir=root.parent) as folder:
         partial = Path(folder, "set")
@@ -68,7 +81,8 @@ def convert(
             for number, name in enumerate(sorted(set(classes.values())), 1):
                 content["categories"].append({"id": number, "name": name})
             for video in tqdm(chosen, desc=split, unit="video", disable=None):
-                add_video(content, video, frames, masks, partial / split, classes, ignored)
+                found = add_video(content, video, frames, masks, partial / split, classes, ignored)
+                seen |= {(video, instance) for instance in found}
             save_json(partial / f"{split}.json", content, indent=None)
             lines.append(
                 f"{root / split}.json: {len(chosen)} videos, {len(content['annotations'])} "
@@ -77,6 +91,18 @@ def convert(
             )
         partial.rename(root)
     print("\n".join(lines))
+    unused = [f"{video},{instance}" for video, instance in classes.keys() - seen - {FOR_ALL}]
+    if unused:
+        print(
+            f"warning: no mask image has the video and instance of {len(unused)} of "
+            f"{len(classes)} rows of the classes: {examples(unused)}"
+        )
+
+
+def examples(names: Iterable[str]) -> str:
+    """The first names for a message, in order."""
+    names = sorted(names)
+    return ", ".join(names[:EXAMPLES]) + ", ..." * (len(names) > EXAMPLES)
 
 
 def add_video(
@@ -87,8 +113,11 @@ def add_video(
     output: Path,
     classes: dict[tuple[str, int], str],
     ignored: list[int],
-) -> None:
-    """Append a video and its instances to an annotation file, and put its frames into `output`."""
+) -> list[int]:
+    """Append a video to an annotation file, and put its frames into `output`.
+
+    Returns the numbers of its instances.
+    """
     pairs = list(pair_frames(frames, masks / video, output / video))
     instances, (height, width) = read_instances([image for _, image in pairs], {0, *ignored})
     for frame, image in pairs:
@@ -119,29 +148,42 @@ def add_video(
                 "segmentations": instances[instance],
             }
         )
+    return list(instances)
 
 
 def read_classes(path: Path | None, default: str) -> dict[tuple[str, int], str]:
     """{(video, instance): class} of a CSV file with the columns video, instance and class."""
     if path is None:
-        return {(ALL_VIDEOS, 0): default}
+        return {FOR_ALL: default}
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.DictReader(file))
-        return {(row["video"], int(row["instance"])): row["class"] for row in rows}
+            reader = csv.DictReader(file)
+            header, rows = reader.fieldnames or [], list(reader)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
-    except (KeyError, TypeError, ValueError) as error:
+    except (csv.Error, ValueError) as error:
+        raise InputError(f"{path} is not a CSV file: {error}") from error
+    if not set(COLUMNS) <= set(header):
         raise InputError(
-            f"{path} is not a CSV file with the columns video, instance (a whole "
-            f"number) and class: {error}"
-        ) from error
+            f"{path} must begin with the header {','.join(COLUMNS)}, the names of its columns; its "
+            f"first line is {shown(','.join(header))}"
+        )
+    classes = {}
+    for row in rows:
+        video, instance, name = (row[column] for column in COLUMNS)
+        if name is None or not re.fullmatch("[0-9]{1,18}", instance.strip()):
+            raise InputError(
+                f"{path} has a row of video {shown(video)} that does not have an instance (a whole "
+                f"number) and a class: {shown(instance)}, {shown(name)}"
+            )
+        classes[video, int(instance)] = name
+    return classes
 
 
 def class_of(classes: dict[tuple[str, int], str], video: str, instance: int) -> str:
     """The class of an instance. InputError if none is given."""
     try:
-        return classes.get((ALL_VIDEOS, 0)) or classes[video, instance]
+        return classes.get(FOR_ALL) or classes[video, instance]
     except KeyError as error:
         raise InputError(
             f"the classes do not list instance {instance} of video {video}, whose mask "
@@ -155,14 +197,21 @@ def pair_frames(frames: Path, masks: Path, output: Path) -> Iterator[tuple[Path,
     Frames are hard links if possible, else copies. Those of a video file are written as JPEG, and
     belong to the mask images in the order of their names.
     """
-    images = {path.stem: path for path in sorted(masks.iterdir()) if not path.name.startswith(".")}
+    images = files_in(masks)
     output.mkdir(parents=True)
     folder = frames / masks.name
     if folder.is_dir():
-        found = {path.stem: path for path in sorted(folder.iterdir())}
+        found = files_in(folder)
         pairs = [(found[stem], image) for stem, image in images.items() if stem in found]
         if not pairs:
             raise InputError(f"no frame in {folder} has the name of a mask image in {masks}")
+        for what, files in (
+            ("frames without a mask image", found),
+            ("masks without a frame", images),
+        ):
+            left_out = len(files) - len(pairs)
+            if left_out:
+                tqdm.write(f"video {masks.name}: left out {left_out} of {len(files)} files: {what}")
         for frame, image in pairs:
             link_or_copy(frame, output / frame.name)
             yield output / frame.name, image
@@ -182,6 +231,11 @@ def pair_frames(frames: Path, masks: Path, output: Path) -> Iterator[tuple[Path,
             f"{files[0]} has another number of frames than there are mask images in "
             f"{masks} ({len(images)})"
         )
+
+
+def files_in(folder: Path) -> dict[str, Path]:
+    """{name without suffix: file} in the order of the names, without hidden files."""
+    return {path.stem: path for path in sorted(folder.iterdir()) if not path.name.startswith(".")}
 
 
 def link_or_copy(source: Path, target: Path) -> None:
@@ -220,6 +274,11 @@ def read_instances(
 def read_ids(path: Path) -> np.ndarray:
     """Instance numbers (H, W) of a mask image: grey values, palette indices, or colours."""
     with open_picture(path) as picture:
+        if picture.format in LOSSY_FORMATS:
+            raise InputError(
+                f"mask image {path} is a JPEG, which changes the values of pixels: save masks "
+                "without loss, as PNG"
+            )
         check_pixels(picture.height, picture.width, f"mask image {path}")
         if picture.mode in ("1", "L", "P") or picture.mode.startswith("I"):
             return np.asarray(picture).astype(np.int64)

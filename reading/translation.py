@@ -5,6 +5,7 @@ stay as they are.
 """
 
 import re
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -157,8 +158,7 @@ def translate(
         if IGNORED.search(name) or not (is_weight or has_weight_name):
             ignored.append(name)
             continue
-        for pattern, replacement in RENAMES:
-            name = pattern.sub(replacement, name)
+        name = our_name(name)
         if name in translated:
             raise InputError(f"{source} has several entries for {name}, one called {entry}")
         value = as_tensor(value, f"{source}: entry {entry}")
@@ -166,6 +166,14 @@ def translate(
             value = value.flatten()  # as in torchvision
         translated[name] = value
     return translated, ignored
+
+
+@lru_cache(maxsize=4096)  # a model has some hundred names, and is often read several times
+def our_name(name: str) -> str:
+    """The name of our parameter that an entry belongs to, by RENAMES."""
+    for pattern, replacement in RENAMES:
+        name = pattern.sub(replacement, name)
+    return name
 
 
 def unknown_file(contents: dict, entries: list[tuple], source: str) -> InputError:

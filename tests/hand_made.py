@@ -1,7 +1,14 @@
 """Hand-made predictions and ground truth: squares that stand still, and tiny random videos."""
 
 import numpy as np
+import pytest
 from pycocotools import mask as coco_mask
+
+
+def seeds(count, fast=4):
+    """The parameters of a random test: `count` seeds, all but the first few marked slow."""
+    more = [pytest.param(seed, marks=pytest.mark.slow) for seed in range(fast, count)]
+    return [*range(fast), *more]
 
 
 def encode(mask):

@@ -1,7 +1,8 @@
-"""Run all tests, one process for each core.
+"""Run the tests, one process for each core.
 
     python tests/run.py                    # as `python -m pytest tests`, on all cores
-    python tests/run.py -m fast            # arguments are passed on to pytest
+    python tests/run.py -m fast            # options are passed on to pytest
+    python tests/run.py tests/test_model.py tests/test_tracker.py::test_what_is_carried
 
 Each test file runs in a process of its own. The processes are forked from this one, which has
 imported torch and the programs, since that takes longer than most files. A file is printed once it
@@ -9,6 +10,7 @@ is done: one line if it passed, everything that pytest printed if not. The last 
 """
 
 import gc
+import io
 import multiprocessing
 import os
 import re
@@ -17,7 +19,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -51,27 +53,59 @@ START_FIRST = (
     "test_tutorial.py",
     "test_pages.py",
 )  # they take longest
+OPTIONS_WITH_VALUES = ("-k", "-m", "-p")  # the value may look like a folder
 FORK = multiprocessing.get_context("fork" if hasattr(os, "fork") else None)
 
 
-def run_pytest(file: Path, arguments: list[str], output: int) -> None:
-    """Run the tests of a file in this process and end it. output: where everything is printed."""
+def warm_up() -> None:
+    """Import what most processes would import again: pytest's plugins, conftest.py, matplotlib."""
+    with redirect_stdout(io.StringIO()):
+        pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", str(FOLDER / "conftest.py")])
+    with suppress(ImportError):
+        import matplotlib.backends.backend_agg  # noqa: F401
+    gc.freeze()  # otherwise each process collects, and thereby copies, all of torch
+
+
+def select(arguments: list[str]) -> tuple[dict[Path, list[str]], list[str]]:
+    """Split the arguments into {test file: what to run of it} and options for pytest.
+
+    As for pytest, a path selects a file, some of its tests (file::test), or a folder of files.
+    """
+    selected, options = {}, []
+    for previous, argument in zip(["", *arguments], arguments):
+        path = Path(argument.partition("::")[0])
+        if previous in OPTIONS_WITH_VALUES or not (path.suffix == ".py" or path.is_dir()):
+            options.append(argument)
+        elif path.is_dir():
+            selected |= {file.resolve(): [str(file)] for file in path.rglob("test_*.py")}
+        else:
+            selected.setdefault(path.resolve(), []).append(argument)
+    if not selected:
+        selected = {file: [str(file)] for file in FOLDER.rglob("test_*.py")}
+    return selected, options
+
+
+def run_pytest(arguments: list[str], output: int) -> None:
+    """Run pytest in this process and end it. output: where everything is printed."""
     os.dup2(output, 1)
     os.dup2(output, 2)
     sys.stdout = sys.stderr = open(1, "w", encoding="utf-8", buffering=1, closefd=False)
-    sys.exit(pytest.main([str(file), "-q", "-p", "no:cacheprovider", *arguments]))
+    sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *arguments]))
 
 
-def run_files(files: list[Path], arguments: list[str], cores: int) -> Iterator[tuple]:
+def run_files(selected: dict[Path, list[str]], options: list[str], cores: int) -> Iterator[tuple]:
     """Run each file in a process, as many at a time as there are cores.
 
     Yields (file, exit code, output) of each in the order in which they end.
     """
-    waiting, running = list(files), {}
+    waiting = sorted(selected, key=lambda file: (file.name not in START_FIRST, file))
+    running = {}
     while waiting or running:
         while waiting and len(running) < cores:
             file, output = waiting.pop(0), tempfile.TemporaryFile()
-            process = FORK.Process(target=run_pytest, args=(file, arguments, output.fileno()))
+            process = FORK.Process(
+                target=run_pytest, args=([*selected[file], *options], output.fileno())
+            )
             process.start()
             running[process.sentinel] = file, process, output
         for sentinel in wait(list(running)):
@@ -83,13 +117,11 @@ def run_files(files: list[Path], arguments: list[str], cores: int) -> Iterator[t
 
 
 def main(arguments: list[str]) -> int:
-    """Run all files and print the results; 0 if all tests passed."""
+    """Run the selected files and print the results; 0 if all tests passed."""
     began, totals, failed = time.monotonic(), Counter(), []
-    files = sorted(FOLDER.rglob("test_*.py"))
-    files.sort(key=lambda file: file.name not in START_FIRST)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    for file, code, output in run_files(files, arguments, cores):
-        name, summary = file.relative_to(FOLDER.parent), output.rpartition("\n")[2]
+    for file, code, output in run_files(*select(arguments), cores):
+        name, summary = os.path.relpath(file, FOLDER.parent), output.rpartition("\n")[2]
         if code not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
             failed.append(name)
             print(output)
@@ -104,5 +136,5 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    gc.freeze()  # otherwise each process collects, and thereby copies, all of torch
+    warm_up()
     sys.exit(main(sys.argv[1:]))

@@ -771,6 +771,7 @@ def test_predictions_for_videos_that_are_left_out_do_not_count(tmp_path):
 # COCO
 
 
+@pytest.mark.slow
 def test_a_coco_file_is_trained_on_evaluated_and_scored(frames, weights, tmp_path):
     content = to_coco(make_content())
     path = write(tmp_path / "coco.json", content)

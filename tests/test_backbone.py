@@ -5,8 +5,8 @@ two agree).
 import pytest
 import torch
 import torch.nn.functional as F
-from torchvision.models import get_model, resnet50
-from torchvision.models.resnet import Bottleneck
+from torchvision.models import get_model
+from torchvision.models.resnet import Bottleneck, ResNet
 from torchvision.models.swin_transformer import SwinTransformer
 
 from backbone import (
@@ -25,7 +25,8 @@ from reading.translation import translate
 @torch.no_grad()
 def test_resnet_is_torchvisions():
     torch.manual_seed(0)
-    theirs, ours = resnet50(num_classes=2).eval(), build_backbone("resnet50", "batch").eval()
+    theirs = ResNet(Bottleneck, [1, 2, 1, 1], num_classes=2).eval()
+    ours = ResNetBackbone(Bottleneck, [1, 2, 1, 1], torch.nn.BatchNorm2d).eval()
     ours.load_state_dict(
         {name: value for name, value in theirs.state_dict().items() if not name.startswith("fc.")}
     )
@@ -116,8 +117,8 @@ def test_norms():
 
 @pytest.fixture
 def bottlenecks(monkeypatch):
-    """A ResNet with the blocks of ResNet-50, two in a stage."""
-    build = lambda norm, _: ResNetBackbone(Bottleneck, [2, 2, 2, 2], norm, 128)  # noqa: E731
+    """A ResNet with the blocks of ResNet-50, two in its first stage."""
+    build = lambda norm, _: ResNetBackbone(Bottleneck, [2, 1, 1, 1], norm, 128)  # noqa: E731
     monkeypatch.setitem(BACKBONES, "bottlenecks", build)
 
 

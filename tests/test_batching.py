@@ -110,11 +110,15 @@ NO_FRAMES = {
 }
 
 
+@pytest.fixture(scope="module")
+def model():
+    return build_model("toy", 3, backbone="resnet10_thin").eval()
+
+
 @pytest.mark.parametrize("kind", NO_FRAMES)
-def test_what_is_no_frame_is_refused(kind):
+def test_what_is_no_frame_is_refused(model, kind):
     """One by one, in batches, and by the model however it is called."""
     frame, expected = NO_FRAMES[kind]
-    model = build_model("toy", 3, backbone="resnet10_thin").eval()
     batch = frame[None]
     for refused in (
         lambda: check_frame(frame),

@@ -15,7 +15,7 @@ from evaluation.metric import (
     match_video,
 )
 from evaluation.overlaps import measure_overlaps
-from hand_made import LEFT, RIGHT, annotation, prediction, random_set, square, truth
+from hand_made import LEFT, RIGHT, annotation, prediction, random_set, seeds, square, truth
 
 NOTHING = [None] * 2
 
@@ -151,7 +151,7 @@ def test_a_found_object_is_not_given_to_a_second_prediction():
     assert gains["loose mask"]["AP"] == 0
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", seeds(12))
 def test_fixes_never_cost_ap_and_all_together_leave_no_loss(seed):
     results, ground_truth = random_set(seed)
     metrics = evaluate_results(results, ground_truth)
@@ -242,7 +242,7 @@ def naive_second_round(entries, objects, threshold, free):
     return matches
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", seeds(12))
 def test_against_naive_implementation(seed):
     results, ground_truth = random_set(seed)
     size = 5, 6

@@ -32,14 +32,25 @@ TINY = dict(backbone="resnet10_thin", channels=32, heads=2, feed_forward=32, pix
 
 
 @cache
-def tiny_model_once(num_classes, propagation):
+def shared_model(num_classes=3, propagation="gated"):
+    """One model for all tests that change none of its weights."""
     torch.manual_seed(0)
     return build_model("toy", num_classes, propagation, **TINY)
 
 
 def tiny_model(num_classes=3, propagation="gated"):
-    """A model of its own for every test; copying it is faster than initialising it again."""
-    return copy.deepcopy(tiny_model_once(num_classes, propagation))
+    """A model of its own for a test that changes weights; copying is faster than initialising."""
+    return copy.deepcopy(shared_model(num_classes, propagation))
+
+
+def few_weights(*others):
+    """Entries of the shared model that tell its class count and propagation, and some others.
+
+    A file of them is enough where a test ends before all weights are needed, and fast to read.
+    """
+    state = shared_model().state_dict()
+    names = ("tracker.class_embed.weight", "tracker.gate_proj.weight", *others)
+    return {name: state[name] for name in names}
 
 
 def official_preset(shapes: dict) -> str:
@@ -48,7 +59,18 @@ def official_preset(shapes: dict) -> str:
     return "r101" if any("res4.22." in name for name in shapes) else "r50"
 
 
-@pytest.mark.parametrize("key", [key for key in meta()["names_shapes"] if "swin_tiny" not in key])
+# Files of one model for other data sets have the same names.
+OTHER_SETS = ("swinl_ovisyaml", "vita_r50_coco", "vita_r50_ytvis2019")
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        pytest.param(key, marks=[pytest.mark.slow] * (key in OTHER_SETS))
+        for key in meta()["names_shapes"]
+        if "swin_tiny" not in key
+    ],
+)
 def test_golden_official_state_dicts_load(key):
     """Nothing is missing and nothing unexpected, in the mode that the names imply.
 
@@ -124,7 +146,7 @@ def test_files_that_run_code_are_refused(tmp_path, monkeypatch, suffix):
     payload = {"model": {"backbone.bn1.weight": Malice()}}
     path.write_bytes(pickle.dumps(payload)) if suffix == ".pkl" else torch.save(payload, path)
     with pytest.raises(InputError, match="no checkpoint that can be read safely"):
-        load_weights(tiny_model(), path)
+        load_weights(shared_model(), path)
     assert not (tmp_path / "harm").exists()
 
 
@@ -144,7 +166,7 @@ CLAIMS = {
 def test_pickles_that_claim_what_they_do_not_hold_are_refused(tmp_path, kind):
     (tmp_path / "claim.pkl").write_bytes(CLAIMS[kind])
     with pytest.raises(InputError, match="claim.pkl is no checkpoint "):
-        load_weights(tiny_model(), tmp_path / "claim.pkl")
+        load_weights(shared_model(), tmp_path / "claim.pkl")
 
 
 class Zeros:
@@ -156,7 +178,7 @@ def test_an_endless_row_of_zeros_is_refused(tmp_path):
     for new in (True, False):
         torch.save({"a": Zeros()}, tmp_path / "zeros.pth", _use_new_zipfile_serialization=new)
         with pytest.raises(InputError, match="it asks for builtins.bytearray"):
-            load_weights(tiny_model(), tmp_path / "zeros.pth")
+            load_weights(shared_model(), tmp_path / "zeros.pth")
 
 
 def test_an_archive_that_unpacks_to_more_is_refused(tmp_path):
@@ -168,7 +190,7 @@ def test_an_archive_that_unpacks_to_more_is_refused(tmp_path):
         for name in whole.namelist():
             bomb.writestr(name, whole.read(name))
     with pytest.raises(InputError, match="bomb.pth is no checkpoint that can be read safely"):
-        load_weights(tiny_model(), tmp_path / "bomb.pth")
+        load_weights(shared_model(), tmp_path / "bomb.pth")
 
 
 @pytest.mark.parametrize(
@@ -211,14 +233,14 @@ def test_tensors_that_claim_what_they_do_not_hold_are_refused(tmp_path, tensor, 
     ids=["preset", "name", "side", "channels", "layers", "heads"],
 )
 def test_a_config_that_asks_for_the_impossible(tmp_path, config, expected):
-    torch.save({"model": tiny_model().state_dict(), "config": config}, tmp_path / "odd.pt")
+    torch.save({"model": few_weights(), "config": config}, tmp_path / "odd.pt")
     with pytest.raises(InputError, match=expected):
         model_from_checkpoint(tmp_path / "odd.pt", propagation="gated")
 
 
 def refused_config(tmp_path, config):
     """The line that a checkpoint with such a config is refused with."""
-    torch.save({"model": tiny_model().state_dict(), "config": config}, tmp_path / "odd.pt")
+    torch.save({"model": few_weights(), "config": config}, tmp_path / "odd.pt")
     with pytest.raises(InputError) as refusal:
         model_from_checkpoint(tmp_path / "odd.pt", propagation="gated")
     assert len(str(refusal.value).splitlines()) == 1
@@ -283,7 +305,7 @@ def test_model_options_have_types_and_ranges(tmp_path, option, value, expected):
 def test_a_config_of_another_program_does_not_matter(tmp_path, config):
     """Only one that names a preset is ours."""
     args = argparse.Namespace(output=Path("x"))
-    contents = {"state_dict": tiny_model().state_dict(), "config": config, "args": args}
+    contents = {"state_dict": shared_model().state_dict(), "config": config, "args": args}
     torch.save(contents, tmp_path / "other.pth")
     model, found = model_from_checkpoint(tmp_path / "other.pth", "toy", **TINY)
     assert found == {} and model.propagation == "gated"
@@ -323,8 +345,8 @@ PREFIXES = [
 
 @pytest.mark.parametrize("prefix", PREFIXES)
 def test_prefixes_of_training_tools_are_stripped(prefix):
-    state = {prefix + name: value for name, value in tiny_model().state_dict().items()}
-    report = load_weights(tiny_model(), state)
+    state = {prefix + name: value for name, value in shared_model().state_dict().items()}
+    report = load_weights(shared_model(), state)
     assert not report.missing and not report.unexpected
 
 
@@ -334,11 +356,11 @@ def test_prefixes_of_training_tools_are_stripped(prefix):
 def test_wrapped_parts_have_their_own_names(part):
     """torch.compile(model.backbone) puts its name into the middle of names."""
     state = {}
-    for name, value in tiny_model().state_dict().items():
+    for name, value in shared_model().state_dict().items():
         for owner in ("backbone.", "layers.0."):
             name = name.replace(owner, owner + part)
         state[name] = value
-    report = load_weights(tiny_model(), state)
+    report = load_weights(shared_model(), state)
     assert not report.missing and not report.unexpected
 
 
@@ -367,16 +389,16 @@ def test_real_wrappers_of_pytorch():
     [["model"], ["state_dict"], ["model_state_dict"], ["module"], ["net"], ["model", "state_dict"]],
 )
 def test_state_dicts_are_found_next_to_other_things(wrappers):
-    contents = {f"module.{name}": value for name, value in tiny_model().state_dict().items()}
+    contents = {f"module.{name}": value for name, value in shared_model().state_dict().items()}
     optimizer = {"state": {0: {"step": torch.ones(1)}}}
     for wrapper in reversed(wrappers):
         contents = {wrapper: contents, "epoch": 3, "rng": torch.ones(4), "optimizer": optimizer}
     contents.setdefault("model", {"name": "GRAttVIS"})
-    assert not load_weights(tiny_model(), contents).missing
+    assert not load_weights(shared_model(), contents).missing
 
 
 def test_entries_that_are_no_weights_are_ignored_by_their_names():
-    state, model = tiny_model().state_dict(), tiny_model()
+    state, model = shared_model().state_dict(), tiny_model()
     extras = {"epoch": 3, "date": "today", "meta.seed": 4, "n_averaged": torch.tensor(3)}
     report = load_weights(model, state | extras)
     assert not report.missing and not report.unexpected and "epoch" in report.ignored
@@ -387,23 +409,23 @@ def test_entries_that_are_no_weights_are_ignored_by_their_names():
 
 
 def test_two_entries_for_one_weight():
-    state = tiny_model().state_dict()
+    state = shared_model().state_dict()
     state["module.tracker.decoder_norm.bias"] = torch.zeros(32)
     with pytest.raises(InputError, match="several entries for tracker.decoder_norm.bias"):
-        load_weights(tiny_model(), state)
+        load_weights(shared_model(), state)
 
 
 def test_a_whole_model_in_the_place_of_its_weights(tmp_path):
-    torch.save({"model": tiny_model(), "epoch": 3}, tmp_path / "whole.pth")
+    torch.save({"model": shared_model(), "epoch": 3}, tmp_path / "whole.pth")
     with pytest.raises(InputError, match="whole.pth holds a whole model.GRAttVIS: save its state"):
-        load_weights(tiny_model(), tmp_path / "whole.pth")
+        load_weights(shared_model(), tmp_path / "whole.pth")
 
 
 @pytest.mark.parametrize("dtype", ["complex64", "bool", "uint8", "int8", "int64", "float8_e4m3fn"])
 @pytest.mark.parametrize("suffix", [".pth", ".pkl"])
 def test_weights_that_are_no_real_numbers_are_refused(tmp_path, dtype, suffix):
     """By name, and before anything is changed."""
-    state, path = dict(tiny_model().state_dict()), tmp_path / f"odd{suffix}"
+    state, path = few_weights("tracker.query_feat.weight"), tmp_path / f"odd{suffix}"
     state["tracker.decoder_norm.bias"] = torch.zeros(32).to(getattr(torch, dtype))
     path.write_bytes(pickle.dumps(state)) if suffix == ".pkl" else torch.save(state, path)
     target = tiny_model()
@@ -417,7 +439,7 @@ def test_weights_that_are_no_real_numbers_are_refused(tmp_path, dtype, suffix):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_weights_of_other_precision_are_taken(dtype):
     """Counters, too, where all entries were cast to what holds whole numbers exactly."""
-    state = tiny_model().state_dict()
+    state = shared_model().state_dict()
     cast = {
         name: value.to(dtype)
         for name, value in state.items()
@@ -442,10 +464,10 @@ def test_weights_of_other_precision_are_taken(dtype):
     ],
 )
 def test_counters_must_be_whole_numbers(values):
-    state = tiny_model().state_dict() | {"backbone.bn1.num_batches_tracked": values}
+    state = shared_model().state_dict() | {"backbone.bn1.num_batches_tracked": values}
     expected = "entry backbone.bn1.num_batches_tracked is .*: it must hold whole numbers"
     with pytest.raises(InputError, match=expected):
-        load_weights(tiny_model(), state)
+        load_weights(shared_model(), state)
 
 
 def test_class_counts():
@@ -481,18 +503,18 @@ def test_class_counts():
 )
 def test_a_stage_starts_from_vita(propagation, new):
     """Only what VITA has not is missing: the gate, or the memory."""
-    vita = build_model("toy", 3, "clip")
-    report = load_weights(build_model("toy", 3, propagation), vita.state_dict())
+    vita = shared_model(propagation="clip")
+    report = load_weights(tiny_model(propagation=propagation), vita.state_dict())
     assert {name.split(".")[1] for name in report.missing} == new and not report.unexpected
 
 
 def test_other_shapes_are_refused_by_name():
-    state = tiny_model().state_dict()
+    state = shared_model().state_dict()
     state["tracker.query_feat.weight"] = torch.zeros(4, 32)
     with pytest.raises(
         InputError, match=r"tracker\.query_feat\.weight is \(4, 32\) there and \(20, 32\) here"
     ):
-        load_weights(tiny_model(), state)
+        load_weights(shared_model(), state)
 
 
 def test_first_mask2former_format():
@@ -584,7 +606,7 @@ def test_a_model_is_read_at_the_size_it_was_made_for(tmp_path):
     for more, side in sides.items():
         config = {"preset": "toy", "propagation": "gated", "model_options": TINY} | dict(more)
         save_checkpoint(
-            tmp_path / "last.pt", {"model": tiny_model().state_dict(), "config": config}
+            tmp_path / "last.pt", {"model": shared_model().state_dict(), "config": config}
         )
         assert default_short_side(model_from_checkpoint(tmp_path / "last.pt")[1], None) == side
     assert (default_short_side({}, "r50"), default_short_side({}, "swin_l")) == (360, 448)

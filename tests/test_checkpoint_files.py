@@ -212,7 +212,12 @@ def test_reset_classes_leaves_the_classes_of_the_model(checkpoint):
 
 @pytest.mark.parametrize(
     "preset, propagation",
-    [("toy", "memory"), ("toy", "plain"), ("toy", "clip"), ("small", "gated")],
+    [
+        ("toy", "memory"),
+        ("small", "gated"),
+        pytest.param("toy", "plain", marks=pytest.mark.slow),
+        pytest.param("toy", "clip", marks=pytest.mark.slow),
+    ],
 )
 def test_the_config_of_a_file_says_what_is_built(tmp_path, preset, propagation):
     torch.manual_seed(0)
@@ -247,12 +252,14 @@ def test_an_empty_config_says_nothing(tmp_path, config):
     assert model_from_checkpoint(tmp_path / "a.pt", "toy")[0].num_classes == 2
 
 
-@pytest.mark.parametrize("propagation", ["gated", "memory", "gated+memory"])
+@pytest.mark.parametrize(
+    "propagation",
+    ["gated+memory", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gated", "memory"))],
+)
 def test_the_names_of_an_official_file_tell_its_propagation(tmp_path, propagation):
-    torch.save(
-        {"model": build_model("toy", 4, propagation).state_dict()}, tmp_path / "official.pth"
-    )
-    model, config = model_from_checkpoint(tmp_path / "official.pth", "toy")
+    weights = tiny_model(4, propagation).state_dict()
+    torch.save({"model": weights}, tmp_path / "official.pth")
+    model, config = model_from_checkpoint(tmp_path / "official.pth", "toy", **TINY)
     assert model.propagation == propagation and model.num_classes == 4 and config == {}
     with pytest.raises(
         InputError,

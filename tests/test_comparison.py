@@ -16,7 +16,7 @@ from evaluation.comparison import (
 )
 from evaluation.metric import check_results, evaluate_results, match_video
 from evaluation.overlaps import measure_overlaps
-from hand_made import LEFT, RIGHT, annotation, prediction, random_set, truth
+from hand_made import LEFT, RIGHT, annotation, prediction, random_set, seeds, truth
 
 
 def match(results, ground_truth):
@@ -46,7 +46,7 @@ def copies_of(results, ground_truth, counts):
     }
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", seeds(10))
 def test_resamples_are_data_sets_with_copied_videos(seed, monkeypatch):
     """With crowds, classes that are absent, and scores that are equal in different videos."""
     monkeypatch.setattr("evaluation.metric.MAX_PREDICTIONS", (1, 3, 100))

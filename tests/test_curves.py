@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from runtime.errors import InputError
-from viewing.curves import curves, main, parse_arguments, read_log
+from viewing.curves import curves, main, parse_arguments, plot_curves, read_log
 
 LINES = [
     {
@@ -22,7 +22,7 @@ LINES = [
         "loss_genvis_ce_1_clip0": 3.0,
         "loss_genvis_sim_clip2": 4.0,
     },
-    {"step": 10, "AP": 30.0, "AP50": 50.0},
+    {"step": 10, "AP": 0.3, "AP50": 0.5},
     {
         "step": 20,
         "loss": 5.0,
@@ -49,7 +49,7 @@ def test_losses_of_a_kind_are_added_up(run):
         "loss ce": [(10, 6.0)],
         "loss sim": [(10, 4.0)],
         "loss mask": [(20, 5.0)],
-        "AP": [(10, 30.0)],
+        "AP": [(10, 0.3)],
         "learning rate": [(10, 0.1), (20, 0.01)],
         "gradient norm": [(20, 2.0)],
         "waiting for data": [(10, 0.5), (20, 0.25)],
@@ -66,8 +66,27 @@ def test_picture_and_table(run, tmp_path):
     assert [(row["run"], row["step"], row["AP"], row["loss ce"]) for row in rows] == [
         (name, step, *values)
         for name in (str(run), str(run / "log.jsonl"))
-        for step, *values in (("10", "30.0", "6.0"), ("20", "", ""))
+        for step, *values in (("10", "0.3", "6.0"), ("20", "", ""))
     ]
+
+
+def test_ap_is_in_percent_in_the_picture(tmp_path, monkeypatch):
+    """As on the screen; the table has the numbers of the log."""
+    pytest.importorskip("matplotlib", reason="plots need matplotlib")
+    from matplotlib.figure import Figure
+
+    saved = []
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, path, **_: path.touch() or saved.append(figure)
+    )
+    plot_curves(
+        tmp_path / "curves.png", {"run": {"AP": [(10, 0.25), (20, 0.5)], "loss": [(10, 2.0)]}}
+    )
+    lines = {axes.get_title(): axes.lines[0].get_ydata() for axes in saved[0].axes if axes.lines}
+    assert {title: list(values) for title, values in lines.items()} == {
+        "loss": [2.0],
+        "AP (%)": [25.0, 50.0],
+    }
 
 
 @pytest.mark.parametrize(

@@ -207,6 +207,7 @@ def test_videos_of_all_kinds_give_the_frames_they_store(
 
 
 @needs_ffmpeg
+@pytest.mark.slow
 def test_a_damaged_video_that_ffmpeg_says_much_about_comes_to_an_end(tmp_path):
     """More than a pipe holds."""
     make_video(tmp_path / "long.avi", "testsrc2=s=64x64:r=25:d=60", "-c:v", "mpeg4", "-g", "12")

@@ -1,6 +1,7 @@
 """What `record_attention` returns, and that the model is as before afterwards."""
 
 import math
+from functools import cache
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transformer import Attention
 from viewing.introspection import pixel_maps, record_attention
 
 SIZE = dict(
+    backbone="resnet10_thin",
     channels=32,
     heads=2,
     queries=4,
@@ -25,7 +27,9 @@ SIZE = dict(
 )
 
 
+@cache
 def make_model(propagation="gated", **options):
+    """Shared: recording leaves a model as it was."""
     torch.manual_seed(0)
     return randomised(build_model("toy", 3, propagation, **SIZE, **options).double().eval())
 
@@ -78,9 +82,10 @@ def test_weights_are_a_softmax_by_hand():
     """The tracker's self-attention, with the mask of its gates, from hooks of our own."""
     model, frames, layer, entered = make_model(), make_frames(2), 1, []
     attention = model.tracker.decoder[layer].self_attention
-    attention.register_forward_pre_hook(lambda module, inputs: entered.append(inputs[0]))
+    hook = attention.register_forward_pre_hook(lambda _, inputs: entered.append(inputs[0]))
     with record_attention(model, "tracker.decoder") as record:
         model.segment_video(frames)
+    hook.remove()
     assert all(name.startswith("tracker.decoder") for name in record.weights)
     assert not record.sampling and not record.gate_logits
     with record_attention(model, "tracker") as record:

@@ -15,7 +15,7 @@ from evaluation.linking import (
 )
 from evaluation.metric import category_ids, check_results, evaluate_results
 from evaluation.overlaps import measure_overlaps
-from hand_made import LEFT, RIGHT, annotation, prediction, random_set, square, truth
+from hand_made import LEFT, RIGHT, annotation, prediction, random_set, seeds, square, truth
 
 NAMES = ("AP", "AP50", "AP75")
 NOTHING = [None] * 4
@@ -136,7 +136,7 @@ def iou_of(overlaps, choice, g):
     return shared / union if union else 0.0
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", seeds(20))
 def test_no_choice_of_masks_has_a_higher_iou(seed):
     for overlaps in tiny_videos(seed):
         ious, _ = best_links(overlaps)
@@ -145,7 +145,7 @@ def test_no_choice_of_masks_has_a_higher_iou(seed):
             assert iou == max(iou_of(overlaps, choice, g) for choice in product(options, repeat=3))
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", seeds(20))
 def test_no_exclusive_assignment_gains_more(seed):
     random = np.random.default_rng(seed)
     gains = np.round(random.uniform(-1, 1, (2, 4, 3)), 1)
@@ -171,7 +171,7 @@ def test_links_are_exclusive_where_two_objects_want_a_mask():
     assert exclusive_links(gains).tolist() == [[0, -1]] * 4
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", seeds(8))
 def test_the_bound_is_reached_and_never_exceeded(seed):
     """By linked tracks of the same masks, with any classes and scores."""
     results, ground_truth = random_set(seed, videos=(1,))
@@ -201,7 +201,7 @@ def test_the_bound_is_reached_and_never_exceeded(seed):
         assert all(metrics[name] <= bound[name] + 1e-12 for name in NAMES)
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", seeds(8))
 def test_the_tracker_itself_does_not_exceed_the_bound(seed):
     results, ground_truth = random_set(seed)
     metrics = evaluate_results(results, ground_truth)

@@ -9,7 +9,7 @@ import pytest
 
 from data import InputError
 from evaluation import metric
-from hand_made import LEFT, RIGHT, annotation, encode, prediction, square, truth
+from hand_made import LEFT, RIGHT, annotation, encode, prediction, seeds, square, truth
 
 METRICS = "AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl".split()
 
@@ -413,7 +413,7 @@ def naive_precision_recall(predictions, truths, threshold, smallest, largest, li
     return np.mean(precisions), sum(outcomes) / total
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", seeds(20))
 def test_against_naive_implementation(seed, monkeypatch):
     """Tiny random videos: ties, empty and missing masks, crowds.
 

@@ -62,13 +62,24 @@ def cast_of(colour):
     return numpy.subtract(colour, numpy.mean(colour)) / 2
 
 
+def lab_of(colour):
+    """CIELAB coordinates (D65) of an RGB colour."""
+    share = numpy.array(colour) / 255
+    linear = numpy.where(share <= 0.04045, share / 12.92, ((share + 0.055) / 1.055) ** 2.4)
+    to_xyz = [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+    x, y, z = numpy.cbrt(numpy.array(to_xyz) @ linear / (0.9505, 1, 1.089))  # none is near black
+    return numpy.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
 def test_colours_tell_tracks_apart():
-    colours = [colour_of(track) for track in range(12)]
-    assert all(
-        numpy.linalg.norm(numpy.subtract(one, other)) > 40
+    """As far apart as an eye sees it; 2 is the smallest difference that is seen side by side."""
+    colours = [lab_of(colour_of(track)) for track in range(16)]
+    distances = [
+        [numpy.linalg.norm(one - other) for other in colours[:place]]
         for place, one in enumerate(colours)
-        for other in colours[:place]
-    )
+    ]
+    assert min(sum(distances[:12], [])) > 35 and min(sum(distances, [])) > 30
+    assert len({colour_of(track) for track in range(255)}) == 255
 
 
 def test_an_overlay_changes_the_masked_pixels_and_no_others():
@@ -94,10 +105,10 @@ def test_a_caption_is_written_at_its_mask_in_its_colour():
         for captions in (["", ""], ["disc 0.9", "star 0.8"])
     )
     written = (plain != captioned).any(2)
-    for columns, colour in ((slice(18, 110), 2), (slice(198, 290), 6)):
+    for columns, colour, letters in ((slice(18, 110), 2, 0), (slice(198, 290), 6, 255)):
         pixels = captioned[80:104, columns][written[80:104, columns]]
-        # White on the track's colour.
-        assert (pixels == colour_of(colour)).all(1).any() and (pixels == 255).all(1).any()
+        # Black on pale green, white on blue.
+        assert (pixels == colour_of(colour)).all(1).any() and (pixels == letters).all(1).any()
         written[80:104, columns] = False
     assert not written.any()  # and nothing is written elsewhere
 
@@ -263,7 +274,7 @@ def test_a_track_keeps_its_colour_over_the_video(tmp_path):
     for cast in left[1:]:
         assert numpy.allclose(cast, left[0], atol=4)
     for cast in right:
-        assert numpy.allclose(cast, right[0], atol=4) and numpy.linalg.norm(cast - left[0]) > 40
+        assert numpy.allclose(cast, right[0], atol=4) and numpy.linalg.norm(cast - left[0]) > 30
 
 
 def test_no_instances_leave_the_frames_as_they_are(tmp_path):
@@ -382,7 +393,7 @@ def test_a_gate_is_dark_where_it_is_open_and_pale_where_it_is_closed():
     assert runs(lines.any(1))[1].tolist() == [draw.LINE_HEIGHT] * 6
     cells = cells_of(strip(CELLS), lines, 8)
     expected = CELLS.transpose(0, 2, 1).reshape(6, 8)
-    assert numpy.array_equal(cells.max(2) < 100, expected)
+    assert numpy.array_equal(cells.max(2) < 110, expected)
     assert numpy.array_equal(cells.min(2) > 150, ~expected)
 
 
@@ -540,5 +551,9 @@ def test_a_caption_stays_inside_of_the_picture():
 
 
 def test_a_colour_is_that_of_its_hue():
-    """The first hue is red: saturation 0.75, value 0.92."""
-    assert colour_of(0) == (235, 59, 59)
+    """The first is a bright red, the second a dark blue, the third a pale green."""
+    assert [colour_of(track) for track in range(3)] == [
+        (255, 25, 25),
+        (0, 45, 153),
+        (202, 255, 128),
+    ]

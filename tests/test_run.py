@@ -1,5 +1,7 @@
 """tests/run.py: what fails in any file fails the whole, and nothing else does."""
 
+import re
+
 import pytest
 
 import run
@@ -12,6 +14,16 @@ FILES = {
     "test_dead.py": "import os\ndef test_dead(): os.kill(os.getpid(), 9)\n",
     "test_slow.py": "import pytest\n@pytest.mark.slow\ndef test_slow(): pass\n",
 }
+
+
+def write_files(tmp_path, monkeypatch, names):
+    """Test files in a folder, which takes the place of tests/."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    slow: for this test\n")
+    for name in names:
+        (folder / f"test_{name}.py").write_text(FILES[f"test_{name}.py"])
+    monkeypatch.setattr(run, "FOLDER", folder)
 
 
 @pytest.mark.parametrize(
@@ -32,13 +44,35 @@ FILES = {
     ids=str,
 )
 def test_exit_code_and_output(tmp_path, monkeypatch, capfd, names, arguments, code, lines):
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    slow: for this test\n")
-    for name in names:
-        (folder / f"test_{name}.py").write_text(FILES[f"test_{name}.py"])
-    monkeypatch.setattr(run, "FOLDER", folder)
+    write_files(tmp_path, monkeypatch, names)
     assert run.main(arguments) == code
     output = capfd.readouterr().out
     assert all(line in output for line in lines), output
     assert ("FAILED" in output) == any("FAILED" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        (["folder/test_good.py"], "2 passed"),
+        (["folder/test_good.py::test_one"], "1 passed"),
+        (["folder/test_good.py::test_one", "folder/test_good.py::test_two"], "2 passed"),
+        (["folder/test_bad.py::test_good", "-x", "folder/test_slow.py"], "2 passed"),
+        (["folder"], "1 failed"),
+        (["-k", "folder and two"], "1 passed"),
+        (["-k", "good", "folder/test_bad.py"], "1 passed"),
+        (["folder/test_missing.py"], "FAILED folder/test_missing.py"),
+    ],
+    ids=str,
+)
+def test_paths_select_files_and_tests(tmp_path, monkeypatch, capfd, arguments, expected):
+    """Each file runs once, however many of its tests are named."""
+    write_files(tmp_path, monkeypatch, ["good", "bad", "slow"])
+    monkeypatch.chdir(tmp_path)
+    assert run.main(arguments) == ("FAILED" in expected or "failed" in expected)
+    output = capfd.readouterr().out
+    assert expected in output, output
+    files = re.findall(r"^(folder/\w+\.py): .* in ", output, re.MULTILINE)
+    assert len(files) == len(set(files))
+    if "::" in arguments[0]:
+        assert expected in output.splitlines()[-1]

@@ -112,6 +112,7 @@ with cli_errors():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "how",
     [

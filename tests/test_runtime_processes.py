@@ -253,6 +253,7 @@ def test_a_folder_with_any_part_of_a_run_is_refused(datasets, tmp_path, part, re
     assert (tmp_path / part).read_text() == "precious"
 
 
+@pytest.mark.slow
 def test_a_run_has_a_checkpoint_before_its_first_step(datasets, tmp_path, monkeypatch):
     """So a run that dies early can be resumed, and is not overwritten."""
 

@@ -25,6 +25,9 @@ SCENES = {
 }
 
 
+FAST = ("occlusion", "degraded")  # the other suites are slow tests
+
+
 def describe(suite):
     """The numbers of SCENES for the first videos of a suite."""
     levels, categories, pixels, shown, first = [], [], 0, 0, 0
@@ -58,7 +61,13 @@ def test_every_suite_is_in_the_table():
     assert SCENES.keys() == synthetic.SUITES.keys() | MORE.keys()
 
 
-@pytest.mark.parametrize("name", SCENES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        *FAST,
+        *(pytest.param(name, marks=pytest.mark.slow) for name in SCENES if name not in FAST),
+    ],
+)
 def test_the_scenes_of_a_suite_stay_what_they_are(name):
     mean, deviation, categories, pixels, shown, first = describe((synthetic.SUITES | MORE)[name])
     expected = SCENES[name]

@@ -264,7 +264,9 @@ def make_pair(difficulty, video=0, frames=20, objects=(1, 4)):
     ]
 
 
-@pytest.mark.parametrize("length", [1, 4, 7])
+@pytest.mark.parametrize(
+    "length", [4, *(pytest.param(length, marks=pytest.mark.slow) for length in (1, 7))]
+)
 def test_a_cover_hides_its_object_for_so_many_frames(length):
     """Whole, while the object would be seen; before and after, it is seen as often as it can be."""
     hidden = 0

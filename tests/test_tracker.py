@@ -87,7 +87,8 @@ def no_noise(monkeypatch):
 # The whole of it
 
 
-@pytest.mark.parametrize("training", [False, True])
+# tests/test_model.py compares what is predicted at inference.
+@pytest.mark.parametrize("training", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "propagation, gate_mask, window",
     [

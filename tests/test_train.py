@@ -260,6 +260,18 @@ def test_evaluation_keeps_the_best(data_root, tmp_path, monkeypatch):
     assert not torch.equal(best["model"][name], last["model"][name])
 
 
+@pytest.mark.parametrize("found, kept", [((2.0, 2.0, 1.0), 2), ((0.0, 0.0, 0.0), 3)], ids=str)
+def test_the_newest_of_equal_evaluations_is_kept(data_root, tmp_path, monkeypatch, found, kept):
+    """It has been trained for longer."""
+    found = iter(found)
+    monkeypatch.setattr(
+        held_out, "evaluate_results", lambda results, truth: {"AP": next(found), "per_class": {}}
+    )
+    evaluating = ["--batch", "1", "--evaluate-every", "1", "--test-short-side", "32"]
+    run(data_root, tmp_path, "--iterations", "3", *evaluating)
+    assert torch.load(tmp_path / "best.pt", weights_only=True)["step"] == kept
+
+
 def test_the_best_so_far_is_known_after_resuming(data_root, tmp_path, monkeypatch):
     found = iter([3.0, 2.0])
     monkeypatch.setattr(

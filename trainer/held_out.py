@@ -59,7 +59,7 @@ def pause_to_evaluate(run: Run, videos: VideoSet, bar: tqdm) -> None:
 def evaluate(run: Run, videos: VideoSet) -> str:
     """Evaluate the model (with --ema, the averaged one).
 
-    Writes a line of the log, and best.pt if the AP is the best so far. Returns a message.
+    Writes a line of the log, and best.pt if no AP so far is higher. Returns a message.
     """
     model = run.averaged.module if run.averaged else run.model
     weights = run.finite_weights(model)
@@ -67,7 +67,7 @@ def evaluate(run: Run, videos: VideoSet) -> str:
     metrics.pop("per_class")
     run.log({"step": run.step} | metrics)
     message = f"iteration {run.step}: AP {100 * metrics['AP']:.1f}"
-    if metrics["AP"] <= run.best:
+    if metrics["AP"] < max(run.best, 0):  # -1: undefined
         return message
     run.best = metrics["AP"]
     save_checkpoint(

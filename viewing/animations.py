@@ -26,7 +26,7 @@ from evaluation.causes import BACKGROUND_IOU, CAUSES, NONE, Explanation
 from evaluation.linking import different_tracks
 from evaluation.overlaps import VideoOverlaps, track_rles
 from runtime.errors import InputError
-from viewing.overlays import colour_of, draw_label, strip_colours
+from viewing.overlays import LUMA, colour_of, draw_label, strip_colours
 
 PANEL_SIDE = 240  # pixels, the longest side of either half
 GAP = 4  # pixels between the halves
@@ -109,7 +109,7 @@ def track_colour(track: ShownTrack) -> tuple[int, int, int]:
 def label_colour(index: int) -> tuple[int, int, int]:
     """The colour of a ground truth track, dark enough for white letters on it."""
     colour = np.array(colour_of(index))
-    scale = min(1.0, MAX_LUMA / (colour @ (0.299, 0.587, 0.114)))
+    scale = min(1.0, MAX_LUMA / (colour @ LUMA))
     return tuple((colour * scale).astype(int).tolist())
 
 

@@ -5,7 +5,8 @@
 
 Panels: the losses by kind, summed over decoder layers, clips and detector or tracker ("ce" is the
 classification loss), the AP of periodic evaluations, the learning rate, the norm of the gradients,
-and the share of time spent waiting for data. Only the picture needs matplotlib.
+and the share of time spent waiting for data. AP and this share are in percent in the picture, and 0
+to 1 in the table, as in log.jsonl. Only the picture needs matplotlib.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from viewing.plots import require_matplotlib
 
 LOSS_NAME = re.compile(r"loss_(?:genvis_|vita_)?([a-z]+?)(?:_\d+)?(?:_clip\d+)?")
 LOGGED = {"lr": "learning rate", "gradient_norm": "gradient norm", "data_share": "waiting for data"}
+PERCENT = ("AP", "waiting for data")  # shares, 0 to 1 in files and in percent in the picture
 COLUMNS = 3
 
 
@@ -86,6 +88,8 @@ def plot_curves(path: Path, runs: dict[str, dict]) -> None:
     for axes, name in zip(panels, names):
         for run, curves_of_run in runs.items():
             points = curves_of_run.get(name, [])
+            if name in PERCENT:
+                points = [(step, 100 * value) for step, value in points]
             axes.plot(
                 *zip(*points) if points else ([], []),
                 label=run,
@@ -93,11 +97,11 @@ def plot_curves(path: Path, runs: dict[str, dict]) -> None:
                 marker="o" if len(points) < 12 else None,
                 markersize=3,
             )
-        axes.set_title(name, fontsize="medium")
+        axes.set_title(f"{name} (%)" if name in PERCENT else name, fontsize="medium")
         axes.grid(alpha=0.3)
         if name == "gradient norm":
             axes.set_yscale("log")
-        if name in ("AP", "waiting for data"):
+        if name in PERCENT:
             axes.set_ylim(bottom=0)
     for axes in list(panels):  # those left over
         axes.set_axis_off()

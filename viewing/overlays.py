@@ -23,6 +23,7 @@ from tqdm import tqdm
 from evaluation.postprocess import EncodedVideo, VideoResult
 
 GOLDEN_RATIO = 0.618034  # hue step: never repeats, and consecutive hues are far apart
+SHADES = ((0.9, 1.0), (1.0, 0.6), (0.5, 1.0))  # (saturation, value): bright, dark and pale in turn
 MIN_HEIGHT = 240  # pixels; smaller frames are enlarged by an integer factor, for legible labels
 MAX_ENLARGED_WIDTH = 4096  # pixels
 MAX_NAME_LENGTH = 32  # characters of a class name in a caption
@@ -34,12 +35,14 @@ BYTES_PER_PIXEL = 4  # of RGB pictures in Pillow
 MAX_WEBP_SIDE = 16383  # pixels, a limit of the format
 FRAME_MILLISECONDS = 125
 BAND_HEIGHT, LINE_HEIGHT = 7, 4  # pixels of the strip: visibility of a track, gates of a layer
+LUMA = (0.299, 0.587, 0.114)  # weights of red, green and blue
+MAX_LUMA_BELOW_WHITE = 140  # of 255, of the background of white letters
 WHITE, LIGHT_GREY, DARK_GREY = (255, 255, 255), (244, 244, 244), (30, 30, 30)
 
 
 def colour_of(track: int) -> tuple[int, int, int]:
-    """The RGB colour of a track id."""
-    rgb = hsv_to_rgb(track * GOLDEN_RATIO % 1, 0.75, 0.92)
+    """The RGB colour of a track id. Those of the first 16 ids are easy to tell apart."""
+    rgb = hsv_to_rgb(track * GOLDEN_RATIO % 1, *SHADES[track % len(SHADES)])
     return tuple(round(255 * value) for value in rgb)
 
 
@@ -103,9 +106,10 @@ def draw_caption(picture: Image.Image, corner: tuple[int, int], caption: str, co
 
 
 def draw_label(draw: ImageDraw.ImageDraw, corner: tuple[int, int], text: str, colour, font) -> None:
-    """Draw white text on a coloured background."""
+    """Draw text on a coloured background: white, or black where the background is light."""
     draw.rectangle(draw.textbbox(corner, text, font=font), fill=colour)
-    draw.text(corner, text, fill="white", font=font)
+    light = np.dot(colour, LUMA) > MAX_LUMA_BELOW_WHITE
+    draw.text(corner, text, fill="black" if light else "white", font=font)
 
 
 def gate_strip(

@@ -16,6 +16,7 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("faults")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loader", LOADERS)
 def test_a_few_inputs(folder, loader):
     outcomes, findings = fuzz(loader, FEW[loader], folder)
