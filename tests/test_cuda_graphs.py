@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fast.cuda_graphs import CapturedGraph, CUDAGraphCache, SideStream
+from fast import cuda_graphs
+from fast.cuda_graphs import CapturedGraph, CUDAGraphCache, SideStream, graph_constant
 from sparse_set import tiny_model
 
 
@@ -43,7 +44,7 @@ def test_a_captured_graph_is_replayed_unless_hooks_must_fire():
     model, replays = tiny_model(), []
     graphs = CUDAGraphCache()
     graph = SimpleNamespace(replay=lambda: replays.append("replay"))
-    graphs.capture = lambda *given: CapturedGraph(graph, [], (torch.ones(1),))
+    graphs.capture = lambda *given: CapturedGraph(graph, [], (torch.ones(1),), {})
 
     def call():
         replays.clear()
@@ -72,7 +73,7 @@ def test_a_captured_graph_is_replayed_unless_hooks_must_fire():
 def test_outputs_are_not_overwritten_by_the_next_replay():
     graphs, static = CUDAGraphCache(), torch.zeros(1)
     graph = SimpleNamespace(replay=lambda: static.add_(1))
-    graphs.capture = lambda *given: CapturedGraph(graph, [], (static,))
+    graphs.capture = lambda *given: CapturedGraph(graph, [], (static,), {})
     with torch.no_grad():
         outputs = [graphs(double_and_sum, FakeInput())[0] for _ in range(3)]
     assert torch.cat(outputs).tolist() == [1, 2, 3]
@@ -97,3 +98,20 @@ def test_a_side_stream_has_no_effect_on_a_cpu():
     assert x.sum() == 3
     with pytest.raises(ZeroDivisionError), side:  # errors are passed on
         1 / 0
+
+
+def test_constants_are_computed_once_while_a_graph_is_captured(monkeypatch):
+    computed = []
+
+    def compute():
+        computed.append(1)
+        return torch.ones(len(computed))
+
+    graph_constant(("ones", 3), compute)
+    graph_constant(("ones", 3), compute)
+    assert len(computed) == 2  # outside of a capture, at each call
+    monkeypatch.setattr(cuda_graphs, "_constants", [{}])
+    first = graph_constant(("ones", 3), compute)
+    assert graph_constant(("ones", 3), compute) is first
+    assert graph_constant(("ones", 4), compute) is not first
+    assert len(computed) == 4
