@@ -4,9 +4,10 @@
     python tests/run.py -m fast            # options are passed on to pytest
     python tests/run.py tests/test_model.py tests/test_tracker.py::test_what_is_carried
 
-Each test file runs in a process of its own. The processes are forked from this one, which has
-imported torch and the programs, since that takes longer than most files. A file is printed once it
-is done: one line if it passed, everything that pytest printed if not. The last line has the totals.
+Each process runs one long test file, or a few short ones. The processes are forked from this one,
+which has imported torch and the programs, since that takes longer than most files. Files are
+printed once they are done: one line if they passed, everything that pytest printed if not. The last
+line has the totals. If files fail together, each is run again by itself.
 """
 
 import gc
@@ -18,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import redirect_stdout, suppress
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -53,6 +54,8 @@ START_FIRST = (
     "test_tutorial.py",
     "test_pages.py",
 )  # they take longest
+TOGETHER = 4  # other files in a process
+PASSED = (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
 OPTIONS_WITH_VALUES = ("-k", "-m", "-p")  # the value may look like a folder
 FORK = multiprocessing.get_context("fork" if hasattr(os, "fork") else None)
 
@@ -94,35 +97,47 @@ def run_pytest(arguments: list[str], output: int) -> None:
 
 
 def run_files(selected: dict[Path, list[str]], options: list[str], cores: int) -> Iterator[tuple]:
-    """Run each file in a process, as many at a time as there are cores.
+    """Run the files in processes, as many at a time as there are cores.
 
-    Yields (file, exit code, output) of each in the order in which they end.
+    Yields (files, exit code, output) of each process in the order in which they end.
     """
-    waiting = sorted(selected, key=lambda file: (file.name not in START_FIRST, file))
+    waiting = batches(selected)
     running = {}
     while waiting or running:
         while waiting and len(running) < cores:
-            file, output = waiting.pop(0), tempfile.TemporaryFile()
-            process = FORK.Process(
-                target=run_pytest, args=([*selected[file], *options], output.fileno())
-            )
+            files, output = waiting.pop(0), tempfile.TemporaryFile()
+            tests = [test for file in files for test in selected[file]]
+            process = FORK.Process(target=run_pytest, args=([*tests, *options], output.fileno()))
             process.start()
-            running[process.sentinel] = file, process, output
+            running[process.sentinel] = files, process, output
         for sentinel in wait(list(running)):
-            file, process, output = running.pop(sentinel)
+            files, process, output = running.pop(sentinel)
             process.join()
+            if len(files) > 1 and process.exitcode not in PASSED:
+                waiting = [[file] for file in files] + waiting  # again, each by itself
+                continue
             with output:
                 output.seek(0)
-                yield file, process.exitcode, output.read().decode(errors="replace").strip()
+                yield files, process.exitcode, output.read().decode(errors="replace").strip()
+
+
+def batches(files: Iterable[Path]) -> list[list[Path]]:
+    """The files of each process: a long one by itself, others together."""
+    long = [file for file in files if file.name in START_FIRST]
+    short = sorted(file for file in files if file.name not in START_FIRST)
+    return [[file] for file in sorted(long)] + [
+        short[first : first + TOGETHER] for first in range(0, len(short), TOGETHER)
+    ]
 
 
 def main(arguments: list[str]) -> int:
     """Run the selected files and print the results; 0 if all tests passed."""
     began, totals, failed = time.monotonic(), Counter(), []
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    for file, code, output in run_files(*select(arguments), cores):
-        name, summary = os.path.relpath(file, FOLDER.parent), output.rpartition("\n")[2]
-        if code not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+    for files, code, output in run_files(*select(arguments), cores):
+        name = " ".join(os.path.relpath(file, FOLDER.parent) for file in files)
+        summary = output.rpartition("\n")[2]
+        if code not in PASSED:
             failed.append(name)
             print(output)
         print(f"{name}: {summary}", flush=True)

@@ -96,6 +96,7 @@ def golden_kernels(model, golden):
     return mask_kernel(embed, convolution).detach().numpy()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model, name", STAGES, indirect=["model"])
 @torch.no_grad()
 def test_golden_stages(model, name):

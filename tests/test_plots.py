@@ -22,6 +22,7 @@ from viewing.plots import (
 )
 
 pytest.importorskip("matplotlib", reason="plots need matplotlib")
+pytestmark = pytest.mark.slow  # together
 
 NAMES = ["disc", "square", "star"]
 

@@ -182,6 +182,7 @@ def sets(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_frames_lost_in_noise_are_found(sets):
     """They are those that differ from the same scene without noise."""
     difficulty = SUITES["degraded"].difficulty
@@ -251,6 +252,7 @@ def test_perfect_tracks_with_gates_that_close_when_hidden(
     )
 
 
+@pytest.mark.slow
 def test_measure_then_table(sets, tmp_path, capsys):
     """Of random weights; nothing is written over."""
     config = {"preset": "toy", "propagation": "gated", "args": {"seed": 3}}
@@ -371,6 +373,7 @@ def test_records_that_cannot_be_put_together(tmp_path, records, message):
         gate_tables.read_groups([write_records(tmp_path / "study.json", *records)], order=[])
 
 
+@pytest.mark.slow
 def test_plots(tmp_path):
     """A picture of each kind for every suite."""
     pytest.importorskip("matplotlib", reason="plots need matplotlib")

@@ -232,13 +232,8 @@ def test_no_value_of_a_case_is_the_default(case):
 
 
 # The first case alone tells most mistakes.
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(case, marks=pytest.mark.slow if number else ())
-        for number, case in enumerate(CASES)
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
 def test_a_run_equals_a_plain_loop(case, data_root, tmp_path):
     """Log, last.pt and best.pt. An evaluation in between changes nothing."""
     setting = DEFAULTS | TINY | CASES[case]
