@@ -20,9 +20,10 @@ from detector import SinePosition
 from evaluation.postprocess import mask_sum_and_area
 from fast.cuda_graphs import graph_constant
 from fast.folded_resnet import FusedResNet, fold_frozen_resnet, fold_resnet
-from fast.fused_masks import fused_mask_sum_and_area
+from fast.fused_masks import MASK_SCORES_DIGEST, fused_mask_sum_and_area
 from fast.fused_modules import fuse_modules
 from fast.half_precision import cast_weights
+from fast.plain_source import is_unchanged
 from fast.training_graphs import graph_tracker
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def accelerate(
         keep_positions(model)
         if fused:
             fuse_modules(model)
-    if on_gpu:
+    if on_gpu and is_unchanged(mask_sum_and_area, MASK_SCORES_DIGEST):
         model.mask_sum_and_area = fused_mask_sum_and_area
     return model.eval()
 

@@ -8,9 +8,8 @@ that takes longer than the convolutions. Layer norms also write a copy in 16 bit
 that follow (`cast_once`).
 
 A fused module is a subclass of the plain one (backbone.py, detector.py, transformer.py), which runs
-with gradients and on other devices. Results are equal up to rounding. Whoever edits a plain module
-that is listed in FUSED edits the kernel as well, or removes the entry;
-tests/test_triton_kernels.py compares both.
+with gradients, on other devices, and once it has been edited (plain_source.py). Results are equal
+up to rounding (tests/test_triton_kernels.py).
 """
 
 import torch
@@ -20,6 +19,7 @@ from torchvision.models.swin_transformer import SwinTransformerBlock
 from backbone import DetectorWindowAttention
 from detector import AttentionMask, UpsampleAdd
 from fast.half_precision import HALF, remember_cast
+from fast.plain_source import is_unchanged
 from fast.triton_kernels import (
     block_background_kernel,
     group_norm_kernel,
@@ -43,9 +43,14 @@ def fuse_modules(model: nn.Module) -> None:
     """Let small modules of a model run in fused kernels where possible, in place."""
     if not triton_works():
         return
+    fused = {
+        plain: replacement
+        for plain, (replacement, digest) in FUSED.items()
+        if digest is None or is_unchanged(plain, digest)
+    }
     for module in model.modules():
-        if type(module) in FUSED:
-            module.__class__ = FUSED[type(module)]
+        if type(module) in fused:
+            module.__class__ = fused[type(module)]
         elif isinstance(module, nn.Sequential):
             fuse_group_norm(module)
     for module in model.modules():
@@ -230,11 +235,11 @@ class FusedWindowAttention(DetectorWindowAttention):
         return self.proj(output)
 
 
-# The fused module of each plain one.
+# The fused module of each plain one, and the digest of the source for which it was written.
 FUSED = {
-    DetectorWindowAttention: FusedWindowAttention,
-    ResidualNorm: FusedResidualNorm,
-    nn.LayerNorm: FusedLayerNorm,
-    UpsampleAdd: FusedUpsampleAdd,
-    AttentionMask: FusedAttentionMask,
+    nn.LayerNorm: (FusedLayerNorm, None),
+    ResidualNorm: (FusedResidualNorm, "7adee26d"),
+    UpsampleAdd: (FusedUpsampleAdd, "8ba51f1e"),
+    AttentionMask: (FusedAttentionMask, "d3c5da58"),
+    DetectorWindowAttention: (FusedWindowAttention, "43847608"),
 }
