@@ -16,13 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from backbone import ResNetBackbone
-from detector import SinePosition
 from evaluation.postprocess import mask_sum_and_area
-from fast.cuda_graphs import graph_constant
 from fast.folded_resnet import FusedResNet, fold_frozen_resnet, fold_resnet
 from fast.fused_masks import MASK_SCORES_DIGEST, fused_mask_sum_and_area
 from fast.fused_modules import fuse_modules
 from fast.half_precision import cast_weights
+from fast.kept_positions import keep_positions
 from fast.plain_source import is_unchanged
 from fast.training_graphs import graph_tracker
 
@@ -61,21 +60,6 @@ def accelerate(
     if on_gpu and is_unchanged(mask_sum_and_area, MASK_SCORES_DIGEST):
         model.mask_sum_and_area = fused_mask_sum_and_area
     return model.eval()
-
-
-def keep_positions(model: GRAttVIS) -> None:
-    """Let CUDA graphs keep the positions of pixels instead of computing them, in place."""
-    for module in model.modules():
-        if type(module) is SinePosition:
-            module.__class__ = KeptSinePosition
-
-
-class KeptSinePosition(SinePosition):
-    """The position encoding, computed once per CUDA graph."""
-
-    def forward(self, maps: Tensor) -> Tensor:
-        key = "sine_position", maps.shape[1:], maps.dtype
-        return graph_constant(key, lambda: super(KeptSinePosition, self).forward(maps))
 
 
 def accelerate_training(

@@ -1,36 +1,28 @@
-"""CUDA graphs and side streams: many small kernels are launched at once, or beside large ones.
+"""CUDA graphs: many small kernels are launched at once.
 
 Inference of a few frames launches hundreds of small kernels. Launched one by one they leave a GPU
 idle most of the time. `CUDAGraphCache` captures a function once and replays all its kernels with
-one launch. `SideStream` runs work that needs little of the GPU beside work that fills it.
+one launch.
 
     graphs = CUDAGraphCache()
     outputs = graphs(function, *tensors)    # the same as function(*tensors)
 
-Source: torch.cuda.CUDAGraph and torch.cuda.Stream, see "CUDA semantics" in the PyTorch docs.
+Source: torch.cuda.CUDAGraph, see "CUDA semantics" in the PyTorch docs.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from itertools import chain
 from operator import is_
 
 import torch
 from torch import Tensor, nn
 
+from fast.streams import get_stream
+
 MAX_GRAPHS = 3  # each holds its own memory
 _constants: list[dict] = []  # of the graph being captured; empty at other times
-
-
-@cache
-def get_stream(device: torch.device, priority: int = 0) -> torch.cuda.Stream:
-    """The side stream of a priority (negative: scheduled before the default stream).
-
-    There is one stream per priority, since libraries keep a workspace for each stream.
-    """
-    return torch.cuda.Stream(device, priority=priority)
 
 
 @dataclass
@@ -187,43 +179,3 @@ class CUDAGraphCache:
 def is_same(objects: list, others: list) -> bool:
     """Whether two lists hold the very same objects."""
     return len(objects) == len(others) and all(map(is_, objects, others))
-
-
-class SideStream:
-    """A context whose kernels run on a CUDA stream beside the current one; no effect on a CPU.
-
-    side = SideStream(device, priority=-1)
-    side.wait()        # work on the side stream starts after all that is launched so far
-    with side:
-        y = f(x)       # keep x, and do not use y, before join()
-    side.join()        # all that is launched from here on starts after the side stream's work
-    """
-
-    def __init__(self, device: torch.device, priority: int):
-        self.stream = get_stream(device, priority) if device.type == "cuda" else None
-
-    def wait(self) -> None:
-        """Order later work on the side stream after the current stream's work so far."""
-        if self.stream:
-            self.stream.wait_stream(torch.cuda.current_stream())
-
-    def __enter__(self) -> None:
-        if self.stream:
-            self.context = torch.cuda.stream(self.stream)
-            self.context.__enter__()
-
-    def __exit__(self, *exception) -> None:
-        if self.stream:
-            self.context.__exit__(*exception)
-
-    def join(self, *results: Tensor) -> None:
-        """Order later work on the current stream after the side stream's work so far.
-
-        results: tensors allocated on a side stream that never waits for the current one. Their
-        memory is not reused before the current stream has read them.
-        """
-        if self.stream:
-            current = torch.cuda.current_stream()
-            current.wait_stream(self.stream)
-            for tensor in results:
-                tensor.record_stream(current)

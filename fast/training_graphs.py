@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from fast.cuda_graphs import CUDAGraphCache, get_stream
+from fast.cuda_graphs import CUDAGraphCache
+from fast.streams import get_stream
 from tracker import ClipPrediction, Tracker, TrackerState
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from batching import merge_to_multiples, split_video
-from fast.cuda_graphs import SideStream
+from fast.streams import SideStream
 from tracker import TrackerState
 
 if TYPE_CHECKING:

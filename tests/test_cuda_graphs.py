@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from fast import cuda_graphs
-from fast.cuda_graphs import CapturedGraph, CUDAGraphCache, SideStream, graph_constant
+from fast.cuda_graphs import CapturedGraph, CUDAGraphCache, graph_constant
+from fast.streams import SideStream
 from sparse_set import tiny_model
 
 
