@@ -30,7 +30,8 @@ TRACKED_LAYERS = 3  # L in training: the last layers, whose queries the tracker 
 class SinePosition(nn.Module):
     """Sine position encoding: the first half of the channels encodes y, the second half x.
 
-    Positions are normalised to (0, 2 pi].
+    Positions are normalised to (0, 2 pi]. Speed: a module, like `UpsampleAdd` and `AttentionMask`,
+    so that fast/ can replace it.
     """
 
     def forward(self, maps: Tensor) -> Tensor:
@@ -49,7 +50,8 @@ class SinePosition(nn.Module):
     def encode(size: int, wavelength: Tensor) -> Tensor:
         """Positions along one side: (size, C / 2), sines and cosines in turn."""
         position = torch.arange(1, size + 1, dtype=wavelength.dtype, device=wavelength.device)
-        phase = (position / (size + 1e-6) * (2 * math.pi))[:, None] / wavelength
+        position = position / (size + 1e-6) * (2 * math.pi)
+        phase = position[:, None] / wavelength
         sine, cosine = phase[:, 0::2].sin(), phase[:, 1::2].cos()
         return torch.stack((sine, cosine), 2).flatten(1)
 
@@ -173,7 +175,10 @@ class AttentionMask(nn.Module):
         return self.block_background(logits.flatten(2))
 
     def block_background(self, logits: Tensor) -> Tensor:
-        """Mask logits (N, F, pixels) -> mask; a query with an empty mask attends everywhere."""
+        """Mask logits (N, F, pixels) -> mask for `Attention` (N, 1, F, pixels).
+
+        A query with an empty mask attends everywhere.
+        """
         # Not logits < 0: as upstream, the sigmoid of a tiny negative logit is 0.5, so foreground.
         background = logits.sigmoid() < 0.5
         is_empty = background.all(-1, keepdim=True)

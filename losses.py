@@ -159,11 +159,11 @@ class Criterion:
         frames = frame_predictions(output, batch, predictions_per_frame)
         clips = clip_predictions(output, batch, self.gate_field)
 
-        # Speed: the costs of clips are computed while frames are matched.
-        frame_costs, clip_costs = (
-            CostsToCPU(matching_costs(predictions, targets, self.points, self.matching_weights))
-            for predictions in (frames, clips)
-        )
+        # Speed: a GPU computes the costs of clips while frames are matched.
+        frame_costs = matching_costs(frames, targets, self.points, self.matching_weights)
+        frame_costs = CostsToCPU(frame_costs)
+        clip_costs = matching_costs(clips, targets, self.points, self.matching_weights)
+        clip_costs = CostsToCPU(clip_costs)
         frame_matches = match(frame_costs.wait(), frames, targets, keep_identities=False)
         clip_matches = match(clip_costs.wait(), clips, targets, keep_identities=True)
 

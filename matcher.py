@@ -300,17 +300,19 @@ def append_bias_channel(features: Tensor) -> Tensor:
 
 
 class CostsToCPU:
-    """Costs on their way to the CPU, so that the GPU computes others meanwhile."""
+    """Costs that are copied to the CPU while the GPU continues."""
 
     def __init__(self, costs: Tensor):
         self.costs = costs.to("cpu", non_blocking=True)
-        self.copied = torch.cuda.current_stream().record_event() if costs.is_cuda else None
+        self.copied = None
+        if costs.is_cuda:
+            self.copied = torch.cuda.current_stream(costs.device).record_event()
 
     def wait(self) -> np.ndarray:
         """The costs as an array.
 
-        The losses of a training step wait here only. `train_step` waits once more, at its end; with
-        fp16, the gradient scaler adds another wait.
+        The criterion waits for the GPU only here, once for frames and once for clips. `train_step`
+        waits once more, at its end; with fp16, the gradient scaler adds another wait.
 
         Costs that are not finite become high ones. If predictions are the reason, the losses will
         not be finite either, and training then stops with a message.

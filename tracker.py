@@ -229,7 +229,8 @@ class Tracker(nn.Module):
         query_pos = self.query_embed.weight
         frames = encoded_clip.shape[1] // len(self.frame_query_embed.weight)
         frame_query_pos = self.frame_query_embed.weight.expand(frames, -1, -1).flatten(0, 1)
-        key, value = encoded_clip + frame_query_pos, encoded_clip
+        value = encoded_clip
+        key = value + frame_query_pos  # positions are added to keys only
         query = self.read_memory(state) if self.use_memory else state.query
         x, mask = query, None
         outputs, gate_logits, gate_soft = [], [], []

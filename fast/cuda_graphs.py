@@ -75,7 +75,7 @@ class CUDAGraphCache:
         autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
         shapes = ((tensor.shape, tensor.dtype) for tensor in inputs)
         # By name, because `track_tensors` (video_pipeline.py) is a new closure at each call.
-        key = (function.__name__, autocast, *shapes)
+        key = (function.__name__, autocast, torch.is_inference_mode_enabled(), *shapes)
         captured = self.graphs.pop(key, None) or self.capture(function, inputs)
         self.graphs[key] = captured
         for static, tensor in zip(captured.inputs, inputs):
@@ -90,7 +90,7 @@ class CUDAGraphCache:
         while len(self.graphs) >= MAX_GRAPHS:
             self.graphs.pop(next(iter(self.graphs)))
         graph, inputs = torch.cuda.CUDAGraph(), [tensor.clone() for tensor in inputs]
-        current = torch.cuda.current_stream()
+        current = torch.cuda.current_stream(inputs[0].device)
         # Kernels of a graph keep the priority of the stream on which they were captured.
         stream = get_stream(inputs[0].device, current.priority)
         stream.wait_stream(current)
@@ -109,8 +109,10 @@ class CUDAGraphCache:
                 torch.cuda.empty_cache()  # the graph allocates from a pool of its own
                 # Data loaders pin memory in other threads meanwhile.
                 graph.capture_begin(capture_error_mode="thread_local")
-                outputs = function(*inputs)
-                graph.capture_end()
+                try:
+                    outputs = function(*inputs)
+                finally:  # otherwise the stream would stay in capture
+                    graph.capture_end()
         finally:
             _constants.pop()
         current.wait_stream(stream)

@@ -11,15 +11,18 @@ import torch
 from torch import Tensor
 
 from evaluation.postprocess import mask_sum_and_area
-from fast.triton_kernels import mask_sums_kernel, triton, triton_works
+from fast import triton_kernels as kernels
+from fast.triton_kernels import triton, triton_works
 
 MASK_SCORES_DIGEST = "9c6c2a40"  # of mask_sum_and_area, for which the kernel was written
 BLOCK = 4096  # pixels that a program takes
 
 
 def can_fuse(logits: Tensor) -> bool:
-    """Whether the kernel takes these logits: it computes in float32."""
-    return logits.is_cuda and logits.dtype != torch.float64 and triton_works()
+    """Whether the kernel takes these logits: it computes in float32, on the current device."""
+    if not logits.is_cuda or logits.dtype == torch.float64:
+        return False
+    return logits.device.index == torch.cuda.current_device() and triton_works()
 
 
 def fused_mask_sum_and_area(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,5 +35,5 @@ def fused_mask_sum_and_area(logits: Tensor) -> tuple[Tensor, Tensor]:
     sums = logits.new_empty(masks, blocks, dtype=torch.float32)
     areas = logits.new_empty(masks, blocks, dtype=torch.int32)
     if masks:
-        mask_sums_kernel[(masks, blocks)](logits.contiguous(), sums, areas, pixels, BLOCK)
+        kernels.mask_sums_kernel[(masks, blocks)](logits.contiguous(), sums, areas, pixels, BLOCK)
     return sums.sum(1).view(shape), areas.sum(1).view(shape)

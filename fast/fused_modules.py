@@ -14,29 +14,21 @@ up to rounding (tests/test_triton_kernels.py).
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.swin_transformer import SwinTransformerBlock
+from torchvision.models.swin_transformer import PatchMerging, SwinTransformerBlock
 
-from backbone import DetectorWindowAttention
+from backbone import DetectorWindowAttention, SwinBackbone, wrapped_pairs
 from detector import AttentionMask, UpsampleAdd
+from fast import triton_kernels as kernels
 from fast.half_precision import HALF, remember_cast
 from fast.plain_source import is_unchanged
-from fast.triton_kernels import (
-    block_background_kernel,
-    group_norm_kernel,
-    group_sums_kernel,
-    layer_norm_kernel,
-    triton,
-    triton_works,
-    upsample_add_kernel,
-    window_attention_kernel,
-)
+from fast.triton_kernels import triton, triton_works
 from transformer import ResidualNorm
 
 TOKEN_CHANNELS = 2048  # numbers that a program of `layer_norm_kernel` takes
 TILE = 32  # pixels that a program of other kernels takes at once
 ATTENTION_TILE = 64  # tokens of a window that are queries, or keys, at once
-PIXELS = 1024  # the same for `block_background_kernel`
-PROGRAMS = 256  # of the group norm for few images
+PIXELS = 1024  # pixels of a mask that `block_background_kernel` takes at once
+PROGRAMS = 256  # of the group norm for an image, divided by the batch size, 4 at most
 
 
 def fuse_modules(model: nn.Module) -> None:
@@ -45,22 +37,28 @@ def fuse_modules(model: nn.Module) -> None:
         return
     fused = {
         plain: replacement
-        for plain, (replacement, digest) in FUSED.items()
-        if digest is None or is_unchanged(plain, digest)
+        for plain, (replacement, digests) in FUSED.items()
+        if all(is_unchanged(code, digest) for code, digest in digests.items())
     }
     for module in model.modules():
         if type(module) in fused:
             module.__class__ = fused[type(module)]
         elif isinstance(module, nn.Sequential):
             fuse_group_norm(module)
+    # In Swin, linear layers or convolutions follow all norms.
     for module in model.modules():
-        if isinstance(module, SwinTransformerBlock):  # linear layers follow both norms
+        if isinstance(module, SwinTransformerBlock):
             module.norm1.half_output = module.norm2.half_output = True
+        elif isinstance(module, PatchMerging):
+            module.norm.half_output = True
+        elif isinstance(module, SwinBackbone):
+            for norm in module.norms:
+                norm.half_output = True
 
 
 def fuse_group_norm(sequence: nn.Sequential) -> None:
     """Fuse the group norm of [convolution, norm] or [convolution, norm, ReLU]."""
-    norm, relu = (*sequence, None, None)[1:3]
+    norm, relu = (*sequence, None, None, None)[1:3]
     if type(norm) is not nn.GroupNorm or not is_power_of_2(norm.num_channels):
         return
     norm.__class__ = FusedGroupNorm
@@ -74,8 +72,10 @@ def is_power_of_2(number: int) -> bool:
 
 
 def can_fuse(x: Tensor) -> bool:
-    """Whether the kernels take this input: they have no backward."""
-    return x.is_cuda and not torch.is_grad_enabled() and torch.is_autocast_enabled("cuda")
+    """Whether the kernels take this input: they have no backward, and run on the current device."""
+    if torch.is_grad_enabled() or not x.is_cuda or not torch.is_autocast_enabled("cuda"):
+        return False
+    return x.device.index == torch.cuda.current_device()
 
 
 class FusedLayerNorm(nn.LayerNorm):
@@ -84,7 +84,7 @@ class FusedLayerNorm(nn.LayerNorm):
     half_output = False
 
     def forward(self, x: Tensor) -> Tensor:
-        if not can_fuse(x) or len(self.normalized_shape) != 1:
+        if not can_fuse(x) or len(self.normalized_shape) != 1 or self.bias is None:
             return super().forward(x)
         return fused_layer_norm(x, None, self, self.half_output)
 
@@ -111,7 +111,7 @@ def fused_layer_norm(
     rows = x.numel() // channels
     width = triton.next_power_of_2(channels)
     rows_each = max(1, TOKEN_CHANNELS // width)
-    layer_norm_kernel[(triton.cdiv(rows, rows_each),)](
+    kernels.layer_norm_kernel[(triton.cdiv(rows, rows_each),)](
         x,
         branch,
         norm.weight,
@@ -148,8 +148,8 @@ class FusedGroupNorm(nn.GroupNorm):
         sums = x.new_empty(batch, blocks, 2, self.num_groups, dtype=torch.float32)
         output = torch.empty_like(x, dtype=torch.float32)
         sizes = channels, self.num_groups, TILE
-        group_sums_kernel[(blocks, batch)](x, sums, pixels, tiles, *sizes)
-        group_norm_kernel[(blocks, batch)](
+        kernels.group_sums_kernel[(blocks, batch)](x, sums, pixels, tiles, *sizes)
+        kernels.group_norm_kernel[(blocks, batch)](
             x,
             sums,
             self.weight,
@@ -178,7 +178,7 @@ class FusedUpsampleAdd(UpsampleAdd):
             return super().forward(level, lateral)
         output = torch.empty_like(lateral, dtype=torch.get_autocast_dtype("cuda"))
         tiles = triton.cdiv(2 * width, TILE)
-        upsample_add_kernel[(tiles, 2 * height, batch)](
+        kernels.upsample_add_kernel[(tiles, 2 * height, batch)](
             level, lateral, output, level.stride(0), height, width, channels, TILE
         )
         return output
@@ -191,8 +191,9 @@ class FusedAttentionMask(AttentionMask):
         if not can_fuse(logits) or logits.dtype != torch.get_autocast_dtype("cuda"):
             return super().block_background(logits)
         batch, queries, pixels = logits.shape
+        logits = logits.contiguous()
         mask = torch.empty_like(logits)
-        block_background_kernel[(batch * queries,)](logits.contiguous(), mask, pixels, PIXELS)
+        kernels.block_background_kernel[(batch * queries,)](logits, mask, pixels, PIXELS)
         return mask[:, None]
 
 
@@ -215,7 +216,7 @@ class FusedWindowAttention(DetectorWindowAttention):
         rest = window**2 % ATTENTION_TILE  # matrix products take 16 or more
         rest = max(16, triton.next_power_of_2(rest)) if rest else 0
         output = qkv.new_empty(x.shape)
-        window_attention_kernel[(rows * columns * tiles, self.num_heads, batch)](
+        kernels.window_attention_kernel[(rows * columns * tiles, self.num_heads, batch)](
             qkv,
             self.qkv.bias,
             self.get_relative_position_bias().to(qkv.dtype),
@@ -235,11 +236,14 @@ class FusedWindowAttention(DetectorWindowAttention):
         return self.proj(output)
 
 
-# The fused module of each plain one, and the digest of the source for which it was written.
+# The fused module of each plain one, and digests of the plain code for which it was written.
 FUSED = {
-    nn.LayerNorm: (FusedLayerNorm, None),
-    ResidualNorm: (FusedResidualNorm, "7adee26d"),
-    UpsampleAdd: (FusedUpsampleAdd, "8ba51f1e"),
-    AttentionMask: (FusedAttentionMask, "d3c5da58"),
-    DetectorWindowAttention: (FusedWindowAttention, "43847608"),
+    nn.LayerNorm: (FusedLayerNorm, {}),
+    ResidualNorm: (FusedResidualNorm, {ResidualNorm: "7adee26d"}),
+    UpsampleAdd: (FusedUpsampleAdd, {UpsampleAdd: "8ba51f1e"}),
+    AttentionMask: (FusedAttentionMask, {AttentionMask: "d4fcc214"}),
+    DetectorWindowAttention: (
+        FusedWindowAttention,
+        {DetectorWindowAttention: "43847608", wrapped_pairs: "b6f6fa46"},
+    ),
 }

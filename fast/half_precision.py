@@ -16,7 +16,9 @@ from fast.plain_source import is_unchanged
 from transformer import Attention, FeedForward
 
 HALF = (torch.float16, torch.bfloat16)
-PROJECT_DIGEST = "c81713af"  # of Attention.project, for which HalfAttention.project was written
+# Of the plain code for which HalfAttention.project and LinearReLU were written.
+PROJECT_DIGEST = "c81713af"
+FORWARD_DIGEST = "be4cbe1a"
 
 
 def cast_weights(modules: Iterable[nn.Module], dtype: torch.dtype) -> None:
@@ -62,12 +64,13 @@ def remember_cast(x: Tensor, copy: Tensor) -> None:
         x.remembered_cast = copy, cast_state(x)
 
 
-def cast_state(x: Tensor) -> tuple[int, bool]:
+def cast_state(x: Tensor) -> tuple[int, int, bool]:
     """What must not have changed since a cast was remembered.
 
-    A CUDA graph must not read a copy that was made before its capture: its inputs change later.
+    A CUDA graph must cast inside of its capture: an earlier copy would keep the values of the
+    capture. A copied tensor has the attributes of the original, but another id.
     """
-    return x._version, x.is_cuda and torch.cuda.is_current_stream_capturing()
+    return id(x), x._version, x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 # Layers
@@ -111,7 +114,8 @@ def fuse_relu(feed_forward: FeedForward) -> None:
 
     A block with another activation stays as it is.
     """
-    if type(feed_forward.activation) is nn.ReLU:
+    unchanged = is_unchanged(FeedForward.forward, FORWARD_DIGEST)
+    if unchanged and type(feed_forward.activation) is nn.ReLU:
         feed_forward.linear1.__class__ = LinearReLU
         feed_forward.activation = nn.Identity()
 

@@ -31,12 +31,13 @@ class SideStream:
     """
 
     def __init__(self, device: torch.device, priority: int):
+        self.device = device
         self.stream = get_stream(device, priority) if device.type == "cuda" else None
 
     def wait(self) -> None:
         """Order later work on the side stream after the current stream's work so far."""
         if self.stream:
-            self.stream.wait_stream(torch.cuda.current_stream())
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))
 
     def __enter__(self) -> None:
         if self.stream:
@@ -54,7 +55,7 @@ class SideStream:
         memory is not reused before the current stream has read them.
         """
         if self.stream:
-            current = torch.cuda.current_stream()
+            current = torch.cuda.current_stream(self.device)
             current.wait_stream(self.stream)
             for tensor in results:
                 tensor.record_stream(current)

@@ -82,7 +82,8 @@ class TrainingGraphs(CUDAGraphCache):
         autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
         key = frame_queries.shape, frame_queries.dtype, frame_queries.requires_grad, autocast
         if key not in self.graphs:
-            with torch.random.fork_rng():  # the noise of a step does not depend on captures
+            devices = [frame_queries.device] if frame_queries.is_cuda else []
+            with torch.random.fork_rng(devices):  # the noise of a step does not depend on captures
                 self.graphs[key] = capture(tracker, frame_queries)
         graphs = self.graphs[key]
         outputs = Replay.apply(graphs, frame_queries, *graphs.parameters)
@@ -135,7 +136,7 @@ def capture(tracker: Tracker, frame_queries: Tensor) -> TrackerGraphs:
     """Run the tracker once to warm up, and once to capture it, both with its backward pass."""
     static = frame_queries.detach().clone().requires_grad_(frame_queries.requires_grad)
     parameters = [parameter for parameter in tracker.parameters() if parameter.requires_grad]
-    stream, current = get_stream(static.device), torch.cuda.current_stream()
+    stream, current = get_stream(static.device), torch.cuda.current_stream(static.device)
     stream.wait_stream(current)
     with torch.cuda.stream(stream), same_weights(tracker):
         leaves = [parameter for parameter in tracker.parameters() if parameter.requires_grad]
@@ -148,13 +149,17 @@ def capture(tracker: Tracker, frame_queries: Tensor) -> TrackerGraphs:
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         # Data loaders pin memory in other threads meanwhile.
         forward.capture_begin(capture_error_mode="thread_local")
-        results = run_forward(tracker, static)
-        forward.capture_end()
+        try:
+            results = run_forward(tracker, static)
+        finally:  # otherwise the stream would stay in capture
+            forward.capture_end()
         outputs = tensors_of(results)
         output_gradients = [torch.empty_like(x) if x.requires_grad else None for x in outputs]
         backward.capture_begin(pool=forward.pool(), capture_error_mode="thread_local")
-        copy_all(gradients, run_backward(outputs, static, leaves, output_gradients))
-        backward.capture_end()
+        try:
+            copy_all(gradients, run_backward(outputs, static, leaves, output_gradients))
+        finally:
+            backward.capture_end()
     current.wait_stream(stream)
     # Without the autograd graph of the capture, which would be bound to its stream.
     outputs = [output.detach() for output in outputs]

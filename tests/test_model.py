@@ -53,18 +53,13 @@ class FourConvolutions(nn.Module):
         return list(accumulate(self.stages, lambda x, stage: stage(x).relu(), initial=x))[1:]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def small_backbone():
-    with mock.patch.dict(BACKBONES, four_convolutions=lambda norm, window: FourConvolutions()):
-        yield
-
-
 @cache
 def shared_model(propagation: str = "gated", **overrides) -> GRAttVIS:
     """One model for all tests that do not change it."""
     torch.manual_seed(0)
     options = {"backbone": "four_convolutions"} | overrides
-    return build_model("toy", CLASSES, propagation, **options).double().eval()
+    with mock.patch.dict(BACKBONES, four_convolutions=lambda norm, window: FourConvolutions()):
+        return build_model("toy", CLASSES, propagation, **options).double().eval()
 
 
 def make_model(propagation: str = "gated", **overrides) -> GRAttVIS:

@@ -4,17 +4,24 @@ import pytest
 import torch
 from torch import nn
 
+from detector import SinePosition
 from evaluation.postprocess import mask_sum_and_area
-from fast import fused_modules, plain_source
+from fast import fused_modules, kept_positions, plain_source
 from fast.folded_resnet import DIGESTS
 from fast.fused_masks import MASK_SCORES_DIGEST
 from fast.fused_modules import FUSED, fuse_modules
-from fast.half_precision import PROJECT_DIGEST, HalfAttention, cast_weights
+from fast.half_precision import FORWARD_DIGEST, PROJECT_DIGEST, cast_weights
 from fast.plain_source import digest_of, is_unchanged
-from transformer import Attention, ResidualNorm
+from transformer import Attention, FeedForward, ResidualNorm
 
-KNOWN = DIGESTS | {mask_sum_and_area: MASK_SCORES_DIGEST, Attention.project: PROJECT_DIGEST}
-KNOWN |= {plain: digest for plain, (_, digest) in FUSED.items() if digest}
+KNOWN = DIGESTS | {
+    mask_sum_and_area: MASK_SCORES_DIGEST,
+    Attention.project: PROJECT_DIGEST,
+    FeedForward.forward: FORWARD_DIGEST,
+    SinePosition: kept_positions.DIGEST,
+}
+for _, digests in FUSED.values():
+    KNOWN |= digests
 
 
 @pytest.mark.parametrize("plain", KNOWN, ids=lambda plain: plain.__qualname__)
@@ -34,11 +41,15 @@ def edited(monkeypatch):
 
 
 def test_edited_code_is_not_replaced(edited):
-    model = nn.ModuleList([ResidualNorm(16), Attention(16, 2), nn.LayerNorm(16)])
+    norm, attention, feed_forward = ResidualNorm(16), Attention(16, 2), FeedForward(16, 8)
+    model = nn.ModuleList([norm, attention, nn.LayerNorm(16), feed_forward, SinePosition()])
     with pytest.warns(UserWarning, match="ResidualNorm has been edited .digest other"):
         fuse_modules(model)
-    assert type(model[0]) is ResidualNorm
+    assert type(norm) is ResidualNorm
     assert type(model[2]) is not nn.LayerNorm  # PyTorch's own
-    with pytest.warns(UserWarning, match="Attention.project has been edited"):
+    with pytest.warns(UserWarning, match="(Attention.project|FeedForward.forward) has been edited"):
         cast_weights(model.modules(), torch.bfloat16)
-    assert type(model[1]) is Attention and type(model[1]) is not HalfAttention
+    assert type(attention) is Attention and type(feed_forward.activation) is nn.ReLU
+    with pytest.warns(UserWarning, match="SinePosition has been edited"):
+        kept_positions.keep_positions(model)
+    assert type(model[4]) is SinePosition

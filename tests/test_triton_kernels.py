@@ -4,6 +4,7 @@ import copy
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from transformer import ResidualNorm
 
 triton = pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+ROOT = Path(__file__).resolve().parents[1]
 C, GROUPS = 256, 32
 
 
@@ -127,6 +129,8 @@ def test_interpreted_mask_scores(monkeypatch):
         expected_sums, expected_areas = mask_sum_and_area(some)
         torch.testing.assert_close(sums, expected_sums)
         assert torch.equal(areas, expected_areas) and areas.dtype == torch.int64
+    logits[1, 2, 3, 4] = torch.nan
+    assert fused_mask_sum_and_area(logits)[0].isnan().sum() == 1  # so that it is noticed
 
 
 @torch.no_grad()
@@ -181,3 +185,10 @@ def test_plain_modules_run_without_a_gpu():
     expected = norm(x, x)
     norm.__class__ = FusedResidualNorm
     assert torch.equal(norm(x, x), expected)
+
+
+def test_programs_run_without_triton():
+    """As PyTorch for CPUs, or for other systems than Linux, comes without it."""
+    code = "import sys; sys.modules['triton'] = None; import evaluate, train; print('imported')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "imported\n", done.stderr
