@@ -170,7 +170,8 @@ def set_up(
     model.to(device, memory_format=memory_format).train()
     model.pixel_decoder.recompute = args.recompute != "off"
     model.backbone.recompute = args.recompute == "all"
-    accelerate_training(model, amp_dtype, args.compile, args.graphs)
+    graphs = args.graphs and not started()  # with several processes they have not been tested
+    accelerate_training(model, amp_dtype, args.compile, graphs)
 
 
 def make_network(

@@ -373,7 +373,7 @@ def add_optimisation_flags(add) -> None:
         action=SWITCH,
         default=True,
         help="launch the tracker, forward and backward, as two CUDA graphs instead of thousands of "
-        "kernels: in 16 bit on a GPU, without --compile",
+        "kernels: in 16 bit on one GPU, without --compile",
     )
 
 
