@@ -55,7 +55,7 @@ def hota_counts(ious: np.ndarray, actual: np.ndarray, predicted: np.ndarray) -> 
 
         A(c) = |TPA| / (|TPA| + |FNA| + |FPA|),   |TPA| / (|TPA| + |FNA|),   |TPA| / (|TPA| + |FPA|)
 
-    "IoU": the sum of the IoUs of all matches. HOTA.
+    "IoU": the sum of the IoUs of all matches (HOTA).
     """
     g, d, iou = match_for_hota(ious, actual, predicted)  # (N,) each
     matched = iou >= ALPHAS[:, None] - EPSILON  # (A, N)
@@ -86,7 +86,7 @@ def match_for_hota(
 
     Each frame maximises the sum of A_max(g, d) * IoU(g, d). A_max is the association that g and d
     would have if they were matched in all frames; a frame in which they compete with others counts
-    by their share of the IoU. HOTA; the published code shares out the IoU.
+    by their share of the IoU (HOTA); the published code shares out the IoU.
     """
     competing = ious.sum(axis=1, keepdims=True) + ious.sum(axis=2, keepdims=True) - ious
     share = np.divide(ious, competing, out=np.zeros_like(ious), where=competing > EPSILON)
@@ -169,62 +169,62 @@ def divide(numerator, denominator):
 
 
 def hota(c: Counts):
-    """HOTA = sqrt(DetA * AssA) = sqrt(sum over c of A(c) / (|TP| + |FN| + |FP|)). HOTA."""
+    """HOTA = sqrt(DetA * AssA) = sqrt(sum over c of A(c) / (|TP| + |FN| + |FP|)) (HOTA)."""
     return np.sqrt(det_a(c) * ass_a(c))
 
 
 def det_a(c: Counts):
-    """DetA = |TP| / (|TP| + |FN| + |FP|). HOTA."""
+    """DetA = |TP| / (|TP| + |FN| + |FP|) (HOTA)."""
     return divide(c["TP"], c["TP"] + c["FN"] + c["FP"])
 
 
 def det_re(c: Counts):
-    """DetRe = |TP| / (|TP| + |FN|). HOTA."""
+    """DetRe = |TP| / (|TP| + |FN|) (HOTA)."""
     return divide(c["TP"], c["TP"] + c["FN"])
 
 
 def det_pr(c: Counts):
-    """DetPr = |TP| / (|TP| + |FP|). HOTA."""
+    """DetPr = |TP| / (|TP| + |FP|) (HOTA)."""
     return divide(c["TP"], c["TP"] + c["FP"])
 
 
 def ass_a(c: Counts):
-    """AssA = 1 / |TP| * sum over c of |TPA| / (|TPA| + |FNA| + |FPA|). HOTA."""
+    """AssA = 1 / |TP| * sum over c of |TPA| / (|TPA| + |FNA| + |FPA|) (HOTA)."""
     return divide(c["A"], c["TP"])
 
 
 def ass_re(c: Counts):
-    """AssRe = 1 / |TP| * sum over c of |TPA| / (|TPA| + |FNA|). HOTA."""
+    """AssRe = 1 / |TP| * sum over c of |TPA| / (|TPA| + |FNA|) (HOTA)."""
     return divide(c["A_re"], c["TP"])
 
 
 def ass_pr(c: Counts):
-    """AssPr = 1 / |TP| * sum over c of |TPA| / (|TPA| + |FPA|). HOTA."""
+    """AssPr = 1 / |TP| * sum over c of |TPA| / (|TPA| + |FPA|) (HOTA)."""
     return divide(c["A_pr"], c["TP"])
 
 
 def loc_a(c: Counts):
-    """LocA = 1 / |TP| * sum over c of IoU(c); 1 without a match. HOTA."""
+    """LocA = 1 / |TP| * sum over c of IoU(c); 1 without a match (HOTA)."""
     return np.where(c["TP"] == 0, 1.0, divide(c["IoU"], c["TP"]))
 
 
 def mota(c: Counts):
-    """MOTA = 1 - (|FN| + |FP| + |IDSW|) / (|TP| + |FN|). CLEAR."""
+    """MOTA = 1 - (|FN| + |FP| + |IDSW|) / (|TP| + |FN|) (CLEAR)."""
     return divide(c["CLEAR_TP"] - c["CLEAR_FP"] - c["IDSW"], c["CLEAR_TP"] + c["CLEAR_FN"])
 
 
 def id_f1(c: Counts):
-    """IDF1 = 2 IDTP / (2 IDTP + IDFP + IDFN). ID."""
+    """IDF1 = 2 IDTP / (2 IDTP + IDFP + IDFN) (ID)."""
     return divide(c["IDTP"], c["IDTP"] + (c["IDFP"] + c["IDFN"]) / 2)
 
 
 def id_recall(c: Counts):
-    """IDR = IDTP / (IDTP + IDFN). ID."""
+    """IDR = IDTP / (IDTP + IDFN) (ID)."""
     return divide(c["IDTP"], c["IDTP"] + c["IDFN"])
 
 
 def id_precision(c: Counts):
-    """IDP = IDTP / (IDTP + IDFP). ID."""
+    """IDP = IDTP / (IDTP + IDFP) (ID)."""
     return divide(c["IDTP"], c["IDTP"] + c["IDFP"])
 
 

@@ -92,6 +92,7 @@ class HalfAttention(Attention):
     """Attention that projects equal inputs, such as query and key, in one matmul."""
 
     def project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+        """Query, key and value (N, tokens, C) -> q, k and v (N, heads, tokens, C / heads)."""
         if query is not key:
             groups = [(query, 1), (key, 1), (value, 1)]
         elif key is not value:
