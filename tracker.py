@@ -180,7 +180,7 @@ class Tracker(nn.Module):
         detector_layers, batch, clips = frame_queries.shape[:3]
         # Speed: the encoder and the heads, in which clips do not meet, take all clips at once.
         encoded = self.encode(frame_queries.movedim(2, 0).flatten(0, 2))  # (G * S, U, F, C)
-        outputs, gate_logits, gate_soft = [], [], []  # of each clip
+        outputs, gate_logits, gate_soft = [], [], []
         for encoded_clip in encoded.flatten(1, 2).chunk(clips):  # (S, U * F, C)
             if state is None:
                 state = self.initial_state(detector_layers * batch)
@@ -189,14 +189,15 @@ class Tracker(nn.Module):
             layer_outputs, layer_gate_logits, layer_gate_soft, state = self.decode_clip(
                 encoded_clip, state, detector_layers
             )
-            outputs.append(torch.stack(layer_outputs))
+            outputs += layer_outputs
             gate_logits.append(layer_gate_logits)
             gate_soft.append(layer_gate_soft)
 
         def split_streams(x: Tensor, axis: int = 0) -> Tensor:  # S -> L, B
             return x.unflatten(axis, (detector_layers, batch))
 
-        outputs = split_streams(torch.stack(outputs), axis=2)  # (G, D, L, B, Q, C)
+        outputs = torch.stack(outputs).unflatten(0, (clips, -1))  # (G, D, S, Q, C)
+        outputs = split_streams(outputs, axis=2)  # (G, D, L, B, Q, C)
         clip_embed = self.clip_similarity(outputs[:, -1])  # (G, L, B, Q, C)
         frame_embed = self.frame_similarity(encoded).unflatten(0, (clips, detector_layers, batch))
         if not self.training:
