@@ -345,11 +345,10 @@ def match_clip(
     share it.
     """
     query_of = previous.copy()
-    if new.any():
-        taken = previous[visible & ~new]
-        cost = cost[:, new]
-        cost[taken[taken >= 0]] = FORBIDDEN_COST
-        query_of[new] = assign(cost)
+    taken = previous[visible & ~new]
+    cost = cost[:, new]
+    cost[taken[taken >= 0]] = FORBIDDEN_COST
+    query_of[new] = assign(cost)
     return query_of
 
 
@@ -363,16 +362,17 @@ def match(
     # The instances that are assigned a query.
     new = first_seen if keep_identities else visible
     query_of = np.full((clips, rows, batch, instances), -1)
-    for video in range(batch):
-        for row in range(rows):
-            previous = np.full(instances, -1)
-            for clip in range(clips):
-                matched = match_clip(
-                    costs[clip, row, video], new[clip, video], visible[clip, video], previous
+    for clip, video in np.ndindex(clips, batch):
+        if keep_identities and clip:
+            query_of[clip, :, video] = query_of[clip - 1, :, video]
+        if new[clip, video].any():
+            for row in range(rows):
+                query_of[clip, row, video] = match_clip(
+                    costs[clip, row, video],
+                    new[clip, video],
+                    visible[clip, video],
+                    previous=query_of[clip, row, video],
                 )
-                query_of[clip, row, video] = matched
-                if keep_identities:
-                    previous = matched
 
     no_object = predictions.logits.shape[-1] - 1
     classes = np.full((clips, rows, batch, queries), no_object)
