@@ -391,34 +391,28 @@ def sample_matched_masks(
 
 def matched_masks(predictions: Predictions, matches: Matches) -> Iterator[Tensor]:
     """Mask logits (B, T, some of R, I, h, w) of the matched queries; all at once are too large."""
+    features = predictions.features
     kernels = gather_queries(predictions.mask_kernel, matches.query_of)
-    kernels = kernels[predictions.clip_of]  # (T, R, B, I, C + 1)
-    batch, length, _, height, width = predictions.features.shape
-    instances = kernels.shape[3]
-    elements = batch * length * instances * height * width
-    for some_kernels in kernels.split(items_at_once(elements), 1):
-        yield torch.stack(
-            [
-                checkpoint(
-                    masks_of_video,
-                    some_kernels[:, :, video],
-                    predictions.features[video],
-                    use_reentrant=False,
-                    preserve_rng_state=False,
-                )
-                for video in range(batch)
-            ]
-        )
+    kernels = kernels[predictions.clip_of].permute(2, 0, 1, 3, 4)  # (B, T, R, I, C + 1)
+    batch, length, _, height, width = features.shape
+    elements = batch * length * kernels.shape[3] * height * width
+    videos = items_at_once(features[0].numel())
+    for some_kernels in kernels.split(items_at_once(elements), 2):
+        # Speed: several videos at once. Memory: features in float32 are large, so they are
+        # computed again in backward instead of being kept.
+        masks = [
+            checkpoint(masks_of_videos, *pair, use_reentrant=False, preserve_rng_state=False)
+            for pair in zip(some_kernels.split(videos), features.split(videos))
+        ]
+        yield torch.cat(masks)
 
 
-def masks_of_video(kernel: Tensor, features: Tensor) -> Tensor:
-    """Mask logits (T, R, I, h, w) of kernels (T, R, I, C + 1) on features (T, C, h, w).
-
-    Called under activation checkpointing: features in float32 are large, so they are computed
-    again in backward instead of being kept.
-    """
-    masks = mask_logits(kernel.flatten(1, 2), full_precision(features))
-    return masks.unflatten(1, kernel.shape[1:3])
+def masks_of_videos(kernel: Tensor, features: Tensor) -> Tensor:
+    """Mask logits (B, T, R, I, h, w) of kernels (B, T, R, I, C + 1), features (B, T, C, h, w)."""
+    batch, length, layers, instances, _ = kernel.shape
+    features = full_precision(features).flatten(0, 1)
+    masks = mask_logits(kernel.flatten(2, 3).flatten(0, 1), features)
+    return masks.view(batch, length, layers, instances, *masks.shape[-2:])
 
 
 def sample_targets(targets: Targets, points: Tensor, dtype: torch.dtype) -> Tensor:
