@@ -43,6 +43,7 @@ from matcher import (
     mean_per_clip,
     pad_targets,
     sample_at,
+    sample_features,
     sum_per_clip,
     uncertain_points,
 )
@@ -127,6 +128,7 @@ class Criterion:
         self.candidates = int(points * oversample)
         self.uncertain = int(importance * points)
         self.matching_weights = {"class": class_weight, "mask": mask_weight, "dice": dice_weight}
+        self.sample_features = sample_features  # Speed: an attribute, which fast/ replaces
 
         # name -> (function, weight)
         self.frame_losses: dict[str, tuple[LossFunction, float]] = {
@@ -160,10 +162,8 @@ class Criterion:
         clips = clip_predictions(output, batch, self.gate_field)
 
         # Speed: a GPU computes the costs of clips while frames are matched.
-        frame_costs = matching_costs(frames, targets, self.points, self.matching_weights)
-        frame_costs = CostsToCPU(frame_costs)
-        clip_costs = matching_costs(clips, targets, self.points, self.matching_weights)
-        clip_costs = CostsToCPU(clip_costs)
+        frame_costs = CostsToCPU(self.matching_costs(frames, targets))
+        clip_costs = CostsToCPU(self.matching_costs(clips, targets))
         frame_matches = match(frame_costs.wait(), frames, targets, keep_identities=False)
         clip_matches = match(clip_costs.wait(), clips, targets, keep_identities=True)
 
@@ -180,6 +180,12 @@ class Criterion:
             mean = loss.weight * loss.total / count.clamp(min=1)
             losses |= named(mean, loss.name, loss.suffix)
         return losses, (frame_matches, clip_matches)
+
+    def matching_costs(self, predictions: Predictions, targets: Targets) -> Tensor:
+        """Costs (G, R, B, Q, I) with the weights of the losses."""
+        return matching_costs(
+            predictions, targets, self.points, self.matching_weights, self.sample_features
+        )
 
     def sample(
         self,

@@ -27,6 +27,7 @@ identities over clips. Upstream: mask2former/modeling/matcher.py, grattvis/model
 grattvis_matcher.py, vita/modeling/vita_matcher.py.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -214,26 +215,43 @@ def uncertain_points(logits: Tensor, count: int, candidates: int, uncertain: int
 # Costs
 
 
+def sample_features(features: Tensor, points: Tensor) -> Tensor:
+    """Features (T, C, h, w) at points (T, P, 2): (T, C + 1, P), at least float32.
+
+    The last channel is 1, for the constant of a mask kernel; as 0 is sampled around a map, it is
+    less at points that lie partly outside.
+    """
+    features = full_precision(features)
+    features = F.pad(features, (0, 0, 0, 0, 0, 1), value=1)
+    return sample_at(features, points)
+
+
 @torch.no_grad()
-def matching_costs(predictions: Predictions, targets: Targets, count: int, weights: dict) -> Tensor:
+def matching_costs(
+    predictions: Predictions,
+    targets: Targets,
+    count: int,
+    weights: dict[str, float],
+    sample_features: Callable[[Tensor, Tensor], Tensor] = sample_features,
+) -> Tensor:
     """Costs (G, R, B, Q, I) of giving a query to an instance, from masks at `count` points.
 
     Equal to sampling the mask logits e . f of every query. Sampling is linear, so the features f
     are sampled instead, once for all R predictions. One video at a time, to save memory.
+
+    sample_features: this function, or the same in one kernel (fast/fused_sampling.py).
     """
     clip_of = predictions.clip_of
     costs = []
     for video in range(len(targets.labels)):
-        features = full_precision(predictions.features[video])
-        features = append_bias_channel(features)
-        # All frames of a clip have the same points.
-        points = random_points(len(predictions.logits), count, features)
-        points = points[clip_of]  # (T, P, 2)
-        truth = targets.masks[video].to(features.dtype)
-        truth = sample_at(truth, points)  # (T, I, P)
-        sampled = sample_at(features, points)  # (T, C + 1, P)
         kernel = predictions.mask_kernel[:, :, video]
         kernel = kernel[clip_of]  # (T, R, Q, C + 1)
+        # All frames of a clip have the same points.
+        points = random_points(len(predictions.logits), count, kernel)
+        points = points[clip_of]  # (T, P, 2)
+        truth = targets.masks[video].to(points.dtype)
+        truth = sample_at(truth, points)  # (T, I, P)
+        sampled = sample_features(predictions.features[video], points)
         masks = torch.einsum("trqc,tcp->trqp", kernel, sampled)
         logits = predictions.logits[:, :, video]
         labels = targets.labels[video]
@@ -289,14 +307,6 @@ def mean_per_clip(membership: Tensor, values: Tensor) -> Tensor:
 def dice(overlap: Tensor, area: Tensor) -> Tensor:
     """Dice loss from the overlap of two masks and the sum of their areas."""
     return 1 - (2 * overlap + 1) / (area + 1)
-
-
-def append_bias_channel(features: Tensor) -> Tensor:
-    """(T, C, h, w) -> (T, C + 1, h, w), a channel of ones for the constant of a mask kernel.
-
-    Sampled like the others, it is below 1 at points that lie partly outside of the map.
-    """
-    return F.pad(features, (0, 0, 0, 0, 0, 1), value=1)
 
 
 class CostsToCPU:

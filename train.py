@@ -34,6 +34,7 @@ from checkpoint import load_backbone, load_weights
 from clips import Clip, ClipDataset, MixedClips, StepSampler
 from data import VideoSet
 from fast.acceleration import accelerate_training
+from fast.fused_sampling import fuse_sampling
 from losses import Criterion
 from model import PRESETS, GRAttVIS, build_model, option_types
 from reading.configs import check_options
@@ -191,7 +192,7 @@ def make_network(
 def make_criterion(args: argparse.Namespace, num_classes: int) -> Criterion:
     """The losses, with every flag that is named like an argument of Criterion, such as --points."""
     names = inspect.signature(Criterion).parameters.keys() - {"num_classes"}
-    return Criterion(num_classes, **flags_named(names, args))
+    return fuse_sampling(Criterion(num_classes, **flags_named(names, args)))
 
 
 # Optimizer and schedule

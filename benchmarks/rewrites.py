@@ -22,7 +22,7 @@ from deform_attn import sampling_locations, weighted_samples  # noqa: E402
 from detector import AttentionMask, features_for_masks, resize  # noqa: E402
 from evaluation.postprocess import resize_masks  # noqa: E402
 from fast.video_pipeline import INFERENCE_CHUNK  # noqa: E402
-from matcher import append_bias_channel, sample_at  # noqa: E402
+from matcher import sample_at, sample_features  # noqa: E402
 from model import build_model  # noqa: E402
 from transformer import mask_kernel, mask_logits  # noqa: E402
 
@@ -143,9 +143,7 @@ def masks_for_matching():
         return sample_at(mask_logits(kernel, features), points)
 
     def rewritten() -> Tensor:
-        return torch.einsum(
-            "tqc,tcp->tqp", kernel, sample_at(append_bias_channel(features), points)
-        )
+        return torch.einsum("tqc,tcp->tqp", kernel, sample_features(features, points))
 
     return 1, plain, rewritten
 

@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from clips import Clip  # noqa: E402
 from deform_attn import implementation  # noqa: E402
 from fast.acceleration import accelerate_training  # noqa: E402
+from fast.fused_sampling import fuse_sampling  # noqa: E402
 from losses import Criterion  # noqa: E402
 from model import build_model  # noqa: E402
 from runtime.device import choose_amp  # noqa: E402
@@ -220,7 +221,7 @@ def train(
         args.recompute == "all",
     )
     accelerate_training(model, amp, "all" if args.compile else "off", args.graphs)
-    criterion = Criterion(25, points=setting.points, freeze_detector=frozen)
+    criterion = fuse_sampling(Criterion(25, points=setting.points, freeze_detector=frozen))
     optimizer = torch.optim.AdamW(
         parameter_groups(model, 1e-6, setting.weight_decay, setting.backbone_lr_factor), fused=CUDA
     )

@@ -1,7 +1,8 @@
-"""Triton kernels of fast/: norms, upsampling, window attention, masks of attention, sums of masks.
+"""Triton kernels of fast/: norms, upsampling, sampling, window attention, masks of attention, sums.
 
-fused_modules.py and fused_masks.py call them. Each computes in float32. Sums are not added
-atomically, so results are deterministic. Tests: tests/test_triton_kernels.py, tests/test_gpu.py.
+fused_modules.py, fused_masks.py and fused_sampling.py call them. Each computes in float32. Sums are
+not added atomically, so results are deterministic. Tests: tests/test_triton_kernels.py,
+tests/test_gpu.py.
 """
 
 import warnings
@@ -150,6 +151,52 @@ if triton:
         total = tl.sum(tl.where(probability <= 0.5, 0, probability), 0)
         tl.store(sums + mask * blocks + block, total)
         tl.store(areas + mask * blocks + block, tl.sum((probability > 0.5).to(tl.int32), 0))
+
+    @triton.jit
+    def sample_features_kernel(
+        features,
+        points,
+        output,
+        channels,
+        height,
+        width,
+        count,
+        frame_stride,
+        channel_stride,
+        row_stride,
+        column_stride,
+        POINTS: tl.constexpr,
+        CHANNELS: tl.constexpr,
+    ):
+        """output (T, C + 1, P): features (T, C, h, w) and ones, at points (T, P, 2) in 0..1.
+
+        The bilinear mean of four pixels. Those outside are 0.
+        """
+        frame = tl.program_id(2).to(tl.int64)
+        point = tl.program_id(0) * POINTS + tl.arange(0, POINTS)[None]
+        channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)[:, None]
+        is_point, is_channel = point < count, channel < channels
+        points += (frame * count + point) * 2
+        x = tl.load(points, is_point, 0) * width - 0.5
+        y = tl.load(points + 1, is_point, 0) * height - 0.5
+        left, top = tl.floor(x), tl.floor(y)
+        value = tl.zeros((CHANNELS, POINTS), tl.float32)
+        ones = tl.zeros((1, POINTS), tl.float32)
+        for corner in tl.static_range(4):
+            right, below = corner % 2, corner // 2
+            weight_x = x - left if right else left + 1 - x
+            weight_y = y - top if below else top + 1 - y
+            column, row = left.to(tl.int32) + right, top.to(tl.int32) + below
+            inside = is_point & (column >= 0) & (column < width) & (row >= 0) & (row < height)
+            weight = tl.where(inside, weight_x * weight_y, 0)
+            at = frame * frame_stride + row * row_stride + column * column_stride
+            pixel = tl.load(features + at + channel * channel_stride, inside & is_channel, 0)
+            value += weight * pixel.to(tl.float32)
+            ones += weight
+        output += frame * (channels + 1) * count + point
+        tl.store(output + channel * count, value, is_point & is_channel)
+        if tl.program_id(1) == 0:
+            tl.store(output + channels * count, ones, is_point)
 
     @triton.jit
     def upsample_add_kernel(

@@ -6,20 +6,27 @@ from torch import nn
 
 from detector import SinePosition
 from evaluation.postprocess import mask_sum_and_area
-from fast import fused_modules, kept_positions, plain_source
+from fast import fused_modules, fused_sampling, kept_positions, plain_source
 from fast.folded_resnet import DIGESTS
 from fast.fused_masks import MASK_SCORES_DIGEST
 from fast.fused_modules import FUSED, fuse_modules
+from fast.fused_sampling import fuse_sampling
 from fast.half_precision import FORWARD_DIGEST, PROJECT_DIGEST, cast_weights
 from fast.plain_source import digest_of, is_unchanged
+from losses import Criterion
+from matcher import sample_features
 from transformer import Attention, FeedForward, ResidualNorm
 
-KNOWN = DIGESTS | {
-    mask_sum_and_area: MASK_SCORES_DIGEST,
-    Attention.project: PROJECT_DIGEST,
-    FeedForward.forward: FORWARD_DIGEST,
-    SinePosition: kept_positions.DIGEST,
-}
+KNOWN = (
+    DIGESTS
+    | fused_sampling.DIGESTS
+    | {
+        mask_sum_and_area: MASK_SCORES_DIGEST,
+        Attention.project: PROJECT_DIGEST,
+        FeedForward.forward: FORWARD_DIGEST,
+        SinePosition: kept_positions.DIGEST,
+    }
+)
 for _, digests in FUSED.values():
     KNOWN |= digests
 
@@ -53,3 +60,6 @@ def test_edited_code_is_not_replaced(edited):
     with pytest.warns(UserWarning, match="SinePosition has been edited"):
         kept_positions.keep_positions(model)
     assert type(model[4]) is SinePosition
+    with pytest.warns(UserWarning, match="sample_features has been edited"):
+        criterion = fuse_sampling(Criterion(3))
+    assert criterion.sample_features is sample_features

@@ -13,7 +13,7 @@ from torch import nn
 from backbone import DetectorWindowAttention
 from detector import AttentionMask, UpsampleAdd
 from evaluation.postprocess import mask_sum_and_area
-from fast import fused_masks, fused_modules, triton_kernels
+from fast import fused_masks, fused_modules, fused_sampling, triton_kernels
 from fast.fused_masks import fused_mask_sum_and_area
 from fast.fused_modules import (
     FusedAttentionMask,
@@ -24,6 +24,8 @@ from fast.fused_modules import (
     FusedWindowAttention,
     fuse_modules,
 )
+from fast.fused_sampling import fused_sample_features
+from matcher import sample_features
 from transformer import ResidualNorm
 
 triton = pytest.importorskip("triton")
@@ -133,6 +135,20 @@ def test_interpreted_mask_scores(monkeypatch):
     assert fused_mask_sum_and_area(logits)[0].isnan().sum() == 1  # so that it is noticed
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_interpreted_sampling(monkeypatch, layout):
+    if not INTERPRETED:
+        pytest.skip("runs in the interpreter")
+    monkeypatch.setattr(fused_sampling, "can_fuse", lambda features: True)
+    features = torch.randn(2, 70, 5, 9).to(memory_format=layout)
+    points = torch.rand(2, 41, 2)
+    points[:, :2] = torch.tensor([[0.0, 0.0], [1.0, 1.0]])  # partly outside
+    for some in (features, features.bfloat16(), features[1:, 3:]):
+        found = fused_sample_features(some, points[: len(some)])
+        expected = sample_features(some, points[: len(some)])
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("size", [(1, 1), (5, 7), (50, 60)])
@@ -157,6 +173,7 @@ def test_interpreted_group_norm(on_this_device, size, relu):
         "window_attention_kernel",
         "block_background_kernel",
         "mask_sums_kernel",
+        "sample_features_kernel",
     ],
 )
 def test_kernels_compile_for_a_gpu(name):
@@ -168,9 +185,11 @@ def test_kernels_compile_for_a_gpu(name):
     constants = {"C": C, "GROUPS": GROUPS, "TILE": 32, "BLOCKS": 64, "ROWS": 8, "RELU": True}
     constants |= {"WIDTH": C, "HAS_BRANCH": True, "HAS_COPY": True, "BLOCK": 4096}
     constants |= {"PIXELS": 1024, "D": 32, "WINDOW": 12, "SHIFT": 6, "TILE": 32, "REST": 16}
+    constants |= {"POINTS": 32, "CHANNELS": 64}
     sizes = ("rows", "pixels", "tiles", "image_stride", "height", "width", "windows_y", "windows_x")
+    sizes += ("channels", "count", "frame_stride", "channel_stride", "row_stride", "column_stride")
     numbers = dict.fromkeys(sizes, "i32") | {"eps": "fp32", "scale": "fp32", "areas": "*i32"}
-    halves = ("x", "branch", "copy", "logits", "mask", "qkv", "qkv_bias")
+    halves = ("x", "branch", "copy", "logits", "mask", "qkv", "qkv_bias", "features")
     halves = dict.fromkeys(halves, "*fp16")
     types = halves | numbers | dict.fromkeys(constants, "constexpr")
     signature = {argument: types.get(argument, "*fp32") for argument in kernel.arg_names}
