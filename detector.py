@@ -7,6 +7,7 @@ declared in model.py. Frames are independent: N is a batch of them.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,17 @@ from transformer import (
 )
 
 TRACKED_LAYERS = 3  # L in training: the last layers, whose queries the tracker receives
+
+
+@dataclass
+class FrameOutput:
+    """What the detector (backbone, pixel decoder, frame decoder) predicts for N frames."""
+
+    # Class logits (N, F, K + 1) and mask kernels (N, F, C + 1), before the first layer of the frame
+    # decoder and after each; outside of training after the last only.
+    predictions: list[tuple[Tensor, Tensor]]
+    queries: Tensor  # (L, N, F, C) after decoder_norm
+    features: Tensor  # (N, C, h, w) of the pixel decoder: mask logits are kernels applied to them
 
 
 class SinePosition(nn.Module):

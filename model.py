@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 from backbone import build_backbone
 from batching import check_frame, padded_size
-from detector import FrameDecoder, PixelDecoder
+from detector import FrameDecoder, FrameOutput, PixelDecoder
 from evaluation.postprocess import (
     EncodedVideo,
     FrameChunk,
@@ -67,17 +67,6 @@ PIXEL_MEAN = (123.675, 116.28, 103.53)  # RGB, 0..255
 PIXEL_STD = (58.395, 57.12, 57.375)
 VITA_WINDOW = 6  # frames in an attention window of VITA's encoder
 WHOLE_VIDEO = sys.maxsize  # as a clip length: longer than any video
-
-
-@dataclass
-class FrameOutput:
-    """What the detector (backbone, pixel decoder, frame decoder) predicts for N frames."""
-
-    # Class logits (N, F, K + 1) and mask kernels (N, F, C + 1), before the first layer of the frame
-    # decoder and after each; outside of training after the last only.
-    predictions: list[tuple[Tensor, Tensor]]
-    queries: Tensor  # (L, N, F, C) after decoder_norm
-    features: Tensor  # (N, C, h, w) of the pixel decoder: mask logits are kernels applied to them
 
 
 @dataclass

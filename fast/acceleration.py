@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from backbone import ResNetBackbone
+from detector import FrameOutput
 from evaluation.postprocess import mask_sum_and_area
+from fast.detection_graphs import graph_frozen_detector
 from fast.folded_resnet import FusedResNet, fold_frozen_resnet, fold_resnet
 from fast.fused_masks import MASK_SCORES_DIGEST, fused_mask_sum_and_area
 from fast.fused_modules import fuse_modules
@@ -26,7 +28,7 @@ from fast.plain_source import is_unchanged
 from fast.training_graphs import graph_tracker
 
 if TYPE_CHECKING:
-    from model import FrameOutput, GRAttVIS
+    from model import GRAttVIS
 
 FROZEN_CHUNK = 20  # frames that a frozen detector takes at once in training
 
@@ -70,7 +72,7 @@ def accelerate_training(
     Trained weights stay in float32. Frozen ones are cast once, instead of in every step.
 
     compiled: "off", "tracker" or "all", as train.py's --compile.
-    graphs: run the tracker as CUDA graphs, as train.py's --graphs.
+    graphs: run the tracker and a frozen detector as CUDA graphs, as train.py's --graphs.
     """
     in_16_bit_on_gpu = dtype != torch.float32 and model.device.type == "cuda"
     fused = in_16_bit_on_gpu and compiled == "off"
@@ -85,6 +87,7 @@ def accelerate_training(
         cast_frozen_weights(model, dtype)
     if fused and graphs:
         graph_tracker(model)
+        graph_frozen_detector(model)
     if compiled != "off":
         compile_parts(model, detector=compiled == "all")
 
@@ -160,8 +163,7 @@ def detect_in_chunks(model: GRAttVIS, images: Tensor) -> FrameOutput:
         predictions.append((torch.cat(logits), torch.cat(kernels)))
     queries = torch.cat([chunk.queries for chunk in chunks], 1)
     features = torch.cat([chunk.features for chunk in chunks])
-    # A FrameOutput, which cannot be imported here: model.py imports this file.
-    return type(chunks[0])(predictions, queries, features)
+    return FrameOutput(predictions, queries, features)
 
 
 def zero_images(shape: tuple[int, int, int, int], like: Tensor) -> Tensor:

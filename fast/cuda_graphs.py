@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from fast.streams import get_stream
 
-MAX_GRAPHS = 3  # each holds its own memory
 _constants: list[dict] = []  # of the graph being captured; empty at other times
 
 
@@ -57,11 +56,14 @@ class CUDAGraphCache:
     while the module last given to `check_module` has forward hooks, which a graph would not call.
     """
 
+    max_graphs = 3  # each holds its own memory
+
     def __init__(self):
         self.graphs: dict[tuple, CapturedGraph] = {}  # least recently used first
         self.tensors: list[dict] = []  # of all modules: parameters and buffers by name
         self.attributes: list[dict] = []  # of all modules: other attributes by name
         self.hooks: list[dict] = []
+        self.pool: tuple | None = None  # of memory; None: each graph has its own
         self.pointers, self.objects = [], []
         self.enabled = True
 
@@ -72,10 +74,7 @@ class CUDAGraphCache:
         capturable = inputs[0].is_cuda and not torch.is_grad_enabled()
         if not capturable or not self.enabled or any(self.hooks):
             return function(*inputs)
-        autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
-        shapes = ((tensor.shape, tensor.dtype) for tensor in inputs)
-        # By name, because `track_tensors` (video_pipeline.py) is a new closure at each call.
-        key = (function.__name__, autocast, torch.is_inference_mode_enabled(), *shapes)
+        key = self.key_of(function, inputs)
         captured = self.graphs.pop(key, None) or self.capture(function, inputs)
         self.graphs[key] = captured
         for static, tensor in zip(captured.inputs, inputs):
@@ -83,13 +82,21 @@ class CUDAGraphCache:
         captured.graph.replay()
         return tuple(output.clone() for output in captured.outputs)
 
+    def key_of(self, function: Callable, inputs: tuple[Tensor, ...]) -> tuple:
+        """Calls with the same key can share a graph."""
+        autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
+        shapes = ((tensor.shape, tensor.dtype) for tensor in inputs)
+        # By name, because functions such as `track_tensors` (video_pipeline.py) are closures, new
+        # ones at each call.
+        return function.__name__, autocast, torch.is_inference_mode_enabled(), *shapes
+
     def capture(
         self, function: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor, ...]
     ) -> CapturedGraph:
         """Run the function once to warm up, and once to capture it."""
-        while len(self.graphs) >= MAX_GRAPHS:
+        while len(self.graphs) >= self.max_graphs:
             self.graphs.pop(next(iter(self.graphs)))
-        graph, inputs = torch.cuda.CUDAGraph(), [tensor.clone() for tensor in inputs]
+        graph, inputs = torch.cuda.CUDAGraph(), self.hold_inputs(inputs)
         current = torch.cuda.current_stream(inputs[0].device)
         # Kernels of a graph keep the priority of the stream on which they were captured.
         stream = get_stream(inputs[0].device, current.priority)
@@ -105,18 +112,29 @@ class CUDAGraphCache:
         _constants.append(constants)
         try:
             with torch.cuda.stream(stream), autocast:
-                function(*inputs)
-                torch.cuda.empty_cache()  # the graph allocates from a pool of its own
+                held = self.hold_outputs(function(*inputs))
+                torch.cuda.empty_cache()  # the graph allocates from another pool
                 # Data loaders pin memory in other threads meanwhile.
-                graph.capture_begin(capture_error_mode="thread_local")
+                graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
                 try:
                     outputs = function(*inputs)
+                    if held:
+                        torch._foreach_copy_(held, outputs)
+                        outputs = held
                 finally:  # otherwise the stream would stay in capture
                     graph.capture_end()
         finally:
             _constants.pop()
         current.wait_stream(stream)
         return CapturedGraph(graph, inputs, outputs, constants)
+
+    def hold_inputs(self, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+        """Tensors with these values, which a graph is to read."""
+        return [tensor.clone() for tensor in inputs]
+
+    def hold_outputs(self, outputs: tuple[Tensor, ...]) -> list[Tensor]:
+        """Tensors like these, which a graph is to fill; none: it keeps what it allocates."""
+        return []
 
     def check_module(self, module: nn.Module) -> None:
         """Drop all graphs if the module has changed: call this before each video.

@@ -12,6 +12,7 @@ from clips import Clip
 from detector import AttentionMask, UpsampleAdd
 from evaluation.postprocess import mask_sum_and_area
 from fast.cuda_graphs import CUDAGraphCache
+from fast.detection_graphs import graph_frozen_detector
 from fast.folded_resnet import FusedResNet, fold_frozen_resnet, fold_resnet
 from fast.fused_masks import fused_mask_sum_and_area
 from fast.fused_modules import (
@@ -22,10 +23,12 @@ from fast.fused_modules import (
     FusedWindowAttention,
     fuse_modules,
 )
+from fast.fused_sampling import fused_sample_features
 from fast.half_precision import HalfLinear, LinearReLU, cast_weights
 from fast.training_graphs import graph_tracker
 from golden_set import PROPAGATION, golden_model, make_video, meta, read_arrays, relative_error
 from losses import Criterion
+from matcher import sample_features
 from model import build_model
 from synthetic.suites import make_dataset
 from test_golden_inference import assert_masks_in_16_bit
@@ -321,6 +324,16 @@ def test_mask_scores_in_one_kernel(dtype):
     assert torch.equal(areas, expected_areas) and areas.dtype == torch.int64
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_sampling_of_features_in_one_kernel(dtype, layout):
+    torch.manual_seed(0)
+    features = torch.randn(3, 256, 45, 80, device="cuda").to(dtype, memory_format=layout)
+    points = torch.rand(3, 999, 2, device="cuda")
+    found, expected = fused_sample_features(features, points), sample_features(features, points)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 @torch.no_grad()
 def test_a_graph_casts_its_inputs_at_every_replay():
     """Tensors remember their casts; a graph must not keep the one of its warm-up."""
@@ -418,3 +431,31 @@ def test_a_frozen_resnet_runs_as_a_folded_copy():
     for ours, exact in zip(found, expected):
         assert (ours - exact).norm() < 0.03 * exact.norm()
     assert backbone.state_dict().keys() == before.keys()
+
+
+@torch.no_grad()
+def test_a_frozen_detector_runs_in_graphs():
+    """Sizes in any order: results are those of the plain detector, also after a change."""
+    torch.manual_seed(0)
+    model = build_model("toy", 3, channels=64).cuda().train()
+    sizes = [(64, 96)] * 4 + [(32, 64)] * 4 + [(64, 96), (96, 128)] * 4 + [(32, 64)]
+    plain = copy.deepcopy(model)
+    graph_frozen_detector(model)
+
+    def compare():
+        for size in sizes:
+            images = torch.randn(3, 3, *size, device="cuda")
+            with torch.autocast("cuda", torch.bfloat16):
+                found, expected = model.detect(images), plain.detect(images)
+            torch.testing.assert_close(found.features, expected.features)
+            torch.testing.assert_close(found.queries, expected.queries)
+            for ours, theirs in zip(found.predictions, expected.predictions, strict=True):
+                torch.testing.assert_close(ours, theirs)
+        assert len(model.detection_graphs.graphs) == 3
+
+    compare()
+    for changed in (model, plain):
+        changed.frame_decoder.query_feat.weight = torch.nn.Parameter(
+            torch.ones_like(changed.frame_decoder.query_feat.weight)
+        )
+    compare()

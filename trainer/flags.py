@@ -372,8 +372,8 @@ def add_optimisation_flags(add) -> None:
         "--graphs",
         action=SWITCH,
         default=True,
-        help="launch the tracker, forward and backward, as two CUDA graphs instead of thousands of "
-        "kernels: in 16 bit on one GPU, without --compile",
+        help="launch the tracker (forward and backward) and a frozen detector as CUDA graphs "
+        "instead of thousands of kernels: in 16 bit on one GPU, without --compile",
     )
 
 
