@@ -196,8 +196,12 @@ class GRAttVIS(nn.Module):
         for video, image in zip(videos, images.split(lengths)):
             height, width = video.shape[2:]
             video = video.to(self.device, non_blocking=True)
-            image[:, :, :height, :width] = (video - self.pixel_mean) / self.pixel_std
+            image[:, :, :height, :width] = self.normalise(video)
         return images
+
+    def normalise(self, video: Tensor) -> Tensor:
+        """RGB in 0..255 -> mean 0 and standard deviation 1 over ImageNet."""
+        return (video - self.pixel_mean) / self.pixel_std
 
     def detect(self, images: Tensor) -> FrameOutput:
         """Detect instances in images (N, 3, H, W) from `prepare`, in each frame by itself."""

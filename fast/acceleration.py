@@ -103,14 +103,16 @@ def compile_parts(model: GRAttVIS, detector: bool = True) -> None:
     if detector:
         # The blocks of a fused ResNet are single cuDNN kernels: nothing is left to compile.
         fused = isinstance(model.backbone, FusedResNet)
-        parts.append((model.backbone, "stem" if fused else "forward"))
+        parts += [(model, "normalise"), (model.backbone, "stem" if fused else "forward")]
     if detector and model.pixel_decoder.recompute:
         parts += [(layer, "forward") for layer in model.pixel_decoder.layers]
         parts += [(model.pixel_decoder, "fpn_step"), (model.frame_decoder, "forward")]
     elif detector:
         parts.append((model, "decode"))
+    # Rows of padded length would be copied before a convolution.
+    options = {"comprehensive_padding": False}
     for owner, name in parts:
-        function = torch.compile(getattr(type(owner), name), dynamic=False)
+        function = torch.compile(getattr(type(owner), name), dynamic=False, options=options)
         setattr(owner, name, MethodType(function, owner))  # a copy of the model gets its own
     model.mask_sum_and_area = torch.compile(mask_sum_and_area)
 
