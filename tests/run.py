@@ -54,7 +54,9 @@ START_FIRST = (
     "test_tutorial.py",
     "test_pages.py",
 )  # they take longest
-TOGETHER = 4  # other files in a process
+TOGETHER = 6  # other files in a process
+# For every test, the plugin of logging would look through all loggers of torch, six times.
+PLUGINS = ("-p", "no:cacheprovider", "-p", "no:logging")
 PASSED = (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
 OPTIONS_WITH_VALUES = ("-k", "-m", "-p")  # the value may look like a folder
 FORK = multiprocessing.get_context("fork" if hasattr(os, "fork") else None)
@@ -63,7 +65,7 @@ FORK = multiprocessing.get_context("fork" if hasattr(os, "fork") else None)
 def warm_up() -> None:
     """Import what most processes would import again: pytest's plugins, conftest.py, matplotlib."""
     with redirect_stdout(io.StringIO()):
-        pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", str(FOLDER / "conftest.py")])
+        pytest.main(["--collect-only", "-q", *PLUGINS, str(FOLDER / "conftest.py")])
     with suppress(ImportError):
         import matplotlib.backends.backend_agg  # noqa: F401
     gc.freeze()  # otherwise each process collects, and thereby copies, all of torch
@@ -93,7 +95,7 @@ def run_pytest(arguments: list[str], output: int) -> None:
     os.dup2(output, 1)
     os.dup2(output, 2)
     sys.stdout = sys.stderr = open(1, "w", encoding="utf-8", buffering=1, closefd=False)
-    sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *arguments]))
+    sys.exit(pytest.main(["-q", *PLUGINS, *arguments]))
 
 
 def run_files(selected: dict[Path, list[str]], options: list[str], cores: int) -> Iterator[tuple]:
@@ -101,12 +103,14 @@ def run_files(selected: dict[Path, list[str]], options: list[str], cores: int) -
 
     Yields (files, exit code, output) of each process in the order in which they end.
     """
-    waiting = batches(selected)
+    waiting = batches(selected, () if "fast" in options else START_FIRST)
     running = {}
     while waiting or running:
         while waiting and len(running) < cores:
             files, output = waiting.pop(0), tempfile.TemporaryFile()
             tests = [test for file in files for test in selected[file]]
+            if len(files) > 1:  # if a test fails, it runs again, and pytest explains the assertion
+                tests.append("--assert=plain")
             process = FORK.Process(target=run_pytest, args=([*tests, *options], output.fileno()))
             process.start()
             running[process.sentinel] = files, process, output
@@ -121,10 +125,10 @@ def run_files(selected: dict[Path, list[str]], options: list[str], cores: int) -
                 yield files, process.exitcode, output.read().decode(errors="replace").strip()
 
 
-def batches(files: Iterable[Path]) -> list[list[Path]]:
+def batches(files: Iterable[Path], long_ones: Iterable[str]) -> list[list[Path]]:
     """The files of each process: a long one by itself, others together."""
-    long = [file for file in files if file.name in START_FIRST]
-    short = sorted(file for file in files if file.name not in START_FIRST)
+    long = [file for file in files if file.name in long_ones]
+    short = sorted(file for file in files if file.name not in long_ones)
     return [[file] for file in sorted(long)] + [
         short[first : first + TOGETHER] for first in range(0, len(short), TOGETHER)
     ]
