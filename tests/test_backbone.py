@@ -19,6 +19,7 @@ from backbone import (
 )
 from fast.folded_resnet import fold_norms, fold_resnet, fuse_blocks, space_to_depth
 from golden_set import make_video, meta, official_weights, read_arrays, subsampled_error
+from outlines import outlined
 from reading.translation import translate
 
 
@@ -44,7 +45,7 @@ def test_resnet_is_torchvisions():
 @pytest.mark.parametrize("name", ["resnet50", "resnet101", "swin_t", "swin_s", "swin_b"])
 def test_weights_are_named_and_shaped_as_torchvisions(name):
     """So that its ImageNet weights fit, but for the classifier and, of a Swin, the last norm."""
-    with torch.device("meta"):
+    with outlined():
         theirs = {
             key: value.shape
             for key, value in get_model(name).state_dict().items()
@@ -60,7 +61,7 @@ def test_the_heads_of_a_swin():
     """Their number is in the table of relative positions, those of torchvision's sizes are compared
     above.
     """
-    with torch.device("meta"):
+    with outlined():
         network = build_backbone("swin_l")
     tables = [
         value
@@ -74,7 +75,7 @@ def test_the_heads_of_a_swin():
 
 def test_another_window():
     for window in (None, 5):
-        with torch.device("meta"):
+        with outlined():
             network = build_backbone("swin_t", window=window)
         tables = [
             value
@@ -290,10 +291,10 @@ def test_golden_swin_tiny(window, spec, dtype):
 def test_golden_swin_large():
     large, golden = SWIN["large"], read_arrays(SWIN["file"])
     spec, constructor = large["input"], large["constructor"]
-    with torch.device("meta"):
+    with outlined():
         ours = build_backbone("swin_l")
     sizes = (constructor[name] for name in ("embed_dim", "depths", "num_heads", "window_size"))
-    with torch.device("meta"):
+    with outlined():
         official = SwinBackbone(*sizes)
     assert ours.channels == official.channels
     shapes = [
@@ -317,7 +318,7 @@ def test_golden_swin_large():
 
 def test_strides():
     for name in BACKBONES:
-        with torch.device("meta"):
+        with outlined():
             network = build_backbone(name)
         factor = 4 if "thin" in name else 8
         assert len(network.channels) == 4

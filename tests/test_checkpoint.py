@@ -26,6 +26,7 @@ from checkpoint import (
 from data import InputError
 from golden_set import meta, names_shapes
 from model import PRESETS, TEST_SIDES, build_model
+from outlines import outlined
 from reading.translation import translate
 
 TINY = dict(backbone="resnet10_thin", channels=32, heads=2, feed_forward=32, pixel_feed_forward=32)
@@ -84,7 +85,7 @@ def test_golden_official_state_dicts_load(key):
     shapes = {name: shape for name, shape, _ in rows}
     whole = "vita_module.class_embed.weight" in shapes
     propagation = find_propagation(translate(state)[0]) or "plain"
-    with torch.device("meta"):
+    with outlined():
         model = build_model(
             official_preset(shapes),
             shapes["vita_module.class_embed.weight"][0] - 1 if whole else 3,
@@ -529,7 +530,7 @@ def test_first_mask2former_format():
             state[name.replace("pixel_decoder.", "", 1)] = torch.empty(shape, device="meta")
         elif name.startswith(("sem_seg_head.predictor.", "backbone.")):
             state[name.replace("query_feat", "static_query")] = torch.empty(shape, device="meta")
-    with torch.device("meta"):
+    with outlined():
         model = build_model(
             "r50",
             len(
@@ -572,7 +573,7 @@ def test_detectron2_backbone_alone():
         for name, shape, _ in names_shapes("r50")
         if name.startswith("backbone.")
     }
-    with torch.device("meta"):
+    with outlined():
         model = build_model("r50", 3)
     report = load_weights(model, state | {"stem.fc.weight": torch.empty(1)})
     assert not report.unexpected

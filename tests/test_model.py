@@ -29,6 +29,7 @@ from backbone import BACKBONES
 from fast.acceleration import cast_frozen_weights, compile_parts
 from fast.video_pipeline import VideoPipeline
 from model import PIXEL_MEAN, PIXEL_STD, PRESETS, TEST_SIDES, GRAttVIS, build_model
+from outlines import outlined
 from test_detector import randomised
 from tracker import Tracker
 
@@ -555,8 +556,8 @@ def test_forward_is_segment_video(propagation):
     ],
 )
 def test_presets(preset, channels):
-    """On the meta device nothing is allocated or drawn."""
-    with torch.device("meta"):
+    """Outlines take no memory."""
+    with outlined():
         model = build_model(preset, 25)
     assert model.backbone.channels == channels
     assert [block[0].in_channels for block in model.pixel_decoder.input_proj] == channels[
@@ -581,7 +582,7 @@ def test_defaults_of_the_tracker():
 
     The masks of closed queries are the released ones.
     """
-    with torch.device("meta"):
+    with outlined():
         windows = {
             propagation: build_model("toy", CLASSES, propagation).tracker.window
             for propagation in (*STEPPING, "clip")
@@ -611,7 +612,7 @@ def test_options_of_the_tracker_are_passed_on(monkeypatch):
 
     create = Tracker.__init__
     monkeypatch.setattr(Tracker, "__init__", __init__)
-    with torch.device("meta"):
+    with outlined():
         assert build_model("toy", CLASSES).tracker.new_option == 1
         assert build_model("toy", CLASSES, new_option=2).tracker.new_option == 2
 
