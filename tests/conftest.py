@@ -1,6 +1,7 @@
 """Shared fixtures, the number of threads, and the default marker "fast"."""
 
 import os
+from unittest import mock
 
 import processes
 
@@ -42,3 +43,13 @@ def fixed_threads(count: int):
 def golden_dir():
     """The folder of golden numbers (GOLDEN_DIR, or tests/golden)."""
     return golden_set.GOLDEN_DIR
+
+
+@pytest.fixture(scope="module")
+def four_convolutions():
+    """A backbone of that name, the smallest: see sparse_set.py."""
+    from backbone import BACKBONES  # here, since few tests need them
+    from sparse_set import FourConvolutions
+
+    with mock.patch.dict(BACKBONES, four_convolutions=lambda norm, window: FourConvolutions()):
+        yield

@@ -7,12 +7,14 @@ or length, and every instance its own rectangles.
 import copy
 import json
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 
 import numpy
 import torch
 from PIL import Image
 from pycocotools import mask as rle
+from torch import nn
 
 from checkpoint import save_checkpoint
 from model import GRAttVIS, build_model
@@ -31,6 +33,8 @@ TINY = {
     "feed_forward": 32,
     "pixel_feed_forward": 32,
 }
+# For tests in one process, with the fixture `four_convolutions`.
+SMALLEST = TINY | {"backbone": "four_convolutions"}
 # Short side that tiny models are tested at, pixels
 SIDE = 32
 
@@ -132,6 +136,25 @@ def write_json(path: Path, content) -> Path:
     return path
 
 
+class FourConvolutions(nn.Module):
+    """The smallest backbone: a convolution for each map.
+
+    tests/test_backbone.py has the real ones, which would take most of the time elsewhere.
+    """
+
+    channels = [16, 32, 48, 64]
+
+    def __init__(self):
+        super().__init__()
+        widths = zip([3, *self.channels], self.channels, (4, 2, 2, 2))
+        self.stages = nn.ModuleList(
+            nn.Conv2d(before, after, 5, stride, padding=2) for before, after, stride in widths
+        )
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return list(accumulate(self.stages, lambda x, stage: stage(x).relu(), initial=x))[1:]
+
+
 @cache
 def tiny_model_once(classes: int, propagation: str, seed: int, **options) -> GRAttVIS:
     torch.manual_seed(seed)
@@ -144,14 +167,19 @@ def tiny_model(classes: int = 3, propagation: str = "gated", seed: int = 0, **op
 
 
 def save_tiny_model(
-    path: Path, classes: int = 3, propagation: str = "gated", seed: int = 0, **config
+    path: Path,
+    classes: int = 3,
+    propagation: str = "gated",
+    seed: int = 0,
+    options: dict = TINY,
+    **config,
 ) -> GRAttVIS:
     """Write a tiny model as a checkpoint of train.py; returns the model."""
-    model = tiny_model(classes, propagation, seed)
+    model = tiny_model(classes, propagation, seed, **options)
     config = {
         "preset": "toy",
         "propagation": propagation,
-        "model_options": TINY,
+        "model_options": options,
         "test_short_side": SIDE,
     } | config
     save_checkpoint(path, {"model": model.state_dict(), "config": config})

@@ -14,6 +14,7 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -22,6 +23,8 @@ from PIL import Image
 import evaluate
 import train
 from data import InputError, read_mask, read_picture
+from model import PRESETS
+from sparse_set import SMALLEST
 from synthetic import suites as synthetic
 from synthetic.scenes import CATEGORIES
 
@@ -39,6 +42,13 @@ SMALL = [
     "--device",
     "cpu",
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_toy(four_convolutions):
+    """The preset of all runs here, smaller: what is refused does not depend on its size."""
+    with mock.patch.dict(PRESETS, toy=PRESETS["toy"] | SMALLEST):
+        yield
 
 
 @pytest.fixture(scope="module")

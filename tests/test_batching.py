@@ -111,8 +111,8 @@ NO_FRAMES = {
 
 
 @pytest.fixture(scope="module")
-def model():
-    return build_model("toy", 3, backbone="resnet10_thin").eval()
+def model(four_convolutions):
+    return build_model("toy", 3, backbone="four_convolutions").eval()
 
 
 @pytest.mark.parametrize("kind", NO_FRAMES)
@@ -133,10 +133,10 @@ def test_what_is_no_frame_is_refused(model, kind):
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_a_model_made_faster_is_ready_for_inference(monkeypatch, compiled):
+def test_a_model_made_faster_is_ready_for_inference(four_convolutions, monkeypatch, compiled):
     """In evaluation mode, whatever it was in; `train` brings it back."""
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
-    model = build_model("toy", 3, backbone="resnet10_thin")
+    model = build_model("toy", 3, backbone="four_convolutions")
     assert model.training
     assert model.accelerate(compiled=compiled) is model
     assert not any(module.training for module in model.modules())

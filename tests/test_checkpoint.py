@@ -28,15 +28,16 @@ from golden_set import meta, names_shapes
 from model import PRESETS, TEST_SIDES, build_model
 from outlines import outlined
 from reading.translation import translate
+from sparse_set import SMALLEST
 
-TINY = dict(backbone="resnet10_thin", channels=32, heads=2, feed_forward=32, pixel_feed_forward=32)
+pytestmark = pytest.mark.usefixtures("four_convolutions")
 
 
 @cache
-def shared_model(num_classes=3, propagation="gated"):
+def shared_model(num_classes=3, propagation="gated", **options):
     """One model for all tests that change none of its weights."""
     torch.manual_seed(0)
-    return build_model("toy", num_classes, propagation, **TINY)
+    return build_model("toy", num_classes, propagation, **SMALLEST | options)
 
 
 def tiny_model(num_classes=3, propagation="gated"):
@@ -125,7 +126,7 @@ def test_detectron2_pickles_load_without_running_anything(tmp_path):
                 {"model": arrays, "__author__": "someone", "scale": numpy.float64(1)}, protocol
             )
         )
-        other = build_model("toy", 3, **TINY)
+        other = build_model("toy", 3, **SMALLEST)
         assert not load_weights(other, path).missing
         assert all(
             torch.equal(value, model.state_dict()[name])
@@ -308,7 +309,7 @@ def test_a_config_of_another_program_does_not_matter(tmp_path, config):
     args = argparse.Namespace(output=Path("x"))
     contents = {"state_dict": shared_model().state_dict(), "config": config, "args": args}
     torch.save(contents, tmp_path / "other.pth")
-    model, found = model_from_checkpoint(tmp_path / "other.pth", "toy", **TINY)
+    model, found = model_from_checkpoint(tmp_path / "other.pth", "toy", **SMALLEST)
     assert found == {} and model.propagation == "gated"
 
 
@@ -377,7 +378,7 @@ def test_official_names_stay_what_they_are(key):
 @pytest.mark.slow
 def test_real_wrappers_of_pytorch():
     """Their own state dicts, nested in one another."""
-    model = build_model("toy", 3, **TINY)
+    model = build_model("toy", 3, **SMALLEST)
     compiled = torch.nn.Module()
     compiled.model = torch.compile(torch.nn.DataParallel(model))
     averaged = torch.optim.swa_utils.AveragedModel(compiled)
@@ -465,10 +466,11 @@ def test_weights_of_other_precision_are_taken(dtype):
     ],
 )
 def test_counters_must_be_whole_numbers(values):
-    state = shared_model().state_dict() | {"backbone.bn1.num_batches_tracked": values}
+    model = shared_model(backbone="resnet10_thin")
+    state = model.state_dict() | {"backbone.bn1.num_batches_tracked": values}
     expected = "entry backbone.bn1.num_batches_tracked is .*: it must hold whole numbers"
     with pytest.raises(InputError, match=expected):
-        load_weights(shared_model(), state)
+        load_weights(model, state)
 
 
 def test_class_counts():
@@ -550,7 +552,7 @@ def test_torchvision_backbones(tmp_path):
 
     theirs = ResNet(BasicBlock, [1, 1, 1, 1])
     torch.save(theirs.state_dict(), tmp_path / "resnet.pth")
-    model = build_model("toy", 3, norm="frozen", **TINY | {"backbone": "resnet10"})
+    model = build_model("toy", 3, norm="frozen", **SMALLEST | {"backbone": "resnet10"})
     report = load_backbone(model, str(tmp_path / "resnet.pth"), "resnet10")
     assert not report.missing
     assert not report.unexpected
@@ -558,7 +560,7 @@ def test_torchvision_backbones(tmp_path):
     assert torch.equal(model.backbone.layer4[0].conv1.weight, theirs.layer4[0].conv1.weight)
     with pytest.raises(InputError, match="norm 'frozen' or 'batch'"):
         load_backbone(
-            build_model("toy", 3, norm="group", **TINY | {"backbone": "resnet10"}),
+            build_model("toy", 3, norm="group", **SMALLEST | {"backbone": "resnet10"}),
             str(tmp_path / "resnet.pth"),
             "resnet10",
         )
@@ -582,11 +584,11 @@ def test_detectron2_backbone_alone():
 
 @pytest.mark.slow
 def test_our_checkpoint_builds_its_model(tmp_path):
-    model = build_model("toy", 3, "gated+memory", gate_mask="blocked", **TINY)
+    model = build_model("toy", 3, "gated+memory", gate_mask="blocked", **SMALLEST)
     config = {
         "preset": "toy",
         "propagation": "gated+memory",
-        "model_options": {"gate_mask": "blocked"} | TINY,
+        "model_options": {"gate_mask": "blocked"} | SMALLEST,
     }
     save_checkpoint(
         tmp_path / "last.pt", {"model": model.state_dict(), "step": 3, "config": config}
@@ -605,7 +607,7 @@ def test_a_model_is_read_at_the_size_it_was_made_for(tmp_path):
     """Our files contain it; for others the preset implies the official size."""
     sides = {(): 96, (("test_short_side", 128),): 128}
     for more, side in sides.items():
-        config = {"preset": "toy", "propagation": "gated", "model_options": TINY} | dict(more)
+        config = {"preset": "toy", "propagation": "gated", "model_options": SMALLEST} | dict(more)
         save_checkpoint(
             tmp_path / "last.pt", {"model": shared_model().state_dict(), "config": config}
         )
@@ -620,8 +622,8 @@ def test_official_checkpoint_needs_what_its_names_do_not_tell(tmp_path):
     with pytest.raises(InputError, match="does not say its preset"):
         model_from_checkpoint(path)
     with pytest.raises(InputError, match='may be "plain" or "clip"'):
-        model_from_checkpoint(path, "toy", **TINY)
-    assert model_from_checkpoint(path, "toy", "plain", **TINY)[0].propagation == "plain"
+        model_from_checkpoint(path, "toy", **SMALLEST)
+    assert model_from_checkpoint(path, "toy", "plain", **SMALLEST)[0].propagation == "plain"
     torch.save({"model": build_backbone("resnet10").state_dict()}, path)
     with pytest.raises(InputError, match="has no tracker"):
         model_from_checkpoint(path, "toy")
@@ -644,7 +646,7 @@ def test_weights_alone(tmp_path, averaged):
         "config": {
             "preset": "toy",
             "propagation": "gated",
-            "model_options": TINY,
+            "model_options": SMALLEST,
             "args": {"seed": 0},
         },
     }

@@ -22,7 +22,13 @@ from checkpoint import (
 )
 from model import TEST_SIDES, build_model
 from runtime.errors import InputError
-from sparse_set import TINY, save_tiny_model, tiny_model
+from sparse_set import SMALLEST, save_tiny_model, tiny_model
+
+pytestmark = pytest.mark.usefixtures("four_convolutions")
+
+
+def make_model(*arguments, **options):
+    return tiny_model(*arguments, **SMALLEST | options)
 
 
 def same_weights(one, other):
@@ -54,7 +60,7 @@ def within(seconds):
 def checkpoint(tmp_path_factory):
     """The contents of a file that fits its model."""
     path = tmp_path_factory.mktemp("entries") / "tiny.pt"
-    save_tiny_model(path)
+    save_tiny_model(path, options=SMALLEST)
     return torch.load(path, weights_only=True)
 
 
@@ -77,7 +83,7 @@ def changed(checkpoint, tmp_path):
 @pytest.mark.parametrize(
     "name",
     [
-        "backbone.conv1.weight",
+        "backbone.stages.0.weight",
         "frame_decoder.query_feat.weight",
         "tracker.gate_proj.bias",
         "pixel_decoder.level_embed",
@@ -124,24 +130,25 @@ def test_constants_of_official_files_are_no_foreign_entries(checkpoint, changed)
     )
     changed(**{name: torch.zeros(2) for name in constants})
     report = load_weights(
-        tiny_model(), checkpoint["model"] | {name: torch.zeros(2) for name in constants}
+        make_model(), checkpoint["model"] | {name: torch.zeros(2) for name in constants}
     )
     assert sorted(report.ignored) == sorted(constants)
     assert not report.unexpected
     assert not report.missing
 
 
-def test_frozen_norms_need_no_counters_of_batches(checkpoint):
+def test_frozen_norms_need_no_counters_of_batches():
     """Nor do the others, which official files do not hold."""
-    counters = {name for name in checkpoint["model"] if name.endswith("num_batches_tracked")}
-    report = load_weights(tiny_model(norm="frozen"), checkpoint["model"])
+    weights = tiny_model().state_dict()
+    counters = {name for name in weights if name.endswith("num_batches_tracked")}
+    report = load_weights(tiny_model(norm="frozen"), weights)
     assert counters
     assert set(report.ignored) == counters
     assert not report.unexpected
     assert not report.missing
     report = load_weights(
         tiny_model(),
-        {name: value for name, value in checkpoint["model"].items() if name not in counters},
+        {name: value for name, value in weights.items() if name not in counters},
     )
     assert not report.missing
 
@@ -151,7 +158,7 @@ def test_frozen_norms_need_no_counters_of_batches(checkpoint):
 )
 def test_weights_of_another_size_are_refused(checkpoint, options):
     """Also where class layers may be others, as that means their number of classes alone."""
-    other = tiny_model(seed=1, **options)
+    other = make_model(seed=1, **options)
     before = {name: value.clone() for name, value in other.state_dict().items()}
     for reset_classes in (False, True):
         with pytest.raises(InputError, match="does not fit the model: .* there and .* here"):
@@ -163,13 +170,13 @@ def test_weights_of_another_size_are_refused(checkpoint, options):
 def test_class_layers_of_another_width_are_not_another_number_of_classes(checkpoint, layer):
     weights = checkpoint["model"] | {f"{layer}.weight": torch.zeros(6, 31)}
     with pytest.raises(InputError, match=rf"{layer}.weight is \(6, 31\) there and \(4, 32\) here"):
-        load_weights(tiny_model(), weights, reset_classes=True)
+        load_weights(make_model(), weights, reset_classes=True)
 
 
 @pytest.mark.parametrize("wrapper", [None, "model", "state_dict"])
 def test_weights_of_a_wrapped_model_are_found(checkpoint, wrapper):
     """With "module." before each name, or one level down, as other trainers write them."""
-    model = tiny_model(seed=1)
+    model = make_model(seed=1)
     weights = {f"module.{name}": value for name, value in checkpoint["model"].items()}
     report = load_weights(model, weights if wrapper is None else {wrapper: weights, "epoch": 3})
     assert not report.missing and not report.unexpected
@@ -184,7 +191,7 @@ def test_a_report_tells_the_first_entries(checkpoint):
         for name, value in checkpoint["model"].items()
         if not name.startswith("tracker.encoder.")
     }
-    report = load_weights(tiny_model(), weights)
+    report = load_weights(make_model(), weights)
     missing = [name for name in checkpoint["model"] if name not in weights]
     assert len(missing) > 4
     assert report.missing == missing
@@ -197,7 +204,7 @@ def test_a_report_tells_the_first_entries(checkpoint):
 
 def test_reset_classes_leaves_the_classes_of_the_model(checkpoint):
     """Those of the model stay to the last bit, and all else is loaded."""
-    model = tiny_model(classes=5, seed=1)
+    model = make_model(classes=5, seed=1)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     report = load_weights(model, checkpoint["model"], reset_classes=True)
     assert {name.rpartition(".")[0] for name in report.reset} == {
@@ -221,11 +228,11 @@ def test_reset_classes_leaves_the_classes_of_the_model(checkpoint):
 )
 def test_the_config_of_a_file_says_what_is_built(tmp_path, preset, propagation):
     torch.manual_seed(0)
-    model = build_model(preset, 2, propagation, **TINY)
+    model = build_model(preset, 2, propagation, **SMALLEST)
     config = {
         "preset": preset,
         "propagation": propagation,
-        "model_options": TINY,
+        "model_options": SMALLEST,
         "categories": [[1, "a"], [5, "b"]],
     }
     save_checkpoint(
@@ -257,9 +264,9 @@ def test_an_empty_config_says_nothing(tmp_path, config):
     ["gated+memory", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gated", "memory"))],
 )
 def test_the_names_of_an_official_file_tell_its_propagation(tmp_path, propagation):
-    weights = tiny_model(4, propagation).state_dict()
+    weights = make_model(4, propagation).state_dict()
     torch.save({"model": weights}, tmp_path / "official.pth")
-    model, config = model_from_checkpoint(tmp_path / "official.pth", "toy", **TINY)
+    model, config = model_from_checkpoint(tmp_path / "official.pth", "toy", **SMALLEST)
     assert model.propagation == propagation and model.num_classes == 4 and config == {}
     with pytest.raises(
         InputError,
@@ -443,7 +450,7 @@ def test_a_file_without_named_tensors_is_refused(tmp_path, contents):
 @pytest.mark.parametrize("value", ["text", 3, None, [torch.zeros(3)]], ids=str)
 def test_an_entry_that_is_no_tensor_is_refused_by_name(checkpoint, value):
     with pytest.raises(InputError, match="entry tracker.query_feat.weight is a .*, not a tensor"):
-        load_weights(tiny_model(), checkpoint["model"] | {"tracker.query_feat.weight": value})
+        load_weights(make_model(), checkpoint["model"] | {"tracker.query_feat.weight": value})
 
 
 def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path):

@@ -10,7 +10,9 @@ import torch
 from fast import cuda_graphs
 from fast.cuda_graphs import CapturedGraph, CUDAGraphCache, graph_constant
 from fast.streams import SideStream
-from sparse_set import tiny_model
+from sparse_set import SMALLEST, tiny_model
+
+pytestmark = pytest.mark.usefixtures("four_convolutions")
 
 
 def double_and_sum(x, y):
@@ -42,7 +44,7 @@ class FakeInput:
 
 
 def test_a_captured_graph_is_replayed_unless_hooks_must_fire():
-    model, replays = tiny_model(), []
+    model, replays = tiny_model(**SMALLEST), []
     graphs = CUDAGraphCache()
     graph = SimpleNamespace(replay=lambda: replays.append("replay"))
     graphs.capture = lambda *given: CapturedGraph(graph, [], (torch.ones(1),), {})
@@ -82,7 +84,7 @@ def test_outputs_are_not_overwritten_by_the_next_replay():
 
 def test_training_releases_graphs():
     """As the weights are going to change, and the memory is needed; evaluation keeps it."""
-    model = tiny_model()
+    model = tiny_model(**SMALLEST)
     model.cuda_graphs.graphs["captured"] = None
     assert model.eval().cuda_graphs.graphs and not model.train().cuda_graphs.graphs
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):

@@ -14,8 +14,9 @@ from checkpoint import load_weights, model_from_checkpoint, save_checkpoint
 from evaluate import default_output
 from reading.downloads import OFFICIAL, find_weights
 from runtime.errors import InputError
-from sparse_set import TINY, tiny_model
+from sparse_set import SMALLEST, tiny_model
 
+pytestmark = pytest.mark.usefixtures("four_convolutions")
 CONTENT = bytes(range(256)) * 9
 DIGEST = hashlib.sha256(CONTENT).hexdigest()[:8]
 
@@ -107,12 +108,13 @@ def test_official_files_are_told_with_their_link(tmp_path):
 
 def test_programs_take_addresses_and_official_names(requests, tmp_path, monkeypatch):
     """The model is that of the file; evaluation writes to runs/, not into the cache."""
-    model, loaded = tiny_model(), tiny_model(seed=1)
+    model, loaded = tiny_model(**SMALLEST), tiny_model(seed=1, **SMALLEST)
     save_checkpoint(tmp_path / "served/own.pt", {"model": model.state_dict()})
     assert not load_weights(loaded, "https://example.org/own.pt").missing
+    found = loaded.state_dict()
     for name, value in model.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], value)
-    loaded, _ = model_from_checkpoint("https://example.org/own.pt", "toy", "gated", **TINY)
+        assert torch.equal(found[name], value)
+    loaded, _ = model_from_checkpoint("https://example.org/own.pt", "toy", "gated", **SMALLEST)
     assert loaded.num_classes == 3
     assert default_output("https://example.org/own.pt") == Path("runs/own/evaluation")
     monkeypatch.chdir(tmp_path)

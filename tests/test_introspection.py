@@ -12,8 +12,9 @@ from test_detector import randomised
 from transformer import Attention
 from viewing.introspection import pixel_maps, record_attention
 
+pytestmark = pytest.mark.usefixtures("four_convolutions")
 SIZE = dict(
-    backbone="resnet10_thin",
+    backbone="four_convolutions",
     channels=32,
     heads=2,
     queries=4,

@@ -320,6 +320,7 @@ def test_two_equal_levels_cost_as_one(no_chance):
 
 # The whole criterion against plain loops
 
+pytestmark = pytest.mark.usefixtures("four_convolutions")
 SLOW = {
     "class": 1.5,
     "mask": 3.0,
@@ -651,7 +652,7 @@ def test_only_costs_wait_for_the_gpu(monkeypatch, frozen):
     its gradients."""
     torch.manual_seed(0)
     clips = [make_clip([[1, 1, 0], [0, 1, 1]]), make_clip([])]
-    output = build_model("toy", CLASSES).cuda()([clip.frames for clip in clips])
+    output = make_model().cuda()([clip.frames for clip in clips])
     inputs = [value for clip in output.clips for value in (*clip.logits, *clip.mask_kernel)]
     waits = []
 
@@ -680,12 +681,16 @@ def test_only_costs_wait_for_the_gpu(monkeypatch, frozen):
 # The whole criterion on the toy model
 
 
+def make_model(propagation: str = "gated"):
+    return build_model("toy", CLASSES, propagation, backbone="four_convolutions")
+
+
 @pytest.fixture(scope="module")
 def toy_output() -> tuple[TrainingOutput, list[Clip]]:
     """Two videos of three frames."""
     torch.manual_seed(0)
     clips = [make_clip([[1, 1, 1], [0, 1, 1]]), make_clip([[1, 0, 1]])]
-    return build_model("toy", CLASSES)([clip.frames for clip in clips]), clips
+    return make_model()([clip.frames for clip in clips]), clips
 
 
 def clip_names(prefix: str, suffix: str) -> set[str]:
@@ -724,7 +729,7 @@ def test_loss_names(toy_output):
 def test_loss_names_of_a_whole_video():
     torch.manual_seed(0)
     clip = make_clip([[1, 1, 1]])
-    output = build_model("toy", CLASSES, "clip")([clip.frames])
+    output = make_model("clip")([clip.frames])
     losses, _ = Criterion(CLASSES, points=32)(output, [clip], whole_video=True)
     assert set(losses) == FRAME_NAMES | clip_names("loss_vita", "")
 
@@ -759,7 +764,7 @@ def test_losses_do_not_depend_on_the_precision_of_the_model(no_chance):
     torch.manual_seed(0)
     clips = [make_clip([[1, 1, 1], [0, 1, 1]]), make_clip([[1, 0, 1]])]
     with torch.autocast("cpu", torch.bfloat16):
-        output = build_model("toy", CLASSES)([clip.frames for clip in clips])
+        output = make_model()([clip.frames for clip in clips])
         losses, _ = Criterion(CLASSES, points=32, gate_weight=1.0)(output, clips)
     assert output.frames.features.dtype == torch.bfloat16
     exact, _ = Criterion(CLASSES, points=32, gate_weight=1.0)(in_full(output), clips)
@@ -799,7 +804,7 @@ def test_videos_without_instances(propagation):
     gets a finite gradient,
     which training on several GPUs counts on."""
     torch.manual_seed(0)
-    model = build_model("toy", CLASSES, propagation, backbone="resnet10_thin")
+    model = make_model(propagation)
     clips = [make_clip([]), make_clip([])]
     output = model([clip.frames for clip in clips])
     losses, matches = Criterion(CLASSES, points=32)(output, clips, propagation == "clip")

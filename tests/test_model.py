@@ -21,7 +21,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pycocotools import mask as rle
-from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
 import plain_model
@@ -30,28 +29,12 @@ from fast.acceleration import cast_frozen_weights, compile_parts
 from fast.video_pipeline import VideoPipeline
 from model import PIXEL_MEAN, PIXEL_STD, PRESETS, TEST_SIDES, GRAttVIS, build_model
 from outlines import outlined
+from sparse_set import FourConvolutions
 from test_detector import randomised
 from tracker import Tracker
 
 CLASSES, HEIGHT, WIDTH = 3, 40, 56
 STEPPING = ("gated", "plain", "memory", "gated+memory")  # the propagations that go frame by frame
-
-
-class FourConvolutions(nn.Module):
-    """The smallest backbone: a convolution for each map. tests/test_backbone.py has the real ones,
-    which would take most of the time here."""
-
-    channels = [16, 32, 48, 64]
-
-    def __init__(self):
-        super().__init__()
-        widths = zip([3, *self.channels], self.channels, (4, 2, 2, 2))
-        self.stages = nn.ModuleList(
-            nn.Conv2d(before, after, 5, stride, padding=2) for before, after, stride in widths
-        )
-
-    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
-        return list(accumulate(self.stages, lambda x, stage: stage(x).relu(), initial=x))[1:]
 
 
 @cache

@@ -18,8 +18,9 @@ from fast.training_graphs import (
     tensors_of,
     with_tensors,
 )
-from sparse_set import tiny_model
+from sparse_set import SMALLEST, tiny_model
 
+pytestmark = pytest.mark.usefixtures("four_convolutions")
 FRAMES = 3
 
 
@@ -81,7 +82,7 @@ def model(monkeypatch):
     monkeypatch.setattr(training_graphs, "capture", capture)
     monkeypatch.setattr(training_graphs, "is_capturable", lambda *given: True)
     torch.manual_seed(0)
-    model = tiny_model().train()
+    model = tiny_model(**SMALLEST).train()
     graph_tracker(model)
     return model
 
@@ -96,7 +97,7 @@ def make_queries(model, requires_grad=False):
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_gradients_are_those_of_the_tracker(model, requires_grad, passes):
     """Also where several backward passes add up, and where the detector is trained."""
-    plain = tiny_model().train()
+    plain = tiny_model(**SMALLEST).train()
     plain.load_state_dict(model.state_dict())
     for _ in range(2):
         queries = [make_queries(model, requires_grad) for _ in range(passes)]
@@ -141,7 +142,7 @@ def test_hooks_fire(model):
 
 
 def test_without_a_gpu_the_tracker_runs_as_it_is():
-    model = tiny_model().train()
+    model = tiny_model(**SMALLEST).train()
     graph_tracker(model)
     loss_of(model, make_queries(model)).backward()
     assert model.tracker.training_graphs.graphs == {}
