@@ -56,6 +56,7 @@ def test_losses_of_a_kind_are_added_up(run):
     }
 
 
+@pytest.mark.slow
 def test_picture_and_table(run, tmp_path):
     pytest.importorskip("matplotlib", reason="plots need matplotlib")
     main(parse_arguments([str(run), str(run / "log.jsonl"), "--csv", str(tmp_path / "all.csv")]))

@@ -124,6 +124,7 @@ def test_casts_that_are_not_remembered():
         assert cast_once(x, torch.bfloat16).eq(1).all()
 
 
+@pytest.mark.slow
 def test_layers_compile_as_one_graph():
     block = nn.Sequential(SelfAttention(CHANNELS, HEADS), FeedForward(CHANNELS, 20))
     cast_weights(block.modules(), torch.bfloat16)
