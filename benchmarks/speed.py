@@ -9,10 +9,10 @@ depend on them. Every time is a median.
 
 Floor: all matrix multiplications of a frame, at the speed of large ones. Video: uint8 frames on the
 CPU to masks at output size on the GPU (`segment_video`, top 10). Live: `step`, frame by frame,
-synchronised after each. Train: whole iterations, from clips on the CPU to the optimizer step.
-Others: VidEoMT of transformers, if installed, model only, compiled. Errors compare the fast path
-with float32 in the first frame, before differences accumulate. Without a GPU, only floor and live
-run in minutes.
+synchronised after each; `step_streams` for 8 videos. Train: whole iterations, from clips on the CPU
+to the optimizer step. Others: VidEoMT of transformers, if installed, model only, compiled. Errors
+compare the fast path with float32 in the first frame, before differences accumulate. Without a GPU,
+only floor and live run in minutes.
 """
 
 import argparse
@@ -185,6 +185,34 @@ def live(
         f"{preset} live, {size[0]}x{size[1]} to masks of {output[0]}x{output[1]}: "
         f"{frames / sum(times):.3g} frames a second, p50 "
         f"{1e3 * times[frames // 2]:.2f} ms, p99 {1e3 * times[int(0.99 * frames)]:.2f} ms{peak()}",
+        flush=True,
+    )
+
+
+def streams(
+    preset: str,
+    count: int,
+    size: tuple[int, int],
+    output: tuple[int, int],
+    args: argparse.Namespace,
+) -> None:
+    """The next frames of several videos at once, each time waited for; few on a CPU."""
+    steps, warm_up = (100, 10) if CUDA else (5, 1)
+    model, autocast = make_model(preset, args)
+    clip, states = make_video(50, *size), [None] * count
+    times = []
+    reset_peak()
+    for number in range(warm_up + steps):
+        frames = torch.stack([clip[(number + 5 * stream) % 50] for stream in range(count)])
+        began = time.perf_counter()
+        with autocast:
+            _, states = model.step_streams(frames, states, output, TOP_K)
+        synchronize()
+        times.append(time.perf_counter() - began)
+    times = sorted(times[warm_up:])
+    print(
+        f"{preset} live, {count} videos at once: {count * steps / sum(times):.4g} frames a second "
+        f"together, p50 {1e3 * times[steps // 2]:.2f} ms{peak()}",
         flush=True,
     )
 
@@ -406,6 +434,7 @@ def main(args: argparse.Namespace) -> None:
             video("r50", frames, (360, 640), (720, 1280), args)
     if "live" in args.parts:
         live("r50", (360, 640), (720, 1280), args)
+        streams("r50", 8, (360, 640), (720, 1280), args)
     if "swin" in args.parts:
         errors("swin_l", (448, 800), args)
         video("swin_l", 36, (448, 800), (720, 1280), args)

@@ -116,6 +116,27 @@ def track(
     return outputs, TrackerState(query)
 
 
+def track_streams(
+    model: GRAttVIS, frame_queries: Tensor, states: list[TrackerState]
+) -> tuple[TrackOutput, list[TrackerState]]:
+    """`model.track_frame` for the frame queries (B, F, C) of B videos, as a CUDA graph if possible.
+
+    Memories of videos differ in length, so with a memory one video is tracked after another.
+    """
+    if "memory" in model.propagation:
+        parts = zip(frame_queries.split(1), states)
+        outputs, states = zip(*(model.track_frame(queries, state) for queries, state in parts))
+        return tuple(map(torch.cat, zip(*outputs))), list(states)
+
+    def track_frame_tensors(frame_queries: Tensor, query: Tensor) -> tuple[Tensor, ...]:
+        outputs, state = model.track_frame(frame_queries, TrackerState(query))
+        return *outputs, state.query
+
+    query = torch.cat([state.query for state in states])
+    *outputs, query = model.cuda_graphs(track_frame_tensors, frame_queries, query)
+    return tuple(outputs), [TrackerState(part) for part in query.split(1)]
+
+
 def repeat_last(x: Tensor, length: int) -> Tensor:
     """Fill (N, ...) up to a length with copies of the last entry."""
     missing = length - len(x)

@@ -459,3 +459,18 @@ def test_a_frozen_detector_runs_in_graphs():
             torch.ones_like(changed.frame_decoder.query_feat.weight)
         )
     compare()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("propagation", ["gated", "gated+memory"])
+def test_streams_are_tracked_together(propagation):
+    torch.manual_seed(0)
+    model = build_model("toy", 3, propagation, norm="group").cuda().eval()
+    alone, together = [None] * 3, [None] * 3
+    for _ in range(3):
+        frames = torch.randint(0, 256, (3, 3, 64, 96), dtype=torch.uint8)
+        found, together = model.step_streams(frames, together)
+        for stream, tracks in enumerate(found):
+            expected, alone[stream] = model.step(frames[stream], alone[stream])
+            torch.testing.assert_close(tracks.scores, expected.scores, rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(tracks.logits, expected.logits, rtol=1e-2, atol=1e-2)

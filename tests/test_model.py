@@ -466,6 +466,28 @@ def test_state_over_steps(propagation):
     assert [size - sizes[0] for size in sizes] == [memory * count for count in range(5)]
 
 
+@pytest.mark.parametrize("propagation", STEPPING)
+def test_streams_are_what_each_is_alone(propagation):
+    """Three videos of which one starts later, in changing order."""
+    model = shared_model(propagation)
+    videos = [make_frames(3) for _ in range(3)]
+    alone, together = [None] * 3, [None] * 3
+    for t, streams in enumerate(((0, 2), (2, 1, 0), (0, 1, 2))):
+        frames = torch.stack([videos[stream][t] for stream in streams])
+        found, states = model.step_streams(
+            frames, [together[stream] for stream in streams], (50, 70), 5
+        )
+        for stream, tracks, state in zip(streams, found, states, strict=True):
+            together[stream] = state
+            expected, alone[stream] = model.step(videos[stream][t], alone[stream], (50, 70), 5)
+            torch.testing.assert_close(vars(tracks), vars(expected), rtol=1e-4, atol=1e-4)
+
+
+def test_every_stream_has_a_state():
+    with pytest.raises(ValueError, match="2 frames need as many states, not 1"):
+        shared_model("gated").step_streams(make_frames(2), [None])
+
+
 @pytest.mark.parametrize("propagation, options", [("clip", {}), ("gated", {"clip_length": 2})])
 def test_step_needs_a_model_that_goes_frame_by_frame(propagation, options):
     with pytest.raises(ValueError, match="frame by frame"):
