@@ -13,25 +13,20 @@ results are complete: frames/ (overlays as PNG), overlay.webp (shrunk for long a
 overlay.png (a sheet), overlay.mp4 (with ffmpeg), masks/ (a folder of PNGs per track), ids/ (one
 PNG per frame, whose palette indices are track ids plus 1, as `data.py --from-masks` reads them) and
 results.json. Scores are those of the whole video; with --live, of the frames so far.
+
+This file has the command line, the model and the loop over frames; reading/sources.py reads the
+frames, and viewing/results.py writes the results.
 """
 
 import argparse
 import glob
-import os
-import re
-import shutil
-import stat
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
-from pycocotools import mask as rle
 from tqdm import tqdm
 
 from batching import batch_frames
@@ -40,17 +35,15 @@ from data import at_test_size, read_categories
 from deform_attn import implementation
 from evaluation.postprocess import EncodedVideo, FrameTracks, check_finite
 from model import PRESETS, GRAttVIS
-from reading.pictures import PICTURE_FORMATS, read_animation, read_picture
-from reading.videos import informative_line, read_ppm, read_video
+from reading.sources import check_read_twice, check_size, is_scene, read_frames
 from runtime.device import choose_amp, choose_device
 from runtime.errors import InputError, cli_errors
-from runtime.files import file_name_for, save_json
 from runtime.flags import at_least
-from synthetic.rendering import make_video
-from synthetic.suites import HEIGHT, SUITES, WIDTH
+from synthetic.suites import SUITES
 from tracker import PROPAGATIONS
-from viewing.overlays import best_labels, colour_of, name_to_draw, overlays, save_pictures
-from viewing.plots import plot_timeline, require_matplotlib
+from viewing.overlays import best_labels, name_to_draw
+from viewing.plots import require_matplotlib
+from viewing.results import check_output, publish, staging_folder, write_results
 
 SCENES = ("occlusion:0", "occlusion:4", "occlusion:6")  # the default sources
 
@@ -177,7 +170,17 @@ def segment_sources(
             with closing(read_frames(source)) as pictures:
                 result, size, count = segment(model, source, pictures, args)
             folders[output] = stack.enter_context(staging_folder(output))
-            messages += write(folders[output], source, result, size, count, names, args)
+            messages += write_results(
+                folders[output],
+                source,
+                result,
+                size,
+                count,
+                names,
+                min_score=args.score,
+                fps=args.fps,
+                plot=args.plot,
+            )
             messages.append(f"written to {output}")
         for output, folder in folders.items():
             publish(folder, output)
@@ -191,52 +194,6 @@ def default_name(source: str) -> str:
     return (path.parent.name if is_pattern else path.stem) or "frames"
 
 
-def check_output(output: Path) -> None:
-    """InputError unless the folder does not exist and can be created. Nothing is left behind."""
-    try:
-        os.lstat(output)
-    except (FileNotFoundError, NotADirectoryError):
-        with staging_folder(output):
-            return
-    raise InputError(f"{output} is there already: give another --output")
-
-
-@contextmanager
-def staging_folder(output: Path) -> Iterator[Path]:
-    """A new folder, which `publish` moves to `output` when it is complete.
-
-    It is inside a hidden folder on the same file system, which is removed when the block ends, so
-    that `output` is never incomplete. Raises InputError if it cannot be created.
-    """
-    absolute = output.absolute()
-    parent = next(parent for parent in absolute.parents if parent.exists())
-    if not parent.is_dir():
-        raise InputError(f"{output} cannot be made: {parent} is no folder")
-    with ExitStack() as stack:
-        try:
-            hidden = stack.enter_context(
-                tempfile.TemporaryDirectory(prefix=".demo-", dir=parent, ignore_cleanup_errors=True)
-            )
-            folder = Path(hidden) / absolute.relative_to(parent)  # tests the length of the path
-            folder.mkdir(parents=True)
-        except OSError as error:
-            raise InputError(f"{output} cannot be made: {error.strerror}") from error
-        yield folder
-
-
-def publish(folder: Path, output: Path) -> None:
-    """Move a complete folder to its place; InputError if the place is taken in the meantime."""
-    if os.path.lexists(output):  # rename would replace an empty folder
-        raise InputError(
-            f"{output} has appeared meanwhile and is left as it is: give another --output"
-        )
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        folder.rename(output)
-    except OSError as error:
-        raise InputError(f"{output} cannot be made: {error.strerror}") from error
-
-
 def class_names(args: argparse.Namespace, config: dict, count: int) -> list[str]:
     """Class names of --categories or of the checkpoint; numbers if there are none."""
     if args.categories:
@@ -247,95 +204,6 @@ def class_names(args: argparse.Namespace, config: dict, count: int) -> list[str]
         source = args.categories or "its config"
         raise InputError(f"{args.weights} has {count} classes, {source} has {len(categories)}")
     return [name for _, name in categories] or [f"class {label}" for label in range(count)]
-
-
-# Sources of frames
-
-
-def is_camera(path: Path) -> bool:
-    """Whether a path is a device such as /dev/video0."""
-    return path.exists() and stat.S_ISCHR(path.stat().st_mode)
-
-
-def check_read_twice(source: str) -> None:
-    """InputError unless the source can be read twice: for segmentation, then for overlays."""
-    if source == "-" or is_camera(Path(source)) or Path(source).is_fifo():
-        name = "standard input" if source == "-" else source
-        raise InputError(f"{name} can be read only once: follow it with --live")
-
-
-def is_picture(path: Path) -> bool:
-    """Whether the extension is that of a picture or an animation which Pillow supports."""
-    name = Image.registered_extensions().get(path.suffix.lower())
-    return name in PICTURE_FORMATS
-
-
-def is_scene(source: str) -> bool:
-    """Whether a source is the name of a suite and a number, such as occlusion:0."""
-    suite, _, number = source.partition(":")
-    return suite in SUITES and number.isdecimal() and len(number) < 20  # a limit for int()
-
-
-def by_number(path: Path) -> list[str | int]:
-    """A sort key that puts 2.png before 10.png."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
-
-
-def read_frames(source: str) -> Iterator[Image.Image]:
-    """Yield the frames of a source, RGB; InputError naming everything tried if there are none."""
-    path = Path(source)
-    if source == "-":
-        if sys.stdin is None:
-            raise InputError("standard input is closed")
-        yield from read_ppm(sys.stdin.buffer, "standard input")
-    elif is_camera(path):
-        yield from read_video(["-f", "v4l2", "-i", source], source)
-    elif is_scene(source):
-        yield from render(source)
-    elif path.is_dir() or not path.exists():
-        files = path.iterdir() if path.is_dir() else map(Path, glob.glob(source))
-        files = sorted(filter(is_frame, files), key=by_number)
-        if not files:
-            raise InputError(
-                f"no frames at {source}: it is no file, no camera, neither a folder "
-                "nor a pattern of pictures, and no scene such as long:0 of the suites "
-                f"{', '.join(SUITES)}"
-            )
-        for file in files:
-            yield read_picture(file)
-    elif is_picture(path):
-        yield from read_animation(path)
-    else:
-        yield from read_video(["-i", f"file:{source}"], source)
-
-
-def is_frame(path: Path) -> bool:
-    """Whether a file in a folder is a frame.
-
-    Hidden files are not: macOS creates ._00000.jpg next to 00000.jpg on foreign file systems.
-    """
-    return is_picture(path) and not path.name.startswith(".") and not path.is_dir()
-
-
-def render(scene: str) -> Iterator[Image.Image]:
-    """The frames of a held-out scene, without JPEG compression.
-
-    occlusion:0 is the first video of the valid split of `data.py --suite occlusion`.
-    """
-    name, _, number = scene.partition(":")
-    suite = SUITES[name]
-    generator = np.random.default_rng((0, 1, int(number)))  # seed 0, second split, this video
-    frames, _ = make_video(generator, suite.frames, HEIGHT, WIDTH, suite.objects, suite.difficulty)
-    yield from map(Image.fromarray, frames)
-
-
-def check_size(picture: Image.Image, size: tuple[int, int], number: int, source: str) -> None:
-    """InputError unless a frame has the size (width, height) of the first one."""
-    if picture.size != size:
-        raise InputError(
-            f"frame {number} of {source} is {picture.width}x{picture.height}, the "
-            f"first {size[0]}x{size[1]}"
-        )
 
 
 # Live
@@ -401,121 +269,6 @@ def segment(
 
     result = model.encode_video(batch_frames(frames(), args.chunk), size, args.top_k)
     return result, size, count
-
-
-def write(
-    folder: Path,
-    source: str,
-    result: EncodedVideo,
-    size: tuple[int, int],
-    count: int,
-    names: list[str],
-    args: argparse.Namespace,
-) -> list[str]:
-    """Write the results (see the top of this file); returns messages to print."""
-    tracks = []
-    for index in best_labels(result, args.score):
-        label = names[result.labels[index]]
-        track_id = int(result.track_ids[index])
-        codes = result.segmentations[index]
-        write_masks(folder / "masks" / f"{track_id:03d}_{file_name_for(label)}", codes)
-        tracks.append(
-            {
-                "track_id": track_id,
-                "category": label,
-                "score": float(result.scores[index]),
-                "segmentations": codes,
-                "gates_open": result.gates[index].tolist(),
-            }
-        )
-    if tracks:
-        write_ids(folder / "ids", tracks, size, count)
-    save_json(
-        folder / "results.json",
-        {
-            "source": source,
-            "height": size[0],
-            "width": size[1],
-            "frames": count,
-            "tracks": tracks,
-        },
-    )
-    with closing(read_again(source, size, count)) as frames:
-        frames = tqdm(frames, desc="draw", unit="frame", total=count)
-        pictures = overlays(frames, result, names, args.score)
-        save_pictures(folder, "overlay", pictures, count, 1000 / args.fps, folder / "frames")
-    messages = make_mp4(folder, args.fps) if shutil.which("ffmpeg") else []
-    if args.plot:
-        plot_timeline(folder / "timeline.png", result, names, args.score)
-    message = f"{count} frames, {len(tracks)} tracks that score {args.score} or more"
-    described = [
-        f"{name_to_draw(track['category'])} #{track['track_id']} {track['score']:.2f}"
-        for track in tracks
-    ]
-    if described:
-        message += ": " + "; ".join(described)
-    return [*messages, message]
-
-
-def write_masks(folder: Path, codes: list[dict]) -> None:
-    """Write the masks of a track as one PNG per frame."""
-    folder.mkdir(parents=True)
-    for t, code in enumerate(codes):
-        Image.fromarray(rle.decode(code) * 255).save(folder / f"{t:05d}.png")
-
-
-def write_ids(folder: Path, tracks: list[dict], size: tuple[int, int], count: int) -> None:
-    """Write one PNG per frame with track ids plus 1 as palette indices, 0 = background.
-
-    tracks: best first. Where masks overlap, the better track is visible. Ids too large for a
-    palette become grey values of 16 bits.
-    """
-    folder.mkdir()
-    large = any(track["track_id"] >= 255 for track in tracks)
-    palette = [0, 0, 0, *(value for track in range(255) for value in colour_of(track))]
-    for t in range(count):
-        ids = np.zeros(size, dtype=np.uint16 if large else np.uint8)
-        for track in reversed(tracks):
-            ids[rle.decode(track["segmentations"][t]).astype(bool)] = track["track_id"] + 1
-        picture = Image.fromarray(ids)
-        if not large:
-            picture.putpalette(palette)  # mode P
-        picture.save(folder / f"{t:05d}.png")
-
-
-def read_again(source: str, size: tuple[int, int], count: int) -> Iterator[np.ndarray]:
-    """The frames that were segmented, uint8 (H, W, 3); InputError if the source has changed."""
-    number = -1
-    with closing(read_frames(source)) as pictures:
-        for number, picture in zip(range(count), pictures):
-            check_size(picture, size[::-1], number, source)
-            yield np.array(picture)
-        if number + 1 < count or next(pictures, None) is not None:
-            raise InputError(f"{source} has changed meanwhile: it no longer has {count} frames")
-
-
-def make_mp4(folder: Path, fps: int) -> list[str]:
-    """Encode the overlays in frames/ as overlay.mp4; returns a message if that fails."""
-    command = [
-        "ffmpeg",
-        "-loglevel",
-        "error",
-        "-framerate",
-        str(fps),
-        "-i",
-        "frames/%05d.png",
-        "-vf",
-        "pad=ceil(iw/2)*2:ceil(ih/2)*2",
-        "-pix_fmt",
-        "yuv420p",
-        "overlay.mp4",
-    ]
-    # Run in the folder, because its name may contain a %.
-    made = subprocess.run(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=folder)
-    if not made.returncode:
-        return []
-    (folder / "overlay.mp4").unlink(missing_ok=True)
-    return [f"overlay.mp4 was not made: {informative_line(made.stderr, made.returncode)}"]
 
 
 if __name__ == "__main__":

@@ -30,11 +30,15 @@ from data import InputError, at_test_size
 from evaluation.postprocess import FrameTracks
 from processes import ENVIRONMENT, REPOSITORY, fake_ffmpeg
 from reading.annotations import one_line
+from reading.sources import read_frames
+from reading.videos import read_ppm
 from synthetic.scenes import CATEGORIES
-from synthetic.suites import Suite, make_dataset
+from synthetic.suites import SUITES, Suite, make_dataset
 from test_bad_input import read_files, sentence, train_arguments
 from test_overlays import read_animation
+from viewing import results as writing
 from viewing.overlays import overlays
+from viewing.results import check_output, publish, staging_folder
 
 pytestmark = pytest.mark.slow  # whole programs
 
@@ -118,7 +122,7 @@ def run(*given):
 
 def pixels_of(source):
     """All frames that the demo reads from a source, (T, H, W, 3)."""
-    return numpy.stack([numpy.asarray(picture) for picture in demo.read_frames(str(source))])
+    return numpy.stack([numpy.asarray(picture) for picture in read_frames(str(source))])
 
 
 def stacked(pictures):
@@ -177,17 +181,17 @@ def ppm(*pictures):
     return stream.getvalue()
 
 
-def read_ppm(content):
-    return list(demo.read_ppm(io.BytesIO(content), "the camera"))
+def ppm_pictures(content):
+    return list(read_ppm(io.BytesIO(content), "the camera"))
 
 
 def test_ppm_pictures_one_behind_the_other(pictures):
     # Of two sizes, as that is for others to refuse.
     one, other = pictures[0], pictures[1].resize((31, 17))
-    assert [(found.mode, found.size, found.tobytes()) for found in read_ppm(ppm(one, other))] == [
-        ("RGB", picture.size, picture.tobytes()) for picture in (one, other)
-    ]
-    assert read_ppm(b"") == []
+    assert [
+        (found.mode, found.size, found.tobytes()) for found in ppm_pictures(ppm(one, other))
+    ] == [("RGB", picture.size, picture.tobytes()) for picture in (one, other)]
+    assert ppm_pictures(b"") == []
 
 
 @pytest.mark.parametrize(
@@ -204,13 +208,13 @@ def test_ppm_pictures_one_behind_the_other(pictures):
 def test_what_is_no_stream_of_ppm_pictures_is_refused(content):
     with pytest.raises(InputError, match="^the camera is no stream of PPM pictures"):
         # The first picture, whatever comes behind it.
-        next(demo.read_ppm(io.BytesIO(content), "the camera"))
+        next(read_ppm(io.BytesIO(content), "the camera"))
 
 
 @pytest.mark.parametrize("missing", [1, 14, 6 * 5 * 3])
 def test_a_picture_that_is_cut_off_is_refused_and_the_one_before_is_not(missing):
     whole = Image.new("RGB", (6, 5), "red")
-    found = demo.read_ppm(io.BytesIO(ppm(whole, whole)[:-missing]), "the camera")
+    found = read_ppm(io.BytesIO(ppm(whole, whole)[:-missing]), "the camera")
     assert next(found).tobytes() == whole.tobytes()
     with pytest.raises(InputError, match="^the camera ends in the middle of a picture$"):
         next(found)
@@ -238,7 +242,7 @@ def test_what_ffmpeg_cannot_read_is_named_with_the_cause(tmp_path, monkeypatch, 
     fake_ffmpeg(tmp_path, monkeypatch, script)
     (tmp_path / "clip.mkv").touch()
     with pytest.raises(InputError, match=f"^ffmpeg cannot read {tmp_path}/clip.mkv: {reason}$"):
-        list(demo.read_frames(str(tmp_path / "clip.mkv")))
+        list(read_frames(str(tmp_path / "clip.mkv")))
 
 
 # The folder of results
@@ -350,7 +354,7 @@ def test_where_nothing_scores_enough_the_frames_stay_as_they_are(
     without ffmpeg.
     """
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(demo.shutil, "which", lambda name: None)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
     run(
         save_animation(tmp_path / "two.webp", pictures[:2], lossless=True),
         weights,
@@ -420,7 +424,7 @@ def test_an_interruption_leaves_nothing_and_the_next_attempt_works(
     fake_ffmpeg(tmp_path / "in", monkeypatch, "exit 1")
     arguments = tmp_path / "in/one.png", weights, "--output", tmp_path / "new/out", "--top-k", 1
     with monkeypatch.context() as patch:
-        patch.setattr(demo, where, stop(error))
+        patch.setattr(demo if where == "publish" else writing, where, stop(error))
         with pytest.raises(type(error)):
             run(*arguments)
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
@@ -434,7 +438,7 @@ def test_a_kill_leaves_no_folder_of_that_name(tmp_path):
     process = os.fork()
     if not process:
         try:
-            with demo.staging_folder(tmp_path / "out") as folder:
+            with staging_folder(tmp_path / "out") as folder:
                 (folder / "results.json").write_text("{}")
                 os.kill(os.getpid(), signal.SIGKILL)
         finally:
@@ -442,9 +446,9 @@ def test_a_kill_leaves_no_folder_of_that_name(tmp_path):
     assert os.waitpid(process, 0)[1] == signal.SIGKILL
     (left,) = tmp_path.iterdir()
     assert left.name.startswith(".")
-    demo.check_output(tmp_path / "out")
-    with demo.staging_folder(tmp_path / "out") as folder:
-        demo.publish(folder, tmp_path / "out")
+    check_output(tmp_path / "out")
+    with staging_folder(tmp_path / "out") as folder:
+        publish(folder, tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
 
 
@@ -455,8 +459,8 @@ def test_a_kill_leaves_no_folder_of_that_name(tmp_path):
 )
 def test_what_appears_meanwhile_is_left_as_it_is(tmp_path, monkeypatch, weights, pictures, appear):
     pictures[0].save(tmp_path / "one.png")
-    monkeypatch.setattr(demo, "make_mp4", lambda *given: [appear(tmp_path / "out")][:0])
-    monkeypatch.setattr(demo.shutil, "which", lambda name: name)
+    monkeypatch.setattr(writing, "make_mp4", lambda *given: [appear(tmp_path / "out")][:0])
+    monkeypatch.setattr(shutil, "which", lambda name: name)
     arguments = command(tmp_path / "one.png", weights, "--output", tmp_path / "out", "--top-k", 1)
     assert sentence(demo, arguments) == (
         f"{tmp_path}/out has appeared meanwhile and is left as it is: give another --output"
@@ -487,7 +491,7 @@ def test_a_source_that_changes_meanwhile_is_refused(
     for t in range(2):
         pictures[t].save(tmp_path / f"in/{t}.png")
     monkeypatch.setattr(
-        demo, "overlays", lambda *given: change(tmp_path / "in", pictures[2]) or overlays(*given)
+        writing, "overlays", lambda *given: change(tmp_path / "in", pictures[2]) or overlays(*given)
     )
     message = refuse(tmp_path, tmp_path / "in", weights, "--top-k", 1)
     assert re.search("has changed meanwhile|is 9x9, the first 80x64", message)
@@ -500,8 +504,8 @@ def test_a_source_that_changes_meanwhile_is_refused(
 def short_scenes(tmp_path, monkeypatch):
     """In an empty folder, scenes of two frames; without ffmpeg."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(demo.SUITES, "occlusion", Suite(frames=2))
-    monkeypatch.setattr(demo.shutil, "which", lambda name: None)
+    monkeypatch.setitem(SUITES, "occlusion", Suite(frames=2))
+    monkeypatch.setattr(shutil, "which", lambda name: None)
 
 
 def without_source(weights, *more):
@@ -727,7 +731,7 @@ def test_a_picture_that_is_damaged_is_named(tmp_path, weights, folder):
 
 
 def test_a_file_that_is_no_picture_needs_ffmpeg(tmp_path, weights, monkeypatch):
-    monkeypatch.setattr(demo.shutil, "which", lambda name: None)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
     path = tmp_path / "clip.mp4"
     path.write_bytes(b"no picture")
     assert refuse(tmp_path, path, weights).startswith(

@@ -12,7 +12,10 @@ from PIL import Image
 
 import demo
 from data import InputError
+from reading.sources import check_read_twice, read_frames
+from reading.videos import read_ppm
 from synthetic import suites as synthetic
+from viewing.results import check_output
 
 needs_ffmpeg = pytest.mark.skipif(
     shutil.which("ffmpeg") is None, reason="video files are made and read with ffmpeg"
@@ -21,7 +24,7 @@ needs_ffmpeg = pytest.mark.skipif(
 
 def shades(source):
     """The red of the first pixel of every frame."""
-    return [picture.getpixel((0, 0))[0] for picture in demo.read_frames(str(source))]
+    return [picture.getpixel((0, 0))[0] for picture in read_frames(str(source))]
 
 
 def grey(shade, size=(8, 6)):
@@ -40,7 +43,7 @@ def test_hidden_files_are_no_frames(tmp_path, name):
     (tmp_path / name).write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X        ")
     for pattern in (tmp_path, tmp_path / "*", tmp_path / ".*", tmp_path / "._*"):
         with pytest.raises(InputError, match="^no frames at "):
-            list(demo.read_frames(str(pattern)))
+            list(read_frames(str(pattern)))
     grey(5).save(tmp_path / "1.png")
     assert shades(tmp_path) == shades(tmp_path / "*") == [5]
 
@@ -65,15 +68,15 @@ def test_a_frame_that_is_no_file_is_refused(tmp_path, make):
     grey(5).save(tmp_path / "1.png")
     make(tmp_path / "2.png")
     with pytest.raises(InputError, match=f"^{tmp_path}/2.png (is a|cannot be read: No such file)"):
-        list(demo.read_frames(str(tmp_path)))
+        list(read_frames(str(tmp_path)))
 
 
 def test_a_fifo_is_only_followed_live(tmp_path):
     os.mkfifo(tmp_path / "clip.mp4")
     with pytest.raises(InputError, match="clip.mp4 can be read only once: follow it with --live$"):
-        demo.check_read_twice(str(tmp_path / "clip.mp4"))
+        check_read_twice(str(tmp_path / "clip.mp4"))
     for source in ("clip.mp4", str(tmp_path), "easy:0"):
-        demo.check_read_twice(source)
+        check_read_twice(source)
 
 
 def test_a_photograph_is_turned_as_in_a_folder(tmp_path):
@@ -81,7 +84,7 @@ def test_a_photograph_is_turned_as_in_a_folder(tmp_path):
     orientation[0x0112] = 6  # a quarter turn
     grey(7).save(tmp_path / "photo.jpg", exif=orientation)
     sizes = [
-        [picture.size for picture in demo.read_frames(str(source))]
+        [picture.size for picture in read_frames(str(source))]
         for source in (tmp_path, tmp_path / "photo.jpg")
     ]
     assert sizes == [[(6, 8)], [(6, 8)]]
@@ -93,19 +96,19 @@ def test_an_animation_that_is_cut_off_is_refused(tmp_path):
     content = (tmp_path / "cut.gif").read_bytes()
     (tmp_path / "cut.gif").write_bytes(content[: len(content) // 2])
     with pytest.raises(InputError, match="cut.gif cannot be read"):
-        list(demo.read_frames(str(tmp_path / "cut.gif")))
+        list(read_frames(str(tmp_path / "cut.gif")))
 
 
 @pytest.mark.parametrize("size", ["a b", "-1 4", "0 0", f"{10**9} {10**9}", "9" * 60])
 def test_a_size_that_no_picture_has_is_refused(size):
     with pytest.raises(InputError, match="^the pipe is no stream of PPM pictures"):
-        list(demo.read_ppm(io.BytesIO(f"P6\n{size}\n255\n".encode() + bytes(100)), "the pipe"))
+        list(read_ppm(io.BytesIO(f"P6\n{size}\n255\n".encode() + bytes(100)), "the pipe"))
 
 
 @pytest.mark.parametrize("size", ["0 5", "5 0", "0 0"])
 def test_a_picture_without_pixels_is_refused(size):
     with pytest.raises(InputError, match="^the pipe is no stream of PPM pictures"):
-        next(demo.read_ppm(io.BytesIO(f"P6\n{size}\n255\n".encode()), "the pipe"))
+        next(read_ppm(io.BytesIO(f"P6\n{size}\n255\n".encode()), "the pipe"))
 
 
 def test_a_scene_is_the_one_of_the_held_out_split(tmp_path):
@@ -115,7 +118,7 @@ def test_a_scene_is_the_one_of_the_held_out_split(tmp_path):
         tmp_path / "set", 1, 2, suite.frames, objects=suite.objects, difficulty=suite.difficulty
     )
     files = sorted((tmp_path / "set/valid/JPEGImages/00001").iterdir())
-    for picture, file in zip(demo.read_frames("occlusion:1"), files, strict=True):
+    for picture, file in zip(read_frames("occlusion:1"), files, strict=True):
         picture.save(tmp_path / "frame.jpg", quality=synthetic.JPEG_QUALITY)
         assert (tmp_path / "frame.jpg").read_bytes() == file.read_bytes()
 
@@ -128,7 +131,7 @@ def test_what_is_no_scene_is_refused_with_the_names_of_the_suites(tmp_path, monk
     with pytest.raises(
         InputError, match=f"^no frames at {source}: .*suites {', '.join(synthetic.SUITES)}$"
     ):
-        list(demo.read_frames(source))
+        list(read_frames(source))
 
 
 def test_a_live_frame_of_another_size_is_refused(monkeypatch):
@@ -167,16 +170,16 @@ def test_the_folder_of_results_is_named_after_the_source(source, name):
 def test_an_output_that_cannot_be_made_is_refused_first(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="file is no folder$"):
-        demo.check_output(tmp_path / "file/out")
+        check_output(tmp_path / "file/out")
     with pytest.raises(InputError, match="is there already"):
-        demo.check_output(tmp_path)
+        check_output(tmp_path)
     with pytest.raises(InputError, match="cannot be made: File name too long$"):
-        demo.check_output(tmp_path / "new" / ("n" * 300))
+        check_output(tmp_path / "new" / ("n" * 300))
     (tmp_path / "link").symlink_to("nothing")
     with pytest.raises(InputError, match="is there already"):
-        demo.check_output(tmp_path / "link")
+        check_output(tmp_path / "link")
     (tmp_path / "link").unlink()
-    demo.check_output(tmp_path / "new/out")
+    check_output(tmp_path / "new/out")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -203,7 +206,7 @@ def test_videos_of_all_kinds_give_the_frames_they_store(
     make_video(tmp_path / "made.mkv", "testsrc2=s=64x48:r=5:d=2", *options)
     (tmp_path / "made.mkv").rename(tmp_path / name)
     monkeypatch.chdir(tmp_path)
-    assert len(list(demo.read_frames(name))) == frames
+    assert len(list(read_frames(name))) == frames
 
 
 @needs_ffmpeg
@@ -215,4 +218,4 @@ def test_a_damaged_video_that_ffmpeg_says_much_about_comes_to_an_end(tmp_path):
     for place in range(20000, len(content) - 30000, 37):
         content[place] = place * 7919 % 256
     (tmp_path / "long.avi").write_bytes(content)
-    assert len(list(demo.read_frames(str(tmp_path / "long.avi")))) > 20  # of 1500; versions differ
+    assert len(list(read_frames(str(tmp_path / "long.avi")))) > 20  # of 1500; versions differ

@@ -46,6 +46,8 @@ from data import InputError, VideoSet, read_frame, read_mask
 from evaluation import scoring
 from evaluation.metric import evaluate_results
 from model import build_model
+from reading.sources import read_frames
+from reading.videos import read_ppm
 from synthetic import suites as synthetic
 
 MEMORY = 2**31  # bytes of a whole process
@@ -827,11 +829,11 @@ def pictures_input(base: Path, folder: Path, random) -> tuple[Path, str]:
 
 def load_picture(base: Path, path: Path) -> None:
     """demo.py with a picture or animation, or with a stream on standard input."""
-    for _ in demo.read_frames(str(path)):
+    for _ in read_frames(str(path)):
         pass
     if path.suffix == ".ppm":
         with open(path, "rb") as stream:
-            for _ in demo.read_ppm(stream, "standard input"):
+            for _ in read_ppm(stream, "standard input"):
                 pass
 
 
