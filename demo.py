@@ -14,6 +14,9 @@ overlay.png (a sheet), overlay.mp4 (with ffmpeg), masks/ (a folder of PNGs per t
 PNG per frame, whose palette indices are track ids plus 1, as `data.py --from-masks` reads them) and
 results.json. Scores are those of the whole video; with --live, of the frames so far.
 
+Duplicates are left out: tracks whose IoU with a better track is above 0.9, or above 0.75 if they
+score much lower (evaluation/duplicates.py). With --live, the IoU is that of each frame's masks.
+
 This file has the command line, the model and the loop over frames; reading/sources.py reads the
 frames, and viewing/results.py writes the results.
 """
@@ -33,6 +36,7 @@ from batching import batch_frames
 from checkpoint import SHIPPED_WEIGHTS, default_short_side, model_from_checkpoint
 from data import at_test_size, read_categories
 from deform_attn import implementation
+from evaluation.duplicates import distinct_in_frame, drop_duplicates
 from evaluation.postprocess import EncodedVideo, FrameTracks, check_finite
 from model import PRESETS, GRAttVIS
 from reading.sources import check_read_twice, check_size, is_scene, read_frames
@@ -84,6 +88,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--max-long-side", type=at_least(1), default=1333, help="pixels")
     add("--top-k", type=at_least(1), default=20, help="instances per video, before --score")
     add("--score", type=float, default=0.3, help="minimum score of an instance")
+    add(
+        "--keep-duplicates",
+        action="store_true",
+        help="also show tracks of an object that a better track follows already",
+    )
     add(
         "--output",
         help="folder to write, which must not exist yet (default: demo/ and the name of the "
@@ -169,6 +178,8 @@ def segment_sources(
         for source, output in outputs.items():
             with closing(read_frames(source)) as pictures:
                 result, size, count = segment(model, source, pictures, args)
+            if not args.keep_duplicates:
+                result = drop_duplicates(result)
             folders[output] = stack.enter_context(staging_folder(output))
             messages += write_results(
                 folders[output],
@@ -224,10 +235,11 @@ def run_live(
         frame = at_test_size(picture, args.short_side, args.max_long_side)
         tracks, state = model.step(frame, state, size[::-1], args.top_k)
         check_finite(tracks.scores)
+        chosen = best_labels(tracks, args.score)
+        if not args.keep_duplicates:
+            chosen = distinct_in_frame(tracks, chosen)
         visible = [
-            describe_track(tracks, index, names)
-            for index in best_labels(tracks, args.score)
-            if tracks.masks[index].any()
+            describe_track(tracks, index, names) for index in chosen if tracks.masks[index].any()
         ]
         print(f"frame {number}: {'; '.join(visible) or 'nothing'}", flush=True)
         if getattr(sys.stdout, "broken", False):  # its reader has exited

@@ -111,6 +111,7 @@ def command(source, weights, *more):
             TOP_K,
             "--device",
             "cpu",
+            "--keep-duplicates",  # after one training step, many tracks are alike
             *more,
         )
     ]

@@ -5,8 +5,10 @@ arguments of `GRAttVIS.encode_video` or `GRAttVIS.step`, the others the output f
 """
 
 import json
+import re
 import shutil
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy
@@ -225,6 +227,37 @@ def test_flag_score(run, seen, tmp_path):
             expected[rle.decode(track["segmentations"][t]) > 0] = track["track_id"] + 1
         with Image.open(tmp_path / f"2/ids/{t:05d}.png") as picture:
             assert picture.mode == "P" and numpy.array_equal(numpy.asarray(picture), expected)
+
+
+def doubled(found):
+    """The best instance twice, as tracks 6 and 7."""
+    best = {name: value[:1] for name, value in vars(found).items()}
+    twice = {
+        name: value * 2 if isinstance(value, list) else torch.cat([value, value])
+        for name, value in best.items()
+    }
+    return replace(found, **twice | {"track_ids": torch.tensor([6, 7])})
+
+
+def test_flag_keep_duplicates(run, tmp_path, monkeypatch, capsys):
+    """By default, the second of two equal tracks is neither written nor printed."""
+    encode_video, step = GRAttVIS.encode_video, GRAttVIS.step
+
+    def doubled_step(*given):
+        tracks, state = step(*given)
+        return doubled(tracks), state
+
+    monkeypatch.setattr(GRAttVIS, "encode_video", lambda *given: doubled(encode_video(*given)))
+    monkeypatch.setattr(GRAttVIS, "step", doubled_step)
+    for more, expected in ((), [6]), (("--keep-duplicates",), [6, 7]):
+        output = tmp_path / str(len(expected))
+        run("--score", 0, "--output", output, *more)
+        assert [track["track_id"] for track in read_results(output)["tracks"]] == expected
+        assert len(list(output.glob("masks/*"))) == len(expected)
+        capsys.readouterr()
+        run("--live", "--score", 0, *more)
+        printed = re.findall(r"#(\d+)", capsys.readouterr().out)
+        assert printed == [str(track) for track in expected] * FRAMES
 
 
 def test_flag_output(run, tmp_path, monkeypatch, folder):

@@ -137,9 +137,8 @@ def test_what_is_no_scene_is_refused_with_the_names_of_the_suites(tmp_path, monk
 def test_a_live_frame_of_another_size_is_refused(monkeypatch):
     """By a model that sees nothing."""
     monkeypatch.setattr(demo, "best_labels", lambda found, least: [])
-    model = SimpleNamespace(
-        reset=lambda: None, step=lambda *given: (SimpleNamespace(scores=torch.zeros(0)), None)
-    )
+    nothing = SimpleNamespace(scores=torch.zeros(0), masks=torch.zeros(0, 6, 8, dtype=torch.bool))
+    model = SimpleNamespace(reset=lambda: None, step=lambda *given: (nothing, None))
     with pytest.raises(InputError, match="^frame 1 of - is 5x5, the first 8x6$"):
         demo.run_live(
             model,
