@@ -109,6 +109,7 @@ def main(args: argparse.Namespace) -> dict | None:
         }
     )
     model.to(device).accelerate(amp_dtype, args.compile)
+    model.exclusive = args.exclusive
     if rank == 0:
         dtype = str(amp_dtype).removeprefix("torch.")
         print(
@@ -220,6 +221,7 @@ def describe_setting(args: argparse.Namespace, videos: VideoSet, amp_dtype: torc
         "short_side",
         "max_long_side",
         "top_k",
+        "exclusive",
         "compile",
         "skip_bad",
         *DATA_PATHS,

@@ -40,6 +40,7 @@ from torch import Tensor, nn
 from backbone import build_backbone
 from batching import check_frame, padded_size
 from detector import FrameDecoder, FrameOutput, PixelDecoder
+from evaluation.association import link_detections
 from evaluation.postprocess import (
     EncodedVideo,
     FrameChunk,
@@ -145,6 +146,7 @@ class GRAttVIS(nn.Module):
         self.register_buffer("pixel_mean", mean[:, None, None], persistent=False)
         self.register_buffer("pixel_std", std[:, None, None], persistent=False)
         self.mask_sum_and_area = mask_sum_and_area  # Speed: an attribute, to be compiled
+        self.exclusive = False  # of inference: one track for each detection, not in the paper
         self.cuda_graphs = CUDAGraphCache()  # Speed: of inference, see fast/
 
     @property
@@ -259,7 +261,9 @@ class GRAttVIS(nn.Module):
     # Inference
 
     @torch.no_grad()
-    def track_video(self, video: Tensor | Iterable[Tensor]) -> Iterator[FrameChunk]:
+    def track_video(
+        self, video: Tensor | Iterable[Tensor], top_k: int = 10
+    ) -> Iterator[FrameChunk]:
         """Detect and track a video, chunk by chunk (upstream grattvis_model.py, `inference`).
 
         A chunk is some consecutive frames that make whole clips; the last clip may be shorter.
@@ -270,13 +274,20 @@ class GRAttVIS(nn.Module):
 
         video: as for `segment_video`. Nothing of earlier frames is kept but the tracker's state;
         "clip" propagation has one chunk, the whole video. How frames arrive changes no result.
+        top_k: with `exclusive`, see evaluation/association.py.
         """
         clip_length = self.frames_per_clip
         pipeline = video_pipeline.VideoPipeline(self)  # Speed: CUDA graphs and streams
-        state = self.tracker.initial_state(streams=1)
+        state, links = self.tracker.initial_state(streams=1), None
         for frame_queries, features in pipeline.detect(video, clip_length):
             outputs, state = pipeline.track(frame_queries, clip_length, state)
-            yield FrameChunk(*outputs, features, pipeline.frame_size)
+            logits, kernels, gates = outputs
+            if self.exclusive:
+                per_frame = logits.repeat_interleave(len(kernels) // len(logits), 0)
+                kernels, links = link_detections(
+                    self, frame_queries, per_frame, kernels, features, links, top_k
+                )
+            yield FrameChunk(logits, kernels, gates, features, pipeline.frame_size)
 
     def detect_queries(self, frames: Tensor) -> tuple[Tensor, Tensor]:
         """Frames, uint8 (N, 3, H, W) -> frame queries (N, F, C) and features (N, C, h, w)."""
@@ -326,7 +337,7 @@ class GRAttVIS(nn.Module):
         Raises ValueError if the video is empty or not as described, RuntimeError in training mode.
         """
         check_request(self, output_size, top_k)
-        chunks = list(self.track_video(video))
+        chunks = list(self.track_video(video, top_k))
         frame_size = chunks[0].frame_size
         logits = torch.cat([chunk.logits for chunk in chunks])  # (G, Q, K + 1)
         gates = torch.cat([chunk.gates for chunk in chunks])  # (T, D, Q)
@@ -355,7 +366,7 @@ class GRAttVIS(nn.Module):
         """
         check_request(self, output_size, top_k)
         running, gates, encoder = None, [], None
-        for chunk in self.track_video(video):
+        for chunk in self.track_video(video, top_k):
             if encoder is None:
                 encoder = MaskEncoder(
                     chunk.mask_kernel.shape[1],
@@ -430,6 +441,14 @@ class GRAttVIS(nn.Module):
         trackers = [state.tracker for state in states]
         outputs, trackers = video_pipeline.track_streams(self, frame_queries, trackers)
         logits, kernels, gates = outputs
+        all_links = [None] * len(states)
+        if self.exclusive:
+            streams = [x.split(1) for x in (frame_queries, logits, kernels, features)]
+            linked = [
+                link_detections(self, *stream, state.links, top_k)
+                for *stream, state in zip(*streams, states)
+            ]
+            kernels, all_links = torch.cat([kernel for kernel, _ in linked]), [x for _, x in linked]
         masks = mask_logits(kernels, features)  # (B, Q, h, w)
         mask_sum, mask_area = self.mask_sum_and_area(resize_masks(masks, size))
         class_scores = class_probabilities(logits)
@@ -441,7 +460,7 @@ class GRAttVIS(nn.Module):
             best_masks = resize_masks(masks[stream, ids], size, output_size) > 0
             tracks = (scores, labels, best_masks, ids, logits[stream], gates[stream].T[ids])
             all_tracks.append(FrameTracks(*tracks))
-            next_states.append(StepState(size, tracker, running))
+            next_states.append(StepState(size, tracker, running, all_links[stream]))
         return all_tracks, next_states
 
     def track_frame(

@@ -197,6 +197,7 @@ def measure(args: argparse.Namespace) -> None:
     for number, weights in enumerate(args.weights):
         model, config = model_from_checkpoint(weights)
         model.to(device).accelerate(amp_dtype)
+        model.exclusive = args.exclusive
         setting = {
             "weights": weights,
             "propagation": model.propagation,
@@ -205,6 +206,7 @@ def measure(args: argparse.Namespace) -> None:
             "seed": config.get("args", {}).get("seed"),
             "amp": str(amp_dtype).removeprefix("torch."),
             "name": args.names[number] if args.names else name_of(model, weights),
+            "exclusive": args.exclusive,
         }
         for suite, videos in sets.items():
             check_categories(model, config, videos, weights)
@@ -302,6 +304,7 @@ def add_measure_flags(add) -> None:
         default=24,
         help="held-out videos of a suite that has to be written",
     )
+    add("--exclusive", action="store_true", help="as evaluate.py's")
     add("--output", default="runs/study.json", help="file to write")
     add("--device", default="auto", help="auto, cpu, cuda")
     add("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"), help="see evaluate.py")

@@ -82,6 +82,12 @@ def add_result_flags(add) -> None:
     """Flags for results, pictures and metrics."""
     add("--top-k", type=at_least(1), default=10, help="instances per video (official: 10, OVIS 20)")
     add(
+        "--exclusive",
+        action="store_true",
+        help="give each detection of a frame to one track, whose mask it becomes: fewer identity "
+        "switches; not in the paper",
+    )
+    add(
         "--output",
         help="folder to write (default: evaluation/ next to the weights; for the shipped weights, "
         "a folder in runs/)",

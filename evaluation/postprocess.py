@@ -6,10 +6,13 @@ Paper: VITA (2206.04403) and GenVIS (2211.08834), inference; upstream grattvis/g
 Shape letters are declared in model.py.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +21,9 @@ from torch import Tensor
 from evaluation.run_length import PackedCodes, encode_counts
 from tracker import TrackerState
 from transformer import mask_logits
+
+if TYPE_CHECKING:
+    from evaluation.association import Links
 
 MASK_STRIDE = 4  # pixels of a padded frame per mask logit, along each side
 # Memory: how much is held at once.
@@ -108,6 +114,7 @@ class StepState:
     frame_size: tuple[int, int]  # (height, width)
     tracker: TrackerState
     scores: RunningScores | None  # None before the first frame
+    links: Links | None = None  # with `exclusive`
 
 
 # Scores

@@ -141,6 +141,12 @@ def test_flag_source(run, seen, tmp_path):
 # Model
 
 
+def test_flag_exclusive(run, seen, tmp_path):
+    run()
+    run("--exclusive", "--output", tmp_path / "exclusive")
+    assert not seen[0].model.exclusive and seen[-1].model.exclusive
+
+
 def save_official(path, propagation="plain"):
     """A file that says neither its preset nor anything else."""
     torch.save({"model": build_model("toy", 3, propagation).state_dict()}, path)

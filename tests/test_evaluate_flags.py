@@ -142,6 +142,12 @@ def test_defaults(run, seen, tmp_path, capsys):
 # Model
 
 
+def test_flag_exclusive(run, seen, tmp_path):
+    run()
+    run("--exclusive", "--output", tmp_path / "exclusive")
+    assert not seen[0].model.exclusive and seen[-1].model.exclusive
+
+
 def save_official(path, propagation="plain"):
     """A file that says neither its preset nor anything else."""
     model = build_model("toy", 3, propagation)

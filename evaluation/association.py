@@ -1,0 +1,158 @@
+"""One track for each detection: a variant of inference that is not in the paper.
+
+    model.exclusive = True    # or evaluate.py --exclusive, demo.py --exclusive
+
+A query reads all frame queries of a frame, so it may come to show two objects that look alike, and
+two queries may come to show the same object (docs/gate_study.md). The detector separates them: each
+frame query predicts a mask of its own. Here tracks take over these masks, one to one. In every
+frame the detections are assigned to the tracks with the largest sum of
+
+    p * IoU(mask of the track, detection)
+    + 2 * IoU(last mask, detection)
+    + cosine(last frame query, frame query of the detection)
+
+p is the class probability of the track in this frame. The last mask and frame query are those of
+the detection that was last assigned to the track: they remember an object while it is occluded.
+A track without a detection has no mask in the frame. Classes and scores are the tracker's, except
+that scores measure the new masks. All of it is causal, so `step` does the same.
+
+Letters: I tracks and D detections of a frame, otherwise those of model.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from evaluation.postprocess import best_pairs, class_probabilities, mask_sum_and_area
+from transformer import mask_kernel, mask_logits
+
+if TYPE_CHECKING:
+    from model import GRAttVIS
+
+MIN_PROBABILITY = 0.3  # of a detection's class
+DUPLICATE_IOU = 0.7  # of a detection with a better one
+LAST_MASK, LAST_QUERY = 2.0, 1.0  # weights
+MIN_AFFINITY = 0.1
+NO_MASK = -100.0  # logit of every pixel
+
+
+@dataclass
+class Links:
+    """What the tracks remember of the detections that were assigned to them."""
+
+    class_scores: Tensor  # (Q, K), maximum over the frames so far
+    masks: np.ndarray  # (Q, h, w) bool, True = object; empty before the first detection
+    queries: np.ndarray  # (Q, C) of length 1, or 0 before the first detection
+
+
+@dataclass
+class Detections:
+    """The detections of a frame, duplicates left out."""
+
+    frame_queries: np.ndarray  # (D,) int, which frame queries they are
+    masks: np.ndarray  # (D, h, w) bool, True = object
+    queries: np.ndarray  # (D, C) of length 1
+
+
+def link_detections(
+    model: GRAttVIS,
+    frame_queries: Tensor,
+    logits: Tensor,
+    kernels: Tensor,
+    features: Tensor,
+    links: Links | None,
+    top_k: int,
+) -> tuple[Tensor, Links]:
+    """Replace the masks of the tracks by those of detections, in T consecutive frames.
+
+    frame_queries (T, F, C), class logits (T, Q, K + 1), mask kernels (T, Q, C + 1) and features
+    (T, C, h, w) are those of the frames. links: what was returned for the frames before, or None.
+    top_k: the number of (query, class) pairs whose queries are tracks; others have no masks.
+
+    Returns mask kernels (T, Q, C + 1), and the links after the last frame.
+    """
+    probability = class_probabilities(logits).cpu()  # (T, Q, K)
+    masks = (mask_logits(kernels, features) > 0).cpu().numpy()  # (T, Q, h, w)
+    decoder, projection = model.frame_decoder, model.pixel_decoder.mask_features
+    detected_kernels = mask_kernel(decoder.mask_embed(frame_queries), projection)
+    all_detections = find_detections(
+        class_probabilities(decoder.class_embed(frame_queries)),
+        mask_logits(detected_kernels, features),
+        frame_queries,
+    )
+    if links is None:
+        no_queries = np.zeros((len(masks[0]), frame_queries.shape[-1]), np.float32)
+        links = Links(torch.zeros_like(probability[0]), np.zeros_like(masks[0]), no_queries)
+    pairs = []  # frame, track, frame query
+    for t, detections in enumerate(all_detections):
+        links, pairs_of_frame = link_frame(probability[t], masks[t], detections, links, top_k)
+        pairs += [(t, track, frame_query) for track, frame_query in pairs_of_frame]
+    linked_kernels = torch.zeros_like(kernels)
+    linked_kernels[..., -1] = NO_MASK
+    times, tracks, frame_queries_of = np.array(pairs, dtype=int).reshape(-1, 3).T
+    linked = detected_kernels[times, frame_queries_of]
+    linked_kernels[times, tracks] = linked.to(kernels.dtype)
+    return linked_kernels, links
+
+
+def link_frame(
+    probability: Tensor, masks: np.ndarray, detections: Detections, links: Links, top_k: int
+) -> tuple[Links, list[tuple[int, int]]]:
+    """Assign the detections of a frame: the new links, and pairs (track, frame query).
+
+    probability (Q, K) and masks (Q, h, w) of all queries in this frame.
+    """
+    class_scores = torch.maximum(links.class_scores, probability)
+    links = Links(class_scores, links.masks.copy(), links.queries.copy())
+    _, _, best = best_pairs(class_scores, top_k)
+    tracks = np.unique(best.numpy())
+    weight = probability[tracks].amax(-1, keepdim=True).numpy()  # (I, 1)
+    affinity = (
+        weight * mask_ious(masks[tracks], detections.masks)
+        + LAST_MASK * mask_ious(links.masks[tracks], detections.masks)
+        + LAST_QUERY * (links.queries[tracks] @ detections.queries.T).clip(0)
+    )  # (I, D)
+    pairs = []
+    for i, d in zip(*linear_sum_assignment(affinity, maximize=True)):
+        if affinity[i, d] > MIN_AFFINITY:
+            links.masks[tracks[i]] = detections.masks[d]
+            links.queries[tracks[i]] = detections.queries[d]
+            pairs.append((tracks[i], detections.frame_queries[d]))
+    return links, pairs
+
+
+def find_detections(probability: Tensor, logits: Tensor, queries: Tensor) -> list[Detections]:
+    """The detections of each frame: class probability (T, F, K), mask logits (T, F, h, w)."""
+    probability = probability.amax(-1)  # (T, F)
+    mask_sum, mask_area = mask_sum_and_area(logits)
+    quality = (probability * mask_sum / mask_area.clamp(min=1)).cpu().numpy()
+    is_detection = ((probability >= MIN_PROBABILITY) & (mask_area > 0)).cpu().numpy()
+    masks = (logits > 0).cpu().numpy()
+    queries = torch.nn.functional.normalize(queries.float(), dim=-1).cpu().numpy()
+    found = []
+    for t in range(len(masks)):
+        candidates = [index for index in np.argsort(-quality[t]) if is_detection[t, index]]
+        ious = mask_ious(masks[t, candidates], masks[t, candidates])
+        kept = []  # places among the candidates
+        for place in range(len(candidates)):
+            if (ious[place, kept] <= DUPLICATE_IOU).all():
+                kept.append(place)
+        indices = np.array(candidates, dtype=int)[kept]
+        found.append(Detections(indices, masks[t, indices], queries[t, indices]))
+    return found
+
+
+def mask_ious(masks: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """IoUs of bool masks (I, h, w) with others (D, h, w): (I, D); 0 for two empty masks."""
+    pixels = masks.shape[1] * masks.shape[2]
+    masks = masks.reshape(len(masks), pixels).astype(np.float32)
+    others = others.reshape(len(others), pixels).astype(np.float32)
+    intersections = masks @ others.T
+    unions = masks.sum(1)[:, None] + others.sum(1) - intersections
+    return intersections / np.maximum(unions, 1)
