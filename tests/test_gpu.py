@@ -474,3 +474,19 @@ def test_streams_are_tracked_together(propagation):
             expected, alone[stream] = model.step(frames[stream], alone[stream])
             torch.testing.assert_close(tracks.scores, expected.scores, rtol=1e-3, atol=1e-3)
             torch.testing.assert_close(tracks.logits, expected.logits, rtol=1e-2, atol=1e-2)
+
+
+@torch.no_grad()
+def test_exclusive_masks():
+    """Of a video and of its steps, under autocast."""
+    torch.manual_seed(0)
+    model = build_model("toy", 3, norm="group").cuda().eval().accelerate(torch.float16)
+    model.exclusive = True
+    frames = torch.randint(0, 256, (3, 3, 64, 96), dtype=torch.uint8)
+    state = None
+    with torch.autocast("cuda", torch.float16):
+        video = model.segment_video(frames)
+        for frame in frames:
+            tracks, state = model.step(frame, state)
+    assert tracks.masks.shape == video.masks[:, -1].shape
+    torch.testing.assert_close(tracks.scores, video.scores, rtol=0.02, atol=0.02)
