@@ -60,6 +60,7 @@ class Detections:
     queries: np.ndarray  # (D, C) of length 1
 
 
+@torch.no_grad()
 def link_detections(
     model: GRAttVIS,
     frame_queries: Tensor,
