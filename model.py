@@ -414,7 +414,8 @@ class GRAttVIS(nn.Module):
         """`step` for B live videos at once, which a GPU does faster than one after another.
 
         frames: the next frame of each video, uint8 (B, 3, H, W). states: of each video. Videos may
-        start at any time, each with None.
+        start at any time, each with None. A GPU captures CUDA graphs for each number of videos, so
+        a number that often changes costs time.
         """
         check_request(self, output_size, top_k, is_first=None in states)
         if self.frames_per_clip != 1:
@@ -422,8 +423,11 @@ class GRAttVIS(nn.Module):
                 "step needs a model that goes frame by frame, not one that reads "
                 "clips of several frames"
             )
-        if len(frames) != len(states):
-            raise ValueError(f"{len(frames)} frames need as many states, not {len(states)}")
+        if not len(frames) or len(frames) != len(states):
+            raise ValueError(
+                f"step_streams needs a frame and a state of each video, not {len(frames)} and "
+                f"{len(states)}"
+            )
         check_frame(frames[0])
         size = tuple(frames.shape[-2:])
         if None in states:
@@ -443,10 +447,10 @@ class GRAttVIS(nn.Module):
         logits, kernels, gates = outputs
         all_links = [None] * len(states)
         if self.exclusive:
-            streams = [x.split(1) for x in (frame_queries, logits, kernels, features)]
+            inputs = [x.split(1) for x in (frame_queries, logits, kernels, features)]
             linked = [
-                link_detections(self, *stream, state.links, top_k)
-                for *stream, state in zip(*streams, states)
+                link_detections(self, *of_stream, state.links, top_k)
+                for *of_stream, state in zip(*inputs, states)
             ]
             kernels, all_links = torch.cat([kernel for kernel, _ in linked]), [x for _, x in linked]
         masks = mask_logits(kernels, features)  # (B, Q, h, w)

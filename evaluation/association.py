@@ -11,12 +11,17 @@ frame the detections are assigned to the tracks with the largest sum of
     + 2 * IoU(last mask, detection)
     + cosine(last frame query, frame query of the detection)
 
-p is the class probability of the track in this frame. The last mask and frame query are those of
-the detection that was last assigned to the track: they remember an object while it is occluded.
-A track without a detection has no mask in the frame. Classes and scores are the tracker's, except
-that scores measure the new masks. All of it is causal, so `step` does the same.
+p is the largest class probability of the track in this frame, and a negative cosine counts as 0.
+Sums up to 0.1 are not assigned. The last mask and frame query are those of the detection that was
+last assigned to the track: they remember an object while it is occluded. A track without a
+detection has no mask in the frame.
 
-Letters: I tracks and D detections of a frame, otherwise those of model.py.
+Detections are the frame queries with a class probability of 0.3 or more and a mask, unless a better
+one has an IoU above 0.7 with it. Tracks are the queries of the top_k (query, class) pairs so far:
+another top_k may give other masks, and a query that is among them only later has no masks before.
+Classes and gates are the tracker's. All of it is causal: `step` does the same.
+
+Letters: I tracks and N detections of a frame, otherwise those of model.py.
 """
 
 from __future__ import annotations
@@ -37,6 +42,7 @@ if TYPE_CHECKING:
 
 MIN_PROBABILITY = 0.3  # of a detection's class
 DUPLICATE_IOU = 0.7  # of a detection with a better one
+FRAMES_AT_ONCE = 12  # limits the memory for masks
 LAST_MASK, LAST_QUERY = 2.0, 1.0  # weights
 MIN_AFFINITY = 0.1
 NO_MASK = -100.0  # logit of every pixel
@@ -55,9 +61,9 @@ class Links:
 class Detections:
     """The detections of a frame, duplicates left out."""
 
-    frame_queries: np.ndarray  # (D,) int, which frame queries they are
-    masks: np.ndarray  # (D, h, w) bool, True = object
-    queries: np.ndarray  # (D, C) of length 1
+    indices: np.ndarray  # (N,) int, which frame queries they are
+    masks: np.ndarray  # (N, h, w) bool, True = object
+    queries: np.ndarray  # (N, C) frame queries, of length 1
 
 
 @torch.no_grad()
@@ -78,6 +84,23 @@ def link_detections(
 
     Returns mask kernels (T, Q, C + 1), and the links after the last frame.
     """
+    parts = []
+    for part in zip(*(x.split(FRAMES_AT_ONCE) for x in (frame_queries, logits, kernels, features))):
+        linked, links = link_frames(model, *part, links, top_k)
+        parts.append(linked)
+    return torch.cat(parts), links
+
+
+def link_frames(
+    model: GRAttVIS,
+    frame_queries: Tensor,
+    logits: Tensor,
+    kernels: Tensor,
+    features: Tensor,
+    links: Links | None,
+    top_k: int,
+) -> tuple[Tensor, Links]:
+    """`link_detections` for a few frames."""
     probability = class_probabilities(logits).cpu()  # (T, Q, K)
     masks = (mask_logits(kernels, features) > 0).cpu().numpy()  # (T, Q, h, w)
     decoder, projection = model.frame_decoder, model.pixel_decoder.mask_features
@@ -96,8 +119,8 @@ def link_detections(
         pairs += [(t, track, frame_query) for track, frame_query in pairs_of_frame]
     linked_kernels = torch.zeros_like(kernels)
     linked_kernels[..., -1] = NO_MASK
-    times, tracks, frame_queries_of = np.array(pairs, dtype=int).reshape(-1, 3).T
-    linked = detected_kernels[times, frame_queries_of]
+    times, tracks, indices = np.array(pairs, dtype=int).reshape(-1, 3).T
+    linked = detected_kernels[times, indices]
     linked_kernels[times, tracks] = linked.to(kernels.dtype)
     return linked_kernels, links
 
@@ -118,13 +141,14 @@ def link_frame(
         weight * mask_ious(masks[tracks], detections.masks)
         + LAST_MASK * mask_ious(links.masks[tracks], detections.masks)
         + LAST_QUERY * (links.queries[tracks] @ detections.queries.T).clip(0)
-    )  # (I, D)
+    )  # (I, N)
+    affinity = np.nan_to_num(affinity)  # `check_finite` reports scores that are not finite
     pairs = []
-    for i, d in zip(*linear_sum_assignment(affinity, maximize=True)):
-        if affinity[i, d] > MIN_AFFINITY:
-            links.masks[tracks[i]] = detections.masks[d]
-            links.queries[tracks[i]] = detections.queries[d]
-            pairs.append((tracks[i], detections.frame_queries[d]))
+    for i, n in zip(*linear_sum_assignment(affinity, maximize=True)):
+        if affinity[i, n] > MIN_AFFINITY:
+            links.masks[tracks[i]] = detections.masks[n]
+            links.queries[tracks[i]] = detections.queries[n]
+            pairs.append((tracks[i], detections.indices[n]))
     return links, pairs
 
 
@@ -150,7 +174,7 @@ def find_detections(probability: Tensor, logits: Tensor, queries: Tensor) -> lis
 
 
 def mask_ious(masks: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """IoUs of bool masks (I, h, w) with others (D, h, w): (I, D); 0 for two empty masks."""
+    """IoUs of bool masks (I, h, w) with others (N, h, w): (I, N); 0 for two empty masks."""
     pixels = masks.shape[1] * masks.shape[2]
     masks = masks.reshape(len(masks), pixels).astype(np.float32)
     others = others.reshape(len(others), pixels).astype(np.float32)

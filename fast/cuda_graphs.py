@@ -120,7 +120,7 @@ class CUDAGraphCache:
                     outputs = function(*inputs)
                     if held:
                         torch._foreach_copy_(held, outputs)
-                        outputs = held
+                        outputs = tuple(held)
                 finally:  # otherwise the stream would stay in capture
                     graph.capture_end()
         finally:

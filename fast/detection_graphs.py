@@ -4,7 +4,7 @@
 
 A frozen detector needs no gradients, so all its kernels can be launched at once, as in inference.
 Images of training vary in size. A size is captured when it comes for the third time, and all graphs
-share their memory.
+share their memory, which they keep while the model is evaluated.
 """
 
 from __future__ import annotations
@@ -103,5 +103,5 @@ class DetectionGraphs(CUDAGraphCache):
         return held
 
     def __reduce__(self) -> tuple:
-        """A copied or unpickled cache is empty."""
+        """A copied cache is empty."""
         return DetectionGraphs, ()

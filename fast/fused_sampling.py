@@ -3,8 +3,8 @@
     criterion = fuse_sampling(Criterion(...))    # in place
 
 `matcher.sample_features` converts the features of a frame to float32, copies them to append a
-channel, and samples channels that lie far apart. The kernel reads 16-bit features, channels last,
-where they are.
+channel, and samples channels that lie far apart. The kernel reads features of 16 or 32 bits,
+channels last, where they are.
 """
 
 import torch

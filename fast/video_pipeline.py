@@ -134,7 +134,8 @@ def track_streams(
 
     query = torch.cat([state.query for state in states])
     *outputs, query = model.cuda_graphs(track_frame_tensors, frame_queries, query)
-    return tuple(outputs), [TrackerState(part) for part in query.split(1)]
+    # Copies, since a view would keep the states of all videos in memory.
+    return tuple(outputs), [TrackerState(part.clone()) for part in query.split(1)]
 
 
 def repeat_last(x: Tensor, length: int) -> Tensor:

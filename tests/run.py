@@ -118,7 +118,9 @@ def run_files(selected: dict[Path, list[str]], options: list[str], cores: int) -
             files, process, output = running.pop(sentinel)
             process.join()
             if len(files) > 1 and process.exitcode not in PASSED:
-                waiting = [[file] for file in files] + waiting  # again, each by itself
+                names = " ".join(file.name for file in files)
+                print(f"failed together, so each runs again by itself: {names}", flush=True)
+                waiting = [[file] for file in files] + waiting
                 continue
             with output:
                 output.seek(0)

@@ -1,9 +1,12 @@
 """Detections are assigned to tracks one to one, by hand-made masks and with a whole model."""
 
+import copy
+
 import numpy
 import pytest
 import torch
 
+from evaluation import association
 from evaluation.association import (
     Detections,
     Links,
@@ -12,6 +15,7 @@ from evaluation.association import (
     link_frame,
     mask_ious,
 )
+from fast.video_pipeline import VideoPipeline
 from sparse_set import tiny_model
 
 LEFT, RIGHT = numpy.zeros((2, 4, 8), bool)
@@ -79,7 +83,7 @@ def test_detections_are_sure_and_distinct():
     masks = torch.tensor(numpy.stack([LEFT, LEFT, RIGHT, RIGHT, NOTHING]))[None]
     queries = torch.tensor([[[2.0, 0], [0, 1], [1, 1], [0, 3], [1, 0]]])
     (found,) = find_detections(probability, torch.where(masks, 4.0, -4.0), queries)
-    assert found.frame_queries.tolist() == [0, 3]  # 1: a duplicate, 2: not sure, 4: empty
+    assert found.indices.tolist() == [0, 3]  # 1: a duplicate, 2: not sure, 4: empty
     assert numpy.array_equal(found.masks, [LEFT, RIGHT])
     assert found.queries.tolist() == [[1, 0], [0, 1]]
 
@@ -122,6 +126,7 @@ def test_frames_one_by_one(model):
 
 
 def test_steps_are_those_of_the_video(model):
+    torch.manual_seed(0)
     frames = torch.randint(0, 256, (3, 3, 32, 48), dtype=torch.uint8)
     video, state = model.segment_video(frames, top_k=4), None
     for frame in frames:
@@ -130,3 +135,73 @@ def test_steps_are_those_of_the_video(model):
     assert torch.equal(tracks.masks, video.masks[:, -1])
     assert video.masks.any()
     torch.testing.assert_close(model.encode_video(frames, top_k=4).scores, video.scores)
+
+
+def test_streams_have_links_of_their_own(model):
+    torch.manual_seed(0)
+    videos = torch.randint(0, 256, (2, 4, 3, 32, 48), dtype=torch.uint8)
+    together, alone = [None, None], [None, None]
+    for frames in videos.unbind(1):
+        _, together = model.step_streams(frames, together)
+        for number, frame in enumerate(frames):
+            _, alone[number] = model.step(frame, alone[number])
+    for state, expected in zip(together, alone):
+        assert numpy.array_equal(state.links.masks, expected.links.masks)
+        torch.testing.assert_close(state.links.class_scores, expected.links.class_scores)
+    assert not numpy.array_equal(together[0].links.masks, together[1].links.masks)
+
+
+def take_chunks(monkeypatch):
+    """Let a CPU detect four frames at once, as a GPU does twelve."""
+    start = VideoPipeline.__init__
+
+    def start_with_chunks(pipeline, model):
+        start(pipeline, model)
+        pipeline.chunk_size = 4
+
+    monkeypatch.setattr(VideoPipeline, "__init__", start_with_chunks)
+
+
+@pytest.mark.parametrize("propagation, clip_length", [("gated", 2), ("memory", 1), ("clip", 1)])
+def test_chunks_change_no_mask(propagation, clip_length, monkeypatch):
+    """A chunk of a GPU holds several clips. With "clip" propagation it is the whole video."""
+    model = tiny_model(propagation=propagation, seed=3, clip_length=clip_length).eval()
+    with torch.no_grad():
+        model.frame_decoder.class_embed.weight.mul_(8)
+    model.exclusive = True
+    torch.manual_seed(0)
+    frames = torch.randint(0, 256, (5, 3, 32, 48), dtype=torch.uint8)
+    expected = model.segment_video(frames)
+    assert expected.masks.any()
+    take_chunks(monkeypatch)
+    monkeypatch.setattr(association, "FRAMES_AT_ONCE", 3)
+    found = model.segment_video(frames)
+    torch.testing.assert_close(found.scores, expected.scores)
+    assert torch.equal(found.masks, expected.masks)
+
+
+def test_weights_that_are_not_finite_are_reported(model):
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        model.tracker.class_embed.weight[0, 0] = torch.nan
+    frames = torch.randint(0, 256, (2, 3, 32, 48), dtype=torch.uint8)
+    with pytest.raises(FloatingPointError):
+        model.encode_video(frames)
+
+
+def test_a_frame_has_the_logits_of_its_clip(monkeypatch):
+    """Two clips of two frames in a chunk."""
+    model = tiny_model(seed=3, clip_length=2).eval()
+    model.exclusive = True
+    seen = []
+
+    def record(model, frame_queries, logits, kernels, features, links, top_k):
+        seen.append(logits)
+        return kernels, links
+
+    monkeypatch.setattr("model.link_detections", record)
+    take_chunks(monkeypatch)
+    torch.manual_seed(0)
+    (chunk,) = model.track_video(torch.randint(0, 256, (4, 3, 32, 48), dtype=torch.uint8))
+    assert len(chunk.logits) == 2 and not torch.equal(*chunk.logits)
+    assert torch.equal(seen[0], chunk.logits[[0, 0, 1, 1]])

@@ -484,8 +484,11 @@ def test_streams_are_what_each_is_alone(propagation):
 
 
 def test_every_stream_has_a_state():
-    with pytest.raises(ValueError, match="2 frames need as many states, not 1"):
-        shared_model("gated").step_streams(make_frames(2), [None])
+    for frames in (2, 0):
+        with pytest.raises(
+            ValueError, match=f"a frame and a state of each video, not {frames} and 1"
+        ):
+            shared_model("gated").step_streams(make_frames(2)[:frames], [None])
 
 
 @pytest.mark.parametrize("propagation, options", [("clip", {}), ("gated", {"clip_length": 2})])
