@@ -164,7 +164,7 @@ def test_golden_detections(model, name, monkeypatch):
     golden, video_spec = read_arrays(spec["files"][name]), spec["videos"][name]
     frames = make_video(**video_spec)
     chunks = list(model.track_video(frames))
-    monkeypatch.setattr(model, "track_video", lambda video: iter(chunks))
+    monkeypatch.setattr(model, "track_video", lambda video, top_k: iter(chunks))
     video = model.segment_video(
         frames, (video_spec["out_height"], video_spec["out_width"]), spec["topk"]
     )
