@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
 
 MIN_PROBABILITY = 0.3  # of a detection's class
 DUPLICATE_IOU = 0.7  # of a detection with a better one
-FRAMES_AT_ONCE = 12  # limits the memory for masks
 LAST_MASK, LAST_QUERY = 2.0, 1.0  # weights
 MIN_AFFINITY = 0.1
 NO_MASK = -100.0  # logit of every pixel
@@ -84,45 +84,31 @@ def link_detections(
 
     Returns mask kernels (T, Q, C + 1), and the links after the last frame.
     """
-    parts = []
-    for part in zip(*(x.split(FRAMES_AT_ONCE) for x in (frame_queries, logits, kernels, features))):
-        linked, links = link_frames(model, *part, links, top_k)
-        parts.append(linked)
-    return torch.cat(parts), links
-
-
-def link_frames(
-    model: GRAttVIS,
-    frame_queries: Tensor,
-    logits: Tensor,
-    kernels: Tensor,
-    features: Tensor,
-    links: Links | None,
-    top_k: int,
-) -> tuple[Tensor, Links]:
-    """`link_detections` for a few frames."""
-    probability = class_probabilities(logits).cpu()  # (T, Q, K)
-    masks = (mask_logits(kernels, features) > 0).cpu().numpy()  # (T, Q, h, w)
     decoder, projection = model.frame_decoder, model.pixel_decoder.mask_features
-    detected_kernels = mask_kernel(decoder.mask_embed(frame_queries), projection)
-    all_detections = find_detections(
-        class_probabilities(decoder.class_embed(frame_queries)),
-        mask_logits(detected_kernels, features),
-        frame_queries,
-    )
-    if links is None:
-        no_queries = np.zeros((len(masks[0]), frame_queries.shape[-1]), np.float32)
-        links = Links(torch.zeros_like(probability[0]), np.zeros_like(masks[0]), no_queries)
-    pairs = []  # frame, track, frame query
-    for t, detections in enumerate(all_detections):
-        links, pairs_of_frame = link_frame(probability[t], masks[t], detections, links, top_k)
-        pairs += [(t, track, frame_query) for track, frame_query in pairs_of_frame]
+    detected_kernels = mask_kernel(decoder.mask_embed(frame_queries), projection)  # (T, F, C + 1)
+    detected_probability = class_probabilities(decoder.class_embed(frame_queries)).amax(-1)
+    probability = class_probabilities(logits).cpu()  # (T, Q, K)
+    links = links or no_links(probability[0], frame_queries, features)
     linked_kernels = torch.zeros_like(kernels)
     linked_kernels[..., -1] = NO_MASK
-    times, tracks, indices = np.array(pairs, dtype=int).reshape(-1, 3).T
-    linked = detected_kernels[times, indices]
-    linked_kernels[times, tracks] = linked.to(kernels.dtype)
+    for t in range(len(kernels)):  # Memory: the masks of one frame at a time
+        masks = mask_logits(kernels[t : t + 1], features[t : t + 1])[0] > 0  # (Q, h, w)
+        detected_logits = mask_logits(detected_kernels[t : t + 1], features[t : t + 1])[0]
+        detections = find_detections(detected_probability[t], detected_logits, frame_queries[t])
+        links, pairs = link_frame(probability[t], masks.cpu().numpy(), detections, links, top_k)
+        tracks, indices = np.array(pairs, dtype=int).reshape(-1, 2).T
+        linked_kernels[t, tracks] = detected_kernels[t, indices].to(kernels.dtype)
     return linked_kernels, links
+
+
+def no_links(class_scores: Tensor, frame_queries: Tensor, features: Tensor) -> Links:
+    """The links before the first frame; the arguments give the shapes."""
+    queries = len(class_scores)
+    return Links(
+        torch.zeros_like(class_scores),
+        np.zeros((queries, *features.shape[-2:]), bool),
+        np.zeros((queries, frame_queries.shape[-1]), np.float32),
+    )
 
 
 def link_frame(
@@ -152,25 +138,21 @@ def link_frame(
     return links, pairs
 
 
-def find_detections(probability: Tensor, logits: Tensor, queries: Tensor) -> list[Detections]:
-    """The detections of each frame: class probability (T, F, K), mask logits (T, F, h, w)."""
-    probability = probability.amax(-1)  # (T, F)
+def find_detections(probability: Tensor, logits: Tensor, queries: Tensor) -> Detections:
+    """The detections of a frame: class probability (F,), mask logits (F, h, w), queries (F, C)."""
     mask_sum, mask_area = mask_sum_and_area(logits)
     quality = (probability * mask_sum / mask_area.clamp(min=1)).cpu().numpy()
     is_detection = ((probability >= MIN_PROBABILITY) & (mask_area > 0)).cpu().numpy()
-    masks = (logits > 0).cpu().numpy()
-    queries = torch.nn.functional.normalize(queries.float(), dim=-1).cpu().numpy()
-    found = []
-    for t in range(len(masks)):
-        candidates = [index for index in np.argsort(-quality[t]) if is_detection[t, index]]
-        ious = mask_ious(masks[t, candidates], masks[t, candidates])
-        kept = []  # places among the candidates
-        for place in range(len(candidates)):
-            if (ious[place, kept] <= DUPLICATE_IOU).all():
-                kept.append(place)
-        indices = np.array(candidates, dtype=int)[kept]
-        found.append(Detections(indices, masks[t, indices], queries[t, indices]))
-    return found
+    candidates = np.array([i for i in np.argsort(-quality) if is_detection[i]], dtype=int)
+    masks = (logits[candidates] > 0).cpu().numpy()
+    ious = mask_ious(masks, masks)
+    kept = []  # places among the candidates
+    for place in range(len(candidates)):
+        if (ious[place, kept] <= DUPLICATE_IOU).all():
+            kept.append(place)
+    indices = candidates[kept]
+    queries = F.normalize(queries[indices].float(), dim=-1).cpu().numpy()
+    return Detections(indices, masks[kept], queries)
 
 
 def mask_ious(masks: np.ndarray, others: np.ndarray) -> np.ndarray:

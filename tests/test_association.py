@@ -6,7 +6,6 @@ import numpy
 import pytest
 import torch
 
-from evaluation import association
 from evaluation.association import (
     Detections,
     Links,
@@ -79,10 +78,10 @@ def test_without_a_detection_there_are_no_links():
 
 
 def test_detections_are_sure_and_distinct():
-    probability = torch.tensor([[[0.9, 0.0], [0.8, 0.0], [0.2, 0.1], [0.0, 0.5], [0.9, 0.0]]])
-    masks = torch.tensor(numpy.stack([LEFT, LEFT, RIGHT, RIGHT, NOTHING]))[None]
-    queries = torch.tensor([[[2.0, 0], [0, 1], [1, 1], [0, 3], [1, 0]]])
-    (found,) = find_detections(probability, torch.where(masks, 4.0, -4.0), queries)
+    probability = torch.tensor([0.9, 0.8, 0.2, 0.5, 0.9])
+    masks = torch.tensor(numpy.stack([LEFT, LEFT, RIGHT, RIGHT, NOTHING]))
+    queries = torch.tensor([[2.0, 0], [0, 1], [1, 1], [0, 3], [1, 0]])
+    found = find_detections(probability, torch.where(masks, 4.0, -4.0), queries)
     assert found.indices.tolist() == [0, 3]  # 1: a duplicate, 2: not sure, 4: empty
     assert numpy.array_equal(found.masks, [LEFT, RIGHT])
     assert found.queries.tolist() == [[1, 0], [0, 1]]
@@ -174,7 +173,6 @@ def test_chunks_change_no_mask(propagation, clip_length, monkeypatch):
     expected = model.segment_video(frames)
     assert expected.masks.any()
     take_chunks(monkeypatch)
-    monkeypatch.setattr(association, "FRAMES_AT_ONCE", 3)
     found = model.segment_video(frames)
     torch.testing.assert_close(found.scores, expected.scores)
     assert torch.equal(found.masks, expected.masks)
