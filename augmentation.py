@@ -42,7 +42,7 @@ class Augmentation:
 
     With probability 0.5, if crop_short_sides are given, crop: resize to one of crop_short_sides,
     and cut out a window of random size that drifts over the clip. Then resize to one of
-    short_sides, flip horizontally with probability 0.5, and rotate.
+    short_sides, flip horizontally with probability 0.5, rotate, and occlude an instance.
 
     With lsj_size, large-scale jitter (arXiv 2012.07177) replaces crop and resize: flip, rotate,
     resize by a factor of 0.1 to 2 relative to a square of lsj_size pixels, and crop or pad to the
@@ -57,6 +57,7 @@ class Augmentation:
     flip: bool = True
     rotation: float = 0  # maximum angle in degrees; 0 = none
     lsj_size: int = 0  # pixels; 0 = no large-scale jitter
+    occlude: float = 0  # probability that an instance is occluded in some frames
 
     def __call__(
         self, frames: tv_tensors.Video, masks: tv_tensors.Mask, generator: np.random.Generator
@@ -71,6 +72,8 @@ class Augmentation:
             frames, masks = self.rotate(frames, masks, generator)
         if self.lsj_size:
             frames, masks = self.large_scale_jitter(frames, masks, generator)
+        if self.occlude and generator.random() < self.occlude:
+            frames, masks = occlude_instance(frames, masks, generator)
         return frames, masks
 
     def crop_and_resize(self, frames, masks, generator: np.random.Generator):
@@ -158,6 +161,26 @@ class Augmentation:
         frames = transforms.pad_image(frames, padding, fill=LSJ_PADDING)
         masks = transforms.pad_image(masks.to(torch.uint8), padding).bool()
         return tv_tensors.Video(frames), tv_tensors.Mask(masks)
+
+
+def occlude_instance(frames, masks, generator: np.random.Generator):
+    """Cover the box of one instance in some consecutive frames, but not in the first.
+
+    The cover has one random colour; what lies under it is in no mask. Not upstream; DVIS-DAQ (arXiv
+    2404.00086) simulates disappearing objects as well, by other means.
+    """
+    first = generator.integers(1, max(2, len(frames)))
+    last = generator.integers(first, max(first + 1, len(frames)))
+    instance = generator.integers(max(1, len(masks)))
+    colour = torch.from_numpy(generator.integers(0, 256, (3, 1, 1), dtype=np.uint8))
+    frames, masks = frames.as_subclass(Tensor).clone(), masks.as_subclass(Tensor).clone()
+    for frame, mask in zip(frames[first : last + 1], masks.transpose(0, 1)[first : last + 1]):
+        rows, columns = torch.nonzero(mask[instance : instance + 1].any(0), as_tuple=True)
+        if len(rows):
+            box = (..., slice(rows.min(), rows.max() + 1), slice(columns.min(), columns.max() + 1))
+            frame[box] = colour
+            mask[box] = False
+    return tv_tensors.Video(frames), tv_tensors.Mask(masks)
 
 
 def monotonic(values: np.ndarray, generator: np.random.Generator) -> np.ndarray:

@@ -60,6 +60,11 @@ CONFIGURATIONS = {  # name: flags of train.py
     "contrast": ("--propagation", "gated", "--similarity-span", "video"),
     # As in DVIS.
     "query-noise": ("--propagation", "gated", "--query-noise", "0.5"),
+    # An instance is occluded in every second clip.
+    "occlude": ("--propagation", "gated", "--occlude", "0.5"),
+    "gate-loss+contrast": (
+        *("--propagation", "gated", "--gate-weight", "1", "--similarity-span", "video"),
+    ),
 }
 COMMON = (
     "--stage",

@@ -16,6 +16,13 @@ def at_least(minimum: int):
     return integer
 
 
+def probability(text: str) -> float:
+    """An argparse type: a number from 0 to 1."""
+    if not 0 <= float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return float(text)
+
+
 def finite(text: str) -> float:
     """An argparse type: a number that is neither infinite nor NaN."""
     if not math.isfinite(float(text)):

@@ -12,7 +12,7 @@ import os
 from losses import GATE_LOSSES, SIMILARITY_SPANS
 from model import PRESETS
 from recipes import RECIPES, STAGES, official_defaults
-from runtime.flags import at_least
+from runtime.flags import at_least, probability
 from synthetic.suites import SUITES
 from tracker import GATE_MASKS, PROPAGATIONS
 
@@ -254,6 +254,12 @@ def add_augmentation_flags(add) -> None:
         default=1024,
         help="side of the square images of --lsj, in pixels",
     )
+    add(
+        "--occlude",
+        type=probability,
+        default=0.0,
+        help="probability that an instance of a clip is covered in some frames",
+    )
 
 
 def add_loss_flags(add) -> None:
@@ -270,7 +276,7 @@ def add_loss_flags(add) -> None:
     )
     add(
         "--query-noise",
-        type=float,
+        type=probability,
         default=0.0,
         help="share of the propagated queries mixed with another query (DVIS)",
     )
