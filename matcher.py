@@ -29,6 +29,7 @@ grattvis_matcher.py, vita/modeling/vita_matcher.py.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -69,13 +70,13 @@ class Predictions:
     # (G, D * L, B, Q), gate logits or soft gates; more where a decoder layer has several gates
     gate_values: Tensor | None = None
 
-    @property
+    @cached_property
     def clip_of(self) -> Tensor:
         """(T,) int64, the clip of each frame."""
         length, device = self.features.shape[1], self.features.device
         return torch.arange(length, device=device) // self.clip_length
 
-    @property
+    @cached_property
     def membership(self) -> Tensor:
         """(G, T), 1.0 where a frame belongs to a clip, else 0.0."""
         clips = torch.arange(len(self.logits), device=self.features.device)
