@@ -303,9 +303,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--lengths", type=int, nargs="+", default=[36, 200, 2000], help="frames, of the memory part"
     )
-    parser.add_argument("--videos", type=int, default=6)
+    parser.add_argument("--videos", type=int, default=24)
     parser.add_argument("--frames", type=int, default=100)
-    parser.add_argument("--chunk", type=int, default=8)
+    parser.add_argument("--chunk", type=int, default=video_pipeline.INFERENCE_CHUNK)
     parser.add_argument("--workers", type=int, default=15)
     return parser.parse_args(arguments)
 

@@ -3,6 +3,7 @@
 import argparse
 
 from checkpoint import SHIPPED_WEIGHTS
+from fast.video_pipeline import INFERENCE_CHUNK
 from model import PRESETS
 from runtime.flags import at_least, finite
 from synthetic.suites import SUITES
@@ -158,7 +159,7 @@ def add_run_flags(add) -> None:
     add(
         "--chunk",
         type=at_least(1),
-        default=8,
+        default=INFERENCE_CHUNK,  # no copy is needed to make a GPU's chunks of them
         help="frames loaded together; does not change the results",
     )
     add(

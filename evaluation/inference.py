@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from data import Video, frames_at_test_size
 from evaluation.postprocess import EncodedVideo
+from fast.video_pipeline import INFERENCE_CHUNK
 from model import GRAttVIS
 from reading.ids import id_order
 from runtime.errors import InputError
@@ -77,7 +78,7 @@ def segment_videos(
     short_side: int,
     max_long_side: int,
     top_k: int,
-    chunk_size: int = 8,
+    chunk_size: int = INFERENCE_CHUNK,
     workers: int = 0,
     skip_bad: bool = False,
 ) -> Iterator[tuple[Video, EncodedVideo | InputError]]:
