@@ -25,6 +25,7 @@ from fast.fused_modules import fuse_modules
 from fast.half_precision import cast_weights
 from fast.kept_positions import keep_positions
 from fast.plain_source import is_unchanged
+from fast.trained_resnet import fuse_trained_resnet
 from fast.training_graphs import graph_tracker
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ def accelerate_training(
         torch.set_float32_matmul_precision("high")
     if fused:
         fold_frozen_resnet(model.backbone, dtype)  # before its weights are rounded
+        fuse_trained_resnet(model.backbone, dtype)
         fuse_modules(model)
     if dtype != torch.float32:
         cast_frozen_weights(model, dtype)

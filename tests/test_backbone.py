@@ -2,6 +2,8 @@
 two agree).
 """
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,6 +20,7 @@ from backbone import (
     wrapped_pairs,
 )
 from fast.folded_resnet import fold_norms, fold_resnet, fuse_blocks, space_to_depth
+from fast.trained_resnet import FusedTrainedResNet, convolution_relu, fuse_trained_resnet
 from golden_set import make_video, meta, official_weights, read_arrays, subsampled_error
 from outlines import outlined
 from reading.translation import translate
@@ -345,3 +348,71 @@ def test_a_frozen_norm_keeps_16_bit(dtype):
     y = norm(x.to(dtype))
     assert y.dtype == dtype
     torch.testing.assert_close(y.float(), norm(x), rtol=0.02, atol=0.02)
+
+
+def with_random_norms(backbone):
+    """Statistics and affine parameters unlike those of a new norm."""
+    for norm in backbone.modules():
+        if isinstance(norm, FrozenBatchNorm):
+            for name, values in norm.named_buffers():
+                values.uniform_(0.5, 1.5) if name != "bias" else values.normal_()
+    return backbone
+
+
+def outputs_and_gradients(backbone, images, amp):
+    """Maps of the backbone, and the gradients of a weighted sum of all of them."""
+    backbone.zero_grad()
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
+        maps = backbone(images)
+    weights = [torch.linspace(-1, 1, m.numel()).view(m.shape).to(images) for m in maps]
+    sum((m.to(images.dtype) * weight).sum() for m, weight in zip(maps, weights)).backward()
+    return maps, {name: p.grad.clone() for name, p in backbone.named_parameters()}
+
+
+def errors_in_16_bit(name, device, recompute):
+    """Of the plain and the fused ResNet against float64: maps and gradients of all weights."""
+    torch.manual_seed(0)
+    plain = with_random_norms(build_backbone(name, "frozen")).to(device)
+    plain = plain.to(memory_format=torch.channels_last)
+    images = torch.randn(1, 3, 64, 96, dtype=torch.float64, device=device)
+    exact = outputs_and_gradients(copy.deepcopy(plain).double(), images, amp=False)
+    names = plain.state_dict().keys()
+
+    fused = copy.deepcopy(plain)
+    fused.recompute = recompute
+    fuse_trained_resnet(fused, torch.bfloat16)
+    assert type(fused) is FusedTrainedResNet and fused.state_dict().keys() == names
+    errors = []
+    for backbone in (plain, fused):
+        maps, gradients = outputs_and_gradients(backbone, images.float(), amp=True)
+        pairs = [*zip(maps, exact[0]), *((gradients[key], exact[1][key]) for key in gradients)]
+        errors.append(sum(((a - b).norm() / b.norm()).item() for a, b in pairs) / len(pairs))
+    return errors
+
+
+@pytest.mark.parametrize("name", ["resnet10", "resnet50"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_fused_trained_resnet_is_as_exact_as_the_plain_one(name, recompute):
+    error, fused_error = errors_in_16_bit(name, "cpu", recompute)
+    assert 0 < fused_error < 1.2 * error
+
+
+def test_the_gradients_of_a_fused_convolution():
+    convolution = torch.nn.Conv2d(2, 3, 3, stride=2, padding=1, bias=False).double()
+    convolution.scale = torch.rand(3, 1, 1, 1, dtype=torch.float64) + 0.5
+    convolution.shift = torch.randn(3, dtype=torch.float64)
+    x, residual = torch.randn(2, 2, 7, 9).double(), torch.randn(2, 3, 4, 5).double()
+    expected = convolution(x) * convolution.scale[:, 0] + convolution.shift[:, None, None]
+    torch.testing.assert_close(convolution_relu(convolution, x), expected.relu())
+    x.requires_grad_(), residual.requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda x, weight, residual: convolution_relu(convolution, x, residual),
+        (x, convolution.weight, residual),
+    )
+
+
+@pytest.mark.parametrize("norm, trained", [("batch", True), ("group", True), ("frozen", False)])
+def test_other_resnets_are_not_fused(norm, trained):
+    backbone = build_backbone("resnet10", norm).requires_grad_(trained)
+    fuse_trained_resnet(backbone, torch.bfloat16)
+    assert type(backbone) is ResNetBackbone

@@ -31,6 +31,7 @@ from losses import Criterion
 from matcher import sample_features
 from model import build_model
 from synthetic.suites import make_dataset
+from test_backbone import errors_in_16_bit
 from test_golden_inference import assert_masks_in_16_bit
 from transformer import ResidualNorm
 
@@ -431,6 +432,12 @@ def test_a_frozen_resnet_runs_as_a_folded_copy():
     for ours, exact in zip(found, expected):
         assert (ours - exact).norm() < 0.03 * exact.norm()
     assert backbone.state_dict().keys() == before.keys()
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_trained_resnet_runs_in_fused_kernels(recompute):
+    error, fused_error = errors_in_16_bit("resnet50", "cuda", recompute)
+    assert 0 < fused_error < 1.2 * error
 
 
 @torch.no_grad()

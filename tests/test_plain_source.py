@@ -6,7 +6,7 @@ from torch import nn
 
 from detector import SinePosition
 from evaluation.postprocess import mask_sum_and_area
-from fast import fused_modules, fused_sampling, kept_positions, plain_source
+from fast import fused_modules, fused_sampling, kept_positions, plain_source, trained_resnet
 from fast.folded_resnet import DIGESTS
 from fast.fused_masks import MASK_SCORES_DIGEST
 from fast.fused_modules import FUSED, fuse_modules
@@ -20,6 +20,7 @@ from transformer import Attention, FeedForward, ResidualNorm
 KNOWN = (
     DIGESTS
     | fused_sampling.DIGESTS
+    | trained_resnet.PLAIN
     | {
         mask_sum_and_area: MASK_SCORES_DIGEST,
         Attention.project: PROJECT_DIGEST,
