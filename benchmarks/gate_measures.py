@@ -19,13 +19,17 @@ Gates: the share of open gates, over frames and decoder layers, of the track tha
 most often, if it has it in at least half of its visible frames. A closed gate resets the query to
 the one propagated from the previous frame, so the gate of the last layer decides whether anything
 from this frame is kept; it is also listed separately. An object is visible where it has a mask,
-hidden between two frames with a mask, and outside before the first and after the last. Its visible
-share is relative to its largest area in the video.
+occluded between two frames with a mask, and outside before the first and after the last. Its
+visible share is relative to its largest area in the video.
+
+Time: of `encode_video` on the GPU or CPU that measures, from frames in memory to run-length codes,
+per frame of the first video of a suite. It is comparable only if nothing else runs meanwhile.
 
 Letters: T frames, G ground truth instances, K tracks, D decoder layers.
 """
 
 import sys
+import time
 from collections import defaultdict
 from pathlib import Path
 
@@ -36,7 +40,7 @@ from scipy.optimize import linear_sum_assignment
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data import Video, VideoSet, read_frame  # noqa: E402
+from data import Video, VideoSet, frames_at_test_size, read_frame  # noqa: E402
 from evaluation.inference import segment_videos, to_entries  # noqa: E402
 from evaluation.metric import (  # noqa: E402
     accumulate_videos,
@@ -55,9 +59,10 @@ MAX_LONG_SIDE = 1333  # pixels
 TOP_K = 10  # instances per video
 MIN_SCORE = 0.3  # of a track that can be given to an instance
 MIN_IOU = 0.5
+TIMED_FRAMES = 48
 # Lower end excluded.
 SHARES = ("0", "0-25 %", "25-50 %", "50-75 %", "75-100 %")
-STATES = ("visible", "hidden", "outside", "visible, clean frame", "visible, noisy frame")
+STATES = ("visible", "occluded", "outside", "visible, clean frame", "visible, noisy frame")
 
 
 def measure_suite(
@@ -91,7 +96,11 @@ def measure_suite(
                 opened[name] += gates[chosen].tolist()
     metrics = score_part(results, videos.file).metrics
     scores = {name: metrics[name] for name in ("AP", "AP50", "AR10")}
+    scores |= {name: metrics["tracking"]["over_detections"][name] for name in ("HOTA", "AssA")}
     scores["switches"] = switches / len(videos)
+    scores["ms per frame"] = milliseconds_per_frame(
+        model, videos.videos[0], device, amp_dtype, short_side
+    )
     causes = {name: gain["AP"] for name, gain in metrics["causes"].items()}
     causes["best linking"] = metrics["oracle"]["linking"]["AP"]
     return (
@@ -99,6 +108,21 @@ def measure_suite(
         | scores_by_gap(results, videos.ground_truth)
         | open_shares(opened)
     )
+
+
+def milliseconds_per_frame(
+    model: GRAttVIS, video: Video, device: torch.device, amp_dtype: torch.dtype, short_side: int
+) -> float:
+    """The time of a model per frame of a video; the median of three runs after a first one."""
+    chosen = slice(0, TIMED_FRAMES)
+    frames = torch.stack(list(frames_at_test_size(video, short_side, MAX_LONG_SIDE, chosen)))
+    times = []
+    for _ in range(4):
+        began = time.perf_counter()
+        with torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32):
+            model.encode_video(frames, (video.height, video.width), TOP_K)
+        times.append(time.perf_counter() - began)
+    return 1e3 * sorted(times[1:])[1] / len(frames)
 
 
 # The ground truth
@@ -135,7 +159,7 @@ def frame_groups(areas: np.ndarray, noisy: np.ndarray | None) -> dict[str, np.nd
     present = (frames >= first) & (frames <= last)
     groups = {
         "visible": visible,
-        "hidden": present & ~visible,
+        "occluded": present & ~visible,
         "outside": ~present,
         "visible, clean frame": np.zeros_like(visible),
         "visible, noisy frame": np.zeros_like(visible),

@@ -19,7 +19,7 @@ from runtime.files import read_json  # noqa: E402
 from viewing.plots import new_figure  # noqa: E402
 
 TITLES = {  # what a record holds, each a number for every column; -1 where it is not defined
-    "scores": "Scores, percent; identity switches a video",
+    "scores": "Scores, percent; identity switches per video; milliseconds per frame",
     "causes": "AP gained if one cause of errors is fixed, and AP of the best linking, percent",
     "AP by gap": "AP by occlusion (longest gap, frames), percent",
     "AR10 by gap": "AR10 by occlusion (longest gap, frames), percent",
@@ -28,6 +28,7 @@ TITLES = {  # what a record holds, each a number for every column; -1 where it i
     "open by share": "Open gates by visible share of the object, all layers, percent",
     "last open by share": "Open gates by visible share of the object, last layer, percent",
 }
+NOT_IN_PERCENT = {"switches", "ms per frame"}
 OPTIONAL = {"causes"}  # not in older records
 
 Groups = dict[tuple[str, str], list[dict]]  # the records of each suite and name
@@ -88,7 +89,7 @@ def format_cell(records: list[dict], key: str, column: str) -> str:
     mean, spread = mean_and_spread(records, key, column)
     if mean < 0:
         return "-"
-    scale, digits = (1, 2) if column == "switches" else (100, 1)
+    scale, digits = (1, 2) if column in NOT_IN_PERCENT else (100, 1)
     cell = f"{scale * mean:.{digits}f}"
     if len(records) > 1:
         cell += f" ± {scale * spread:.{digits}f}"

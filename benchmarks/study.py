@@ -95,6 +95,7 @@ COMMON = (
     "--log-every",
     "100",
 )
+EXCLUSIVE = ", exclusive"  # part of the name of records of `measure --exclusive`
 PLOTTED = ("AP by gap", "open by share", "last open by share")
 Running = dict[Path, tuple[subprocess.Popen, IO]]  # folder of a run: its process and its log
 
@@ -210,7 +211,7 @@ def measure(args: argparse.Namespace) -> None:
             "short_side": default_short_side(config, None),
             "seed": config.get("args", {}).get("seed"),
             "amp": str(amp_dtype).removeprefix("torch."),
-            "name": args.names[number] if args.names else name_of(model, weights),
+            "name": args.names[number] if args.names else name_of(model, weights, args.exclusive),
             "exclusive": args.exclusive,
         }
         for suite, videos in sets.items():
@@ -229,14 +230,14 @@ def measure(args: argparse.Namespace) -> None:
             )
 
 
-def name_of(model: GRAttVIS, weights: str) -> str:
+def name_of(model: GRAttVIS, weights: str, exclusive: bool) -> str:
     """The configuration that `train` has trained, or propagation and gate mask."""
-    configuration = Path(weights).parent.name.rpartition("-")[0]  # gated-blocked-2/last.pt
-    if configuration in CONFIGURATIONS:
-        return configuration
-    if model.tracker.gated:
-        return f"{model.propagation}, {model.tracker.gate_mask}"
-    return model.propagation
+    name = Path(weights).parent.name.rpartition("-")[0]  # gated-blocked-2/last.pt
+    if name not in CONFIGURATIONS:
+        name = model.propagation
+        if model.tracker.gated:
+            name += f", {model.tracker.gate_mask}"
+    return name + EXCLUSIVE * exclusive
 
 
 # Tables
@@ -246,7 +247,8 @@ def table(args: argparse.Namespace) -> None:
     """Print the tables, and draw them where a folder is given."""
     if args.plot:
         require_matplotlib()
-    groups = read_groups(args.files, order=[*SUITES, *CONFIGURATIONS])
+    exclusive = [name + EXCLUSIVE for name in CONFIGURATIONS]
+    groups = read_groups(args.files, order=[*SUITES, *CONFIGURATIONS, *exclusive])
     if args.names:
         groups = {group: records for group, records in groups.items() if group[1] in args.names}
         missing = set(args.names) - {name for _, name in groups}

@@ -1,4 +1,4 @@
-"""AP and AR of objects by how much they are hidden.
+"""AP and AR of objects by how much they are occluded.
 
 OVIS annotates an occlusion level in every frame. Its evaluator reports AP and AR of the objects
 with light, medium and heavy occlusion besides the twelve numbers of YouTube-VIS: the 18 numbers of

@@ -66,7 +66,7 @@ def test_a_swap_of_two_tracks_is_two_switches():
 
 
 @pytest.mark.parametrize("returning, switches", [(0, 0), (1, 1)])
-def test_coming_back_after_hidden_frames(returning, switches):
+def test_coming_back_after_occluded_frames(returning, switches):
     """With the same track it is no switch, with another it is one."""
     tracks = [[LEFT[0], None, None, None], [None] * 4]
     tracks[returning][3] = LEFT[3]
@@ -109,7 +109,7 @@ def test_states_and_shares_of_frames():
     }
     assert groups == {
         "visible": [1, 2, 4],
-        "hidden": [3],
+        "occluded": [3],
         "outside": [0, 5],
         "visible, clean frame": [],
         "visible, noisy frame": [],
@@ -126,7 +126,7 @@ def test_states_and_shares_of_frames():
 
 # AP by occlusion
 
-HIDDEN = [RIGHT[0], None, None, RIGHT[3]]
+OCCLUDED = [RIGHT[0], None, None, RIGHT[3]]
 
 
 def test_one_bin_with_all_instances_is_the_whole_metric():
@@ -146,7 +146,7 @@ def test_one_bin_with_all_instances_is_the_whole_metric():
 
 def test_a_perfect_result_is_perfect_in_every_bin():
     found = gate_measures.scores_by_gap(
-        [prediction(LEFT), prediction(HIDDEN)], truth(annotation(LEFT), annotation(HIDDEN))
+        [prediction(LEFT), prediction(OCCLUDED)], truth(annotation(LEFT), annotation(OCCLUDED))
     )
     for key in ("AP by gap", "AR10 by gap"):
         assert found[key] == {
@@ -159,8 +159,8 @@ def test_a_perfect_result_is_perfect_in_every_bin():
 
 
 def test_an_unmatched_detection_is_an_error_in_every_bin():
-    results = [prediction(LEFT[:1] + [None] * 3, 0.95), prediction(LEFT), prediction(HIDDEN)]
-    found = gate_measures.scores_by_gap(results, truth(annotation(LEFT), annotation(HIDDEN)))
+    results = [prediction(LEFT[:1] + [None] * 3, 0.95), prediction(LEFT), prediction(OCCLUDED)]
+    found = gate_measures.scores_by_gap(results, truth(annotation(LEFT), annotation(OCCLUDED)))
     assert found["AP by gap"]["0"] == found["AP by gap"]["1-3"] == pytest.approx(0.5)
     assert found["AR10 by gap"]["0"] == found["AR10 by gap"]["1-3"] == 1
 
@@ -172,7 +172,7 @@ def test_an_unmatched_detection_is_an_error_in_every_bin():
 def sets(tmp_path_factory):
     """A folder with sets of two suites, each of one held-out video.
 
-    In the first, an object is hidden for three of six frames.
+    In the first, an object is occluded for three of six frames.
     """
     folder = tmp_path_factory.mktemp("sets")
     for name, size in (("occlusion", (6, 48, 80)), ("degraded", (20, 96, 160))):
@@ -202,7 +202,7 @@ def test_frames_lost_in_noise_are_found(sets):
     "layers, all_layers, last",
     [(2, [0.5, 0, -1, -1, -1], [1, 0, -1, -1, -1]), (0, [-1] * 5, [-1] * 5)],
 )
-def test_perfect_tracks_with_gates_that_close_when_hidden(
+def test_perfect_tracks_with_gates_that_close_when_occluded(
     sets, monkeypatch, layers, all_layers, last
 ):
     """The second of two layers' gates is open where the object is seen, the first never.
@@ -236,13 +236,10 @@ def test_perfect_tracks_with_gates_that_close_when_hidden(
             )
 
     monkeypatch.setattr(gate_measures, "segment_videos", perfect)
+    monkeypatch.setattr(gate_measures, "milliseconds_per_frame", lambda *_: 7.0)
     found = gate_measures.measure_suite(None, videos, None, None, 96, Difficulty())
-    assert found["scores"] == {
-        "AP": pytest.approx(1),
-        "AP50": pytest.approx(1),
-        "AR10": 1,
-        "switches": 0,
-    }
+    perfect_scores = dict.fromkeys(["AP", "AP50", "AR10", "HOTA", "AssA"], pytest.approx(1))
+    assert found["scores"] == perfect_scores | {"switches": 0, "ms per frame": 7.0}
     assert found["causes"] == dict.fromkeys(CAUSES, 0) | {"best linking": pytest.approx(1)}
     assert found["instances by gap"] == {"0": 0, "1-3": 1, "4-6": 0, "7-10": 0, "11+": 0}
     assert [found["open by state"][name] for name in gate_measures.STATES] == all_layers
@@ -280,7 +277,7 @@ def test_measure_then_table(sets, tmp_path, capsys):
         1,
         "float32",
     ]
-    assert 0 <= record["scores"]["AP"] <= 1
+    assert 0 <= record["scores"]["AP"] <= 1 and record["scores"]["ms per frame"] > 0
     assert record["AP by gap"].keys() == GAP.ranges.keys()
     capsys.readouterr()
     study.table(study.parse_arguments(["table", str(tmp_path / "new/study.json")]))
