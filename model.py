@@ -281,12 +281,9 @@ class GRAttVIS(nn.Module):
         state, links = self.tracker.initial_state(streams=1), None
         for frame_queries, features in pipeline.detect(video, clip_length):
             outputs, state = pipeline.track(frame_queries, clip_length, state)
-            logits, kernels, gates = outputs
             if self.exclusive:
-                per_frame = logits.repeat_interleave(len(kernels) // len(logits), 0)
-                kernels, links = link_detections(
-                    self, frame_queries, per_frame, kernels, features, links, top_k
-                )
+                outputs, links = pipeline.link(frame_queries, outputs, features, links, top_k)
+            logits, kernels, gates = outputs
             yield FrameChunk(logits, kernels, gates, features, pipeline.frame_size)
 
     def detect_queries(self, frames: Tensor) -> tuple[Tensor, Tensor]:

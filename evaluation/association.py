@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from model import GRAttVIS
 
 MIN_PROBABILITY = 0.3  # of a detection's class
+MAX_DETECTIONS = 50  # of a frame, duplicates included
 DUPLICATE_IOU = 0.7  # of a detection with a better one
 LAST_MASK, LAST_QUERY = 2.0, 1.0  # weights
 MIN_AFFINITY = 0.1
@@ -50,20 +51,11 @@ NO_MASK = -100.0  # logit of every pixel
 
 @dataclass
 class Links:
-    """What the tracks remember of the detections that were assigned to them."""
+    """What is remembered of the frames so far, and of the detections of each track."""
 
     class_scores: Tensor  # (Q, K), maximum over the frames so far
-    masks: np.ndarray  # (Q, h, w) bool, True = object; empty before the first detection
-    queries: np.ndarray  # (Q, C) of length 1, or 0 before the first detection
-
-
-@dataclass
-class Detections:
-    """The detections of a frame, duplicates left out."""
-
-    indices: np.ndarray  # (N,) int, which frame queries they are
-    masks: np.ndarray  # (N, h, w) bool, True = object
-    queries: np.ndarray  # (N, C) frame queries, of length 1
+    masks: Tensor  # (Q, h, w) bool, of the last detection; empty before the first one
+    queries: np.ndarray  # (Q, C), its frame query, of length 1; 0 before the first one
 
 
 @torch.no_grad()
@@ -83,22 +75,47 @@ def link_detections(
     top_k: the number of (query, class) pairs whose queries are tracks; others have no masks.
 
     Returns mask kernels (T, Q, C + 1), and the links after the last frame.
+
+    Speed: a GPU compares the masks of all frames at once, and is waited for once.
+    Memory: 0.6 GB with 12 frames of 200x350 at stride 4 and 200 queries, 0.1 GB of 90x160 and 100.
     """
     decoder, projection = model.frame_decoder, model.pixel_decoder.mask_features
-    detected_kernels = mask_kernel(decoder.mask_embed(frame_queries), projection)  # (T, F, C + 1)
-    detected_probability = class_probabilities(decoder.class_embed(frame_queries)).amax(-1)
-    probability = class_probabilities(logits).cpu()  # (T, Q, K)
+    probability = class_probabilities(logits)  # (T, Q, K)
     links = links or no_links(probability[0], frame_queries, features)
+    class_scores = torch.cat((links.class_scores[None], probability)).cummax(0).values[1:]
+    _, _, tracks = best_pairs(class_scores, top_k)  # (T, I)
+    track_masks = mask_logits(take(kernels, tracks), features) > 0  # (T, I, h, w)
+
+    detected_probability = class_probabilities(decoder.class_embed(frame_queries)).amax(-1)
+    count = min(MAX_DETECTIONS, frame_queries.shape[1])
+    detected_probability, indices = detected_probability.topk(count)  # (T, N)
+    detected_kernels = mask_kernel(decoder.mask_embed(frame_queries), projection)  # (T, F, C + 1)
+    detected_kernels = take(detected_kernels, indices)
+    detected_logits = mask_logits(detected_kernels, features)  # (T, N, h, w)
+    quality = detection_quality(detected_probability, detected_logits)
+    queries = F.normalize(take(frame_queries, indices).float(), dim=-1)
+
+    masks = detected_logits > 0
+    gallery = torch.cat((links.masks, masks.flatten(0, 1)))  # (Q + T * N, h, w)
+    weight = take(probability.amax(-1, keepdim=True), tracks)  # (T, I, 1)
+    weighted_ious = weight * mask_ious(track_masks, masks)
+    ious = mask_ious(gallery, masks.flatten(0, 1)).unflatten(1, quality.shape)
+
+    tables = (table.cpu().numpy() for table in (tracks, weighted_ious, quality, queries, ious))
+    last, queries, assigned = link_frames(*tables, links.queries)
+    last, assigned = (
+        torch.from_numpy(array).to(features.device, non_blocking=True) for array in (last, assigned)
+    )
+    frame, track, detection = assigned.T
     linked_kernels = torch.zeros_like(kernels)
     linked_kernels[..., -1] = NO_MASK
-    for t in range(len(kernels)):  # Memory: the masks of one frame at a time
-        masks = mask_logits(kernels[t : t + 1], features[t : t + 1])[0] > 0  # (Q, h, w)
-        detected_logits = mask_logits(detected_kernels[t : t + 1], features[t : t + 1])[0]
-        detections = find_detections(detected_probability[t], detected_logits, frame_queries[t])
-        links, pairs = link_frame(probability[t], masks.cpu().numpy(), detections, links, top_k)
-        tracks, indices = np.array(pairs, dtype=int).reshape(-1, 2).T
-        linked_kernels[t, tracks] = detected_kernels[t, indices].to(kernels.dtype)
-    return linked_kernels, links
+    linked_kernels[frame, track] = detected_kernels[frame, detection].to(kernels.dtype)
+    return linked_kernels, Links(class_scores[-1], gallery[last], queries)
+
+
+def take(x: Tensor, indices: Tensor) -> Tensor:
+    """The entries of x (T, Q, C) at indices (T, I): (T, I, C)."""
+    return x.gather(1, indices[..., None].expand(-1, -1, x.shape[-1]))
 
 
 def no_links(class_scores: Tensor, frame_queries: Tensor, features: Tensor) -> Links:
@@ -106,60 +123,75 @@ def no_links(class_scores: Tensor, frame_queries: Tensor, features: Tensor) -> L
     queries = len(class_scores)
     return Links(
         torch.zeros_like(class_scores),
-        np.zeros((queries, *features.shape[-2:]), bool),
+        features.new_zeros((queries, *features.shape[-2:]), dtype=torch.bool),
         np.zeros((queries, frame_queries.shape[-1]), np.float32),
     )
 
 
-def link_frame(
-    probability: Tensor, masks: np.ndarray, detections: Detections, links: Links, top_k: int
-) -> tuple[Links, list[tuple[int, int]]]:
-    """Assign the detections of a frame: the new links, and pairs (track, frame query).
+def detection_quality(probability: Tensor, logits: Tensor) -> Tensor:
+    """Class probabilities (T, N) times mask scores of mask logits (T, N, h, w): (T, N).
 
-    probability (Q, K) and masks (Q, h, w) of all queries in this frame.
+    It is 0 if the probability is too low or the mask is empty.
     """
-    class_scores = torch.maximum(links.class_scores, probability)
-    links = Links(class_scores, links.masks.copy(), links.queries.copy())
-    _, _, best = best_pairs(class_scores, top_k)
-    tracks = np.unique(best.numpy())
-    weight = probability[tracks].amax(-1, keepdim=True).numpy()  # (I, 1)
-    affinity = (
-        weight * mask_ious(masks[tracks], detections.masks)
-        + LAST_MASK * mask_ious(links.masks[tracks], detections.masks)
-        + LAST_QUERY * (links.queries[tracks] @ detections.queries.T).clip(0)
-    )  # (I, N)
-    affinity = np.nan_to_num(affinity)  # `check_finite` reports scores that are not finite
-    pairs = []
-    for i, n in zip(*linear_sum_assignment(affinity, maximize=True)):
-        if affinity[i, n] > MIN_AFFINITY:
-            links.masks[tracks[i]] = detections.masks[n]
-            links.queries[tracks[i]] = detections.queries[n]
-            pairs.append((tracks[i], detections.indices[n]))
-    return links, pairs
-
-
-def find_detections(probability: Tensor, logits: Tensor, queries: Tensor) -> Detections:
-    """The detections of a frame: class probability (F,), mask logits (F, h, w), queries (F, C)."""
     mask_sum, mask_area = mask_sum_and_area(logits)
-    quality = (probability * mask_sum / mask_area.clamp(min=1)).cpu().numpy()
-    is_detection = ((probability >= MIN_PROBABILITY) & (mask_area > 0)).cpu().numpy()
-    candidates = np.array([i for i in np.argsort(-quality) if is_detection[i]], dtype=int)
-    masks = (logits[candidates] > 0).cpu().numpy()
-    ious = mask_ious(masks, masks)
-    kept = []  # places among the candidates
-    for place in range(len(candidates)):
-        if (ious[place, kept] <= DUPLICATE_IOU).all():
-            kept.append(place)
-    indices = candidates[kept]
-    queries = F.normalize(queries[indices].float(), dim=-1).cpu().numpy()
-    return Detections(indices, masks[kept], queries)
+    is_detection = (probability >= MIN_PROBABILITY) & (mask_area > 0)
+    return torch.where(is_detection, probability * mask_sum / mask_area.clamp(min=1), 0)
 
 
-def mask_ious(masks: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """IoUs of bool masks (I, h, w) with others (N, h, w): (I, N); 0 for two empty masks."""
-    pixels = masks.shape[1] * masks.shape[2]
-    masks = masks.reshape(len(masks), pixels).astype(np.float32)
-    others = others.reshape(len(others), pixels).astype(np.float32)
-    intersections = masks @ others.T
-    unions = masks.sum(1)[:, None] + others.sum(1) - intersections
-    return intersections / np.maximum(unions, 1)
+def mask_ious(masks: Tensor, others: Tensor) -> Tensor:
+    """IoUs of bool masks (..., I, h, w) with others (..., N, h, w): (..., I, N); 0 if empty.
+
+    Counts are exact in float32, but not in 16 bit, to which autocast would cast them.
+    """
+    masks, others = masks.flatten(-2).float(), others.flatten(-2).float()
+    with torch.autocast(masks.device.type, enabled=False):
+        intersections = masks @ others.mT
+    unions = masks.sum(-1)[..., None] + others.sum(-1)[..., None, :] - intersections
+    return intersections / unions.clamp(min=1)
+
+
+def link_frames(
+    tracks: np.ndarray,
+    weighted_ious: np.ndarray,
+    quality: np.ndarray,
+    queries: np.ndarray,
+    ious: np.ndarray,
+    last_queries: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Assign the detections of T frames to tracks, frame by frame.
+
+    tracks (T, I): queries; one may appear twice. weighted_ious (T, I, N): p * IoU, see above.
+    quality (T, N) and queries (T, N, C) of the detections; a quality of 0 is no detection.
+    ious (Q + T * N, T, N): of the last masks before these frames and all detections, with the
+    detections. last_queries (Q, C): the last frame queries before these frames.
+
+    Returns the last masks (Q,), as rows of ious; the last frame queries (Q, C); and frame, track
+    and detection of each assignment (number, 3).
+    """
+    frames, detections = quality.shape
+    last, last_queries, assigned = np.arange(len(last_queries)), last_queries.copy(), []
+    for t in range(frames):
+        ids, places = np.unique(tracks[t], return_index=True)
+        first = len(last) + t * detections  # row of the frame's first detection
+        kept = distinct_detections(quality[t], ious[first : first + detections, t])
+        affinity = (
+            weighted_ious[t, places][:, kept]
+            + LAST_MASK * ious[last[ids], t][:, kept]
+            + LAST_QUERY * (last_queries[ids] @ queries[t, kept].T).clip(0)
+        )  # (tracks, kept detections)
+        affinity = np.nan_to_num(affinity)  # `check_finite` reports scores that are not finite
+        for i, n in zip(*linear_sum_assignment(affinity, maximize=True)):
+            if affinity[i, n] > MIN_AFFINITY:
+                last[ids[i]] = first + kept[n]
+                last_queries[ids[i]] = queries[t, kept[n]]
+                assigned.append((t, ids[i], kept[n]))
+    return last, last_queries, np.array(assigned, dtype=int).reshape(-1, 3)
+
+
+def distinct_detections(quality: np.ndarray, ious: np.ndarray) -> list[int]:
+    """The detections of a frame without duplicates, best first; of quality (N,) and IoUs (N, N)."""
+    kept = []
+    for n in np.argsort(-quality, kind="stable"):
+        if quality[n] > 0 and (ious[n, kept] <= DUPLICATE_IOU).all():
+            kept.append(n)
+    return kept

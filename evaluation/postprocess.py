@@ -121,10 +121,13 @@ class StepState:
 
 
 def best_pairs(class_scores: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The top_k (query, class) pairs of scores (Q, K): scores, labels, queries; a stable sort."""
-    scores, index = class_scores.flatten().sort(descending=True, stable=True)
-    scores, index = scores[:top_k], index[:top_k]
-    num_classes = class_scores.shape[1]
+    """The top_k (query, class) pairs of scores (..., Q, K): scores, labels, queries (..., top_k).
+
+    The sort is stable.
+    """
+    scores, index = class_scores.flatten(-2).sort(descending=True, stable=True)
+    scores, index = scores[..., :top_k], index[..., :top_k]
+    num_classes = class_scores.shape[-1]
     return scores, index % num_classes, index // num_classes
 
 
