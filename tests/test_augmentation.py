@@ -4,6 +4,7 @@ Flips, resizing and crops are tested in test_data.py on the same clip: a red and
 on black.
 """
 
+import dataclasses
 import math
 
 import numpy
@@ -130,6 +131,7 @@ SETTINGS = {
         (48,), crop_short_sides=(1,), crop_size=(0.01, 0.1), crop_relative=True
     ),
     "jittered": Augmentation((), lsj_size=64, rotation=15),
+    "occluded": Augmentation((48,), occlude=1),
 }
 
 
@@ -233,3 +235,36 @@ def test_pictures_are_smoothed_before_they_shrink():
         numpy.random.default_rng(0),
     )
     assert (frames.float() - 127.5).abs().max() < 20
+
+
+def test_an_occluded_instance():
+    """In consecutive frames after the first it is covered, and what lies under the cover is in no
+    mask; the rest of the clip does not change.
+    """
+    frames, masks = painted_clip()
+    frames, masks = frames.repeat(2, 1, 1, 1), masks.repeat(1, 2, 1, 1)  # 6 frames
+    resize = Augmentation(short_sides=(HEIGHT,), flip=False)
+    expected, outlines = resize(frames, masks, numpy.random.default_rng(0))
+    lengths = set()
+    for generator in generators(40):
+        pictures, visible = dataclasses.replace(resize, occlude=1)(frames, masks, generator)
+        changed = (pictures != expected).any(1)  # (T, H, W)
+        gone = outlines & ~visible  # (I, T, H, W)
+        times = gone.any((0, 2, 3)).nonzero()[:, 0].tolist()
+        assert times == list(range(times[0], times[-1] + 1)) and times[0] > 0
+        lengths.add(len(times))
+        covered = [not visible[i, times].any() for i in range(len(masks))]
+        assert sum(covered) >= 1
+        assert not (visible & ~outlines).any()
+        for t in range(len(frames)):
+            assert changed[t].any() == (t in times)
+            assert not visible[:, t, changed[t]].any()
+    assert lengths == {1, 2, 3, 4, 5}
+
+
+def test_a_share_of_clips_is_occluded():
+    frames, masks = painted_clip()
+    augmentation = Augmentation(short_sides=(HEIGHT,), flip=False, occlude=0.25)
+    results = [augmentation(frames, masks, generator)[1] for generator in generators(400)]
+    share = numpy.mean([not torch.equal(result, masks) for result in results])
+    assert 0.18 < share < 0.32

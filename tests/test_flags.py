@@ -224,12 +224,23 @@ CHANGES = dict(
     pseudo_crop_size=[20, 30],
     rotation=7.0,
     flip=False,
+    occlude=0.5,
 )
 OF_VIDEOS = Augmentation(
-    (40, 44), 70, (48, 52), (0.7, 0.8), crop_relative=True, flip=False, rotation=0, lsj_size=0
+    *((40, 44), 70, (48, 52), (0.7, 0.8)),
+    crop_relative=True,
+    flip=False,
+    rotation=0,
+    lsj_size=0,
+    occlude=0.5,
 )
 OF_IMAGES = Augmentation(
-    (36,), 70, (48, 52), (20, 30), crop_relative=False, flip=False, rotation=7.0, lsj_size=0
+    *((36,), 70, (48, 52), (20, 30)),
+    crop_relative=False,
+    flip=False,
+    rotation=7.0,
+    lsj_size=0,
+    occlude=0.5,
 )
 
 
@@ -243,6 +254,7 @@ OF_IMAGES = Augmentation(
     "pseudo_crop_size",
     "rotation",
     "flip",
+    "occlude",
 )
 def test_every_source_is_augmented_in_its_own_way(run, data_sets):  # noqa: F811
     named = dict(
