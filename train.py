@@ -100,7 +100,8 @@ def train_step(
             scaler.scale(values.sum()).backward()
         totals = totals + values.detach()
     scaler.unscale_(optimizer)
-    grad_norm = nn.utils.clip_grad_norm_(network.parameters(), args.clip_gradient or math.inf)
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    grad_norm = nn.utils.clip_grad_norm_(trained, args.clip_gradient or math.inf)
     if started():
         distributed.all_reduce(totals)
         totals = totals / distributed.get_world_size()
