@@ -7,17 +7,20 @@ two queries may come to show the same object (docs/gate_study.md). The detector 
 frame query predicts a mask of its own. Here tracks take over these masks, one to one. In every
 frame the detections are assigned to the tracks with the largest sum of
 
-    p * IoU(mask of the track, detection)
+    p / 2 * IoU(mask of the track, detection)
     + 2 * IoU(last mask, detection)
-    + cosine(last frame query, frame query of the detection)
+    + cosine(last frame query, frame query of the detection)^2
 
 p is the largest class probability of the track in this frame, and a negative cosine counts as 0.
 Sums up to 0.1 are not assigned. The last mask and frame query are those of the detection that was
-last assigned to the track: they remember an object while it is occluded. A track without a
-detection has no mask in the frame.
+last assigned to the track: they remember an object while it is occluded. They weigh more than the
+track's own mask, so an object that returns is not assigned to a query without a detection so far.
+The square leaves little of a weak similarity, which would lead a track to another object meanwhile.
+A track without a detection has no mask in the frame.
 
 Detections are the frame queries with a class probability of 0.3 or more and a mask, unless a better
-one has an IoU above 0.7 with it. Tracks are the queries of the top_k (query, class) pairs so far:
+one has an IoU above 0.5 with it: a second track would follow a part of an object, and might take
+over the object later. Tracks are the queries of the top_k (query, class) pairs so far:
 another top_k may give other masks, and a query that is among them only later has no masks before.
 Classes and gates are the tracker's. All of it is causal: `step` does the same.
 
@@ -43,8 +46,8 @@ if TYPE_CHECKING:
 
 MIN_PROBABILITY = 0.3  # of a detection's class
 MAX_DETECTIONS = 50  # of a frame, duplicates included
-DUPLICATE_IOU = 0.7  # of a detection with a better one
-LAST_MASK, LAST_QUERY = 2.0, 1.0  # weights
+DUPLICATE_IOU = 0.5  # of a detection with a better one
+MASK, LAST_MASK, LAST_QUERY = 0.5, 2.0, 1.0  # weights
 MIN_AFFINITY = 0.1
 NO_MASK = -100.0  # logit of every pixel
 
@@ -79,53 +82,45 @@ def link_detections(
     Speed: a GPU compares the masks of all frames at once, and is waited for once.
     Memory: 0.6 GB with 12 frames of 200x350 at stride 4 and 200 queries, 0.1 GB of 90x160 and 100.
     """
-    decoder, projection = model.frame_decoder, model.pixel_decoder.mask_features
     probability = class_probabilities(logits)  # (T, Q, K)
-    links = links or no_links(probability[0], frame_queries, features)
+    if links is None:
+        queries, size = kernels.shape[1], features.shape[-2:]
+        no_masks = features.new_zeros((queries, *size), dtype=torch.bool)
+        no_queries = np.zeros((queries, frame_queries.shape[-1]), np.float32)
+        links = Links(torch.zeros_like(probability[0]), no_masks, no_queries)
     class_scores = torch.cat((links.class_scores[None], probability)).cummax(0).values[1:]
-    _, _, tracks = best_pairs(class_scores, top_k)  # (T, I)
-    track_masks = mask_logits(take(kernels, tracks), features) > 0  # (T, I, h, w)
+    tracks = best_pairs(class_scores, top_k)[2]  # (T, I)
+    track_kernels = kernels.take_along_dim(tracks[..., None], 1)
+    track_probability = probability.amax(-1).take_along_dim(tracks, 1)
 
+    decoder, projection = model.frame_decoder, model.pixel_decoder.mask_features
     detected_probability = class_probabilities(decoder.class_embed(frame_queries)).amax(-1)
     count = min(MAX_DETECTIONS, frame_queries.shape[1])
     detected_probability, indices = detected_probability.topk(count)  # (T, N)
-    detected_kernels = mask_kernel(decoder.mask_embed(frame_queries), projection)  # (T, F, C + 1)
-    detected_kernels = take(detected_kernels, indices)
+    queries = frame_queries.take_along_dim(indices[..., None], 1)
+    detected_kernels = mask_kernel(decoder.mask_embed(queries), projection)  # (T, N, C + 1)
     detected_logits = mask_logits(detected_kernels, features)  # (T, N, h, w)
-    quality = detection_quality(detected_probability, detected_logits)
-    queries = F.normalize(take(frame_queries, indices).float(), dim=-1)
 
     masks = detected_logits > 0
-    gallery = torch.cat((links.masks, masks.flatten(0, 1)))  # (Q + T * N, h, w)
-    weight = take(probability.amax(-1, keepdim=True), tracks)  # (T, I, 1)
-    weighted_ious = weight * mask_ious(track_masks, masks)
-    ious = mask_ious(gallery, masks.flatten(0, 1)).unflatten(1, quality.shape)
+    all_masks = torch.cat((links.masks, masks.flatten(0, 1)))  # (Q + T * N, h, w)
+    tables = (
+        tracks,
+        track_probability[..., None] * mask_ious(mask_logits(track_kernels, features) > 0, masks),
+        detection_quality(detected_probability, detected_logits),
+        F.normalize(queries.float(), dim=-1),
+        mask_ious(all_masks, masks.flatten(0, 1)).unflatten(1, indices.shape),
+    )
+    tables = [table.cpu().numpy() for table in tables]
+    last, last_queries, assigned = link_frames(*tables, links.queries)
 
-    tables = (table.cpu().numpy() for table in (tracks, weighted_ious, quality, queries, ious))
-    last, queries, assigned = link_frames(*tables, links.queries)
     last, assigned = (
-        torch.from_numpy(array).to(features.device, non_blocking=True) for array in (last, assigned)
+        torch.from_numpy(x).to(features.device, non_blocking=True) for x in (last, assigned)
     )
     frame, track, detection = assigned.T
     linked_kernels = torch.zeros_like(kernels)
     linked_kernels[..., -1] = NO_MASK
     linked_kernels[frame, track] = detected_kernels[frame, detection].to(kernels.dtype)
-    return linked_kernels, Links(class_scores[-1], gallery[last], queries)
-
-
-def take(x: Tensor, indices: Tensor) -> Tensor:
-    """The entries of x (T, Q, C) at indices (T, I): (T, I, C)."""
-    return x.gather(1, indices[..., None].expand(-1, -1, x.shape[-1]))
-
-
-def no_links(class_scores: Tensor, frame_queries: Tensor, features: Tensor) -> Links:
-    """The links before the first frame; the arguments give the shapes."""
-    queries = len(class_scores)
-    return Links(
-        torch.zeros_like(class_scores),
-        features.new_zeros((queries, *features.shape[-2:]), dtype=torch.bool),
-        np.zeros((queries, frame_queries.shape[-1]), np.float32),
-    )
+    return linked_kernels, Links(class_scores[-1], all_masks[last], last_queries)
 
 
 def detection_quality(probability: Tensor, logits: Tensor) -> Tensor:
@@ -175,9 +170,9 @@ def link_frames(
         first = len(last) + t * detections  # row of the frame's first detection
         kept = distinct_detections(quality[t], ious[first : first + detections, t])
         affinity = (
-            weighted_ious[t, places][:, kept]
+            MASK * weighted_ious[t, places][:, kept]
             + LAST_MASK * ious[last[ids], t][:, kept]
-            + LAST_QUERY * (last_queries[ids] @ queries[t, kept].T).clip(0)
+            + LAST_QUERY * (last_queries[ids] @ queries[t, kept].T).clip(0) ** 2
         )  # (tracks, kept detections)
         affinity = np.nan_to_num(affinity)  # `check_finite` reports scores that are not finite
         for i, n in zip(*linear_sum_assignment(affinity, maximize=True)):

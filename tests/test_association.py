@@ -69,13 +69,29 @@ def test_an_occluded_object_is_remembered_by_its_frame_query():
     assert link(*frames) == [{0: 0, 1: 1}, {1: 0}, {0: 0, 1: 1}]
 
 
+def test_an_object_that_returns_is_not_assigned_to_a_new_track():
+    """Its frame query has changed (cosine 0.7), and another track already shows it."""
+    moved = torch.roll(LEFT, 3, 1)
+    first = [LEFT, NOTHING], [LEFT], [[1, 0], [0, 0]]
+    returned = [NOTHING, moved], [moved], [[0.7, 0.71], [0, 0]]
+    assert link(first, returned) == [{0: 0}, {0: 0}]
+
+
+def test_a_weak_similarity_is_not_enough():
+    moved = torch.roll(LEFT, 3, 1)
+    first = [LEFT, NOTHING], [LEFT], [[1, 0], [0, 0]]
+    other = [NOTHING, NOTHING], [moved], [[0.3, 0.95], [0, 0]]
+    assert link(first, other) == [{0: 0}, {}]
+
+
 def test_without_a_detection_there_are_no_links():
     assert link(([LEFT, RIGHT], [])) == [{}]
 
 
 def test_detections_are_sure_and_distinct():
     probability = torch.tensor([[0.9, 0.8, 0.2, 0.5, 0.9]])
-    masks = torch.stack([LEFT, LEFT, RIGHT, RIGHT, NOTHING])
+    wide = LEFT | torch.roll(LEFT, 1, 1)  # of IoU 2 / 3 with LEFT
+    masks = torch.stack([LEFT, wide, RIGHT, RIGHT, NOTHING])
     quality = detection_quality(probability, torch.where(masks, 4.0, -4.0)[None])[0]
     kept = distinct_detections(quality.numpy(), mask_ious(masks, masks).numpy())
     assert kept == [0, 3]  # 1: a duplicate, 2: not sure, 4: empty
@@ -92,11 +108,16 @@ def test_ious_are_a_loop():
     torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-6, atol=0)
 
 
-@pytest.fixture(scope="module")
-def model():
+@pytest.fixture
+def many_detections(monkeypatch):
+    """Random weights have few masks that are sure and distinct."""
+    monkeypatch.setattr("evaluation.association.MIN_PROBABILITY", 0)
+    monkeypatch.setattr("evaluation.association.DUPLICATE_IOU", 0.9)
+
+
+@pytest.fixture
+def model(many_detections):
     model = tiny_model(seed=3).eval()
-    with torch.no_grad():  # so that some detections are sure
-        model.frame_decoder.class_embed.weight.mul_(8)
     model.exclusive = True
     return model
 
@@ -119,6 +140,19 @@ def test_frames_one_by_one(model):
         assert len(linked) == len(linked.unique(dim=0))
     assert torch.equal(links.masks, last.masks) and links.masks.any()
     assert torch.equal(links.class_scores, last.class_scores)
+
+
+def test_tracks_and_detections_are_limited(model, monkeypatch):
+    torch.manual_seed(0)
+    frames = torch.randint(0, 256, (3, 3, 32, 48), dtype=torch.uint8)
+
+    def assigned(top_k):  # largest number of a frame
+        kernels = torch.cat([chunk.mask_kernel for chunk in model.track_video(frames, top_k)])
+        return (kernels[..., -1] > -100).sum(1).max()
+
+    assert assigned(top_k=10) > 1 and assigned(top_k=1) == 1
+    monkeypatch.setattr("evaluation.association.MAX_DETECTIONS", 1)
+    assert assigned(top_k=10) == 1
 
 
 def test_steps_are_those_of_the_video(model):
@@ -159,11 +193,9 @@ def take_chunks(monkeypatch):
 
 
 @pytest.mark.parametrize("propagation, clip_length", [("gated", 2), ("memory", 1), ("clip", 1)])
-def test_chunks_change_no_mask(propagation, clip_length, monkeypatch):
+def test_chunks_change_no_mask(propagation, clip_length, many_detections, monkeypatch):
     """A chunk of a GPU holds several clips. With "clip" propagation it is the whole video."""
     model = tiny_model(propagation=propagation, seed=3, clip_length=clip_length).eval()
-    with torch.no_grad():
-        model.frame_decoder.class_embed.weight.mul_(8)
     model.exclusive = True
     torch.manual_seed(0)
     frames = torch.randint(0, 256, (5, 3, 32, 48), dtype=torch.uint8)
