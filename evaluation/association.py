@@ -20,9 +20,10 @@ A track without a detection has no mask in the frame.
 
 Detections are the frame queries with a class probability of 0.3 or more and a mask, unless a better
 one has an IoU above 0.5 with it: a second track would follow a part of an object, and might take
-over the object later. Tracks are the queries of the top_k (query, class) pairs so far:
-another top_k may give other masks, and a query that is among them only later has no masks before.
-Classes and gates are the tracker's. All of it is causal: `step` does the same.
+over the object later. At most the 50 with the highest probability are compared. Tracks are the
+queries of the top_k (query, class) pairs so far: another top_k may give other masks, and a query
+that is among them only later has no masks before. Classes and gates are the tracker's. All of it is
+causal: `step` does the same.
 
 Letters: I tracks and N detections of a frame, otherwise those of model.py.
 """
