@@ -165,6 +165,8 @@ def link_frames(
     and detection of each assignment (number, 3).
     """
     frames, detections = quality.shape
+    # `check_finite` reports scores that are not finite.
+    weighted_ious, queries = np.nan_to_num(weighted_ious), np.nan_to_num(queries)
     last, last_queries, assigned = np.arange(len(last_queries)), last_queries.copy(), []
     for t in range(frames):
         ids, places = np.unique(tracks[t], return_index=True)
@@ -175,7 +177,6 @@ def link_frames(
             + LAST_MASK * ious[last[ids], t][:, kept]
             + LAST_QUERY * (last_queries[ids] @ queries[t, kept].T).clip(0) ** 2
         )  # (tracks, kept detections)
-        affinity = np.nan_to_num(affinity)  # `check_finite` reports scores that are not finite
         for i, n in zip(*linear_sum_assignment(affinity, maximize=True)):
             if affinity[i, n] > MIN_AFFINITY:
                 last[ids[i]] = first + kept[n]
@@ -187,7 +188,9 @@ def link_frames(
 def distinct_detections(quality: np.ndarray, ious: np.ndarray) -> list[int]:
     """The detections of a frame without duplicates, best first; of quality (N,) and IoUs (N, N)."""
     kept = []
-    for n in np.argsort(-quality, kind="stable"):
-        if quality[n] > 0 and (ious[n, kept] <= DUPLICATE_IOU).all():
+    is_duplicate = (ious > DUPLICATE_IOU).tolist()  # Speed: lists are read faster than arrays
+    best_first = np.argsort(-quality, kind="stable")[: np.count_nonzero(quality > 0)].tolist()
+    for n in best_first:
+        if not any(is_duplicate[n][other] for other in kept):
             kept.append(n)
     return kept
