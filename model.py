@@ -429,8 +429,10 @@ class GRAttVIS(nn.Module):
         size = tuple(frames.shape[-2:])
         if None in states:
             self.cuda_graphs.check_module(self)
-        start = StepState(size, self.tracker.initial_state(streams=1), scores=None)
-        states = [state or start for state in states]
+            tracker = self.tracker.initial_state(streams=1)
+            queries = tracker.query.shape[1]
+            scores = RunningScores.of_no_frames(queries, self.num_classes, self.device)
+            states = [state or StepState(size, tracker, scores) for state in states]
         for state in states:
             if state.frame_size != size:
                 raise ValueError(
@@ -452,17 +454,22 @@ class GRAttVIS(nn.Module):
             kernels, all_links = torch.cat([kernel for kernel, _ in linked]), [x for _, x in linked]
         masks = mask_logits(kernels, features)  # (B, Q, h, w)
         mask_sum, mask_area = self.mask_sum_and_area(resize_masks(masks, size))
-        class_scores = class_probabilities(logits)
-        all_tracks, next_states = [], []
-        for stream, (state, tracker) in enumerate(zip(states, trackers)):
-            running = RunningScores(class_scores[stream], mask_sum[stream], mask_area[stream])
-            running = running.merge(state.scores)
-            scores, labels, ids = running.best(top_k)
-            best_masks = resize_masks(masks[stream, ids], size, output_size) > 0
-            tracks = (scores, labels, best_masks, ids, logits[stream], gates[stream].T[ids])
-            all_tracks.append(FrameTracks(*tracks))
-            next_states.append(StepState(size, tracker, running, all_links[stream]))
-        return all_tracks, next_states
+        scores = RunningScores(class_probabilities(logits), mask_sum, mask_area)
+        scores = scores.merge(RunningScores.stack([state.scores for state in states]))
+        best = zip(*scores.best(top_k))  # of each video: scores, labels and queries
+        all_tracks = [
+            FrameTracks(
+                best_scores,
+                labels,
+                resize_masks(masks[stream, ids], size, output_size) > 0,
+                ids,
+                logits[stream],
+                gates[stream].T[ids],
+            )
+            for stream, (best_scores, labels, ids) in enumerate(best)
+        ]
+        of_videos = zip(trackers, scores.unstack(), all_links)
+        return all_tracks, [StepState(size, *of_video) for of_video in of_videos]
 
     def track_frame(
         self, frame_queries: Tensor, state: TrackerState

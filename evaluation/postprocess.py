@@ -83,11 +83,29 @@ class FrameChunk:
 
 @dataclass
 class RunningScores:
-    """The scores of all queries over the frames so far."""
+    """The scores of all queries over the frames so far; of B videos, tensors start with B."""
 
     class_scores: Tensor  # (Q, K) maximum
     mask_sum: Tensor  # (Q,) sum of the probabilities inside the masks
     mask_area: Tensor  # (Q,) pixels inside the masks
+
+    @staticmethod
+    def of_no_frames(queries: int, num_classes: int, device: torch.device) -> "RunningScores":
+        """The scores before the first frame."""
+        class_scores = torch.zeros(queries, num_classes, device=device)
+        mask_area = torch.zeros(queries, dtype=torch.long, device=device)
+        return RunningScores(class_scores, mask_area.float(), mask_area)
+
+    @staticmethod
+    def stack(scores: list["RunningScores"]) -> "RunningScores":
+        """The scores of several videos as one."""
+        fields = zip(*((s.class_scores, s.mask_sum, s.mask_area) for s in scores))
+        return RunningScores(*map(torch.stack, fields))
+
+    def unstack(self) -> list["RunningScores"]:
+        """The scores of each video."""
+        fields = zip(self.class_scores, self.mask_sum, self.mask_area)
+        return [RunningScores(*of_video) for of_video in fields]
 
     def merge(self, other: "RunningScores | None") -> "RunningScores":
         """The scores over the frames of both; None = no frames."""
@@ -102,9 +120,9 @@ class RunningScores:
     def best(self, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
         """Scores, labels and queries of the instances, best first."""
         scores, labels, queries = best_pairs(self.class_scores, top_k)
-        mask_sum, mask_area = self.mask_sum[queries], self.mask_area[queries]
+        mask_sum, mask_area = (x.gather(-1, queries) for x in (self.mask_sum, self.mask_area))
         scores, order = with_mask_scores(scores, mask_sum, mask_area)
-        return scores, labels[order], queries[order]
+        return scores, labels.gather(-1, order), queries.gather(-1, order)
 
 
 @dataclass
@@ -113,7 +131,7 @@ class StepState:
 
     frame_size: tuple[int, int]  # (height, width)
     tracker: TrackerState
-    scores: RunningScores | None  # None before the first frame
+    scores: RunningScores
     links: Links | None = None  # with `exclusive`
 
 
@@ -132,10 +150,9 @@ def best_pairs(class_scores: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor
 
 
 def with_mask_scores(scores: Tensor, mask_sum: Tensor, mask_area: Tensor) -> tuple[Tensor, Tensor]:
-    """Class scores (I,) times mask scores, best first, and their order; a stable sort."""
+    """Class scores (..., I) times mask scores, best first, and their order; a stable sort."""
     scores = scores * mask_sum / (mask_area + 1e-6)
-    order = scores.argsort(descending=True, stable=True)
-    return scores[order], order
+    return scores.sort(descending=True, stable=True)
 
 
 def check_finite(scores: Tensor) -> None:
