@@ -42,11 +42,13 @@ class Augmentation:
 
     With probability 0.5, if crop_short_sides are given, crop: resize to one of crop_short_sides,
     and cut out a window of random size that drifts over the clip. Then resize to one of
-    short_sides, flip horizontally with probability 0.5, rotate, and occlude an instance.
+    short_sides, flip horizontally with probability 0.5, and rotate.
 
     With lsj_size, large-scale jitter (arXiv 2012.07177) replaces crop and resize: flip, rotate,
     resize by a factor of 0.1 to 2 relative to a square of lsj_size pixels, and crop or pad to the
     square.
+
+    At the end, with probability `occlude`, cover an instance in some frames.
     """
 
     short_sides: tuple[int, ...]  # pixels

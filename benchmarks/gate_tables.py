@@ -79,7 +79,8 @@ def mean_and_spread(records: list[dict], key: str, column: str) -> tuple[float, 
 
     (-1, 0) if none defines it.
     """
-    values = [record[key][column] for record in records if record[key][column] >= 0]
+    values = [record[key].get(column, -1) for record in records]
+    values = [value for value in values if value >= 0]
     spread = statistics.stdev(values) if len(values) > 1 else 0.0
     return mean_defined(np.array(values)), spread
 
@@ -98,8 +99,8 @@ def format_cell(records: list[dict], key: str, column: str) -> str:
 
 def format_table(groups: Groups, key: str) -> str:
     """A markdown table of one of TITLES, a row for each suite and name."""
-    first, *_ = groups.values()
-    columns = list(first[0][key])
+    records = [record for group in groups.values() for record in group]
+    columns = list(dict.fromkeys(column for record in records for column in record[key]))
     rows = [["suite", "name", "n", *columns], ["---"] * (3 + len(columns))]
     counted = set()
     for (suite, name), records in groups.items():

@@ -60,7 +60,7 @@ CONFIGURATIONS = {  # name: flags of train.py
     "contrast": ("--propagation", "gated", "--similarity-span", "video"),
     # As in DVIS.
     "query-noise": ("--propagation", "gated", "--query-noise", "0.5"),
-    # An instance is occluded in every second clip.
+    # An instance is occluded in half of the clips, at random.
     "occlude": ("--propagation", "gated", "--occlude", "0.5"),
     "gate-loss+contrast": (
         *("--propagation", "gated", "--gate-weight", "1", "--similarity-span", "video"),

@@ -14,16 +14,16 @@ frame the detections are assigned to the tracks with the largest sum of
 p is the largest class probability of the track in this frame, and a negative cosine counts as 0.
 Sums up to 0.1 are not assigned. The last mask and frame query are those of the detection that was
 last assigned to the track: they remember an object while it is occluded. They weigh more than the
-track's own mask, so an object that returns is not assigned to a query without a detection so far.
-The square leaves little of a weak similarity, which would lead a track to another object meanwhile.
-A track without a detection has no mask in the frame.
+track's own mask, so an object that returns is rarely assigned to a query without a detection so
+far. Squaring makes weak similarities negligible, so that a track whose object is occluded does not
+move to another object. A track without a detection has no mask in the frame.
 
-Detections are the frame queries with a class probability of 0.3 or more and a mask, unless a better
-one has an IoU above 0.5 with it: a second track would follow a part of an object, and might take
-over the object later. At most the 50 with the highest probability are compared. Tracks are the
-queries of the top_k (query, class) pairs so far: another top_k may give other masks, and a query
-that is among them only later has no masks before. Classes and gates are the tracker's. All of it is
-causal: `step` does the same.
+Detections are the frame queries with a class probability of 0.3 or more and a mask. A detection is
+left out if a better one that is kept has an IoU above 0.5 with it: a second track would follow a
+part of an object, and might take over the object later. At most the 50 with the highest probability
+are compared. Tracks are the queries of the top_k (query, class) pairs so far: another top_k may
+give other masks, and a query that is among them only later has no masks before. Classes and gates
+are the tracker's. All of it is causal: `step` does the same.
 
 Letters: I tracks and N detections of a frame, otherwise those of model.py.
 """
@@ -85,9 +85,9 @@ def link_detections(
     """
     probability = class_probabilities(logits)  # (T, Q, K)
     if links is None:
-        queries, size = kernels.shape[1], features.shape[-2:]
-        no_masks = features.new_zeros((queries, *size), dtype=torch.bool)
-        no_queries = np.zeros((queries, frame_queries.shape[-1]), np.float32)
+        count, size = kernels.shape[1], features.shape[-2:]
+        no_masks = features.new_zeros((count, *size), dtype=torch.bool)
+        no_queries = np.zeros((count, frame_queries.shape[-1]), np.float32)
         links = Links(torch.zeros_like(probability[0]), no_masks, no_queries)
     class_scores = torch.cat((links.class_scores[None], probability)).cummax(0).values[1:]
     tracks = best_pairs(class_scores, top_k)[2]  # (T, I)

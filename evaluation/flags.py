@@ -159,7 +159,7 @@ def add_run_flags(add) -> None:
     add(
         "--chunk",
         type=at_least(1),
-        default=INFERENCE_CHUNK,  # no copy is needed to make a GPU's chunks of them
+        default=INFERENCE_CHUNK,  # the number that a GPU detects at once
         help="frames loaded together; does not change the results",
     )
     add(

@@ -83,7 +83,7 @@ class FrameChunk:
 
 @dataclass
 class RunningScores:
-    """The scores of all queries over the frames so far; of B videos, tensors start with B."""
+    """The scores of all queries over the frames so far. B videos have a leading dimension B."""
 
     class_scores: Tensor  # (Q, K) maximum
     mask_sum: Tensor  # (Q,) sum of the probabilities inside the masks
@@ -93,8 +93,9 @@ class RunningScores:
     def of_no_frames(queries: int, num_classes: int, device: torch.device) -> "RunningScores":
         """The scores before the first frame."""
         class_scores = torch.zeros(queries, num_classes, device=device)
+        mask_sum = torch.zeros(queries, device=device)
         mask_area = torch.zeros(queries, dtype=torch.long, device=device)
-        return RunningScores(class_scores, mask_area.float(), mask_area)
+        return RunningScores(class_scores, mask_sum, mask_area)
 
     @staticmethod
     def stack(scores: list["RunningScores"]) -> "RunningScores":

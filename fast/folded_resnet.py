@@ -31,6 +31,7 @@ def fold_resnet(backbone: ResNetBackbone, dtype: torch.dtype) -> None:
     dtype: of the autocast that inference will run under. Group norms cannot be folded; a network
     with group norms stays as it is.
     """
+    backbone.__class__ = ResNetBackbone  # not in the form of trained_resnet.py
     fold_norms(backbone)
     folded = isinstance(backbone.bn1, nn.Identity)
     on_gpu = backbone.conv1.weight.is_cuda and torch.backends.cudnn.is_available()

@@ -1,6 +1,6 @@
 """A ResNet with frozen norms, trained in 16 bit on a GPU: one kernel for each convolution.
 
-    fuse_trained_resnet(model.backbone)    # in place, before training
+    fuse_trained_resnet(model.backbone, torch.bfloat16)    # in place, before training
 
 A frozen norm is scale * x + shift, with constants for each channel, so
 
@@ -9,8 +9,9 @@ A frozen norm is scale * x + shift, with constants for each channel, so
 
 which cuDNN computes in one kernel. Backward needs only the input and the output, where the plain
 network also keeps the input of each norm. Weights stay where they are, so checkpoints do not
-change. The constants are read once: load weights before. The plain network is backbone.py, which
-this equals up to rounding (tests/test_backbone.py, tests/test_gpu.py).
+change. The constants are computed once, and after `load_state_dict`: move the model to its device
+before. The plain network is backbone.py, which this equals up to rounding (tests/test_backbone.py,
+tests/test_gpu.py). It runs if modules or their code have been exchanged.
 """
 
 from functools import partial
@@ -31,21 +32,34 @@ PLAIN = DIGESTS | {FrozenBatchNorm: "2e96e4ea"}
 def fuse_trained_resnet(backbone: nn.Module, dtype: torch.dtype) -> None:
     """Train a ResNet with frozen norms in fused kernels, in place. Others are left alone.
 
-    dtype: of the autocast that training will run under.
+    dtype: of the autocast that training will run under. cuDNN's fused kernels are not
+        deterministic, so nothing is fused with --deterministic.
     """
     is_trained = any(parameter.requires_grad for parameter in backbone.parameters())
-    has_frozen_norms = isinstance(getattr(backbone, "bn1", None), FrozenBatchNorm)
-    if type(backbone) is not ResNetBackbone or not is_trained or not has_frozen_norms:
+    if not is_trained or torch.are_deterministic_algorithms_enabled() or not is_known(backbone):
         return
-    if not all(is_unchanged(plain, digest) for plain, digest in PLAIN.items()):
-        return
-    backbone.__class__ = FusedTrainedResNet
-    hold_constants(backbone.conv1, backbone.bn1, dtype)
-    for block in blocks_of(backbone):
-        for convolution, norm in convolution_names(block):
-            hold_constants(getattr(block, convolution), getattr(block, norm), dtype)
-        if block.downsample is not None:
-            hold_constants(*block.downsample, dtype)
+    if all(is_unchanged(plain, digest) for plain, digest in PLAIN.items()):
+        backbone.__class__ = FusedTrainedResNet
+        backbone.register_load_state_dict_post_hook(partial(hold_constants, dtype))
+        hold_constants(dtype, backbone)
+
+
+def is_known(backbone: nn.Module) -> bool:
+    """Whether this is a ResNet of the modules that the fused kernels compute."""
+    if type(backbone) is not ResNetBackbone:
+        return False
+    blocks = blocks_of(backbone)
+    relus = [backbone.relu, *(block.relu for block in blocks)]
+    return (
+        all(type(block) in (BasicBlock, Bottleneck) for block in blocks)
+        and all(type(relu) is nn.ReLU for relu in relus)
+        and all(
+            type(convolution) is nn.Conv2d
+            and convolution.bias is None
+            and type(norm) is FrozenBatchNorm
+            for convolution, norm in normed_convolutions(backbone)
+        )
+    )
 
 
 def blocks_of(backbone: ResNetBackbone) -> list[BasicBlock | Bottleneck]:
@@ -54,16 +68,28 @@ def blocks_of(backbone: ResNetBackbone) -> list[BasicBlock | Bottleneck]:
     return [block for stage in stages for block in stage]
 
 
-def hold_constants(convolution: nn.Conv2d, norm: FrozenBatchNorm, dtype: torch.dtype) -> None:
-    """Give a convolution the `scale` and `shift` of its norm."""
-    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-    shift = norm.bias - norm.running_mean * scale
-    convolution.scale = scale[:, None, None, None]
-    convolution.shift = shift.to(dtype)
+def normed_convolutions(backbone: ResNetBackbone) -> list[tuple[nn.Module, nn.Module]]:
+    """Each convolution with the norm that follows it."""
+    pairs = [(backbone.conv1, backbone.bn1)]
+    for block in blocks_of(backbone):
+        names = convolution_names(block)
+        pairs += [(getattr(block, name), getattr(block, norm)) for name, norm in names]
+        if block.downsample is not None:
+            pairs.append(tuple(block.downsample))
+    return pairs
+
+
+def hold_constants(dtype: torch.dtype, backbone: ResNetBackbone, *_) -> None:
+    """Give each convolution the `scale` and `shift` of its norm. Also called after loading."""
+    for convolution, norm in normed_convolutions(backbone):
+        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        shift = norm.bias - norm.running_mean * scale
+        convolution.scale = scale[:, None, None, None]
+        convolution.shift = shift.to(dtype)
 
 
 class FusedTrainedResNet(ResNetBackbone):
-    """The modules of a block are not called, so their forward hooks do not fire."""
+    """Only `maxpool` is called: forward hooks of the other modules do not fire."""
 
     def forward(self, images: Tensor) -> list[Tensor]:
         if not torch.is_autocast_enabled(images.device.type):

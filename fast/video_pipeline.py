@@ -94,14 +94,18 @@ class VideoPipeline:
     ) -> tuple[TrackOutput, Links]:
         """`link_detections` for the outputs of `track`, on the side stream, too.
 
-        It waits for the GPU, which detects the next chunk meanwhile.
+        It waits for the GPU, which detects the next chunk meanwhile. Memory: it takes a few frames
+        at once, since `track` may have taken a whole video.
         """
+        linked = []
         with self.track_stream:
             logits, kernels, gates = outputs
             per_frame = logits.repeat_interleave(len(kernels) // len(logits), 0)
-            kernels, links = link_detections(
-                self.model, frame_queries, per_frame, kernels, features, links, top_k
-            )
+            inputs = frame_queries, per_frame, kernels, features
+            for some_frames in zip(*(x.split(INFERENCE_CHUNK) for x in inputs)):
+                some_kernels, links = link_detections(self.model, *some_frames, links, top_k)
+                linked.append(some_kernels)
+            kernels = torch.cat(linked)
         self.track_stream.join()
         return (logits, kernels, gates), links
 

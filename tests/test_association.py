@@ -69,12 +69,13 @@ def test_an_occluded_object_is_remembered_by_its_frame_query():
     assert link(*frames) == [{0: 0, 1: 1}, {1: 0}, {0: 0, 1: 1}]
 
 
-def test_an_object_that_returns_is_not_assigned_to_a_new_track():
-    """Its frame query has changed (cosine 0.7), and another track already shows it."""
+@pytest.mark.parametrize("cosine, track", [(0.7, 0), (0.6, 1)])
+def test_an_object_that_returns(cosine, track):
+    """Its frame query has changed, and a new track already shows it, with p / 2 = 0.4."""
     moved = torch.roll(LEFT, 3, 1)
     first = [LEFT, NOTHING], [LEFT], [[1, 0], [0, 0]]
-    returned = [NOTHING, moved], [moved], [[0.7, 0.71], [0, 0]]
-    assert link(first, returned) == [{0: 0}, {0: 0}]
+    returned = [NOTHING, moved], [moved], [[cosine, (1 - cosine**2) ** 0.5], [0, 0]]
+    assert link(first, returned) == [{0: 0}, {track: 0}]
 
 
 def test_a_weak_similarity_is_not_enough():
@@ -205,6 +206,23 @@ def test_chunks_change_no_mask(propagation, clip_length, many_detections, monkey
     found = model.segment_video(frames)
     torch.testing.assert_close(found.scores, expected.scores)
     assert torch.equal(found.masks, expected.masks)
+
+
+def test_a_whole_video_is_linked_a_few_frames_at_a_time(many_detections, monkeypatch):
+    """With "clip" propagation, `track` takes the whole video. Memory must not grow with it."""
+    model = tiny_model(propagation="clip", seed=3).eval()
+    model.exclusive = True
+    frames = torch.randint(0, 256, (5, 3, 32, 48), dtype=torch.uint8)
+    expected, lengths = model.segment_video(frames), []
+
+    def record(model, frame_queries, *others):
+        lengths.append(len(frame_queries))
+        return link_detections(model, frame_queries, *others)
+
+    monkeypatch.setattr("fast.video_pipeline.INFERENCE_CHUNK", 2)
+    monkeypatch.setattr("fast.video_pipeline.link_detections", record)
+    assert torch.equal(model.segment_video(frames).masks, expected.masks)
+    assert lengths == [2, 2, 1]
 
 
 def test_weights_that_are_not_finite_are_reported(model):

@@ -20,7 +20,12 @@ from backbone import (
     wrapped_pairs,
 )
 from fast.folded_resnet import fold_norms, fold_resnet, fuse_blocks, space_to_depth
-from fast.trained_resnet import FusedTrainedResNet, convolution_relu, fuse_trained_resnet
+from fast.trained_resnet import (
+    FusedTrainedResNet,
+    convolution_relu,
+    fuse_trained_resnet,
+    fused_kernel,
+)
 from golden_set import make_video, meta, official_weights, read_arrays, subsampled_error
 from outlines import outlined
 from reading.translation import translate
@@ -409,6 +414,70 @@ def test_the_gradients_of_a_fused_convolution():
         lambda x, weight, residual: convolution_relu(convolution, x, residual),
         (x, convolution.weight, residual),
     )
+
+
+def test_constants_are_those_of_the_norm():
+    """Of a small variance, too; they follow the norm when weights are loaded."""
+    fused = with_random_norms(build_backbone("resnet10", "frozen"))
+    fused.bn1.running_var.fill_(1e-5)
+    fuse_trained_resnet(fused, torch.float32)
+    other = with_random_norms(build_backbone("resnet10", "frozen"))
+    x = torch.randn(1, 64, 2, 3)
+    for _ in range(2):
+        scale, shift = fused.conv1.scale[:, 0], fused.conv1.shift[:, None, None]
+        torch.testing.assert_close(scale * x + shift, fused.bn1(x))
+        fused.load_state_dict(other.state_dict())
+
+
+def test_activations_are_computed_again(monkeypatch):
+    """Those of two of four stages, and only with `recompute`."""
+    calls = []
+
+    def count(*arguments):
+        calls.append(1)
+        return fused_kernel(*arguments)
+
+    monkeypatch.setattr("fast.trained_resnet.fused_kernel", count)
+    backbone = build_backbone("resnet10", "frozen")
+    fuse_trained_resnet(backbone, torch.bfloat16)
+    counts = []
+    for backbone.recompute in (False, True):
+        calls.clear()
+        outputs_and_gradients(backbone, torch.randn(1, 3, 32, 32), amp=True)
+        counts.append(len(calls))
+    assert counts == [9, 13]  # stem and two convolutions a stage; two stages again
+
+
+def test_a_changed_resnet_is_not_fused():
+    class Adapted(torch.nn.Conv2d):
+        pass
+
+    changes = {
+        "activation": lambda net: setattr(net.layer2[0], "relu", torch.nn.SiLU()),
+        "norm": lambda net: setattr(net.layer1[0], "bn2", torch.nn.GroupNorm(1, 64)),
+        "convolution": lambda net: setattr(net, "conv1", Adapted(3, 64, 7, 2, 3, bias=False)),
+        "bias": lambda net: setattr(
+            net.layer3[0].conv1, "bias", torch.nn.Parameter(torch.ones(256))
+        ),
+    }
+    for change in changes.values():
+        backbone = build_backbone("resnet10", "frozen")
+        change(backbone)
+        fuse_trained_resnet(backbone, torch.bfloat16)
+        assert type(backbone) is ResNetBackbone
+        backbone(torch.randn(1, 3, 32, 32))
+
+
+def test_a_trained_resnet_can_be_folded():
+    torch.manual_seed(0)
+    backbone = with_random_norms(build_backbone("resnet10", "frozen")).eval()
+    images = torch.randn(1, 3, 64, 64)
+    expected = backbone(images)
+    fuse_trained_resnet(backbone, torch.bfloat16)
+    fold_resnet(backbone, torch.float32)
+    with torch.no_grad():
+        for found, exact in zip(backbone(images), expected):
+            torch.testing.assert_close(found, exact, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("norm, trained", [("batch", True), ("group", True), ("frozen", False)])

@@ -227,7 +227,10 @@ CHANGES = dict(
     occlude=0.5,
 )
 OF_VIDEOS = Augmentation(
-    *((40, 44), 70, (48, 52), (0.7, 0.8)),
+    short_sides=(40, 44),
+    max_long_side=70,
+    crop_short_sides=(48, 52),
+    crop_size=(0.7, 0.8),
     crop_relative=True,
     flip=False,
     rotation=0,
@@ -235,7 +238,10 @@ OF_VIDEOS = Augmentation(
     occlude=0.5,
 )
 OF_IMAGES = Augmentation(
-    *((36,), 70, (48, 52), (20, 30)),
+    short_sides=(36,),
+    max_long_side=70,
+    crop_short_sides=(48, 52),
+    crop_size=(20, 30),
     crop_relative=False,
     flip=False,
     rotation=7.0,

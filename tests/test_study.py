@@ -317,6 +317,16 @@ def write_records(path, *records):
     return str(path)
 
 
+def test_older_records_lack_columns(tmp_path, capsys):
+    records = [record_of("new", 0, 0.5), record_of("old", 0, 0.4)]
+    records[0]["scores"]["HOTA"] = 0.25
+    (tmp_path / "study.json").write_text(json.dumps(records))
+    study.table(study.parse_arguments(["table", str(tmp_path / "study.json")]))
+    printed = capsys.readouterr().out
+    assert "| easy | new | 1 | 50.0 | 0.00 | 25.0 |" in printed
+    assert "| easy | old | 1 | 40.0 | 0.00 | - |" in printed
+
+
 def test_mean_and_spread_over_seeds(tmp_path, capsys):
     """Of records from several files.
 
