@@ -81,6 +81,8 @@ def normed_convolutions(backbone: ResNetBackbone) -> list[tuple[nn.Module, nn.Mo
 
 def hold_constants(dtype: torch.dtype, backbone: ResNetBackbone, *_) -> None:
     """Give each convolution the `scale` and `shift` of its norm. Also called after loading."""
+    if type(backbone) is not FusedTrainedResNet:  # it has been folded since
+        return
     for convolution, norm in normed_convolutions(backbone):
         scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
         shift = norm.bias - norm.running_mean * scale
