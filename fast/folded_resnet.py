@@ -115,16 +115,21 @@ def fused_block(block: BasicBlock | Bottleneck, x: Tensor) -> Tensor:
 
 def convolution_relu(convolution: nn.Conv2d, x: Tensor, residual: Tensor | None = None) -> Tensor:
     """relu(convolution(x) + residual) in one cuDNN kernel."""
-    options = (
-        convolution.bias,
-        convolution.stride,
-        convolution.padding,
-        convolution.dilation,
-        convolution.groups,
-    )
+    options = convolution.bias, *options_of(convolution)
     if residual is None:
         return torch.cudnn_convolution_relu(x, convolution.weight, *options)
     return torch.cudnn_convolution_add_relu(x, convolution.weight, residual, 1.0, *options)
+
+
+def options_of(convolution: nn.Conv2d) -> tuple:
+    """Stride, padding, dilation and groups."""
+    return convolution.stride, convolution.padding, convolution.dilation, convolution.groups
+
+
+def blocks_of(backbone: ResNetBackbone) -> list[BasicBlock | Bottleneck]:
+    """All blocks, in order."""
+    stages = (backbone.layer1, backbone.layer2, backbone.layer3, backbone.layer4)
+    return [block for stage in stages for block in stage]
 
 
 def convolution_names(block: BasicBlock | Bottleneck) -> list[tuple[str, str]]:
@@ -138,8 +143,7 @@ def fold_norms(network: ResNetBackbone) -> None:
 
     The constants of both branches of a block move to its last convolution.
     """
-    stages = (network.layer1, network.layer2, network.layer3, network.layer4)
-    blocks = [block for stage in stages for block in stage]
+    blocks = blocks_of(network)
     fold(network, "conv1", "bn1")
     for block in blocks:
         for convolution, norm in convolution_names(block):

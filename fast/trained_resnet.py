@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from backbone import FrozenBatchNorm, ResNetBackbone, checkpointed
-from fast.folded_resnet import DIGESTS, convolution_names
+from fast.folded_resnet import DIGESTS, blocks_of, convolution_names, options_of
 from fast.plain_source import is_unchanged
 
 # Of the plain code that `FusedTrainedResNet` replaces, when it was written.
@@ -60,12 +60,6 @@ def is_known(backbone: nn.Module) -> bool:
             for convolution, norm in normed_convolutions(backbone)
         )
     )
-
-
-def blocks_of(backbone: ResNetBackbone) -> list[BasicBlock | Bottleneck]:
-    """All blocks, in order."""
-    stages = (backbone.layer1, backbone.layer2, backbone.layer3, backbone.layer4)
-    return [block for stage in stages for block in stage]
 
 
 def normed_convolutions(backbone: ResNetBackbone) -> list[tuple[nn.Module, nn.Module]]:
@@ -142,10 +136,10 @@ class ConvolutionReLU(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple:
+        """The gradients of `forward`'s arguments, from that of its output."""
         x, scaled, output = ctx.saved_tensors
         convolution = ctx.convolution
         gradient = torch.ops.aten.threshold_backward(gradient, output, 0)
-        no_transpose = False, (0, 0)
         x_gradient, scaled_gradient, _ = torch.ops.aten.convolution_backward(
             gradient,
             x,
@@ -154,7 +148,8 @@ class ConvolutionReLU(torch.autograd.Function):
             convolution.stride,
             convolution.padding,
             convolution.dilation,
-            *no_transpose,
+            False,  # not transposed
+            (0, 0),  # so without output padding
             convolution.groups,
             (ctx.needs_input_grad[0], ctx.needs_input_grad[1], False),
         )
@@ -166,13 +161,7 @@ def fused_kernel(
     x: Tensor, weight: Tensor, residual: Tensor | None, convolution: nn.Conv2d
 ) -> Tensor:
     """relu(F.conv2d(x, weight) + shift + residual), on a GPU in one kernel of cuDNN."""
-    shift = convolution.shift
-    options = (
-        convolution.stride,
-        convolution.padding,
-        convolution.dilation,
-        convolution.groups,
-    )
+    shift, options = convolution.shift, options_of(convolution)
     if not x.is_cuda:
         output = F.conv2d(x, weight, shift, *options)
         return (output if residual is None else output + residual).relu()
