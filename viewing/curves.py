@@ -108,7 +108,12 @@ def plot_curves(path: Path, runs: dict[str, dict]) -> None:
     for axes in figure.axes[-COLUMNS:]:
         axes.set_xlabel("step")
     if len(runs) > 1:
-        figure.axes[0].legend(fontsize="small")
+        figure.legend(
+            *figure.axes[0].get_legend_handles_labels(),
+            loc="outside upper center",
+            ncols=min(len(runs), COLUMNS),
+            fontsize="small",
+        )
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png")
 
