@@ -172,7 +172,8 @@ def set_up(
     model.to(device, memory_format=memory_format).train()
     model.pixel_decoder.recompute = args.recompute != "off"
     model.backbone.recompute = args.recompute == "all"
-    graphs = args.graphs and not started()  # with several processes they have not been tested
+    # Several processes have not been tested on GPUs, so there they must be asked for.
+    graphs = not started() if args.graphs is None else args.graphs
     accelerate_training(model, amp_dtype, args.compile, graphs)
 
 
@@ -186,7 +187,10 @@ def make_network(
     # DDP must be told.
     unread_memory = model.tracker.use_memory and args.frames <= args.clip_length
     return DistributedDataParallel(
-        model, [device] if device.type == "cuda" else None, find_unused_parameters=unread_memory
+        model,
+        [device] if device.type == "cuda" else None,
+        broadcast_buffers=not has_frozen_norms(model.backbone),  # those are constants
+        find_unused_parameters=unread_memory,
     )
 
 

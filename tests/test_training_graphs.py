@@ -7,6 +7,8 @@ import copy
 
 import pytest
 import torch
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
 
 from fast import training_graphs
 from fast.training_graphs import (
@@ -69,8 +71,12 @@ def capture(tracker, frame_queries):
 
 
 def loss_of(model, frame_queries):
+    return loss_of_tracker(model.tracker, frame_queries)
+
+
+def loss_of_tracker(tracker, frame_queries):
     """A number that depends on every output, on each in its own way."""
-    predictions, state = model.tracker(frame_queries)
+    predictions, state = tracker(frame_queries)
     outputs = tensors_of([*predictions, state])
     squares = torch.stack([output.square().mean() for output in outputs])
     return (torch.linspace(0.5, 1.5, len(outputs)) * squares).sum()
@@ -114,6 +120,29 @@ def test_gradients_are_those_of_the_tracker(model, requires_grad, passes):
             gradients = {n: p.grad for n, p in some_model.tracker.named_parameters()}
             found[name] = losses, gradients, [query.grad for query in inputs]
         torch.testing.assert_close(found["graphs"], found["plain"])
+    assert len(model.tracker.training_graphs.graphs) == 1
+
+
+def test_gradients_are_those_of_the_tracker_under_ddp(model):
+    """DDP's hooks fire, also if only the last of several backward passes exchanges gradients."""
+    plain = tiny_model(**SMALLEST).train()
+    plain.load_state_dict(model.state_dict())
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        networks = [DistributedDataParallel(each.tracker) for each in (plain, model)]
+        for _ in range(2):
+            queries = [make_queries(model) for _ in range(2)]
+            found = []
+            for network in networks:
+                network.zero_grad()
+                torch.manual_seed(1)  # of the gates' noise
+                with network.no_sync():
+                    loss_of_tracker(network, queries[0]).backward()
+                loss_of_tracker(network, queries[1]).backward()
+                found.append([parameter.grad.clone() for parameter in network.parameters()])
+            torch.testing.assert_close(*found)
+    finally:
+        distributed.destroy_process_group()
     assert len(model.tracker.training_graphs.graphs) == 1
 
 
