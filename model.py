@@ -270,7 +270,7 @@ class GRAttVIS(nn.Module):
         Plainly, for each chunk:
 
             frame_queries, features = self.detect_queries(frames)
-            outputs, state = self.track(frame_queries, clip_length, state)
+            outputs, state = self.track(frame_queries[None], clip_length, state)
 
         video: as for `segment_video`. Nothing of earlier frames is kept but the tracker's state;
         "clip" propagation has one chunk, the whole video. How frames arrive changes no result.
@@ -294,26 +294,26 @@ class GRAttVIS(nn.Module):
     def track(
         self, frame_queries: Tensor, clip_length: int, state: TrackerState
     ) -> tuple[tuple[Tensor, Tensor, Tensor], TrackerState]:
-        """Track through the frame queries (T, F, C) of T frames: G whole clips, or a shorter one.
+        """Track B videos through T more frames: G whole clips, or a shorter one.
 
-        Returns class logits (G, Q, K + 1), mask kernels (T, Q, C + 1), and gates (T, D, Q) bool,
-        True = open; and the state after the last clip.
+        frame_queries (B, T, F, C). Returns class logits (B, G, Q, K + 1), mask kernels
+        (B, T, Q, C + 1), and gates (B, T, D, Q) bool, True = open; and the state after the last
+        clip.
         """
-        clip_length = min(clip_length, len(frame_queries))
-        clips = frame_queries.unflatten(0, (-1, clip_length))  # (G, U, F, C)
-        predictions, state = self.tracker(clips[None, None], state)
-        stream = (-1, 0)  # of L and B: the last detector layer, the only video
-        last = -1  # of the D decoder layers
-        logits = torch.stack([clip.logits[last][stream] for clip in predictions])
-        kernels = torch.stack([clip.mask_kernel[last][stream] for clip in predictions])
-        gate_logits = [layer[stream] for clip in predictions for layer in clip.gate_logits]
+        clip_length = min(clip_length, frame_queries.shape[1])
+        clips = frame_queries.unflatten(1, (-1, clip_length))  # (B, G, U, F, C)
+        predictions, state = self.tracker(clips[None], state)
+        # Of the D decoder layers and of the L detector layers, the last.
+        logits = torch.stack([clip.logits[-1][-1] for clip in predictions], 1)
+        kernels = torch.stack([clip.mask_kernel[-1][-1] for clip in predictions], 1)
+        gate_logits = [layer[-1] for clip in predictions for layer in clip.gate_logits]
         if gate_logits:
-            gate_logits = torch.stack(gate_logits).unflatten(0, (len(clips), -1))  # (G, D, Q)
+            gate_logits = torch.stack(gate_logits, 1).unflatten(1, (len(predictions), -1))
         else:
-            gate_logits = logits.new_empty(len(clips), 0, logits.shape[1])  # D = 0
+            gate_logits = logits[..., :0].mT  # D = 0
 
-        def for_each_frame(x: Tensor) -> Tensor:  # (G, ...) -> (T, ...)
-            return x[:, None].expand(-1, clip_length, -1, -1).flatten(0, 1)
+        def for_each_frame(x: Tensor) -> Tensor:  # (B, G, ...) -> (B, T, ...)
+            return x[:, :, None].expand(-1, -1, clip_length, -1, -1).flatten(1, 2)
 
         return (logits, for_each_frame(kernels), for_each_frame(gate_logits >= 0)), state
 
@@ -439,7 +439,7 @@ class GRAttVIS(nn.Module):
                     f"all frames of a video must have one size, not {state.frame_size} and {size}"
                 )
         frames = frames.to(self.device, non_blocking=True)
-        # Speed: detect_queries and track_frame as CUDA graphs.
+        # Speed: detect_queries and track as CUDA graphs.
         frame_queries, features = video_pipeline.detect_queries(self, frames)
         trackers = [state.tracker for state in states]
         outputs, trackers = video_pipeline.track_streams(self, frame_queries, trackers)
@@ -470,20 +470,6 @@ class GRAttVIS(nn.Module):
         ]
         of_videos = zip(trackers, scores.unstack(), all_links)
         return all_tracks, [StepState(size, *of_video) for of_video in of_videos]
-
-    def track_frame(
-        self, frame_queries: Tensor, state: TrackerState
-    ) -> tuple[tuple[Tensor, Tensor, Tensor], TrackerState]:
-        """Track the frame queries (B, F, C) of one frame of each of B videos.
-
-        Returns what `track` does, with (B, ...) instead of (T, ...).
-        """
-        (clip,), state = self.tracker(frame_queries[None, :, None, None], state)
-        logits, kernels = clip.logits[-1][0], clip.mask_kernel[-1][0]
-        gate_logits = [layer[0] for layer in clip.gate_logits]  # (B, Q)
-        no_gates = logits.new_empty(len(logits), 0, logits.shape[1])
-        gates = torch.stack(gate_logits, 1) >= 0 if gate_logits else no_gates >= 0
-        return (logits, kernels, gates), state
 
     @staticmethod
     def reset() -> None:

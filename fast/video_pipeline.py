@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from model import GRAttVIS
 
 INFERENCE_CHUNK = 12  # frames a GPU takes at once; the number affects rounding
-TrackOutput = tuple[Tensor, Tensor, Tensor]  # logits, mask kernels, gates: see GRAttVIS.track
+# Class logits, mask kernels and gates, as from GRAttVIS.track, but of one video or one frame.
+TrackOutput = tuple[Tensor, Tensor, Tensor]
 
 
 class VideoPipeline:
@@ -122,7 +123,9 @@ def track(
     state: TrackerState,
     graph_size: int = 1,
 ) -> tuple[TrackOutput, TrackerState]:
-    """`model.track`, as a CUDA graph of graph_size frames if possible.
+    """`model.track` for T frames of a video, as a CUDA graph of graph_size frames if possible.
+
+    frame_queries (T, F, C); the results have no axis B.
 
     A graph's tensors keep their sizes, so clips of several frames and a growing memory have none.
     Most official recipes of GRAtt-VIS have a memory: their tracking runs without a graph.
@@ -131,11 +134,12 @@ def track(
     the last frame.
     """
     if clip_length > 1 or "memory" in model.propagation:
-        return model.track(frame_queries, clip_length, state)
+        outputs, state = model.track(frame_queries[None], clip_length, state)
+        return tuple(output[0] for output in outputs), state
 
     def track_tensors(frame_queries: Tensor, query: Tensor) -> tuple[Tensor, ...]:
-        outputs, state = model.track(frame_queries, 1, TrackerState(query))
-        return *outputs, state.query
+        outputs, state = model.track(frame_queries[None], 1, TrackerState(query))
+        return *(output[0] for output in outputs), state.query
 
     padded = repeat_last(frame_queries, graph_size)
     *outputs, query = model.cuda_graphs(track_tensors, padded, state.query)
@@ -146,17 +150,23 @@ def track(
 def track_streams(
     model: GRAttVIS, frame_queries: Tensor, states: list[TrackerState]
 ) -> tuple[TrackOutput, list[TrackerState]]:
-    """`model.track_frame` for the frame queries (B, F, C) of B videos, as a CUDA graph if possible.
+    """`model.track` for a frame of each of B videos, as a CUDA graph if possible.
+
+    frame_queries (B, F, C); the results have no axis T.
 
     Memories of videos differ in length, so with a memory one video is tracked after another.
     """
+
+    def track_frame(frame_queries: Tensor, state: TrackerState) -> tuple[TrackOutput, TrackerState]:
+        outputs, state = model.track(frame_queries[:, None], 1, state)
+        return tuple(output[:, 0] for output in outputs), state
+
     if "memory" in model.propagation:
-        parts = zip(frame_queries.split(1), states)
-        outputs, states = zip(*(model.track_frame(queries, state) for queries, state in parts))
+        outputs, states = zip(*map(track_frame, frame_queries.split(1), states))
         return tuple(map(torch.cat, zip(*outputs))), list(states)
 
     def track_frame_tensors(frame_queries: Tensor, query: Tensor) -> tuple[Tensor, ...]:
-        outputs, state = model.track_frame(frame_queries, TrackerState(query))
+        outputs, state = track_frame(frame_queries, TrackerState(query))
         return *outputs, state.query
 
     query = torch.cat([state.query for state in states])

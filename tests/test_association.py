@@ -13,6 +13,7 @@ from evaluation.association import (
     link_frames,
     mask_ious,
 )
+from fast import video_pipeline
 from fast.video_pipeline import VideoPipeline
 from sparse_set import tiny_model
 
@@ -130,7 +131,7 @@ def test_frames_one_by_one(model):
     frames = torch.randint(0, 256, (4, 3, 32, 48), dtype=torch.uint8)
     frame_queries, features = model.detect_queries(frames)
     state = model.tracker.initial_state(streams=1)
-    (logits, kernels, _), _ = model.track(frame_queries, 1, state)
+    (logits, kernels, _), _ = video_pipeline.track(model, frame_queries, 1, state)
     together, last = link_detections(model, frame_queries, logits, kernels, features, None, 5)
     links = None
     for t in range(4):
