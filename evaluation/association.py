@@ -36,7 +36,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from evaluation.postprocess import best_pairs, class_probabilities, mask_sum_and_area
@@ -164,6 +163,8 @@ def link_frames(
     Returns the last masks (Q,), as rows of ious; the last frame queries (Q, C); and frame, track
     and detection of each assignment (number, 3).
     """
+    from scipy.optimize import linear_sum_assignment  # Speed: importing it takes half a second
+
     frames, detections = quality.shape
     # `check_finite` reports scores that are not finite.
     weighted_ious, queries = np.nan_to_num(weighted_ious), np.nan_to_num(queries)
