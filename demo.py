@@ -42,7 +42,7 @@ from model import PRESETS, GRAttVIS
 from reading.sources import check_read_twice, check_size, is_scene, read_frames
 from runtime.device import choose_amp, choose_device
 from runtime.errors import InputError, cli_errors
-from runtime.flags import at_least
+from runtime.flags import at_least, finite
 from synthetic.suites import SUITES
 from tracker import PROPAGATIONS
 from viewing.overlays import best_labels, name_to_draw
@@ -87,7 +87,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add("--max-long-side", type=at_least(1), default=1333, help="pixels")
     add("--top-k", type=at_least(1), default=20, help="instances per video, before --score")
-    add("--score", type=float, default=0.3, help="minimum score of an instance")
+    add("--score", type=finite, default=0.3, help="minimum score of an instance")
     add(
         "--keep-duplicates",
         action="store_true",

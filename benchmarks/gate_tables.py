@@ -66,12 +66,24 @@ def read_groups(paths: list[str], order: list[str]) -> Groups:
 def read_records(path: str) -> list[dict]:
     """The records of a file; InputError if `study.py measure` has not written it."""
     records = read_json(path)
-    valid = isinstance(records, list) and all(
-        isinstance(record, dict) and TITLES.keys() - OPTIONAL <= record.keys() for record in records
-    )
-    if not valid:
+    if not isinstance(records, list) or not records or not all(map(is_record, records)):
         raise InputError(f"{path} is no file that `measure` has written")
     return records
+
+
+def is_record(record) -> bool:
+    """Whether a value has the names and the measures of a record."""
+    if not isinstance(record, dict):
+        return False
+    names = [record.get(key) for key in ("name", "suite", "checksum")]
+    required = TITLES.keys() - OPTIONAL | {"instances by gap"}
+    measures = [record.get(key) for key in required | (OPTIONAL & record.keys())]
+    return (
+        "seed" in record
+        and all(isinstance(name, str) for name in names)
+        and all(isinstance(measure, dict) for measure in measures)
+        and all(isinstance(x, (int, float)) for measure in measures for x in measure.values())
+    )
 
 
 def mean_and_spread(records: list[dict], key: str, column: str) -> tuple[float, float]:
@@ -106,7 +118,7 @@ def format_table(groups: Groups, key: str) -> str:
     for (suite, name), records in groups.items():
         if key.endswith("by gap") and suite not in counted:
             counted.add(suite)
-            counts = [str(records[0]["instances by gap"][column]) for column in columns]
+            counts = [str(records[0]["instances by gap"].get(column, "-")) for column in columns]
             rows.append([suite, "*instances*", "", *counts])
         cells = [format_cell(records, key, column) for column in columns]
         rows.append([suite, name, str(len(records)), *cells])

@@ -144,6 +144,15 @@ def test_frames_one_by_one(model):
     assert torch.equal(links.class_scores, last.class_scores)
 
 
+@pytest.mark.parametrize("head", ["class_embed", "mask_embed"])
+def test_detections_that_are_not_finite(model, head):
+    """Only the frame decoder's heads: the tracker's outputs are fine."""
+    with torch.no_grad():
+        list(getattr(model.frame_decoder, head).parameters())[-1][0] = torch.nan
+    with pytest.raises(FloatingPointError, match="the scores are not finite"):
+        model.segment_video(torch.zeros(2, 3, 32, 48, dtype=torch.uint8))
+
+
 def test_tracks_and_detections_are_limited(model, monkeypatch):
     torch.manual_seed(0)
     frames = torch.randint(0, 256, (3, 3, 32, 48), dtype=torch.uint8)

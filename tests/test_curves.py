@@ -96,10 +96,13 @@ def test_ap_is_in_percent_in_the_picture(tmp_path, monkeypatch):
         ("", "holds no steps yet"),
         ('{"step": 1}\n?\n{"step": 2}\n', "line 2 is no JSON"),
         ('{"step": 1}\n[]\n', "line 2 is no line of a log of train.py"),
+        ('{"step": null}\n', "line 1 is no line of a log of train.py"),
+        ('{"step": 1, "AP": "high"}\n', "line 1 is no line of a log of train.py"),
+        ("\udcff", "is no log of train.py: 'utf-8' codec"),
     ],
 )
 def test_files_that_are_no_logs(tmp_path, text, message):
-    (tmp_path / "log.jsonl").write_text(text)
+    (tmp_path / "log.jsonl").write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(InputError, match=message):
         read_log(tmp_path)
     with pytest.raises(InputError, match="cannot be read: No such file"):

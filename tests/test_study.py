@@ -373,6 +373,9 @@ def test_mean_and_spread_over_seeds(tmp_path, capsys):
             "other videos of the suite easy",
         ),
         ([{"name": "gated"}], "no file that `measure` has written"),
+        ([], "no file that `measure` has written"),
+        ([record_of("gated", 0, "high")], "no file that `measure` has written"),
+        ([record_of("gated", 0, 0.3, checksum=None)], "no file that `measure` has written"),
     ],
 )
 def test_records_that_cannot_be_put_together(tmp_path, records, message):

@@ -348,10 +348,11 @@ def test_a_resumed_log_has_every_step_once(tmp_path):
     )
     trim_log(log, 2)
     assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [1, 2]
-    log.write_text("a note of mine\n")
-    with pytest.raises(InputError, match="log.jsonl holds a line that training did not write"):
-        trim_log(log, 2)
-    assert log.read_text() == "a note of mine\n"
+    for strange in (b"a note of mine\n", b"\xff\xfe\n"):
+        log.write_bytes(strange)
+        with pytest.raises(InputError, match="log.jsonl holds a line that training did not write"):
+            trim_log(log, 2)
+        assert log.read_bytes() == strange
 
 
 def test_seed_minus_one_is_drawn_once(data_root, tmp_path):

@@ -65,6 +65,7 @@ MAY_CHANGE_ON_RESUME = {
     "workers",
     "device",
     "recompute",
+    "graphs",
     "skip_nonfinite",
     "log_every",
     "save_every",

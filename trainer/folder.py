@@ -71,8 +71,10 @@ def append_to_log(path: Path, record: dict) -> None:
 
 def trim_log(path: Path, step: int) -> None:
     """Remove the lines after the last checkpoint, whose steps are repeated."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    if not path.exists():
+        return
     try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} holds a line that training did not write: {error!r}") from error

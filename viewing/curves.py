@@ -16,8 +16,9 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
+from reading.regular import read_regular
 from runtime.errors import InputError, cli_errors
-from runtime.files import atomic_write
+from runtime.files import MAX_JSON_SIZE, atomic_write
 from viewing.plots import require_matplotlib
 
 LOSS_NAME = re.compile(r"loss_(?:genvis_|vita_)?([a-z]+?)(?:_\d+)?(?:_clip\d+)?")
@@ -30,23 +31,35 @@ def read_log(run: Path) -> list[dict]:
     """The lines of log.jsonl of a run, {name: value} each. InputError if there are none."""
     path = run / "log.jsonl" if run.is_dir() else run
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+        lines = read_regular(path, MAX_JSON_SIZE).decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is no log of train.py: {error}") from error
     records = []
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if number == len(lines):  # a run that is being written, or was killed
                 break
             raise InputError(f"{path}, line {number} is no JSON: {error}") from error
-        if not isinstance(record, dict) or "step" not in record:
+        if not is_record(record):
             raise InputError(f"{path}, line {number} is no line of a log of train.py")
         records.append(record)
     if not records:
         raise InputError(f"{path} holds no steps yet")
     return records
+
+
+def is_record(record) -> bool:
+    """Whether this may be a line of log.jsonl: a step, and numbers where `curves` reads them."""
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        return False
+    read = (
+        value
+        for name, value in record.items()
+        if name in (*LOGGED, "loss", "AP") or LOSS_NAME.fullmatch(name)
+    )
+    return all(value is None or isinstance(value, (int, float)) for value in read)
 
 
 def curves(records: list[dict]) -> dict[str, list[tuple[int, float]]]:
@@ -60,10 +73,9 @@ def curves(records: list[dict]) -> dict[str, list[tuple[int, float]]]:
                 sums[f"loss {kind[1]}"] += value
             elif name in LOGGED and value is not None:
                 sums[LOGGED[name]] = value
-        if "loss" in record:
-            sums["loss"] = record["loss"]
-        if "AP" in record:
-            sums["AP"] = record["AP"]
+        for name in ("loss", "AP"):
+            if record.get(name) is not None:
+                sums[name] = record[name]
         for name, value in sums.items():
             points[name].append((record["step"], value))
     return dict(points)
@@ -159,6 +171,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     """Read the logs and write the picture and the table."""
     runs = {str(run): curves(read_log(run)) for run in args.runs}
+    if not panel_names(runs):
+        raise InputError(f"{', '.join(runs)}: nothing to plot")
     if args.csv:
         save_csv(args.csv, runs)
         print(f"saved {args.csv}")
