@@ -172,5 +172,5 @@ def to_entries(video: Video, result: EncodedVideo, categories: list[tuple[int, s
             "category_id": categories[label][0],
             "segmentations": codes,
         }
-        for score, label, codes in zip(scores, labels, result.segmentations)
+        for score, label, codes in zip(scores, labels, result.segmentations, strict=True)
     ]
