@@ -359,7 +359,8 @@ class GRAttVIS(nn.Module):
         """`segment_video` for videos of any length, with run-length codes instead of masks.
 
         Takes the same arguments and raises the same errors; besides, FloatingPointError if scores
-        are not finite. (`segment_video` and `step` do not check, which would wait for the GPU.)
+        are not finite. (`segment_video` and `step` check only with `exclusive`, since that waits
+        for the GPU.)
         """
         check_request(self, output_size, top_k)
         running, gates, encoder = None, [], None

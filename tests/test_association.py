@@ -144,11 +144,12 @@ def test_frames_one_by_one(model):
     assert torch.equal(links.class_scores, last.class_scores)
 
 
-@pytest.mark.parametrize("head", ["class_embed", "mask_embed"])
-def test_detections_that_are_not_finite(model, head):
-    """Only the frame decoder's heads: the tracker's outputs are fine."""
+@pytest.mark.parametrize(
+    "part", ["frame_decoder.class_embed", "frame_decoder.mask_embed", "pixel_decoder.mask_features"]
+)
+def test_detections_that_are_not_finite(model, part):
     with torch.no_grad():
-        list(getattr(model.frame_decoder, head).parameters())[-1][0] = torch.nan
+        list(model.get_submodule(part).parameters())[-1][0] = torch.nan
     with pytest.raises(FloatingPointError, match="the scores are not finite"):
         model.segment_video(torch.zeros(2, 3, 32, 48, dtype=torch.uint8))
 

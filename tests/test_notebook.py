@@ -24,25 +24,29 @@ for shape, row, found in zip(shapes, track, best > 0.5):  # the same track in al
 for shape, row in zip(shapes, hidden):  # the gates
     gates = result.gates[index_of(result, names_of[shape])]
     assert torch.equal(gates[:, -1], ~row)
+assert not result.gates[index_of(result, 5), :, 0].any()
 
 assert hidden[2].nonzero().flatten().tolist() == [9, 10, 11, 12, 13, 14]  # the cross
-assert (gated["mask area"][9:15] < 10).all() and gated["mask area"][15] > 400
+assert (gated["mask area"][9:14] == 0).all()
+assert gated["mask area"][14] < 10 and gated["mask area"][15] > 400
 assert (gated["class score"][8:15].diff() < 0).all() and gated["class score"][15] > 0.99
-assert abs(gated["class score"][10] - 0.33) < 0.02 and gated["class score"][12] < 0.05
-assert abs(gated["similarity"][14] - 0.46) < 0.02
+assert abs(gated["class score"][10] - 0.33) < 0.01 and gated["class score"][12] < 0.03
+assert abs(gated["similarity"][14] - 0.46) < 0.01
 
 largest = weights.amax(1)  # attention
-assert (largest[~hidden[2]] > 0.5).all() and (largest[hidden[2]] < 0.45).all()
+assert (largest[~hidden[2]] > 0.5).all() and (largest[hidden[2]] < 0.4).all()
 large = F.interpolate(truth.float(), size=video.shape[2:]).transpose(0, 1)  # (T, O, H, W)
 cells = F.max_pool2d(large, 8, ceil_mode=True)
 disc, _, on_cross = torch.einsum("thw,tohw->ot", maps[..., : cells.shape[3]], cells)
-assert (on_cross[[8, 16]] > 0.5).all() and (disc[[11, 13]] < 0.4).all()
+assert (on_cross[[8, 16]] > 0.5).all() and (disc[[11, 13]] < 0.3).all()
 
 assert (without["class score"][9:15] < 0.01).all()
-assert abs(without["similarity"][9] - 0.27) < 0.02 and abs(without["similarity"][14] - 0.11) < 0.02
-for query, targets, times in ((9, [1], [9, 14]), (5, [1, 2], [5, 7])):  # triangle, and cross
+assert abs(without["similarity"][9] - 0.27) < 0.01 and abs(without["similarity"][14] - 0.11) < 0.01
+# On the triangle; on the triangle and the cross.
+for query, targets, times, area in ((9, [1], [9, 14], 60), (5, [1, 2], [5, 7], 500)):
     mask = plain_result.masks[index_of(plain_result, query), times]
-    assert (mask & truth[targets].any(0)[times]).sum() > 0.9 * mask.sum() > 50
+    assert mask.sum() > area
+    assert (mask & truth[targets].any(0)[times]).sum() > 0.9 * mask.sum()
 for shape, seen, mask in zip(shapes, ~hidden, truth):  # found again without the gate, too
     drawn = plain_result.masks[index_of(plain_result, names_of[shape])]
     assert ((mask & drawn).sum((1, 2)) > 0.5 * (mask | drawn).sum((1, 2)))[seen].all()
