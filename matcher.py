@@ -39,7 +39,7 @@ from torch import Tensor
 
 from clips import Clip
 from model import TrainingOutput
-from runtime.device import upload
+from runtime.device import CopyToCPU, upload
 from tracker import ClipPrediction
 
 # Of giving a new instance the query of a visible one; also for costs that are not finite.
@@ -314,10 +314,7 @@ class CostsToCPU:
     """Costs that are copied to the CPU while the GPU continues."""
 
     def __init__(self, costs: Tensor):
-        self.costs = costs.to("cpu", non_blocking=True)
-        self.copied = None
-        if costs.is_cuda:
-            self.copied = torch.cuda.current_stream(costs.device).record_event()
+        self.copy = CopyToCPU(costs)
 
     def wait(self) -> np.ndarray:
         """The costs as an array.
@@ -328,9 +325,7 @@ class CostsToCPU:
         Costs that are not finite become high ones. If predictions are the reason, the losses will
         not be finite either, and training then stops with a message.
         """
-        if self.copied:
-            self.copied.synchronize()
-        costs = self.costs.numpy()
+        (costs,) = self.copy.wait()
         return np.where(np.isfinite(costs), costs, costs.dtype.type(FORBIDDEN_COST))
 
 

@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from backbone import build_backbone
 from batching import check_frame, padded_size
 from detector import FrameDecoder, FrameOutput, PixelDecoder
-from evaluation.association import link_detections
+from evaluation.association import Comparison, link_chunks
 from evaluation.postprocess import (
     EncodedVideo,
     FrameChunk,
@@ -260,7 +260,6 @@ class GRAttVIS(nn.Module):
 
     # Inference
 
-    @torch.no_grad()
     def track_video(
         self, video: Tensor | Iterable[Tensor], top_k: int = 10
     ) -> Iterator[FrameChunk]:
@@ -276,15 +275,18 @@ class GRAttVIS(nn.Module):
         "clip" propagation has one chunk, the whole video. How frames arrive changes no result.
         top_k: with `exclusive`, see evaluation/association.py.
         """
+        chunks = self.track_chunks(video)
+        return link_chunks(self, chunks, top_k) if self.exclusive else chunks
+
+    @torch.no_grad()
+    def track_chunks(self, video: Tensor | Iterable[Tensor]) -> Iterator[FrameChunk]:
+        """`track_video` without `exclusive`."""
         clip_length = self.frames_per_clip
         pipeline = video_pipeline.VideoPipeline(self)  # Speed: CUDA graphs and streams
-        state, links = self.tracker.initial_state(streams=1), None
+        state = self.tracker.initial_state(streams=1)
         for frame_queries, features in pipeline.detect(video, clip_length):
             outputs, state = pipeline.track(frame_queries, clip_length, state)
-            if self.exclusive:
-                outputs, links = pipeline.link(frame_queries, outputs, features, links, top_k)
-            logits, kernels, gates = outputs
-            yield FrameChunk(logits, kernels, gates, features, pipeline.frame_size)
+            yield FrameChunk(*outputs, frame_queries, features, pipeline.frame_size)
 
     def detect_queries(self, frames: Tensor) -> tuple[Tensor, Tensor]:
         """Frames, uint8 (N, 3, H, W) -> frame queries (N, F, C) and features (N, C, h, w)."""
@@ -448,10 +450,11 @@ class GRAttVIS(nn.Module):
         all_links = [None] * len(states)
         if self.exclusive:
             inputs = [x.split(1) for x in (frame_queries, logits, kernels, features)]
-            linked = [
-                link_detections(self, *of_stream, state.links, top_k)
+            comparisons = [
+                Comparison(self, *of_stream, state.links, top_k)
                 for *of_stream, state in zip(*inputs, states)
             ]
+            linked = [comparison.assign() for comparison in comparisons]
             kernels, all_links = torch.cat([kernel for kernel, _ in linked]), [x for _, x in linked]
         masks = mask_logits(kernels, features)  # (B, Q, h, w)
         mask_sum, mask_area = self.mask_sum_and_area(resize_masks(masks, size))

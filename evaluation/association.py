@@ -30,7 +30,8 @@ Letters: I tracks and N detections of a frame, otherwise those of model.py.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -38,7 +39,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evaluation.postprocess import best_pairs, check_finite, class_probabilities, mask_sum_and_area
+from evaluation.postprocess import (
+    FrameChunk,
+    best_pairs,
+    check_finite,
+    class_probabilities,
+    mask_sum_and_area,
+)
+from fast.video_pipeline import INFERENCE_CHUNK, repeat_last
+from runtime.device import CopyToCPU, upload
 from transformer import mask_kernel, mask_logits
 
 if TYPE_CHECKING:
@@ -62,66 +71,142 @@ class Links:
 
 
 @torch.no_grad()
-def link_detections(
-    model: GRAttVIS,
-    frame_queries: Tensor,
-    logits: Tensor,
-    kernels: Tensor,
-    features: Tensor,
-    links: Links | None,
-    top_k: int,
-) -> tuple[Tensor, Links]:
-    """Replace the masks of the tracks by those of detections, in T consecutive frames.
+def link_chunks(model: GRAttVIS, chunks: Iterable[FrameChunk], top_k: int) -> Iterator[FrameChunk]:
+    """The chunks of a video with the masks of detections, see `Comparison`.
+
+    Speed: a chunk is assigned when the next one has been launched, so a GPU has work meanwhile.
+    Memory: INFERENCE_CHUNK frames are compared at once, since a chunk may be a whole video.
+    """
+    links = before = None
+    for chunk in chunks:
+        linked = None
+        if before is not None:
+            linked, links = before.assign()
+        before = ComparedChunk(model, chunk, links, top_k)
+        if linked is not None:
+            yield linked
+    yield before.assign()[0]
+
+
+class ComparedChunk:
+    """A chunk whose last frames have been compared, and all frames before them also linked."""
+
+    def __init__(self, model: GRAttVIS, chunk: FrameChunk, links: Links | None, top_k: int):
+        self.chunk = chunk
+        self.kernels = []
+        clip_length = len(chunk.mask_kernel) // len(chunk.logits)
+        logits = chunk.logits.repeat_interleave(clip_length, 0)
+        inputs = chunk.frame_queries, logits, chunk.mask_kernel, chunk.features
+        *earlier, last = zip(*(x.split(INFERENCE_CHUNK) for x in inputs))
+        for frames in earlier:
+            kernels, links = Comparison(model, *frames, links, top_k).assign()
+            self.kernels.append(kernels)
+        self.comparison = Comparison(model, *last, links, top_k)
+
+    def assign(self) -> tuple[FrameChunk, Links]:
+        """The chunk with linked mask kernels, and the links after it."""
+        kernels, links = self.comparison.assign()
+        return replace(self.chunk, mask_kernel=torch.cat((*self.kernels, kernels))), links
+
+
+class Comparison:
+    """The tracks and the detections of T consecutive frames, compared with each other.
 
     frame_queries (T, F, C), class logits (T, Q, K + 1), mask kernels (T, Q, C + 1) and features
-    (T, C, h, w) are those of the frames. links: what was returned for the frames before, or None.
-    top_k: the number of (query, class) pairs whose queries are tracks; others have no masks.
+    (T, C, h, w) are those of the frames. links: what `assign` returned for the frames before, or
+    None. top_k: the number of (query, class) pairs whose queries are tracks; others have no masks.
 
-    Returns mask kernels (T, Q, C + 1), and the links after the last frame. Raises
-    FloatingPointError if a class probability or a mask of a detection is not finite.
-
-    Speed: a GPU compares the masks of all frames at once, and is waited for once.
+    Speed: a GPU compares the masks of all frames at once; only `assign` waits for it.
     Memory: 0.6 GB with 12 frames of 200x350 at stride 4 and 200 queries, 0.1 GB of 90x160 and 100.
     """
-    probability = class_probabilities(logits)  # (T, Q, K)
-    if links is None:
-        count, size = kernels.shape[1], features.shape[-2:]
-        no_masks = features.new_zeros((count, *size), dtype=torch.bool)
-        no_queries = np.zeros((count, frame_queries.shape[-1]), np.float32)
-        links = Links(torch.zeros_like(probability[0]), no_masks, no_queries)
-    class_scores = torch.cat((links.class_scores[None], probability)).cummax(0).values[1:]
-    tracks = best_pairs(class_scores, top_k)[2]  # (T, I)
-    track_kernels = kernels.take_along_dim(tracks[..., None], 1)
-    track_probability = probability.amax(-1).take_along_dim(tracks, 1)
 
+    def __init__(
+        self,
+        model: GRAttVIS,
+        frame_queries: Tensor,
+        logits: Tensor,
+        kernels: Tensor,
+        features: Tensor,
+        links: Links | None,
+        top_k: int,
+    ):
+        if links is None:
+            links = no_links(logits, frame_queries, features)
+        probability = class_probabilities(logits)  # (T, Q, K)
+        class_scores = torch.cat((links.class_scores[None], probability)).cummax(0).values[1:]
+        tracks = best_pairs(class_scores, top_k)[2]  # (T, I)
+        track_probability = probability.amax(-1).take_along_dim(tracks, 1)
+        track_kernels = kernels.take_along_dim(tracks[..., None], 1)
+
+        def compare_tensors(*inputs: Tensor) -> tuple[Tensor, ...]:
+            return compare(model, *inputs)
+
+        inputs = frame_queries, features, track_kernels, track_probability
+        if features.is_cuda and len(features) > 1:  # then one CUDA graph serves all chunks
+            inputs = [repeat_last(x, INFERENCE_CHUNK) for x in inputs]
+        *tables, masks, detected_kernels = model.cuda_graphs(compare_tensors, *inputs, links.masks)
+        self.tables = CopyToCPU(tracks, *tables)
+        self.masks = masks
+        self.detected_kernels = detected_kernels
+        self.class_scores = class_scores[-1]
+        self.kernels = kernels
+        self.last_queries = links.queries
+
+    def assign(self) -> tuple[Tensor, Links]:
+        """Replace the masks of the tracks by those of the detections that are assigned to them.
+
+        Returns mask kernels (T, Q, C + 1), and the links after the last frame. Raises
+        FloatingPointError if a class probability or a mask of a detection is not finite.
+        """
+        last, last_queries, assigned = link_frames(*self.tables.wait(), self.last_queries)
+        device = self.kernels.device
+        last, assigned = (upload(torch.from_numpy(x), device) for x in (last, assigned))
+        frame, track, detection = assigned.T
+        kernels = torch.zeros_like(self.kernels)
+        kernels[..., -1] = NO_MASK
+        kernels[frame, track] = self.detected_kernels[frame, detection].to(kernels.dtype)
+        return kernels, Links(self.class_scores, self.masks[last], last_queries)
+
+
+def no_links(logits: Tensor, frame_queries: Tensor, features: Tensor) -> Links:
+    """The links before the first frame; arguments as for Comparison."""
+    count, classes = logits.shape[1], logits.shape[2] - 1
+    scores = torch.zeros(count, classes, device=logits.device)
+    masks = features.new_zeros((count, *features.shape[-2:]), dtype=torch.bool)
+    return Links(scores, masks, np.zeros((count, frame_queries.shape[-1]), np.float32))
+
+
+def compare(
+    model: GRAttVIS,
+    frame_queries: Tensor,
+    features: Tensor,
+    track_kernels: Tensor,
+    track_probability: Tensor,
+    last_masks: Tensor,
+) -> tuple[Tensor, ...]:
+    """What a Comparison computes on the GPU.
+
+    frame_queries (T, F, C), features (T, C, h, w); track_kernels (T, I, C + 1) and
+    track_probability (T, I), the largest class probability; last_masks (Q, h, w) as in Links.
+
+    Returns weighted_ious, quality, queries and ious as for `link_frames`; the masks that are the
+    rows of ious; and the mask kernels of the detections (T, N, C + 1).
+    """
     decoder, projection = model.frame_decoder, model.pixel_decoder.mask_features
-    detected_probability = class_probabilities(decoder.class_embed(frame_queries)).amax(-1)
-    count = min(MAX_DETECTIONS, frame_queries.shape[1])
-    detected_probability, indices = detected_probability.topk(count)  # (T, N)
+    probability = class_probabilities(decoder.class_embed(frame_queries)).amax(-1)
+    probability, indices = probability.topk(min(MAX_DETECTIONS, frame_queries.shape[1]))  # (T, N)
     queries = frame_queries.take_along_dim(indices[..., None], 1)
-    detected_kernels = mask_kernel(decoder.mask_embed(queries), projection)  # (T, N, C + 1)
-    detected_logits = mask_logits(detected_kernels, features)  # (T, N, h, w)
+    kernels = mask_kernel(decoder.mask_embed(queries), projection)
+    logits = mask_logits(kernels, features)  # (T, N, h, w)
+    detected_masks = logits > 0
+    track_masks = mask_logits(track_kernels, features) > 0
 
-    masks = detected_logits > 0
-    all_masks = torch.cat((links.masks, masks.flatten(0, 1)))  # (Q + T * N, h, w)
-    tables = (
-        tracks,
-        track_probability[..., None] * mask_ious(mask_logits(track_kernels, features) > 0, masks),
-        detection_quality(detected_probability, detected_logits),
-        F.normalize(queries.float(), dim=-1),
-        mask_ious(all_masks, masks.flatten(0, 1)).unflatten(1, indices.shape),
-    )
-    tables = [table.cpu().numpy() for table in tables]
-    last, last_queries, assigned = link_frames(*tables, links.queries)
-
-    last, assigned = (
-        torch.from_numpy(x).to(features.device, non_blocking=True) for x in (last, assigned)
-    )
-    frame, track, detection = assigned.T
-    linked_kernels = torch.zeros_like(kernels)
-    linked_kernels[..., -1] = NO_MASK
-    linked_kernels[frame, track] = detected_kernels[frame, detection].to(kernels.dtype)
-    return linked_kernels, Links(class_scores[-1], all_masks[last], last_queries)
+    weighted_ious = track_probability[..., None] * mask_ious(track_masks, detected_masks)
+    quality = detection_quality(probability, logits)
+    queries = F.normalize(queries.float(), dim=-1)
+    masks = torch.cat((last_masks, detected_masks.flatten(0, 1)))  # (Q + T * N, h, w)
+    ious = mask_ious(masks, detected_masks.flatten(0, 1)).unflatten(1, indices.shape)
+    return weighted_ious, quality, queries, ious, masks, kernels
 
 
 def detection_quality(probability: Tensor, logits: Tensor) -> Tensor:
@@ -159,14 +244,15 @@ def link_frames(
     tracks (T, I): queries; one may appear twice. weighted_ious (T, I, N): p * IoU, see above.
     quality (T, N) and queries (T, N, C) of the detections; a quality of 0 is no detection.
     ious (Q + T * N, T, N): of the last masks before these frames and all detections, with the
-    detections. last_queries (Q, C): the last frame queries before these frames.
+    detections. last_queries (Q, C): the last frame queries before these frames. All but tracks may
+    have more frames, which are not read.
 
     Returns the last masks (Q,), as rows of ious; the last frame queries (Q, C); and frame, track
     and detection of each assignment (number, 3). FloatingPointError if a quality is not finite.
     """
     from scipy.optimize import linear_sum_assignment  # Speed: importing it takes half a second
 
-    frames, detections = quality.shape
+    frames, detections = len(tracks), quality.shape[1]
     check_finite(torch.from_numpy(quality))  # otherwise NaN would be no detection
     weighted_ious = np.nan_to_num(weighted_ious)  # the scores of such tracks are checked later
     last, last_queries, assigned = np.arange(len(last_queries)), last_queries.copy(), []

@@ -77,6 +77,7 @@ class FrameChunk:
     logits: Tensor  # (G, Q, K + 1)
     mask_kernel: Tensor  # (T, Q, C + 1)
     gates: Tensor  # (T, D, Q) bool, True = open; D = 0 without a gate
+    frame_queries: Tensor  # (T, F, C)
     features: Tensor  # (T, C, h, w): mask logits are kernels applied to them
     frame_size: tuple[int, int]  # (height, width) before padding
 

@@ -56,7 +56,7 @@ class CUDAGraphCache:
     while the module last given to `check_module` has forward hooks, which a graph would not call.
     """
 
-    max_graphs = 3  # each holds its own memory
+    max_graphs = 5  # each holds its own memory
 
     def __init__(self):
         self.graphs: dict[tuple, CapturedGraph] = {}  # least recently used first

@@ -1,8 +1,7 @@
 """The loop over a video on a CUDA device: copies, detection and tracking at the same time.
 
 model.py says what is computed: for each chunk of frames, `detect_queries`, then `track`.
-`VideoPipeline` calls exactly these two functions, and `link_detections` with `exclusive`. What it
-adds on a CUDA device:
+`VideoPipeline` calls exactly these two functions. What it adds on a CUDA device:
 
     upload      frames are copied on a stream of their own while earlier ones are processed
     chunks      INFERENCE_CHUNK frames are detected at once; the last chunk is filled up with copies
@@ -22,7 +21,6 @@ import torch
 from torch import Tensor
 
 from batching import merge_to_multiples, split_video
-from evaluation.association import Links, link_detections
 from fast.streams import SideStream
 from tracker import TrackerState
 
@@ -84,31 +82,6 @@ class VideoPipeline:
             result = track(self.model, frame_queries, clip_length, state, self.chunk_size)
         self.track_stream.join()
         return result
-
-    def link(
-        self,
-        frame_queries: Tensor,
-        outputs: TrackOutput,
-        features: Tensor,
-        links: Links | None,
-        top_k: int,
-    ) -> tuple[TrackOutput, Links]:
-        """`link_detections` for the outputs of `track`, on the side stream, too.
-
-        It waits for the GPU, which detects the next chunk meanwhile. Memory: it takes a few frames
-        at once, since `track` may have taken a whole video.
-        """
-        linked = []
-        with self.track_stream:
-            logits, kernels, gates = outputs
-            per_frame = logits.repeat_interleave(len(kernels) // len(logits), 0)
-            inputs = frame_queries, per_frame, kernels, features
-            for some_frames in zip(*(x.split(INFERENCE_CHUNK) for x in inputs)):
-                some_kernels, links = link_detections(self.model, *some_frames, links, top_k)
-                linked.append(some_kernels)
-            kernels = torch.cat(linked)
-        self.track_stream.join()
-        return (logits, kernels, gates), links
 
 
 def detect_queries(model: GRAttVIS, frames: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 import os
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -70,3 +71,19 @@ def choose_amp(name: str, device: torch.device, training: bool = False) -> tuple
 def upload(x: Tensor, device: torch.device) -> Tensor:
     """A CPU tensor on the device, from pinned memory, so that nothing waits for the copy."""
     return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+
+
+class CopyToCPU:
+    """Tensors that are copied to the CPU while their GPU continues."""
+
+    def __init__(self, *tensors: Tensor):
+        self.copies = [tensor.to("cpu", non_blocking=True) for tensor in tensors]
+        self.copied = None
+        if tensors[0].is_cuda:
+            self.copied = torch.cuda.current_stream(tensors[0].device).record_event()
+
+    def wait(self) -> list[np.ndarray]:
+        """The tensors as arrays."""
+        if self.copied:
+            self.copied.synchronize()
+        return [copy.numpy() for copy in self.copies]

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from evaluation.association import (
+    Comparison,
     detection_quality,
     distinct_detections,
-    link_detections,
     link_frames,
     mask_ious,
 )
@@ -132,11 +132,11 @@ def test_frames_one_by_one(model):
     frame_queries, features = model.detect_queries(frames)
     state = model.tracker.initial_state(streams=1)
     (logits, kernels, _), _ = video_pipeline.track(model, frame_queries, 1, state)
-    together, last = link_detections(model, frame_queries, logits, kernels, features, None, 5)
+    inputs = frame_queries, logits, kernels, features
+    together, last = Comparison(model, *inputs, None, 5).assign()
     links = None
     for t in range(4):
-        parts = (x[t : t + 1] for x in (frame_queries, logits, kernels, features))
-        alone, links = link_detections(model, *parts, links, 5)
+        alone, links = Comparison(model, *(x[t : t + 1] for x in inputs), links, 5).assign()
         torch.testing.assert_close(alone[0], together[t])
         linked = alone[0][alone[0, :, -1] > -100]
         assert len(linked) == len(linked.unique(dim=0))
@@ -228,10 +228,10 @@ def test_a_whole_video_is_linked_a_few_frames_at_a_time(many_detections, monkeyp
 
     def record(model, frame_queries, *others):
         lengths.append(len(frame_queries))
-        return link_detections(model, frame_queries, *others)
+        return Comparison(model, frame_queries, *others)
 
-    monkeypatch.setattr("fast.video_pipeline.INFERENCE_CHUNK", 2)
-    monkeypatch.setattr("fast.video_pipeline.link_detections", record)
+    monkeypatch.setattr("evaluation.association.INFERENCE_CHUNK", 2)
+    monkeypatch.setattr("evaluation.association.Comparison", record)
     assert torch.equal(model.segment_video(frames).masks, expected.masks)
     assert lengths == [2, 2, 1]
 
@@ -251,11 +251,11 @@ def test_a_frame_has_the_logits_of_its_clip(monkeypatch):
     model.exclusive = True
     seen = []
 
-    def record(model, frame_queries, logits, kernels, features, links, top_k):
+    def record(model, frame_queries, logits, *others):
         seen.append(logits)
-        return kernels, links
+        return Comparison(model, frame_queries, logits, *others)
 
-    monkeypatch.setattr("fast.video_pipeline.link_detections", record)
+    monkeypatch.setattr("evaluation.association.Comparison", record)
     take_chunks(monkeypatch)
     torch.manual_seed(0)
     (chunk,) = model.track_video(torch.randint(0, 256, (4, 3, 32, 48), dtype=torch.uint8))
