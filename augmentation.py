@@ -17,23 +17,12 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
+from batching import short_side_size
+
 MAX_CROP_LONG_SIDE = 1333  # pixels, of the image that is cropped
 ROTATION_CENTRE = (0.4, 0.6)  # range of the centre, as a share of height and width
 LSJ_SCALES = (0.1, 2.0)  # range of the large-scale jitter
 LSJ_PADDING = 128  # grey level
-
-
-def short_side_size(
-    height: int, width: int, short_side: int, max_long_side: int
-) -> tuple[int, int]:
-    """(height, width) with the given short side, or smaller to respect max_long_side.
-
-    Both are at least one pixel.
-    """
-    scale = short_side / min(height, width)
-    if max(height, width) * scale > max_long_side:
-        scale = max_long_side / max(height, width)
-    return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 
 
 @dataclass

@@ -19,6 +19,19 @@ def padded_size(height: int, width: int) -> tuple[int, int]:
     return tuple(math.ceil(side / SIZE_DIVISOR) * SIZE_DIVISOR for side in (height, width))
 
 
+def short_side_size(
+    height: int, width: int, short_side: int, max_long_side: int
+) -> tuple[int, int]:
+    """(height, width) with the given short side, or smaller to respect max_long_side.
+
+    Both are at least one pixel.
+    """
+    scale = short_side / min(height, width)
+    if max(height, width) * scale > max_long_side:
+        scale = max_long_side / max(height, width)
+    return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
+
+
 def check_frame(frame: Tensor) -> None:
     """Raise ValueError unless the frame is a uint8 tensor (3, H, W)."""
     if not isinstance(frame, Tensor):

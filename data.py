@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from augmentation import short_side_size
+from batching import short_side_size
 from reading.annotations import read_annotations, read_categories
 from reading.id_masks import convert, read_classes
 from reading.ids import EntryName, Id, id_key, id_order
@@ -349,8 +349,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     """Write the data set that the command line describes."""
-    args = parse_arguments()
     with cli_errors():
+        args = parse_arguments()
         if args.from_masks:
             classes = read_classes(args.classes, args.class_name)
             convert(

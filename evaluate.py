@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from augmentation import short_side_size
+from batching import short_side_size
 from checkpoint import SHIPPED_WEIGHTS, default_short_side, model_from_checkpoint
 from data import Video, VideoSet, read_frame
 from deform_attn import implementation

@@ -7,6 +7,7 @@ Errors that a user can fix are raised as InputError. Anything else is a bug and 
 """
 
 import errno
+import gc
 import os
 import reprlib
 import sys
@@ -37,6 +38,7 @@ def cli_errors() -> Iterator[None]:
     These are InputError, FloatingPointError, and OSError with a file name. SIGINT and SIGTERM also
     print one sentence, and exit with status 130 and 143.
     """
+    gc.freeze()  # Speed: otherwise, searching all modules for garbage delays exit by 0.3 to 0.8 s
     with open_streams():
         try:
             with stop_signals():

@@ -1,4 +1,7 @@
-"""The style of the code: what ruff says, in the version of requirements-dev.txt."""
+"""The style of the code: what ruff says, in the version of requirements-dev.txt.
+
+Also, that programs start without slow packages that they may not need.
+"""
 
 import re
 import subprocess
@@ -30,3 +33,12 @@ def test_ruff_finds_nothing(command):
         text=True,
     )
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "program, package", [("data", "torchvision"), ("evaluate", "scipy"), ("demo", "scipy")]
+)
+def test_programs_start_without_slow_packages(program, package):
+    script = f"import sys, {program}; sys.exit({package!r} in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY).returncode == 0

@@ -19,14 +19,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from pycocotools import mask as rle
-from scipy.ndimage import binary_erosion
 
 from data import read_frame
 from evaluation.causes import BACKGROUND_IOU, CAUSES, NONE, Explanation
 from evaluation.linking import different_tracks
 from evaluation.overlaps import VideoOverlaps, track_rles
 from runtime.errors import InputError
-from viewing.overlays import LUMA, colour_of, draw_label, strip_colours
+from viewing.overlays import LUMA, colour_of, draw_label, outline, strip_colours
 
 PANEL_SIDE = 240  # pixels, the longest side of either half
 GAP = 4  # pixels between the halves
@@ -206,7 +205,7 @@ def draw_panel(frame: np.ndarray, tracks: list[tuple], t: int) -> Image.Image:
         columns = np.arange(width) * mask.shape[1] // width
         mask = mask[rows[:, None], columns].astype(bool)
         canvas[mask] = (canvas[mask] + np.array(colour, np.float32)) / 2
-        canvas[mask & ~binary_erosion(mask, iterations=2)] = colour
+        canvas[outline(mask)] = colour
         if mask.any():
             corner = int(mask.any(0).argmax()), int(mask.any(1).argmax())
             corners.append((corner, colour, caption))

@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from pycocotools import mask as rle
-from scipy.ndimage import binary_erosion
 from tqdm import tqdm
 
 from evaluation.postprocess import EncodedVideo, VideoResult
@@ -80,7 +79,7 @@ def overlay(
         mask = enlarged(mask, scale)
         colour = np.array(colour_of(track), np.float32)
         canvas[mask] = (canvas[mask] + colour) / 2
-        canvas[mask & ~binary_erosion(mask, iterations=2)] = colour
+        canvas[outline(mask)] = colour
         rows, columns = mask.any(1).nonzero()[0], mask.any(0).nonzero()[0]
         corners.append((int(columns[0]), int(rows[0])) if len(rows) else None)
     picture = Image.fromarray(canvas.astype(np.uint8))
@@ -88,6 +87,13 @@ def overlay(
         if corner and caption:
             draw_caption(picture, corner, caption, colour_of(track))
     return picture
+
+
+def outline(mask: np.ndarray) -> np.ndarray:
+    """The pixels of a mask, bool (H, W), that are at most two steps from its background."""
+    from scipy.ndimage import binary_erosion  # Speed: importing it takes 0.3 s
+
+    return mask & ~binary_erosion(mask, iterations=2)
 
 
 def enlarged(array: np.ndarray, scale: int) -> np.ndarray:
