@@ -39,6 +39,7 @@ from runtime.errors import TOO_MANY_FILES, InputError
 from runtime.stopping import Stopped, stop_requested
 
 ALIGNMENT = 64  # bytes, of each tensor in a block: a cache line
+NICENESS = 10  # of workers, relative to the main process
 SHARED_MEMORY = "/dev/shm"
 FILES_PER_WORKER, OTHER_FILES = 8, 32  # file descriptors, with a margin
 MORE_SHARED_MEMORY = (
@@ -195,6 +196,9 @@ def read_ahead(
 
 def start_worker(_worker: int) -> None:
     """Initialise a worker."""
+    # The main process comes first: a GPU waits for it, and workers load batches ahead.
+    if hasattr(os, "nice"):
+        os.nice(NICENESS)
     # Signals to the process group are handled by the main process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):

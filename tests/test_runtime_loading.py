@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from processes import ENVIRONMENT
 from runtime.errors import InputError
-from runtime.loading import PackedBatch, choose_workers, read_ahead
+from runtime.loading import NICENESS, PackedBatch, choose_workers, read_ahead
 
 CPU = torch.device("cpu")
 
@@ -128,6 +128,21 @@ def test_the_death_of_a_worker_is_one_sentence(number):
 def test_a_signal_to_all_processes_does_not_kill_workers(number):
     """The main process decides: it may need the batches that are on their way."""
     assert len(list(read_ahead(Dying(number), 1, CPU))) == 4
+
+
+class Niceness(Dataset):
+    """The niceness of the process that loads."""
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        return os.nice(0)
+
+
+def test_workers_give_way_to_the_main_process():
+    (niceness,) = read_ahead(Niceness(), 1, CPU)
+    assert niceness == min(os.nice(0) + NICENESS, 19)  # the highest
 
 
 class Unsendable(Dataset):
