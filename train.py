@@ -172,9 +172,7 @@ def set_up(
     model.to(device, memory_format=memory_format).train()
     model.pixel_decoder.recompute = args.recompute != "off"
     model.backbone.recompute = args.recompute == "all"
-    # Several processes have not been tested on GPUs, so there they must be asked for.
-    graphs = not started() if args.graphs is None else args.graphs
-    accelerate_training(model, amp_dtype, args.compile, graphs)
+    accelerate_training(model, amp_dtype, args.compile, args.graphs)
 
 
 def make_network(

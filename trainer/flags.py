@@ -377,9 +377,9 @@ def add_optimisation_flags(add) -> None:
     add(
         "--graphs",
         action=SWITCH,
+        default=True,
         help="launch the tracker (forward and backward) and a frozen detector as CUDA graphs "
-        "instead of thousands of kernels: on a GPU in 16 bit, without --compile (default: with one "
-        "process)",
+        "instead of thousands of kernels: on a GPU in 16 bit, without --compile",
     )
 
 
