@@ -4,7 +4,7 @@
     fold_frozen_resnet(model.backbone, torch.bfloat16)  # in place, for training
 
 fast/acceleration.py calls them. The plain network is backbone.py, which it equals up to
-rounding (tests/test_backbone.py), except that cuDNN's ReLU may turn NaN into 0.
+rounding (tests/test_backbone.py).
 
 Source: torch.nn.utils.fusion and cuDNN's fused convolutions.
 """

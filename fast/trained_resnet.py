@@ -12,9 +12,6 @@ network also keeps the input of each norm. Weights stay where they are, so check
 change. The constants are computed once, and after `load_state_dict`: move the model to its device
 before. The plain network is backbone.py, which this equals up to rounding (tests/test_backbone.py,
 tests/test_gpu.py). It runs if modules or their code have been exchanged.
-
-cuDNN's ReLU may turn NaN into 0, so the loss may not show NaN that arises within the network. Its
-weights are checked when they are saved, and its gradients in every step.
 """
 
 from functools import partial

@@ -25,6 +25,7 @@ from fast.fused_modules import (
 )
 from fast.fused_sampling import fused_sample_features
 from fast.half_precision import HalfLinear, LinearReLU, cast_weights
+from fast.trained_resnet import fuse_trained_resnet
 from fast.training_graphs import graph_tracker
 from golden_set import PROPAGATION, golden_model, make_video, meta, read_arrays, relative_error
 from losses import Criterion
@@ -438,6 +439,29 @@ def test_a_frozen_resnet_runs_as_a_folded_copy():
 def test_a_trained_resnet_runs_in_fused_kernels(recompute):
     error, fused_error = errors_in_16_bit("resnet50", "cuda", recompute)
     assert 0 < fused_error < 1.2 * error
+
+
+@pytest.mark.parametrize("weight", ["conv1.weight", "layer2.0.conv2.weight", "layer4.0.bn2.bias"])
+def test_nan_in_a_fused_resnet_is_noticed(weight):
+    """cuDNN's ReLU keeps NaN, so it reaches the maps in training and the scores in inference."""
+    torch.manual_seed(0)
+    model = build_model("toy", 3, backbone="resnet10", norm="frozen").cuda()
+    model.to(memory_format=torch.channels_last)
+    parts = dict(model.backbone.named_parameters()) | dict(model.backbone.named_buffers())
+    with torch.no_grad():
+        parts[weight].view(-1)[0] = torch.nan
+    frames = torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8)
+
+    trained = copy.deepcopy(model).train()
+    fuse_trained_resnet(trained.backbone, torch.bfloat16)
+    with torch.autocast("cuda", torch.bfloat16):
+        maps = trained.backbone(trained.prepare(frames))
+    assert not maps[-1].isfinite().all()
+
+    model.accelerate(torch.float16)
+    assert isinstance(model.backbone, FusedResNet)
+    with pytest.raises(FloatingPointError), torch.autocast("cuda", torch.float16):
+        model.encode_video(frames)
 
 
 @torch.no_grad()
