@@ -37,6 +37,7 @@ from checkpoint import SHIPPED_WEIGHTS, default_short_side, model_from_checkpoin
 from data import at_test_size, read_categories
 from deform_attn import implementation
 from evaluation.duplicates import distinct_in_frame, drop_duplicates
+from evaluation.flags import add_exclusive_flag
 from evaluation.postprocess import EncodedVideo, FrameTracks, check_finite
 from model import PRESETS, GRAttVIS
 from reading.sources import check_read_twice, check_size, is_scene, read_frames
@@ -109,12 +110,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="print the tracks of each frame as it arrives; writes nothing",
     )
-    add(
-        "--exclusive",
-        action="store_true",
-        help="give each detection of a frame to one track, whose mask it becomes: fewer identity "
-        "switches; not in the paper",
-    )
+    add_exclusive_flag(add)
     add("--device", default="auto", help="auto, cpu, cuda")
     add(
         "--amp",

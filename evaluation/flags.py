@@ -79,15 +79,20 @@ def add_data_flags(add) -> None:
     add("--max-long-side", type=at_least(1), default=1333, help="pixels")
 
 
-def add_result_flags(add) -> None:
-    """Flags for results, pictures and metrics."""
-    add("--top-k", type=at_least(1), default=10, help="instances per video (official: 10, OVIS 20)")
+def add_exclusive_flag(add) -> None:
+    """--exclusive, also of demo.py."""
     add(
         "--exclusive",
         action="store_true",
         help="give each detection of a frame to one track, whose mask it becomes: fewer identity "
         "switches; not in the paper",
     )
+
+
+def add_result_flags(add) -> None:
+    """Flags for results, pictures and metrics."""
+    add("--top-k", type=at_least(1), default=10, help="instances per video (official: 10, OVIS 20)")
+    add_exclusive_flag(add)
     add(
         "--output",
         help="folder to write (default: evaluation/ next to the weights; for the shipped weights, "
