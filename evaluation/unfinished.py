@@ -37,6 +37,8 @@ class Unfinished:
             save_json(path, setting)
             return
         before = read_json(path)
+        if not isinstance(before, dict):
+            raise InputError(f"{path} does not hold a setting: remove {folder}")
         differing = [name for name in setting | before if setting.get(name) != before.get(name)]
         if differing:
             raise InputError(
@@ -69,14 +71,20 @@ class Unfinished:
     def load(self, video: Video) -> EncodedVideo:
         """The results of a video, with exactly the numbers that were saved."""
         contents = read_json(self.path(video))
-        gates = torch.tensor(contents["gates"], dtype=torch.bool)
-        return EncodedVideo(
-            scores=torch.tensor(contents["scores"], dtype=torch.float64),
-            labels=torch.tensor(contents["labels"]),
-            track_ids=torch.tensor(contents["track_ids"]),
-            segmentations=contents["segmentations"],
-            gates=gates.view(contents["gates_shape"]),
-        )
+        try:
+            gates = torch.tensor(contents["gates"], dtype=torch.bool)
+            return EncodedVideo(
+                scores=torch.tensor(contents["scores"], dtype=torch.float64),
+                labels=torch.tensor(contents["labels"]),
+                track_ids=torch.tensor(contents["track_ids"]),
+                segmentations=contents["segmentations"],
+                gates=gates.view(contents["gates_shape"]),
+            )
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise InputError(
+                f"{self.path(video)} does not hold the results of a video ({error!r}): remove it, "
+                "and the same command segments that video again"
+            ) from error
 
     def collect(self, videos: list[Video]) -> None:
         """Copy the results that other machines wrote to folders of their own to rank 0."""

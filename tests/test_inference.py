@@ -316,6 +316,20 @@ def test_results_of_another_setting_are_refused(tmp_path, change, named):
     assert Unfinished(tmp_path, SETTING).remaining(everything) == []  # and stay as they were
 
 
+@pytest.mark.parametrize(
+    "content", ["[]", "{}", '{"gates": 1, "gates_shape": [3]}', '{"scores": "a"}']
+)
+def test_results_of_another_form_are_refused(tmp_path, content):
+    (video,) = blank_videos(3)
+    unfinished = Unfinished(tmp_path, SETTING)
+    unfinished.path(video).write_text(content)
+    with pytest.raises(InputError, match="does not hold the results of a video"):
+        unfinished.load(video)
+    (tmp_path / "setting.json").write_text("[]")
+    with pytest.raises(InputError, match="does not hold a setting"):
+        Unfinished(tmp_path, SETTING)
+
+
 @pytest.mark.parametrize("count", [0, 1, 2, 5])
 def test_joined_results_are_one_list_in_the_order_of_the_videos(tmp_path, count):
     everything = blank_videos(*[1] * count)
