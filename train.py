@@ -184,12 +184,11 @@ def make_network(
     # The memory of a single clip is written but never read, so its weights get no gradient, which
     # DDP must be told.
     unread_memory = model.tracker.use_memory and args.frames <= args.clip_length
-    return DistributedDataParallel(
-        model,
-        [device] if device.type == "cuda" else None,
-        broadcast_buffers=not has_frozen_norms(model.backbone),  # those are constants
-        find_unused_parameters=unread_memory,
-    )
+    devices = [device] if device.type == "cuda" else None
+    network = DistributedDataParallel(model, devices, find_unused_parameters=unread_memory)
+    if has_frozen_norms(model.backbone):  # whose buffers are constants
+        network.broadcast_buffers = False
+    return network
 
 
 def make_criterion(args: argparse.Namespace, num_classes: int) -> Criterion:
