@@ -24,7 +24,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack, closing
 from pathlib import Path
 from unittest.mock import patch
@@ -61,18 +61,18 @@ STAGES = (
 )
 
 
+def make_scene(number: int) -> tuple[np.ndarray, list]:
+    """Frames and instances of a video."""
+    generator = np.random.default_rng(number)
+    images, instances = make_video(generator, FRAMES, HEIGHT, WIDTH, (OBJECTS, OBJECTS))
+    for image in images:  # one by one, for the memory of the noise
+        image[:] = (image + generator.normal(0, NOISE, image.shape)).round().clip(0, 255)
+    return images, instances
+
+
 def make_set(root: Path, videos: int) -> None:
     """Write the train split of a data set."""
-
-    def scenes() -> Iterator[tuple[np.ndarray, list]]:
-        for number in range(videos):
-            generator = np.random.default_rng(number)
-            images, instances = make_video(generator, FRAMES, HEIGHT, WIDTH, (OBJECTS, OBJECTS))
-            for image in images:  # one by one, for the memory of the noise
-                image[:] = (image + generator.normal(0, NOISE, image.shape)).round().clip(0, 255)
-            yield images, instances
-
-    write_split(root, "train", scenes())
+    write_split(root, "train", map(make_scene, range(videos)))
 
 
 def describe_set(root: Path) -> dict:
