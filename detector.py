@@ -1,6 +1,6 @@
 """The detector: backbone maps of a frame -> pixel decoder -> frame decoder.
 
-Paper: Mask2Former (arXiv 2112.01527), sections 3.1 and 3.2; Deformable DETR (2010.04159) for the
+Paper: Mask2Former (arXiv 2112.01527), sections 3.2 and 4.1; Deformable DETR (2010.04159) for the
 encoder of the pixel decoder. Upstream: mask2former/modeling/pixel_decoder/msdeformattn.py and
 vita/modeling/transformer_decoder/vita_mask2former_transformer_decoder.py. Shape letters are
 declared in model.py. Frames are independent: N is a batch of them.
@@ -104,7 +104,7 @@ class DeformableEncoderLayer(nn.Module):
 
 
 class PixelDecoder(nn.Module):
-    """Deformable encoder over strides 32, 16, 8 and an FPN step to stride 4 (section 3.1)."""
+    """Deformable encoder over strides 32, 16, 8 and an FPN step to stride 4 (section 4.1)."""
 
     recompute = False  # Memory: recompute activations in backward
 
@@ -173,7 +173,7 @@ class PixelDecoder(nn.Module):
 
 
 class AttentionMask(nn.Module):
-    """Masked attention (section 3.2.1): attend to where the last mask is foreground."""
+    """The mask of masked attention (section 3.2.1): attend inside the previous layer's mask."""
 
     @torch.no_grad()
     def forward(self, kernel: Tensor, features: Tensor, size: tuple[int, int]) -> Tensor:
@@ -231,7 +231,7 @@ class FrameDecoderLayer(nn.Module):
 
 
 class FrameDecoder(nn.Module):
-    """Mask2Former's decoder: each layer attends to one level, within a mask (section 3.2)."""
+    """Mask2Former's decoder: layers attend to the levels in turn, within masks (section 3.2)."""
 
     def __init__(
         self,
@@ -253,7 +253,7 @@ class FrameDecoder(nn.Module):
         self.query_embed = nn.Embedding(queries, channels)  # positions of queries
         self.level_embed = nn.Embedding(3, channels)  # added to keys and values
         self.class_embed = nn.Linear(channels, num_classes + 1)  # class logits
-        self.mask_embed = MLP(channels, channels)  # mask embeddings
+        self.mask_embed = MLP(channels)  # mask embeddings
 
     def forward(
         self, levels: list[Tensor], features: Tensor, mask_projection: nn.Conv2d
@@ -263,33 +263,28 @@ class FrameDecoder(nn.Module):
         levels: of strides [32, 16, 8]. features: the FPN map (N, C, h, w). mask_projection: the
         layer `mask_features` of the pixel decoder, see `mask_kernel`.
 
-        Returns predictions and the frame queries (L, N, F, C) of the last L layers, normed. A
-        prediction is class logits (N, F, K + 1) and mask kernels (N, F, C + 1), see `mask_kernel`.
-        In training there is one before the first layer and one after each, otherwise only the last.
+        Returns `predictions` and `queries` of FrameOutput.
         """
-        inputs = []  # of each level: keys, values, features for masks, size
         sizes = [tuple(level.shape[-2:]) for level in levels]
-        sources = features_for_masks(features, sizes)
-        for level, embed, source, size in zip(levels, self.level_embed.weight, sources, sizes):
-            value = to_tokens(level) + embed
-            key = value + to_tokens(self.sine_position(level))
-            inputs.append((key, value, source, size))
+        mask_inputs = features_for_masks(features, sizes)
+        values = [to_tokens(level) + embed for level, embed in zip(levels, self.level_embed.weight)]
+        keys = [x + to_tokens(self.sine_position(level)) for x, level in zip(values, levels)]
         x = self.query_feat.weight.expand(len(features), -1, -1)
         query_pos = self.query_embed.weight
         output, kernel = self.mask_head(x, mask_projection)
         outputs, kernels = [output], [kernel]
         for index, layer in enumerate(self.layers):
-            key, value, source, size = inputs[index % len(inputs)]
-            mask = self.attention_mask(kernel, source, size)
-            x = layer(x, query_pos, key, value, mask)
+            level = index % len(levels)  # strides 32, 16, 8, 32, ...
+            mask = self.attention_mask(kernel, mask_inputs[level], sizes[level])
+            x = layer(x, query_pos, keys[level], values[level], mask)
             output, kernel = self.mask_head(x, mask_projection)
             outputs.append(output)
             kernels.append(kernel)
 
-        tracked = outputs[1:]  # outputs[0] are the learned queries, the same in every frame
-        tracked = tracked[-TRACKED_LAYERS:] if self.training else tracked[-1:]
+        # outputs[0] are the learned queries, the same in every frame: they are not tracked.
+        tracked = outputs[1:][-TRACKED_LAYERS:]
         if not self.training:
-            outputs, kernels = outputs[-1:], kernels[-1:]
+            tracked, outputs, kernels = tracked[-1:], outputs[-1:], kernels[-1:]
         predictions = [
             (self.class_embed(output), kernel) for output, kernel in zip(outputs, kernels)
         ]

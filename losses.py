@@ -1,17 +1,16 @@
-"""The losses of a training step: what the matched queries have to learn, in all frames and clips.
+"""The losses of a training step, over all frames and clips.
 
-A matched query learns the class and the mask of its instance. Every other query, and that of an
-instance while it is invisible, learns "no object".
+A matched query learns the class and the mask of its instance. Unmatched queries, and those of
+instances that are invisible in the clip, learn "no object".
 
 To add a loss, write a function (predictions, targets, matches) -> (total, count), both of shape
 (G, R), or (G, L) for a clip loss of the last decoder layer alone. Give it a name and a weight in
 the table of `Criterion.__init__`. The loss is weight * total / count, and what is minimised is the
 plain sum over clips, layers and losses.
 
-Counts are averaged over processes, as DDP averages the gradients: the loss is then the mean over
-the instances of all processes. As upstream, a mean count below 1 is taken as 1. Without instances
-the mask, dice and similarity losses are 0, and with less than one instance per process they are
-below the mean. (An instance of a clip counts L times, so there the limit is 1 / L.)
+Counts are averaged over processes, and DDP averages the gradients, so the loss is the mean over the
+instances of all processes. As upstream, this average count is clamped to at least 1. (In clips, an
+instance counts once for each of the L detector layers.)
 
 Paper: Mask2Former (2112.01527) section 3.3, GenVIS (2211.08834) section 3.3, VITA (2206.04403)
 section 3.3 for the similarity loss. Upstream: mask2former/modeling/criterion.py,
@@ -37,7 +36,6 @@ from matcher import (
     clip_predictions,
     dice,
     frame_predictions,
-    full_precision,
     match,
     matching_costs,
     mean_per_clip,
@@ -48,7 +46,7 @@ from matcher import (
     uncertain_points,
 )
 from model import TrainingOutput
-from transformer import mask_logits
+from transformer import full_precision, mask_logits
 
 GATE_LOSSES = ("logits", "released")
 SIMILARITY_SPANS = ("clip", "video")
@@ -212,15 +210,8 @@ class Criterion:
         sums = []
         for name, (function, weight) in self.frame_losses.items():
             total, count = function(predictions, targets, matches)  # (T, R)
-            sums.append(
-                LossSum(
-                    f"loss_{name}",
-                    "",
-                    weight,
-                    total.sum(0, keepdim=True),
-                    count.sum(0, keepdim=True),
-                )
-            )
+            total, count = total.sum(0, keepdim=True), count.sum(0, keepdim=True)  # (1, R)
+            sums.append(LossSum(f"loss_{name}", "", weight, total, count))
         return sums
 
     def clip_sums(
@@ -269,18 +260,12 @@ class Criterion:
         within a stream (one detector layer, one video). They are ordered, and each query is also
         paired with itself. Returns (G, L), or (1, L) with span "video".
         """
-        detector_layers = predictions.clip_embed.shape[1]
-        frame_query_of = matches.frames.query_of[:, -detector_layers:]
-        clip_query_of = matches.query_of[:, -detector_layers:]
-        embed = torch.cat(
-            (
-                gather_queries(predictions.frame_embed, frame_query_of),
-                gather_queries(predictions.clip_embed, clip_query_of),
-            )
-        )
-        matched = torch.cat(
-            (matches.frames.matched[:, -detector_layers:], matches.matched[:, -detector_layers:])
-        )
+        frames = matches.frames
+        last = slice(-predictions.clip_embed.shape[1], None)  # the L predictions of the last layer
+        frame_embed = gather_queries(predictions.frame_embed, frames.query_of[:, last])
+        clip_embed = gather_queries(predictions.clip_embed, matches.query_of[:, last])
+        embed = torch.cat((frame_embed, clip_embed))  # (T + G, L, B, I, C)
+        matched = torch.cat((frames.matched[:, last], matches.matched[:, last]))
         # A stream has M = (T + G) * I embeddings, one per frame or clip and instance.
         frames_and_clips, instances = len(embed), embed.shape[3]
         embed = embed.permute(1, 2, 0, 3, 4).flatten(2, 3)  # (L, B, M, C)
@@ -357,8 +342,8 @@ def gate_bce(
     # (G, D, gates of a decoder layer, L, B, Q): one gate, unless changed as in docs/extending.md.
     values = predictions.gate_values.unflatten(1, (target.shape[1], -1, detector_layers))
     loss = F.binary_cross_entropy_with_logits(values, target.expand_as(values), reduction="none")
-    total = loss.sum((2, 4, 5)).flatten(1)
-    return total, torch.full_like(total, loss[0, 0, :, 0].numel())
+    total = loss.sum((2, 4, 5)).flatten(1)  # (G, D * L)
+    return total, torch.full_like(total, loss.numel() // total.numel())
 
 
 # Masks at points
@@ -461,9 +446,9 @@ def average_over_processes(counts: list[Tensor]) -> list[Tensor]:
 
 
 def named(values: Tensor, name: str, suffix: str) -> dict[str, Tensor]:
-    """Scalars {name} of losses (clips, layers).
+    """Split losses (clips, layers) into {name: scalar}.
 
-    Layers are numbered, except the last; {} in the suffix takes the number of the clip.
+    Layers are numbered, except the last; {} in the suffix is the number of the clip.
     """
     clips, layers = values.shape
     numbers = [*(f"_{layer}" for layer in range(layers - 1)), ""]

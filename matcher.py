@@ -1,9 +1,8 @@
-"""Matching: which query answers for which instance.
+"""Hungarian matching: assigns a query to each instance.
 
-The queries of a frame are matched for every frame anew (Mask2Former). Those of the tracker are
-matched with identities kept (GenVIS): an instance is matched in the clip in which it first appears,
-and keeps that query to the end of the video. A video read as one clip (VITA) is the special case of
-a single clip.
+Frame queries are matched in every frame independently (Mask2Former). Tracker queries keep
+identities (GenVIS): an instance is matched in the clip in which it first appears, and keeps that
+query to the end of the video. VITA is the special case of a single clip, the whole video.
 
 One function serves both, with the shape letters of model.py and
 
@@ -41,14 +40,14 @@ from clips import Clip
 from model import TrainingOutput
 from runtime.device import CopyToCPU, upload
 from tracker import ClipPrediction
+from transformer import full_precision
 
-# Of giving a new instance the query of a visible one; also for costs that are not finite.
-FORBIDDEN_COST = 1e6
+FORBIDDEN_COST = 1e6  # of the query of another visible instance; replaces NaN and infinite costs
 
 
 @dataclass
 class Targets:
-    """Ground truth of a batch, padded to I instances, which are nowhere visible, and in size."""
+    """Ground truth of a batch, padded to I instances (never visible) and to one mask size."""
 
     labels: Tensor  # (B, I) int64, 0..K - 1
     visible: Tensor  # (B, T, I) bool, True = the instance has pixels in the frame
@@ -231,14 +230,14 @@ def sample_features(features: Tensor, points: Tensor) -> Tensor:
 def matching_costs(
     predictions: Predictions,
     targets: Targets,
-    count: int,
+    num_points: int,
     weights: dict[str, float],
     sample_features: Callable[[Tensor, Tensor], Tensor] = sample_features,
 ) -> Tensor:
-    """Costs (G, R, B, Q, I) of giving a query to an instance, from masks at `count` points.
+    """Costs (G, R, B, Q, I) of giving a query to an instance, from masks at random points.
 
     Equal to sampling the mask logits e . f of every query. Sampling is linear, so the features f
-    are sampled instead, once for all R predictions. One video at a time, to save memory.
+    are sampled instead, once for all R predictions. Memory: one video at a time.
 
     sample_features: this function, or the same in one kernel (fast/fused_sampling.py).
     """
@@ -248,7 +247,7 @@ def matching_costs(
         kernel = predictions.mask_kernel[:, :, video]
         kernel = kernel[clip_of]  # (T, R, Q, C + 1)
         # All frames of a clip have the same points.
-        points = random_points(len(predictions.logits), count, kernel)
+        points = random_points(len(predictions.logits), num_points, kernel)
         points = points[clip_of]  # (T, P, 2)
         truth = targets.masks[video].to(points.dtype)
         truth = sample_at(truth, points)  # (T, I, P)
@@ -361,35 +360,42 @@ def match_clip(
 def match(
     costs: np.ndarray, predictions: Predictions, targets: Targets, keep_identities: bool
 ) -> Matches:
-    """Match by costs (G, R, B, Q, I): with identities kept over clips, or every clip anew."""
-    clips, rows, batch, queries, instances = costs.shape
+    """Match by costs (G, R, B, Q, I), keeping identities over clips or each clip independently."""
+    clips, layers, batch, _, instances = costs.shape
     visible = visible_in_clips(targets.visible_cpu, predictions.clip_length)  # (G, B, I)
     first_seen = visible & (visible.cumsum(0) == 1)
-    # The instances that are assigned a query.
-    new = first_seen if keep_identities else visible
-    query_of = np.full((clips, rows, batch, instances), -1)
+    new = first_seen if keep_identities else visible  # instances to assign a query to
+    query_of = np.full((clips, layers, batch, instances), -1)
     for clip, video in np.ndindex(clips, batch):
         if keep_identities and clip:
             query_of[clip, :, video] = query_of[clip - 1, :, video]
         if new[clip, video].any():
-            for row in range(rows):
-                query_of[clip, row, video] = match_clip(
-                    costs[clip, row, video],
+            for layer in range(layers):
+                query_of[clip, layer, video] = match_clip(
+                    costs[clip, layer, video],
                     new[clip, video],
                     visible[clip, video],
-                    previous=query_of[clip, row, video],
+                    previous=query_of[clip, layer, video],
                 )
-
-    no_object = predictions.logits.shape[-1] - 1
-    classes = np.full((clips, rows, batch, queries), no_object)
-    # One instance after another: if two share a query after an occlusion, the later one's class
-    # stands.
-    for instance in range(instances):
-        matched = (query_of[..., instance] >= 0) & visible[:, None, :, instance]
-        clip, row, video = np.nonzero(matched)
-        query = query_of[clip, row, video, instance]
-        classes[clip, row, video, query] = targets.labels_cpu[video, instance]
+    classes = target_classes(query_of, visible, targets.labels_cpu, predictions.logits.shape)
     return Matches(*to_device([query_of, visible, classes], targets.masks.device))
+
+
+def target_classes(
+    query_of: np.ndarray, visible: np.ndarray, labels: np.ndarray, logits_shape: torch.Size
+) -> np.ndarray:
+    """The class (G, R, B, Q) that each query has to predict: that of its visible instance, else K.
+
+    If two instances share a query after an occlusion, the one with the higher index counts.
+    """
+    *shape, num_outputs = logits_shape  # (G, R, B, Q), K + 1
+    classes = np.full(shape, num_outputs - 1)
+    matched = (query_of >= 0) & visible[:, None]  # (G, R, B, I)
+    for instance in range(labels.shape[1]):
+        clip, layer, video = np.nonzero(matched[..., instance])
+        query = query_of[clip, layer, video, instance]
+        classes[clip, layer, video, query] = labels[video, instance]
+    return classes
 
 
 def visible_in_clips(visible: np.ndarray, clip_length: int) -> np.ndarray:
@@ -404,8 +410,3 @@ def visible_in_clips(visible: np.ndarray, clip_length: int) -> np.ndarray:
 def to_device(arrays: list[np.ndarray], device: torch.device) -> list[Tensor]:
     """Arrays as tensors on the device."""
     return [upload(torch.from_numpy(array), device) for array in arrays]
-
-
-def full_precision(x: Tensor) -> Tensor:
-    """At least float32."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -131,7 +131,6 @@ class GRAttVIS(nn.Module):
         self.tracker = Tracker(
             num_classes,
             channels,
-            mask_channels=channels,
             queries=queries,
             frame_queries=frame_queries,
             encoder_layers=tracker_encoder_layers,
@@ -146,7 +145,7 @@ class GRAttVIS(nn.Module):
         self.register_buffer("pixel_mean", mean[:, None, None], persistent=False)
         self.register_buffer("pixel_std", std[:, None, None], persistent=False)
         self.mask_sum_and_area = mask_sum_and_area  # Speed: an attribute, to be compiled
-        self.exclusive = False  # of inference: one track for each detection, not in the paper
+        self.exclusive = False  # inference option, not in the paper: see evaluation/association.py
         self.cuda_graphs = CUDAGraphCache()  # Speed: of inference, see fast/
 
     @property
@@ -174,8 +173,8 @@ class GRAttVIS(nn.Module):
         """Frames (N, 3, H, W) or a list of (3, H, W), whose sizes may differ -> detector input.
 
         Frames are uint8 RGB. Returns images (N, 3, H', W'), normalised, then padded on the right
-        and at the bottom to multiples of 32. Padding is 0 after normalisation; the detector is not
-        told about it.
+        and at the bottom to multiples of 32. Padding is 0 after normalisation; there is no padding
+        mask.
 
         Raises ValueError without frames, or for a frame of another dtype or shape (of a tensor of
         frames the first is checked).
@@ -265,14 +264,13 @@ class GRAttVIS(nn.Module):
     ) -> Iterator[FrameChunk]:
         """Detect and track a video, chunk by chunk (upstream grattvis_model.py, `inference`).
 
-        A chunk is some consecutive frames that make whole clips; the last clip may be shorter.
-        Plainly, for each chunk:
+        A chunk is a whole number of clips; the last clip may be shorter. For each chunk, this is:
 
             frame_queries, features = self.detect_queries(frames)
             outputs, state = self.track(frame_queries[None], clip_length, state)
 
-        video: as for `segment_video`. Nothing of earlier frames is kept but the tracker's state;
-        "clip" propagation has one chunk, the whole video. How frames arrive changes no result.
+        video: as for `segment_video`; results do not depend on how frames are batched. Only the
+        tracker's state is kept of earlier frames. "clip" propagation has one chunk, the video.
         top_k: with `exclusive`, see evaluation/association.py.
         """
         chunks = self.track_chunks(video)
@@ -305,7 +303,7 @@ class GRAttVIS(nn.Module):
         clip_length = min(clip_length, frame_queries.shape[1])
         clips = frame_queries.unflatten(1, (-1, clip_length))  # (B, G, U, F, C)
         predictions, state = self.tracker(clips[None], state)
-        # Of the D decoder layers and of the L detector layers, the last.
+        # [-1][-1]: the last decoder layer and the last detector layer.
         logits = torch.stack([clip.logits[-1][-1] for clip in predictions], 1)
         kernels = torch.stack([clip.mask_kernel[-1][-1] for clip in predictions], 1)
         gate_logits = [layer[-1] for clip in predictions for layer in clip.gate_logits]
@@ -360,21 +358,24 @@ class GRAttVIS(nn.Module):
     ) -> EncodedVideo:
         """`segment_video` for videos of any length, with run-length codes instead of masks.
 
-        Takes the same arguments and raises the same errors; besides, FloatingPointError if scores
-        are not finite. (`segment_video` and `step` check only with `exclusive`, since that waits
-        for the GPU.)
+        Takes the same arguments and raises the same errors, and FloatingPointError if scores are
+        not finite. (`segment_video` and `step` check this only with `exclusive`, because the check
+        waits for the GPU.)
         """
         check_request(self, output_size, top_k)
-        running, gates, encoder = None, [], None
+        running = encoder = None
+        gates = []
         for chunk in self.track_video(video, top_k):
             if encoder is None:
+                queries = chunk.mask_kernel.shape[1]
+                running = RunningScores.zeros(queries, self.num_classes, self.device)
                 encoder = MaskEncoder(
-                    chunk.mask_kernel.shape[1],
+                    queries,
                     chunk.frame_size,
                     output_size or chunk.frame_size,
                     self.mask_sum_and_area,
                 )
-            # Of the whole chunk, and merged once per frame: repeating it changes no maximum.
+            # The maximum over the chunk is merged once per frame, which does not change it.
             class_scores = class_probabilities(chunk.logits).amax(0)
             for kernel, features in zip(chunk.mask_kernel, chunk.features):
                 mask_sum, mask_area = encoder.add(kernel, features)
@@ -411,11 +412,10 @@ class GRAttVIS(nn.Module):
         output_size: tuple[int, int] | None = None,
         top_k: int = 10,
     ) -> tuple[list[FrameTracks], list[StepState]]:
-        """`step` for B live videos at once, which a GPU does faster than one after another.
+        """`step` for B live videos at once, which is faster on a GPU than one after another.
 
-        frames: the next frame of each video, uint8 (B, 3, H, W). states: of each video. Videos may
-        start at any time, each with None. A GPU captures CUDA graphs for each number of videos, so
-        a number that often changes costs time.
+        frames: the next frame of each video, uint8 (B, 3, H, W). states: the state of each video,
+        None for one that starts. CUDA graphs are captured for each B, so B should rarely change.
         """
         check_request(self, output_size, top_k, is_first=None in states)
         if self.frames_per_clip != 1:
@@ -431,10 +431,10 @@ class GRAttVIS(nn.Module):
         check_frame(frames[0])
         size = tuple(frames.shape[-2:])
         if None in states:
-            self.cuda_graphs.check_module(self)
+            self.cuda_graphs.check_module(self)  # Speed: drops graphs of a changed model
             tracker = self.tracker.initial_state(streams=1)
             queries = tracker.query.shape[1]
-            scores = RunningScores.of_no_frames(queries, self.num_classes, self.device)
+            scores = RunningScores.zeros(queries, self.num_classes, self.device)
             states = [state or StepState(size, tracker, scores) for state in states]
         for state in states:
             if state.frame_size != size:
@@ -451,11 +451,11 @@ class GRAttVIS(nn.Module):
         if self.exclusive:
             inputs = [x.split(1) for x in (frame_queries, logits, kernels, features)]
             comparisons = [
-                Comparison(self, *of_stream, state.links, top_k)
-                for *of_stream, state in zip(*inputs, states)
+                Comparison(self, *of_video, state.links, top_k)
+                for *of_video, state in zip(*inputs, states)
             ]
-            linked = [comparison.assign() for comparison in comparisons]
-            kernels, all_links = torch.cat([kernel for kernel, _ in linked]), [x for _, x in linked]
+            kernels, all_links = zip(*(comparison.assign() for comparison in comparisons))
+            kernels = torch.cat(kernels)
         masks = mask_logits(kernels, features)  # (B, Q, h, w)
         mask_sum, mask_area = self.mask_sum_and_area(resize_masks(masks, size))
         scores = RunningScores(class_probabilities(logits), mask_sum, mask_area)
@@ -465,12 +465,12 @@ class GRAttVIS(nn.Module):
             FrameTracks(
                 best_scores,
                 labels,
-                resize_masks(masks[stream, ids], size, output_size) > 0,
+                resize_masks(masks[video, ids], size, output_size) > 0,
                 ids,
-                logits[stream],
-                gates[stream].T[ids],
+                logits[video],
+                gates[video].T[ids],
             )
-            for stream, (best_scores, labels, ids) in enumerate(best)
+            for video, (best_scores, labels, ids) in enumerate(best)
         ]
         of_videos = zip(trackers, scores.unstack(), all_links)
         return all_tracks, [StepState(size, *of_video) for of_video in of_videos]
@@ -532,7 +532,7 @@ TEST_SIDES = {
 def option_types() -> dict[str, type]:
     """The arguments of GRAttVIS, including those that it passes on to Tracker, and their types."""
     types = get_type_hints(Tracker.__init__) | get_type_hints(GRAttVIS.__init__)
-    not_passed_on = ("mask_channels", "encoder_layers", "decoder_layers")
+    not_passed_on = ("encoder_layers", "decoder_layers")
     return {name: kind for name, kind in types.items() if name not in not_passed_on}
 
 

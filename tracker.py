@@ -32,7 +32,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from transformer import MLP, CrossAttention, FeedForward, SelfAttention, mask_kernel
+from transformer import (
+    MLP,
+    CrossAttention,
+    FeedForward,
+    SelfAttention,
+    full_precision,
+    mask_kernel,
+)
 
 # A mode with "gated" in its name has gates, one with "memory" a memory.
 PROPAGATIONS = (
@@ -111,7 +118,6 @@ class Tracker(nn.Module):
         self,
         num_classes: int,
         channels: int = 256,
-        mask_channels: int = 256,
         queries: int = 100,
         frame_queries: int = 100,
         encoder_layers: int = 6,
@@ -151,9 +157,9 @@ class Tracker(nn.Module):
         self.query_embed = nn.Embedding(queries, channels)  # positions of queries
         self.frame_query_embed = nn.Embedding(frame_queries, channels)  # of frame queries
         # A layer, never called, named as in checkpoints: `mask_kernel` reads its W and b.
-        self.mask_features = nn.Conv2d(mask_channels, channels, 1)
+        self.mask_features = nn.Conv2d(channels, channels, 1)
         self.class_embed = nn.Linear(channels, num_classes + 1)  # class logits
-        self.mask_embed = MLP(channels, channels)  # mask embeddings
+        self.mask_embed = MLP(channels)  # mask embeddings
         self.frame_similarity = nn.Linear(channels, channels)  # similarity embeddings
         self.clip_similarity = nn.Linear(channels, channels)
         if self.gated:
@@ -178,12 +184,13 @@ class Tracker(nn.Module):
         Returns the predictions for each clip, and the state after the last one.
         """
         detector_layers, batch, clips = frame_queries.shape[:3]
+        streams = detector_layers, batch  # S = L * B
         # Speed: the encoder and the heads, in which clips do not meet, take all clips at once.
         encoded = self.encode(frame_queries.movedim(2, 0).flatten(0, 2))  # (G * S, U, F, C)
         outputs, gate_logits, gate_soft = [], [], []
         for encoded_clip in encoded.flatten(1, 2).chunk(clips):  # (S, U * F, C)
             if state is None:
-                state = self.initial_state(detector_layers * batch)
+                state = self.initial_state(math.prod(streams))
             elif self.training and self.query_noise:
                 state = replace(state, query=self.add_query_noise(state.query))
             layer_outputs, layer_gate_logits, layer_gate_soft, state = self.decode_clip(
@@ -193,13 +200,10 @@ class Tracker(nn.Module):
             gate_logits.append(layer_gate_logits)
             gate_soft.append(layer_gate_soft)
 
-        def split_streams(x: Tensor, axis: int = 0) -> Tensor:  # S -> L, B
-            return x.unflatten(axis, (detector_layers, batch))
-
-        outputs = torch.stack(outputs).unflatten(0, (clips, -1))  # (G, D, S, Q, C)
-        outputs = split_streams(outputs, axis=2)  # (G, D, L, B, Q, C)
+        # (G * D, S, Q, C) -> (G, D, L, B, Q, C)
+        outputs = torch.stack(outputs).unflatten(1, streams).unflatten(0, (clips, -1))
         clip_embed = self.clip_similarity(outputs[:, -1])  # (G, L, B, Q, C)
-        frame_embed = self.frame_similarity(encoded).unflatten(0, (clips, detector_layers, batch))
+        frame_embed = self.frame_similarity(encoded).unflatten(0, (clips, *streams))
         if not self.training:
             outputs = outputs[:, -1:]  # the last decoder layer
         class_logits = self.class_embed(outputs)  # (G, D, L, B, Q, K + 1)
@@ -210,8 +214,8 @@ class Tracker(nn.Module):
                 mask_kernel=list(kernels[clip]),
                 clip_embed=clip_embed[clip],
                 frame_embed=frame_embed[clip],
-                gate_logits=[split_streams(layer) for layer in gate_logits[clip]],
-                gate_soft=[split_streams(layer) for layer in gate_soft[clip]],
+                gate_logits=[layer.unflatten(0, streams) for layer in gate_logits[clip]],
+                gate_soft=[layer.unflatten(0, streams) for layer in gate_soft[clip]],
             )
             for clip in range(clips)
         ]
@@ -230,13 +234,12 @@ class Tracker(nn.Module):
         query_pos = self.query_embed.weight
         frames = encoded_clip.shape[1] // len(self.frame_query_embed.weight)
         frame_query_pos = self.frame_query_embed.weight.expand(frames, -1, -1).flatten(0, 1)
-        value = encoded_clip
-        key = value + frame_query_pos  # positions are added to keys only
+        key = encoded_clip + frame_query_pos  # not added to values
         query = self.read_memory(state) if self.use_memory else state.query
         x, mask = query, None
         outputs, gate_logits, gate_soft = [], [], []
         for layer in self.decoder:
-            x = layer.cross_attention(x, query_pos, key, value)
+            x = layer.cross_attention(x, query_pos, key, encoded_clip)
             if self.gated:
                 gate, logits, soft = self.gate(x, detector_layers)
                 x = gate * x + (1 - gate) * query  # gated residual connection
@@ -256,14 +259,13 @@ class Tracker(nn.Module):
         Returns the gates (S, Q, 1), 1 = open and 0 = closed, their logits (S, Q), and in training
         the soft gates (S, Q).
 
-        In training, gates are sampled with the Gumbel-sigmoid and have the gradient of the soft
-        gates (straight-through). Only the gates of the last of the L detector layers act, in the
-        streams of all layers, because it is the only layer at inference. So no gradient reaches
-        the gate logits of the other layers through the gates.
+        In training, gates are sampled with the Gumbel-sigmoid; the gradient is that of the soft
+        gates (straight-through). The gates of the last detector layer, the only one at inference,
+        are applied to the streams of all L layers. Gate logits of the other layers therefore get no
+        gradient through the gates.
         """
         logits = self.gate_proj(self.decoder_norm(x)).squeeze(-1)
-        # The noise needs float32: in 16 bit it is not logistic.
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = full_precision(logits)  # in 16 bit, the noise would not be logistic
         if not self.training:
             gate = (logits >= 0).to(x.dtype)
             return gate[..., None], logits, None
@@ -290,7 +292,10 @@ class Tracker(nn.Module):
         return mask if self.gate_mask == "blocked" else mask.to(gate.dtype)
 
     def read_memory(self, state: TrackerState) -> Tensor:
-        """GenVIS: each query attends to its own past, without scaling. Returns (S, Q, C)."""
+        """GenVIS: each query q attends to its own past, without scaling. Returns (S, Q, C).
+
+        q + query_value(q) + sum over past clips m of softmax_m(query_key(q) . key_m) value_m
+        """
         query = state.query
         output = query + self.query_value(query)
         if state.past_keys is None:

@@ -6,8 +6,8 @@
     torchrun --nproc-per-node 8 train.py --recipe grattvis/ovis/r50 --resume auto
 
 Without --stage or --recipe, the whole model is trained at once, detector included. The flags are in
-trainer/flags.py, the official settings in recipes.py. Writes last.pt (model, optimizer, schedule,
-scaler, step, config), args.json and log.jsonl to --output, and best.pt with --evaluate-every.
+trainer/flags.py, the official settings in recipes.py. Writes last.pt (everything needed to resume,
+see trainer/run.py), args.json and log.jsonl to --output, and best.pt with --evaluate-every.
 Paper: GRAtt-VIS (arXiv 2305.17096), implementation details. Upstream: train_net_grattvis.py.
 
 Every step seeds torch from (seed, step, rank), and its clips depend only on (seed, step). A run can
@@ -91,7 +91,7 @@ def train_step(
     for first in range(0, len(clips), size):
         micro_batch = clips[first : first + size]
         is_last = first + size == len(clips)
-        with nullcontext() if is_last else no_exchange(network):
+        with nullcontext() if is_last else no_sync(network):
             # Autocast covers the network; the criterion computes in float32.
             with torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32):
                 output = network([upload(clip.frames, device) for clip in micro_batch])
@@ -109,8 +109,8 @@ def train_step(
     return dict(zip(losses, values)), grad_norm
 
 
-def no_exchange(network: nn.Module):
-    """A context in which DDP sums gradients up without exchanging them."""
+def no_sync(network: nn.Module):
+    """A context in which DDP accumulates gradients without synchronising them."""
     return network.no_sync() if isinstance(network, DistributedDataParallel) else nullcontext()
 
 
@@ -166,7 +166,7 @@ def set_up(
     model: GRAttVIS, args: argparse.Namespace, device: torch.device, amp_dtype: torch.dtype
 ) -> None:
     """Move the model to its device and prepare it for training."""
-    # Convolutions on a GPU are faster with channels last.
+    # Speed: channels last, for convolutions on a GPU.
     on_gpu = device.type == "cuda"
     memory_format = torch.channels_last if on_gpu else torch.contiguous_format
     model.to(device, memory_format=memory_format).train()
@@ -181,8 +181,8 @@ def make_network(
     """The model, wrapped so that the processes average their gradients."""
     if world == 1:
         return model
-    # The memory of a single clip is written but never read, so its weights get no gradient, which
-    # DDP must be told.
+    # With a single clip the memory is written but never read, so DDP must expect weights without
+    # gradients.
     unread_memory = model.tracker.use_memory and args.frames <= args.clip_length
     devices = [device] if device.type == "cuda" else None
     network = DistributedDataParallel(model, devices, find_unused_parameters=unread_memory)

@@ -136,22 +136,22 @@ class FeedForward(nn.Module):
 
 
 class MLP(nn.Sequential):
-    """Three linear layers with ReLU between them: mask embedding of a query."""
+    """Three linear layers with ReLU between them: the mask embedding of a query."""
 
-    def __init__(self, channels: int, out_channels: int):
+    def __init__(self, channels: int):
         super().__init__(
             nn.Linear(channels, channels),
             nn.ReLU(),
             nn.Linear(channels, channels),
             nn.ReLU(),
-            nn.Linear(channels, out_channels),
+            nn.Linear(channels, channels),
         )
 
 
 def mask_kernel(embed: Tensor, mask_projection: nn.Conv2d) -> Tensor:
     """Move the 1x1 convolution `mask_projection` from the pixels to the mask embeddings.
 
-    The paper computes mask logits as e (W f + b), for embedding e (C), pixel feature f (C) and
+    Mask2Former computes mask logits as e (W f + b), for embedding e (C), pixel feature f (C) and
     convolution weights W and b. This function uses e (W f + b) = (e W) f + e b: it maps embed
     (..., C) to kernels (..., C + 1), which hold e W and the constant e b. `mask_logits` applies
     them to f.
@@ -172,3 +172,8 @@ def mask_logits(kernel: Tensor, features: Tensor) -> Tensor:
     weight = weight.contiguous()  # Speed: rows of C + 1 numbers are not aligned
     logits = weight @ features.flatten(2) + constant
     return logits.unflatten(2, features.shape[2:])
+
+
+def full_precision(x: Tensor) -> Tensor:
+    """x in float32, or in its own dtype if that is wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,4 +1,4 @@
-"""One track for each detection: a variant of inference that is not in the paper.
+"""Exclusive masks: each detection goes to at most one track. Not in the paper.
 
     model.exclusive = True    # or evaluate.py --exclusive, demo.py --exclusive
 
@@ -18,10 +18,10 @@ track's own mask, so an object that returns is rarely assigned to a query withou
 far. Squaring makes weak similarities negligible, so that a track whose object is occluded does not
 move to another object. A track without a detection has no mask in the frame.
 
-Detections are the frame queries with a class probability of 0.3 or more and a mask. A detection is
-left out if a better one that is kept has an IoU above 0.5 with it: a second track would follow a
-part of an object, and might take over the object later. At most the 50 with the highest probability
-are compared. Tracks are the queries of the top_k (query, class) pairs so far: another top_k may
+Detections are the 50 frame queries with the highest class probability, if it is 0.3 or more and the
+mask is not empty. Mask NMS, by class probability times mask score, drops detections with an IoU
+above 0.5 with a better one: a second track would follow a part of an object, and might take over
+the object later. Tracks are the queries of the top_k (query, class) pairs so far: another top_k may
 give other masks, and a query that is among them only later has no masks before. Classes and gates
 are the tracker's. All of it is causal: `step` does the same.
 
@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 MIN_PROBABILITY = 0.3  # of a detection's class
 MAX_DETECTIONS = 50  # of a frame, duplicates included
 DUPLICATE_IOU = 0.5  # of a detection with a better one
-MASK, LAST_MASK, LAST_QUERY = 0.5, 2.0, 1.0  # weights
+MASK_WEIGHT, LAST_MASK_WEIGHT, LAST_QUERY_WEIGHT = 0.5, 2.0, 1.0
 MIN_AFFINITY = 0.1
 NO_MASK = -100.0  # logit of every pixel
 
@@ -257,13 +257,13 @@ def link_frames(
     weighted_ious = np.nan_to_num(weighted_ious)  # the scores of such tracks are checked later
     last, last_queries, assigned = np.arange(len(last_queries)), last_queries.copy(), []
     for t in range(frames):
-        ids, places = np.unique(tracks[t], return_index=True)
+        ids, rows = np.unique(tracks[t], return_index=True)
         first = len(last) + t * detections  # row of the frame's first detection
         kept = distinct_detections(quality[t], ious[first : first + detections, t])
         affinity = (
-            MASK * weighted_ious[t, places][:, kept]
-            + LAST_MASK * ious[last[ids], t][:, kept]
-            + LAST_QUERY * (last_queries[ids] @ queries[t, kept].T).clip(0) ** 2
+            MASK_WEIGHT * weighted_ious[t, rows][:, kept]
+            + LAST_MASK_WEIGHT * ious[last[ids], t][:, kept]
+            + LAST_QUERY_WEIGHT * (last_queries[ids] @ queries[t, kept].T).clip(0) ** 2
         )  # (tracks, kept detections)
         for i, n in zip(*linear_sum_assignment(affinity, maximize=True)):
             if affinity[i, n] > MIN_AFFINITY:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from evaluation.run_length import PackedCodes, encode_counts
 from tracker import TrackerState
-from transformer import mask_logits
+from transformer import full_precision, mask_logits
 
 if TYPE_CHECKING:
     from evaluation.association import Links
@@ -60,7 +60,7 @@ class EncodedVideo:
 
 @dataclass
 class FrameTracks:
-    """Instances of one frame, best first by the frames so far."""
+    """Instances of one frame, sorted by score, best first."""
 
     scores: Tensor  # (I,) float, causal: of the frames up to this one
     labels: Tensor  # (I,) int64, 0-based
@@ -91,7 +91,7 @@ class RunningScores:
     mask_area: Tensor  # (Q,) pixels inside the masks
 
     @staticmethod
-    def of_no_frames(queries: int, num_classes: int, device: torch.device) -> "RunningScores":
+    def zeros(queries: int, num_classes: int, device: torch.device) -> "RunningScores":
         """The scores before the first frame."""
         class_scores = torch.zeros(queries, num_classes, device=device)
         mask_sum = torch.zeros(queries, device=device)
@@ -109,10 +109,8 @@ class RunningScores:
         fields = zip(self.class_scores, self.mask_sum, self.mask_area)
         return [RunningScores(*of_video) for of_video in fields]
 
-    def merge(self, other: "RunningScores | None") -> "RunningScores":
-        """The scores over the frames of both; None = no frames."""
-        if other is None:
-            return self
+    def merge(self, other: "RunningScores") -> "RunningScores":
+        """The scores over the frames of both."""
         return RunningScores(
             torch.maximum(self.class_scores, other.class_scores),
             self.mask_sum + other.mask_sum,
@@ -158,7 +156,7 @@ def with_mask_scores(scores: Tensor, mask_sum: Tensor, mask_area: Tensor) -> tup
 
 
 def check_finite(scores: Tensor) -> None:
-    """Raise FloatingPointError if a score is NaN or infinite, as after any overflow before it."""
+    """Raise FloatingPointError if a score is NaN or infinite, as after an overflow in any layer."""
     if not scores.isfinite().all():
         raise FloatingPointError(
             "the scores are not finite: the weights are damaged, or an activation exceeds what "
@@ -168,8 +166,7 @@ def check_finite(scores: Tensor) -> None:
 
 def class_probabilities(logits: Tensor) -> Tensor:
     """Class logits (..., K + 1) -> probabilities (..., K) without "no object"."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return logits.softmax(-1)[..., :-1]
+    return full_precision(logits).softmax(-1)[..., :-1]
 
 
 def mask_sum_and_area(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -177,7 +174,7 @@ def mask_sum_and_area(logits: Tensor) -> tuple[Tensor, Tensor]:
 
     The mask score is the ratio of both, each summed over all frames of a video.
     """
-    probabilities = logits.to(torch.promote_types(logits.dtype, torch.float32)).sigmoid()
+    probabilities = full_precision(logits).sigmoid()
     probabilities = F.threshold(probabilities, 0.5, 0, inplace=True)
     mask_sum = probabilities.sum((-2, -1))
     # Speed: a sum of bools would convert them all to integers first.
@@ -260,10 +257,10 @@ def binary_masks(
 class MaskEncoder:
     """Turns the mask logits of a video into the run-length codes of its best queries.
 
-    Which queries are among the best is known at the end of a video only, since a class score is a
-    maximum over all frames. So the logits of all queries are kept at stride 4, and only the best
-    queries are resized and encoded. Memory: whenever KEPT_LOGITS bytes are reached, all queries of
-    the kept frames are encoded, and their codes are kept on the CPU instead.
+    The best queries are known only at the end of a video, since a class score is a maximum over all
+    frames. So the logits of all queries are kept at stride 4, and only the best queries are resized
+    and encoded. Memory: whenever KEPT_LOGITS bytes are reached, all queries of the kept frames are
+    encoded, and their codes are kept on the CPU instead.
     """
 
     def __init__(

@@ -241,7 +241,7 @@ FUSED = {
     nn.LayerNorm: (FusedLayerNorm, {}),
     ResidualNorm: (FusedResidualNorm, {ResidualNorm: "7adee26d"}),
     UpsampleAdd: (FusedUpsampleAdd, {UpsampleAdd: "8ba51f1e"}),
-    AttentionMask: (FusedAttentionMask, {AttentionMask: "d4fcc214"}),
+    AttentionMask: (FusedAttentionMask, {AttentionMask: "4c2546c7"}),
     DetectorWindowAttention: (
         FusedWindowAttention,
         {DetectorWindowAttention: "43847608", wrapped_pairs: "b6f6fa46"},

@@ -122,7 +122,6 @@ def test_scores_of_two_parts_of_a_video():
     for both in (one.merge(other), other.merge(one)):
         assert both.class_scores.tolist() == [pytest.approx([0.3, 0.9]), pytest.approx([0.5, 0.6])]
         assert both.mask_sum.tolist() == [3, 3.5] and both.mask_area.tolist() == [6, 6]
-    assert one.merge(None) is one
     scores, labels, queries = one.merge(other).best(2)
     assert labels.tolist() == [1, 1] and queries.tolist() == [0, 1]
     assert scores.tolist() == pytest.approx([0.9 * 3 / 6, 0.6 * 3.5 / 6])

@@ -41,7 +41,6 @@ def make_tracker(
         Tracker(
             3,
             CHANNELS,
-            CHANNELS,
             QUERIES,
             FRAME_QUERIES,
             encoder_layers,
@@ -185,7 +184,7 @@ def test_every_mode_is_a_plain_loop(propagation, gate_mask, window, training, no
 
 
 def test_the_masks_of_closed_queries_are_the_released_ones_unless_asked():
-    assert Tracker(3, 16, 16, heads=2, feed_forward=8).gate_mask == "additive"
+    assert Tracker(3, 16, heads=2, feed_forward=8).gate_mask == "additive"
 
 
 # The gate, forced
@@ -654,7 +653,6 @@ def test_gate_noise_keeps_full_precision_under_autocast():
     tracker = Tracker(
         3,
         channels=16,
-        mask_channels=16,
         queries=5,
         frame_queries=4,
         encoder_layers=1,
@@ -677,7 +675,6 @@ def test_noisy_queries_are_mixed_with_others_of_their_stream():
     tracker = Tracker(
         3,
         channels=8,
-        mask_channels=8,
         queries=400,
         frame_queries=4,
         encoder_layers=1,

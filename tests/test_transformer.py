@@ -172,7 +172,7 @@ def test_self_attention_and_feed_forward_are_a_transformer_encoder_layer():
 
 def test_mlp_is_three_layers_with_relu_between():
     torch.manual_seed(0)
-    mlp, x = MLP(CHANNELS, 4).double(), torch.randn(6, CHANNELS, dtype=torch.float64)
+    mlp, x = MLP(CHANNELS).double(), torch.randn(6, CHANNELS, dtype=torch.float64)
     first, second, third = (layer for layer in mlp if isinstance(layer, nn.Linear))
     hidden = (x @ first.weight.T + first.bias).clamp(min=0)
     hidden = (hidden @ second.weight.T + second.bias).clamp(min=0)
