@@ -232,14 +232,14 @@ def matching_costs(
     targets: Targets,
     num_points: int,
     weights: dict[str, float],
-    sample_features: Callable[[Tensor, Tensor], Tensor] = sample_features,
+    sample: Callable[[Tensor, Tensor], Tensor] = sample_features,
 ) -> Tensor:
     """Costs (G, R, B, Q, I) of giving a query to an instance, from masks at random points.
 
     Equal to sampling the mask logits e . f of every query. Sampling is linear, so the features f
     are sampled instead, once for all R predictions. Memory: one video at a time.
 
-    sample_features: this function, or the same in one kernel (fast/fused_sampling.py).
+    sample: `sample_features`, or the same in one kernel (fast/fused_sampling.py).
     """
     clip_of = predictions.clip_of
     costs = []
@@ -251,7 +251,7 @@ def matching_costs(
         points = points[clip_of]  # (T, P, 2)
         truth = targets.masks[video].to(points.dtype)
         truth = sample_at(truth, points)  # (T, I, P)
-        sampled = sample_features(predictions.features[video], points)
+        sampled = sample(predictions.features[video], points)
         masks = torch.einsum("trqc,tcp->trqp", kernel, sampled)
         logits = predictions.logits[:, :, video]
         labels = targets.labels[video]

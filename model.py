@@ -26,7 +26,8 @@ Shape letters (evaluation/metric.py and evaluation/run_length.py have their own)
     F queries of a frame, Q queries of the tracker, I instances, K classes (K = "no object")
     L detector layers whose queries the tracker receives (3 in training, else the last)
     D decoder layers of the tracker
-    S = L * B streams: the batch entries of the tracker (detector layer, video), layer-major
+    S = L * B streams: the batch entries of the tracker (detector layer, video), layer-major. (Those
+        of `step_streams` are live videos.)
 """
 
 import sys
@@ -423,24 +424,8 @@ class GRAttVIS(nn.Module):
                 "step needs a model that goes frame by frame, not one that reads "
                 "clips of several frames"
             )
-        if not len(frames) or len(frames) != len(states):
-            raise ValueError(
-                f"step_streams needs a frame and a state of each video, not {len(frames)} and "
-                f"{len(states)}"
-            )
-        check_frame(frames[0])
-        size = tuple(frames.shape[-2:])
-        if None in states:
-            self.cuda_graphs.check_module(self)  # Speed: drops graphs of a changed model
-            tracker = self.tracker.initial_state(streams=1)
-            queries = tracker.query.shape[1]
-            scores = RunningScores.zeros(queries, self.num_classes, self.device)
-            states = [state or StepState(size, tracker, scores) for state in states]
-        for state in states:
-            if state.frame_size != size:
-                raise ValueError(
-                    f"all frames of a video must have one size, not {state.frame_size} and {size}"
-                )
+        states = self.states_before(frames, states)
+        size = states[0].frame_size
         frames = frames.to(self.device, non_blocking=True)
         # Speed: detect_queries and track as CUDA graphs.
         frame_queries, features = video_pipeline.detect_queries(self, frames)
@@ -474,6 +459,31 @@ class GRAttVIS(nn.Module):
         ]
         of_videos = zip(trackers, scores.unstack(), all_links)
         return all_tracks, [StepState(size, *of_video) for of_video in of_videos]
+
+    def states_before(self, frames: Tensor, states: list[StepState | None]) -> list[StepState]:
+        """The states before the next frames (B, 3, H, W) of live videos; None becomes a new state.
+
+        Raises ValueError if frames and states do not fit.
+        """
+        if not len(frames) or len(frames) != len(states):
+            raise ValueError(
+                f"step_streams needs a frame and a state of each video, not {len(frames)} and "
+                f"{len(states)}"
+            )
+        check_frame(frames[0])
+        size = tuple(frames.shape[-2:])
+        if None in states:
+            self.cuda_graphs.check_module(self)  # Speed: drops graphs of a changed model
+            tracker = self.tracker.initial_state(streams=1)
+            queries = tracker.query.shape[1]
+            scores = RunningScores.zeros(queries, self.num_classes, self.device)
+            states = [state or StepState(size, tracker, scores) for state in states]
+        for state in states:
+            if state.frame_size != size:
+                raise ValueError(
+                    f"all frames of a video must have one size, not {state.frame_size} and {size}"
+                )
+        return states
 
     @staticmethod
     def reset() -> None:

@@ -298,8 +298,7 @@ def advance(
             raise FloatingPointError(reason)
         for buffer, before in zip(buffers, buffers_before):
             buffer.copy_(before)
-    # With fp16, scaler.step takes only finite steps and must be called; otherwise it is
-    # optimizer.step, which must be called only for finite steps.
+    # An enabled scaler must be called even where it takes no step; a disabled one always takes it.
     if run.scaler.is_enabled() or not reason:
         run.scaler.step(run.optimizer)
     run.scaler.update()

@@ -4,26 +4,34 @@
 
 A query reads all frame queries of a frame, so it may come to show two objects that look alike, and
 two queries may come to show the same object (docs/gate_study.md). The detector separates them: each
-frame query predicts a mask of its own. Here tracks take over these masks, one to one. In every
-frame the detections are assigned to the tracks with the largest sum of
+frame query predicts a mask of its own. Here tracks take over these masks. In every frame:
 
-    p / 2 * IoU(mask of the track, detection)
-    + 2 * IoU(last mask, detection)
-    + cosine(last frame query, frame query of the detection)^2
+1. Detections are the 50 frame queries with the highest class probability, if it is 0.3 or more and
+   the mask is not empty. Mask NMS, by class probability times mask score, drops detections with an
+   IoU above 0.5 with a better one: a second track would follow a part of an object, and might take
+   over the object later.
+2. Tracks are the queries of the top_k (query, class) pairs of the frames so far. So another top_k
+   may give other masks, and a query that is among them only later has no masks before.
+3. The affinity of a track and a detection is
 
-p is the largest class probability of the track in this frame, and a negative cosine counts as 0.
-Sums up to 0.1 are not assigned. The last mask and frame query are those of the detection that was
-last assigned to the track: they remember an object while it is occluded. They weigh more than the
+       p / 2 * IoU(mask of the track, detection)
+       + 2 * IoU(last mask, detection)
+       + cosine(last frame query, frame query of the detection)^2
+
+   p is the largest class probability of the track in this frame, and a negative cosine counts as 0.
+   The last mask and frame query are those of the detection that was last assigned to the track.
+4. Detections are assigned to tracks one to one, with the largest sum of affinities. Pairs with an
+   affinity of 0.1 or less are not assigned.
+5. A track has the mask of its detection. Without a detection it has no mask in the frame.
+
+The last mask and frame query remember an object while it is occluded. They weigh more than the
 track's own mask, so an object that returns is rarely assigned to a query without a detection so
 far. Squaring makes weak similarities negligible, so that a track whose object is occluded does not
-move to another object. A track without a detection has no mask in the frame.
+move to another object. Classes and gates are the tracker's. All of it is causal: `step` does the
+same.
 
-Detections are the 50 frame queries with the highest class probability, if it is 0.3 or more and the
-mask is not empty. Mask NMS, by class probability times mask score, drops detections with an IoU
-above 0.5 with a better one: a second track would follow a part of an object, and might take over
-the object later. Tracks are the queries of the top_k (query, class) pairs so far: another top_k may
-give other masks, and a query that is among them only later has no masks before. Classes and gates
-are the tracker's. All of it is causal: `step` does the same.
+`compare` makes masks and IoUs on the GPU, `link_frames` assigns on the CPU, `Comparison` does both
+for some frames, and `link_chunks` for a video.
 
 Letters: I tracks and N detections of a frame, otherwise those of model.py.
 """
@@ -158,14 +166,14 @@ class Comparison:
         Returns mask kernels (T, Q, C + 1), and the links after the last frame. Raises
         FloatingPointError if a class probability or a mask of a detection is not finite.
         """
-        last, last_queries, assigned = link_frames(*self.tables.wait(), self.last_queries)
+        last_rows, last_queries, assigned = link_frames(*self.tables.wait(), self.last_queries)
         device = self.kernels.device
-        last, assigned = (upload(torch.from_numpy(x), device) for x in (last, assigned))
+        last_rows, assigned = (upload(torch.from_numpy(x), device) for x in (last_rows, assigned))
         frame, track, detection = assigned.T
         kernels = torch.zeros_like(self.kernels)
         kernels[..., -1] = NO_MASK
         kernels[frame, track] = self.detected_kernels[frame, detection].to(kernels.dtype)
-        return kernels, Links(self.class_scores, self.masks[last], last_queries)
+        return kernels, Links(self.class_scores, self.masks[last_rows], last_queries)
 
 
 def no_links(logits: Tensor, frame_queries: Tensor, features: Tensor) -> Links:
@@ -255,22 +263,22 @@ def link_frames(
     frames, detections = len(tracks), quality.shape[1]
     check_finite(torch.from_numpy(quality))  # otherwise NaN would be no detection
     weighted_ious = np.nan_to_num(weighted_ious)  # the scores of such tracks are checked later
-    last, last_queries, assigned = np.arange(len(last_queries)), last_queries.copy(), []
+    last_rows, last_queries, assigned = np.arange(len(last_queries)), last_queries.copy(), []
     for t in range(frames):
         ids, rows = np.unique(tracks[t], return_index=True)
-        first = len(last) + t * detections  # row of the frame's first detection
+        first = len(last_rows) + t * detections  # row of the frame's first detection
         kept = distinct_detections(quality[t], ious[first : first + detections, t])
         affinity = (
             MASK_WEIGHT * weighted_ious[t, rows][:, kept]
-            + LAST_MASK_WEIGHT * ious[last[ids], t][:, kept]
+            + LAST_MASK_WEIGHT * ious[last_rows[ids], t][:, kept]
             + LAST_QUERY_WEIGHT * (last_queries[ids] @ queries[t, kept].T).clip(0) ** 2
         )  # (tracks, kept detections)
         for i, n in zip(*linear_sum_assignment(affinity, maximize=True)):
             if affinity[i, n] > MIN_AFFINITY:
-                last[ids[i]] = first + kept[n]
+                last_rows[ids[i]] = first + kept[n]
                 last_queries[ids[i]] = queries[t, kept[n]]
                 assigned.append((t, ids[i], kept[n]))
-    return last, last_queries, np.array(assigned, dtype=int).reshape(-1, 3)
+    return last_rows, last_queries, np.array(assigned, dtype=int).reshape(-1, 3)
 
 
 def distinct_detections(quality: np.ndarray, ious: np.ndarray) -> list[int]:
