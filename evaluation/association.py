@@ -106,10 +106,11 @@ class ComparedChunk:
         logits = chunk.logits.repeat_interleave(clip_length, 0)
         inputs = chunk.frame_queries, logits, chunk.mask_kernel, chunk.features
         *earlier, last = zip(*(x.split(INFERENCE_CHUNK) for x in inputs))
+        graph_size = INFERENCE_CHUNK if chunk.features.is_cuda else 1  # one graph for all chunks
         for frames in earlier:
-            kernels, links = Comparison(model, *frames, links, top_k).assign()
+            kernels, links = Comparison(model, *frames, links, top_k, graph_size).assign()
             self.kernels.append(kernels)
-        self.comparison = Comparison(model, *last, links, top_k)
+        self.comparison = Comparison(model, *last, links, top_k, graph_size)
 
     def assign(self) -> tuple[FrameChunk, Links]:
         """The chunk with linked mask kernels, and the links after it."""
@@ -123,6 +124,7 @@ class Comparison:
     frame_queries (T, F, C), class logits (T, Q, K + 1), mask kernels (T, Q, C + 1) and features
     (T, C, h, w) are those of the frames. links: what `assign` returned for the frames before, or
     None. top_k: the number of (query, class) pairs whose queries are tracks; others have no masks.
+    graph_size: frames of the CUDA graph that compares.
 
     Speed: a GPU compares the masks of all frames at once; only `assign` waits for it.
     Memory: 0.6 GB with 12 frames of 200x350 at stride 4 and 200 queries, 0.1 GB of 90x160 and 100.
@@ -137,6 +139,7 @@ class Comparison:
         features: Tensor,
         links: Links | None,
         top_k: int,
+        graph_size: int = 1,
     ):
         if links is None:
             links = no_links(logits, frame_queries, features)
@@ -150,8 +153,7 @@ class Comparison:
             return compare(model, *inputs)
 
         inputs = frame_queries, features, track_kernels, track_probability
-        if features.is_cuda and len(features) > 1:  # then one CUDA graph serves all chunks
-            inputs = [repeat_last(x, INFERENCE_CHUNK) for x in inputs]
+        inputs = [repeat_last(x, graph_size) for x in inputs]
         *tables, masks, detected_kernels = model.cuda_graphs(compare_tensors, *inputs, links.masks)
         self.tables = CopyToCPU(tracks, *tables)
         self.masks = masks

@@ -6,6 +6,7 @@ number of processes and interruptions. (It is bitwise the same if sums are compu
 order: on GPUs of one kind, or on a CPU with the same number of threads per process.)
 """
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -66,25 +67,29 @@ class Unfinished:
             "gates": result.gates.tolist(),
             "gates_shape": list(result.gates.shape),
         }
-        save_json(self.path(video), contents, indent=None)
+        saved = {"digest": digest_of(contents), "contents": contents}
+        save_json(self.path(video), saved, indent=None)
 
     def load(self, video: Video) -> EncodedVideo:
-        """The results of a video, with exactly the numbers that were saved."""
-        contents = read_json(self.path(video))
-        try:
-            gates = torch.tensor(contents["gates"], dtype=torch.bool)
-            return EncodedVideo(
-                scores=torch.tensor(contents["scores"], dtype=torch.float64),
-                labels=torch.tensor(contents["labels"]),
-                track_ids=torch.tensor(contents["track_ids"]),
-                segmentations=contents["segmentations"],
-                gates=gates.view(contents["gates_shape"]),
-            )
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        """The results of a video, with exactly the numbers that were saved.
+
+        Raises InputError if the file is not as `save` wrote it.
+        """
+        saved = read_json(self.path(video))
+        contents = saved.get("contents") if isinstance(saved, dict) else None
+        if contents is None or saved.get("digest") != digest_of(contents):
             raise InputError(
-                f"{self.path(video)} does not hold the results of a video ({error!r}): remove it, "
-                "and the same command segments that video again"
-            ) from error
+                f"{self.path(video)} is not as it was written: remove it, and the same command "
+                "segments that video again"
+            )
+        gates = torch.tensor(contents["gates"], dtype=torch.bool)
+        return EncodedVideo(
+            scores=torch.tensor(contents["scores"], dtype=torch.float64),
+            labels=torch.tensor(contents["labels"]),
+            track_ids=torch.tensor(contents["track_ids"]),
+            segmentations=contents["segmentations"],
+            gates=gates.view(contents["gates_shape"]),
+        )
 
     def collect(self, videos: list[Video]) -> None:
         """Copy the results that other machines wrote to folders of their own to rank 0."""
@@ -118,3 +123,8 @@ class Unfinished:
         if self.folder.exists():
             self.folder.rename(done)
             shutil.rmtree(done)
+
+
+def digest_of(contents: dict) -> str:
+    """A digest of the results of a video; JSON keeps every number exactly."""
+    return hashlib.sha256(json.dumps(contents).encode()).hexdigest()

@@ -4,6 +4,7 @@ Results are compared byte by byte, so all tests use one thread: rounding on a CP
 number of threads.
 """
 
+import dataclasses
 import json
 import math
 import shutil
@@ -316,15 +317,20 @@ def test_results_of_another_setting_are_refused(tmp_path, change, named):
     assert Unfinished(tmp_path, SETTING).remaining(everything) == []  # and stay as they were
 
 
-@pytest.mark.parametrize(
-    "content", ["[]", "{}", '{"gates": 1, "gates_shape": [3]}', '{"scores": "a"}']
-)
-def test_results_of_another_form_are_refused(tmp_path, content):
+@pytest.mark.parametrize("edit", [("0.5", "0.6"), ('"labels"', '"label"'), ("{", "[1, {")])
+def test_edited_results_are_refused(tmp_path, edit):
     (video,) = blank_videos(3)
     unfinished = Unfinished(tmp_path, SETTING)
-    unfinished.path(video).write_text(content)
-    with pytest.raises(InputError, match="does not hold the results of a video"):
+    unfinished.save(video, dataclasses.replace(found_in(video), scores=torch.tensor([0.5, 0.5])))
+    saved = unfinished.path(video).read_text()
+    edited = saved.replace(*edit, 1) + "]" * edit[1].startswith("[")
+    assert edited != saved
+    unfinished.path(video).write_text(edited)
+    with pytest.raises(InputError, match="is not as it was written: remove it"):
         unfinished.load(video)
+
+
+def test_a_setting_of_another_form_is_refused(tmp_path):
     (tmp_path / "setting.json").write_text("[]")
     with pytest.raises(InputError, match="does not hold a setting"):
         Unfinished(tmp_path, SETTING)
