@@ -69,8 +69,7 @@ LossFunction = Callable[[Predictions, Targets, SampledMatches], tuple[Tensor, Te
 class LossSum:
     """One loss, before it is divided by its count."""
 
-    name: str
-    suffix: str  # "{}" is the number of the clip
+    name: str  # with {layer}, which is _0, _1, ..., empty for the last; and {clip}, a number
     weight: float
     total: Tensor  # (clips, layers)
     count: Tensor  # (clips, layers)
@@ -176,7 +175,7 @@ class Criterion:
         losses = {}
         for loss, count in zip(sums, counts):
             mean = loss.weight * loss.total / count.clamp(min=1)
-            losses |= named(mean, loss.name, loss.suffix)
+            losses |= named(mean, loss.name)
         return losses, (frame_matches, clip_matches)
 
     def matching_costs(self, predictions: Predictions, targets: Targets) -> Tensor:
@@ -211,7 +210,7 @@ class Criterion:
         for name, (function, weight) in self.frame_losses.items():
             total, count = function(predictions, targets, matches)  # (T, R)
             total, count = total.sum(0, keepdim=True), count.sum(0, keepdim=True)  # (1, R)
-            sums.append(LossSum(f"loss_{name}", "", weight, total, count))
+            sums.append(LossSum("loss_" + name + "{layer}", weight, total, count))
         return sums
 
     def clip_sums(
@@ -223,16 +222,16 @@ class Criterion:
         whole_video: bool,
     ) -> list[LossSum]:
         """The losses of all clips and decoder layers; the L detector layers share one mean."""
-        prefix, suffix = ("loss_vita", "") if whole_video else ("loss_genvis", "_clip{}")
+        prefix, suffix = ("loss_vita_", "") if whole_video else ("loss_genvis_", "_clip{clip}")
         sums = []
         for name, (function, weight) in self.clip_losses.items():
-            if name == "gate" and predictions.gate_values is None:  # a mode without
+            if name == "gate" and predictions.gate_values is None:  # a mode without gates
                 continue
             # (G, D * L), or (G, L) of the last decoder layer; similarity over a video: (1, L)
             total, count = function(predictions, targets, matches)
             total = total.unflatten(1, (-1, detector_layers)).sum(2)  # (G, D), (G, 1) or (1, 1)
             count = count.unflatten(1, (-1, detector_layers)).sum(2)
-            sums.append(LossSum(f"{prefix}_{name}", suffix, weight, total, count))
+            sums.append(LossSum(prefix + name + "{layer}" + suffix, weight, total, count))
         return sums
 
     def class_loss(
@@ -260,35 +259,40 @@ class Criterion:
         within a stream (one detector layer, one video). They are ordered, and each query is also
         paired with itself. Returns (G, L), or (1, L) with span "video".
         """
-        frames = matches.frames
-        last = slice(-predictions.clip_embed.shape[1], None)  # the L predictions of the last layer
-        frame_embed = gather_queries(predictions.frame_embed, frames.query_of[:, last])
-        clip_embed = gather_queries(predictions.clip_embed, matches.query_of[:, last])
-        embed = torch.cat((frame_embed, clip_embed))  # (T + G, L, B, I, C)
-        matched = torch.cat((frames.matched[:, last], matches.matched[:, last]))
-        # A stream has M = (T + G) * I embeddings, one per frame or clip and instance.
-        frames_and_clips, instances = len(embed), embed.shape[3]
-        embed = embed.permute(1, 2, 0, 3, 4).flatten(2, 3)  # (L, B, M, C)
-        matched = matched.permute(1, 2, 0, 3).flatten(2)  # (L, B, M)
-
-        device = embed.device
-        instance = torch.arange(instances, device=device).repeat(frames_and_clips)  # (M,)
-        clips = torch.arange(len(predictions.logits), device=device)  # (G,)
-        clip = torch.cat((predictions.clip_of, clips))  # (T + G,)
-        clip = clip[:, None].expand(-1, instances).flatten()  # (M,)
+        embed, matched, clip, instance = stream_embeddings(predictions, matches)
+        logits = embed @ embed.transpose(2, 3)  # (L, B, M, M)
+        target = (instance[:, None] == instance).to(logits.dtype).expand_as(logits)
         compared = matched[..., None] & matched[:, :, None]  # (L, B, M, M)
         if self.similarity_span == "clip":
             compared = compared & (clip[:, None] == clip)
-
-        logits = embed @ embed.transpose(2, 3)
-        target = (instance[:, None] == instance).to(logits.dtype).expand_as(logits)
         loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none") * compared
+
+        clips = torch.arange(len(predictions.logits), device=clip.device)
         in_clip = (clips[:, None] == clip).to(logits.dtype)  # (G, M)
         total = torch.einsum("gm,lbm->gl", in_clip, loss.sum(-1))
         count = torch.einsum("gm,lbm->gl", in_clip, compared.sum(-1).to(logits.dtype))
         if self.similarity_span == "video":  # one loss instead of G: weighted G times
             return len(clips) * total.sum(0, keepdim=True), count.sum(0, keepdim=True)
         return total, count
+
+
+def stream_embeddings(predictions: Predictions, matches: SampledMatches) -> tuple[Tensor, ...]:
+    """What the similarity loss compares: M = (T + G) * I embeddings in each stream.
+
+    They are those of every instance in every frame and every clip: embed (L, B, M, C); matched
+    (L, B, M) bool, False = no such query; and the clip (M,) and the instance (M,) of each.
+    """
+    frames = matches.frames
+    last = slice(-predictions.clip_embed.shape[1], None)  # the L predictions of the last layer
+    frame_embed = gather_queries(predictions.frame_embed, frames.query_of[:, last])
+    clip_embed = gather_queries(predictions.clip_embed, matches.query_of[:, last])
+    embed = torch.cat((frame_embed, clip_embed))  # (T + G, L, B, I, C)
+    matched = torch.cat((frames.matched[:, last], matches.matched[:, last]))  # (T + G, L, B, I)
+    clips = torch.arange(len(clip_embed), device=embed.device)
+    instances = torch.arange(embed.shape[3], device=embed.device)
+    clip, instance = torch.cartesian_prod(torch.cat((predictions.clip_of, clips)), instances).T
+    embed = embed.permute(1, 2, 0, 3, 4).flatten(2, 3)
+    return embed, matched.permute(1, 2, 0, 3).flatten(2), clip, instance
 
 
 # Losses of masks and gates
@@ -363,10 +367,11 @@ def sample_matched_masks(
     have a gradient.
     """
     batch, length, instances, *_ = targets.masks.shape
-    elements = 6 * candidates * batch * length * instances  # about 6 numbers per candidate
+    # About 6 numbers per candidate.
+    layers_at_once = items_at_once(6 * candidates * batch * length * instances)
     point_logits, point_targets = [], []
     for some_layers in matched_masks(predictions, matches):
-        for masks in some_layers.split(items_at_once(elements), 2):
+        for masks in some_layers.split(layers_at_once, 2):
             shape = masks.shape[:4]  # (B, T, some of R, I)
             masks = masks.flatten(0, 3)[:, None]  # (B * T * R * I, 1, h, w)
             with torch.no_grad():
@@ -386,14 +391,14 @@ def matched_masks(predictions: Predictions, matches: Matches) -> Iterator[Tensor
     kernels = gather_queries(predictions.mask_kernel, matches.query_of)
     kernels = kernels[predictions.clip_of].permute(2, 0, 1, 3, 4)  # (B, T, R, I, C + 1)
     batch, length, _, height, width = features.shape
-    elements = batch * length * kernels.shape[3] * height * width
-    videos = items_at_once(features[0].numel())
-    for some_kernels in kernels.split(items_at_once(elements), 2):
+    layers_at_once = items_at_once(batch * length * kernels.shape[3] * height * width)
+    videos_at_once = items_at_once(features[0].numel())
+    for some_kernels in kernels.split(layers_at_once, 2):
         # Speed: several videos at once. Memory: features in float32 are large, so they are
         # computed again in backward instead of being kept.
         masks = [
             checkpoint(masks_of_videos, *pair, use_reentrant=False, preserve_rng_state=False)
-            for pair in zip(some_kernels.split(videos), features.split(videos))
+            for pair in zip(some_kernels.split(videos_at_once), features.split(videos_at_once))
         ]
         yield torch.cat(masks)
 
@@ -412,8 +417,8 @@ def sample_targets(targets: Targets, points: Tensor, dtype: torch.dtype) -> Tens
     masks = targets.masks.flatten(0, 2)[:, None]  # (B * T * I, 1, H, W)
     # Targets do not depend on R: all R sets of points are sampled from one mask.
     points = points.transpose(2, 3).reshape(len(masks), layers * count, 2)
-    size = items_at_once(masks[0].numel())  # as numbers, masks are large
-    chunks = zip(masks.split(size), points.split(size))
+    masks_at_once = items_at_once(masks[0].numel())  # as floats, all are too large
+    chunks = zip(masks.split(masks_at_once), points.split(masks_at_once))
     sampled = torch.cat([sample_at(some.to(dtype), at)[:, 0] for some, at in chunks])
     return sampled.view(batch, length, instances, layers, count).transpose(2, 3)
 
@@ -428,7 +433,7 @@ def gather_queries(values: Tensor, query_of: Tensor) -> Tensor:
 
 
 def items_at_once(elements: int) -> int:
-    """How many items of so many elements are processed at once."""
+    """The size of a chunk of items with this many elements each: at most MAX_ELEMENTS in all."""
     return max(1, MAX_ELEMENTS // max(1, elements))
 
 
@@ -445,12 +450,9 @@ def average_over_processes(counts: list[Tensor]) -> list[Tensor]:
     return [values.view(count.shape) for values, count in zip(mean.split(sizes), counts)]
 
 
-def named(values: Tensor, name: str, suffix: str) -> dict[str, Tensor]:
-    """Split losses (clips, layers) into {name: scalar}.
-
-    Layers are numbered, except the last; {} in the suffix is the number of the clip.
-    """
+def named(values: Tensor, name: str) -> dict[str, Tensor]:
+    """Split losses (clips, layers) into {name: scalar}; see `LossSum.name`."""
     clips, layers = values.shape
     numbers = [*(f"_{layer}" for layer in range(layers - 1)), ""]
-    names = [f"{name}{number}{suffix.format(clip)}" for clip in range(clips) for number in numbers]
+    names = [name.format(layer=layer, clip=clip) for clip in range(clips) for layer in numbers]
     return dict(zip(names, values.flatten().unbind()))

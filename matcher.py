@@ -4,18 +4,18 @@ Frame queries are matched in every frame independently (Mask2Former). Tracker qu
 identities (GenVIS): an instance is matched in the clip in which it first appears, and keeps that
 query to the end of the video. VITA is the special case of a single clip, the whole video.
 
-One function serves both, with the shape letters of model.py and
+Here a frame is a clip of length 1, so one function serves both. Shape letters of model.py, and
 
-                                            frames              clips
-    G  what is matched at once              T, each by itself   clips of a video
-    R  predictions of each of them          see below           D * L, D-major
-    Q  queries of a prediction              F                   Q
+                                            detector        tracker
+    G  clips of a video                     T, its frames   G
+    R  predictions of a clip, see below     1 + layers      D * L, decoder layer first
+    Q  queries of a prediction              F               Q
     I  instances, padded to the most of any video of the batch
     P  points at which masks are compared
 
 The predictions of a frame are that of the learned queries and one after each decoder layer; with a
 frozen detector only the last L. The R predictions are matched independently: an instance may have
-another query in each.
+another query in each. The variable `layer` counts them.
 
     targets = pad_targets(videos, size, device)
     costs = CostsToCPU(matching_costs(predictions, targets, points, weights))
@@ -58,7 +58,10 @@ class Targets:
 
 @dataclass
 class Predictions:
-    """What is matched with the instances: the clips of a batch, or its frames (clip_length 1)."""
+    """What is matched with the instances: the clips of a batch, or its frames (clip_length 1).
+
+    The mask of a query in a frame is the product of its kernel and the features.
+    """
 
     logits: Tensor  # (G, R, B, Q, K + 1)
     mask_kernel: Tensor  # (G, R, B, Q, C + 1), see transformer.mask_kernel
@@ -86,9 +89,8 @@ class Predictions:
 class Matches:
     """The query of every instance in every prediction, and what follows from it."""
 
-    # (G, R, B, I) int64, other queries in other layers. -1 = none: an instance that was not visible
-    # so far, or more instances than queries. Clips keep a query while the instance is invisible,
-    # frames do not.
+    # (G, R, B, I) int64, -1 = none: the instance was not visible so far, or there are more
+    # instances than queries. Clips keep a query while the instance is invisible, frames do not.
     query_of: Tensor
     visible: Tensor  # (G, B, I) bool, True = visible in some frame of the clip
     classes: Tensor  # (G, R, B, Q) int64, what each query has to predict; K = no object
@@ -109,15 +111,15 @@ def pad_targets(videos: list[Clip], size: tuple[int, int], device: torch.device)
     """
     batch = len(videos)
     length = videos[0].masks.shape[1]
-    most = max(1, *(len(video.labels) for video in videos))  # at least 1, so nothing is empty
-    labels = np.zeros((batch, most), dtype=np.int64)
-    visible = np.zeros((batch, length, most), dtype=bool)
-    masks = torch.zeros(batch, length, most, *size, dtype=torch.bool, device=device)
-    for number, video in enumerate(videos):
-        count, _, height, width = video.masks.shape
-        labels[number, :count] = video.labels.numpy()
-        visible[number, :, :count] = video.masks.numpy().any((2, 3)).T
-        masks[number, :, :count, :height, :width] = upload(video.masks, device).transpose(0, 1)
+    instances = max(1, *(len(video.labels) for video in videos))  # at least 1, so nothing is empty
+    labels = np.zeros((batch, instances), dtype=np.int64)
+    visible = np.zeros((batch, length, instances), dtype=bool)
+    masks = torch.zeros(batch, length, instances, *size, dtype=torch.bool, device=device)
+    for b, video in enumerate(videos):
+        count, _, height, width = video.masks.shape  # (I of this video, T, height, width)
+        labels[b, :count] = video.labels.numpy()
+        visible[b, :, :count] = video.masks.numpy().any((2, 3)).T
+        masks[b, :, :count, :height, :width] = upload(video.masks, device).transpose(0, 1)
     return Targets(*to_device([labels, visible], device), masks, labels, visible)
 
 
@@ -275,9 +277,10 @@ def match_cost(
     0..1 at points (T, P, 2), (x, y) in 0..1; membership (G, T). weights: of the costs by name, 1 if
     not given.
     """
-    cost_class = -logits.softmax(-1)[..., labels]
+    cost_class = -logits.softmax(-1)[..., labels]  # (G, R, Q, I)
 
-    # BCE(x, t) = softplus(x) - x t, the mean over points and the frames of the clip
+    # BCE(x, t) = softplus(x) - x t, the mean over points and the frames of the clip. All sums over
+    # points are (T, R, Q, I), where those of predictions (I = 1) and targets (R = Q = 1) broadcast.
     bce = F.softplus(masks).sum(-1, keepdim=True)
     bce = bce - torch.einsum("trqp,tip->trqi", masks, target_masks)
     cost_mask = mean_per_clip(membership, bce) / masks.shape[-1]
@@ -350,6 +353,8 @@ def match_clip(
     share it.
     """
     query_of = previous.copy()
+    if not new.any():
+        return query_of
     taken = previous[visible & ~new]
     cost = cost[:, new]
     cost[taken[taken >= 0]] = FORBIDDEN_COST
@@ -366,17 +371,13 @@ def match(
     first_seen = visible & (visible.cumsum(0) == 1)
     new = first_seen if keep_identities else visible  # instances to assign a query to
     query_of = np.full((clips, layers, batch, instances), -1)
-    for clip, video in np.ndindex(clips, batch):
+    for clip, layer, video in np.ndindex(clips, layers, batch):
+        previous = query_of[clip, layer, video]  # none
         if keep_identities and clip:
-            query_of[clip, :, video] = query_of[clip - 1, :, video]
-        if new[clip, video].any():
-            for layer in range(layers):
-                query_of[clip, layer, video] = match_clip(
-                    costs[clip, layer, video],
-                    new[clip, video],
-                    visible[clip, video],
-                    previous=query_of[clip, layer, video],
-                )
+            previous = query_of[clip - 1, layer, video]
+        query_of[clip, layer, video] = match_clip(
+            costs[clip, layer, video], new[clip, video], visible[clip, video], previous
+        )
     classes = target_classes(query_of, visible, targets.labels_cpu, predictions.logits.shape)
     return Matches(*to_device([query_of, visible, classes], targets.masks.device))
 

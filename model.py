@@ -17,17 +17,19 @@ To add a preset, add it to PRESETS and its test size to TEST_SIDES: the values a
 GRAttVIS. A new hyperparameter of the tracker is an argument of `Tracker` and nothing else; one of
 another component is also passed on in GRAttVIS.__init__. `build_model` and presets take both.
 
-Shape letters (evaluation/metric.py and evaluation/run_length.py have their own):
-    B videos, T frames of a video; in training, each is a Clip of clips.py
-    N = B * T frames of all videos; where a function sees only a batch, the size of the batch
-    G clips of a video: U consecutive frames each, which the tracker reads at once (--clip-length;
-        with "clip" propagation the whole video)
-    H height and W width of frames (h, w at stride 4), C channels
-    F queries of a frame, Q queries of the tracker, I instances, K classes (K = "no object")
-    L detector layers whose queries the tracker receives (3 in training, else the last)
-    D decoder layers of the tracker
-    S = L * B streams: the batch entries of the tracker (detector layer, video), layer-major. (Those
-        of `step_streams` are live videos.)
+Shape letters, in lower case in an einsum (evaluation/metric.py and evaluation/run_length.py have
+their own):
+    data       B videos of T frames; in training, each is a Clip of clips.py
+               N = B * T frames of all videos; where a function sees only a batch, its size
+               H height and W width of frames (h, w at stride 4), C channels
+               G clips of a video: U consecutive frames each, which the tracker reads at once
+               (--clip-length; with "clip" propagation the whole video)
+    objects    F queries of a frame, Q queries of the tracker
+               I instances, K classes (class index K = "no object")
+    layers     L detector layers whose queries the tracker receives (3 in training, else the last)
+               D decoder layers of the tracker
+               S = L * B streams: the batch entries of the tracker (detector layer, video),
+               layer-major. (Those of `step_streams` are live videos.)
 """
 
 import sys

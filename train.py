@@ -86,8 +86,8 @@ def train_step(
     before clipping. Both are the same in all processes, even if not finite.
     """
     optimizer.zero_grad(set_to_none=True)
-    size = len(clips) // args.accumulate
-    totals = 0
+    size = len(clips) // args.accumulate  # of a micro-batch
+    mean_losses = 0
     for first in range(0, len(clips), size):
         micro_batch = clips[first : first + size]
         is_last = first + size == len(clips)
@@ -98,14 +98,15 @@ def train_step(
             losses, _ = criterion(output, micro_batch, whole_video=args.propagation == "clip")
             values = torch.stack(list(losses.values())) / args.accumulate
             scaler.scale(values.sum()).backward()
-        totals = totals + values.detach()
+        mean_losses = mean_losses + values.detach()
     scaler.unscale_(optimizer)
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     grad_norm = nn.utils.clip_grad_norm_(trained, args.clip_gradient or math.inf)
     if started():
-        distributed.all_reduce(totals)
-        totals = totals / distributed.get_world_size()
-    *values, grad_norm = torch.cat((totals, grad_norm[None].to(totals))).tolist()
+        distributed.all_reduce(mean_losses)
+        mean_losses = mean_losses / distributed.get_world_size()
+    # Speed: one copy to the CPU, so that it waits for the GPU once.
+    *values, grad_norm = torch.cat((mean_losses, grad_norm[None].to(mean_losses))).tolist()
     return dict(zip(losses, values)), grad_norm
 
 
@@ -277,25 +278,15 @@ def advance(
 ) -> tuple[dict[str, float], float, str]:
     """Train one step on this process's clips.
 
-    Returns losses, gradient norm, and the reason if the step was not taken. Raises
-    FloatingPointError if more than --skip-nonfinite consecutive steps are not.
+    Returns losses, gradient norm, and the reason if the step was not taken.
     """
     buffers = list(run.model.buffers()) if run.args.skip_nonfinite else []
     buffers_before = [buffer.clone() for buffer in buffers]
     losses, grad_norm = train_step(
         network, criterion, clips, run.args, run.device, run.amp_dtype, run.optimizer, run.scaler
     )
-    total = sum(losses.values())
-    # With fp16, gradients may overflow: the scaler then takes no step and lowers its scale.
-    handled_by_scaler = run.scaler.is_enabled() and math.isfinite(total)
-    reason = ""
-    if math.isfinite(grad_norm + total) or handled_by_scaler:
-        run.not_taken_in_a_row = 0
-    else:
-        run.not_taken_in_a_row += 1
-        reason = describe_nonfinite(losses, grad_norm, run.step, run.learning_rate, clips)
-        if run.not_taken_in_a_row > run.args.skip_nonfinite:
-            raise FloatingPointError(reason)
+    reason = reason_to_skip(run, losses, grad_norm, clips)
+    if reason:
         for buffer, before in zip(buffers, buffers_before):
             buffer.copy_(before)
     # An enabled scaler must be called even where it takes no step; a disabled one always takes it.
@@ -307,6 +298,24 @@ def advance(
         run.averaged.update_parameters(run.model)
     run.step += 1
     return losses, grad_norm, reason
+
+
+def reason_to_skip(run: Run, losses: dict[str, float], grad_norm: float, clips: list[Clip]) -> str:
+    """Why the step must not be taken: something is not finite. Empty if it can be taken.
+
+    Raises FloatingPointError if that is so in more than --skip-nonfinite consecutive steps.
+    """
+    total = sum(losses.values())
+    # With fp16, gradients may overflow: the scaler then takes no step and lowers its scale.
+    handled_by_scaler = run.scaler.is_enabled() and math.isfinite(total)
+    if math.isfinite(grad_norm + total) or handled_by_scaler:
+        run.not_taken_in_a_row = 0
+        return ""
+    run.not_taken_in_a_row += 1
+    reason = describe_nonfinite(losses, grad_norm, run.step, run.learning_rate, clips)
+    if run.not_taken_in_a_row > run.args.skip_nonfinite:
+        raise FloatingPointError(reason)
+    return reason
 
 
 def train(
@@ -324,11 +333,11 @@ def train(
     args = run.args
     if held_out and run.evaluation_pending:
         pause_to_evaluate(run, held_out, bar)
-    began = mark = perf_counter()
-    waited = 0.0
-    batches = () if run.stopping else bar
+    began = step_ended = perf_counter()
+    waited = 0.0  # for clips, since the last line of the log
+    batches = () if run.stopping else bar  # a signal may have come during the evaluation
     for clips in batches:
-        waited += perf_counter() - mark
+        waited += perf_counter() - step_ended
         for message in [message for clip in clips for message in clip.skipped]:
             skipped += 1
             bar.write(f"skipped: {message}")
@@ -339,23 +348,7 @@ def train(
             bar.write(f"step not taken: {reason}")
         if run.step % args.log_every == 0:
             seconds, began = perf_counter() - began, perf_counter()
-            total = sum(losses.values())
-            on_gpu = run.device.type == "cuda"
-            run.log(
-                {
-                    "step": run.step,
-                    "loss": total,
-                    "lr": rate,
-                    # With fp16, the scaler takes no step whose norm is not finite.
-                    "gradient_norm": grad_norm if math.isfinite(grad_norm) else None,
-                    "iterations_per_second": args.log_every / seconds,
-                    "data_share": waited / seconds,
-                    "memory_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None,
-                    "skipped": skipped,
-                }
-                | losses
-            )
-            bar.set_postfix(loss=f"{total:.2f}", data=f"{waited / seconds:.0%}", refresh=False)
+            log_step(run, bar, losses, grad_norm, rate, seconds, waited / seconds, skipped)
             waited = 0.0
         if held_out and run.step % args.evaluate_every == 0:
             paused = perf_counter()
@@ -366,12 +359,42 @@ def train(
         run.stopping = run.stopping or largest(stop_requested())
         if run.stopping:
             break
-        mark = perf_counter()
+        step_ended = perf_counter()
     run.save()
     bad = f"; skipped {skipped} bad videos, annotations and clips" if skipped else ""
     if run.rank == 0 and not run.stopping:
         bar.close()
         print(f"saved {run.last}{bad}")
+
+
+def log_step(
+    run: Run,
+    bar: tqdm,
+    losses: dict[str, float],
+    grad_norm: float,
+    rate: float,
+    seconds: float,
+    data_share: float,
+    skipped: int,
+) -> None:
+    """Write a line of the log. seconds: since the line before; data_share: of them, waiting."""
+    total = sum(losses.values())
+    on_gpu = run.device.type == "cuda"
+    run.log(
+        {
+            "step": run.step,
+            "loss": total,
+            "lr": rate,
+            # With fp16, the scaler takes no step whose norm is not finite.
+            "gradient_norm": grad_norm if math.isfinite(grad_norm) else None,
+            "iterations_per_second": run.args.log_every / seconds,
+            "data_share": data_share,
+            "memory_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None,
+            "skipped": skipped,
+        }
+        | losses
+    )
+    bar.set_postfix(loss=f"{total:.2f}", data=f"{data_share:.0%}", refresh=False)
 
 
 def start(
