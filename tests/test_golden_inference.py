@@ -300,17 +300,15 @@ def agreement(name, dtype, device, compiled=False):
 
 
 def assert_masks_in_16_bit(device, compiled=False):
-    """A decision that is nearly a tie can cost half of a mask, so the middle of all masks counts.
-
-    Float16 has eight times the digits of bfloat16.
-    """
+    """Float16 has eight times the digits of bfloat16, which a decision that is nearly a tie can
+    cost half of a mask."""
     half, brain = (
         [iou for name in VIDEOS for iou in agreement(name, dtype, device, compiled)]
         for dtype in (torch.float16, torch.bfloat16)
     )
     if not half:
         pytest.skip("nothing in these videos scores more than 0.3")
-    assert numpy.median(half) > 0.95 and numpy.mean(brain) > 0.7
+    assert min(half) > 0.95 and numpy.mean(half) > 0.97 and numpy.mean(brain) > 0.7
 
 
 @pytest.mark.slow
