@@ -59,7 +59,7 @@ from trainer.datasets import clip_bytes, open_clips
 from trainer.flags import parse_arguments
 from trainer.folder import prepare_folder, read_resumed
 from trainer.held_out import open_held_out, pause_to_evaluate
-from trainer.messages import describe_nonfinite, print_setting
+from trainer.messages import describe_nonfinite, log_record, print_setting
 from trainer.official_names import print_official_setting
 from trainer.run import Run
 
@@ -348,7 +348,10 @@ def train(
             bar.write(f"step not taken: {reason}")
         if run.step % args.log_every == 0:
             seconds, began = perf_counter() - began, perf_counter()
-            log_step(run, bar, losses, grad_norm, rate, seconds, waited / seconds, skipped)
+            share = waited / seconds
+            run.log(log_record(run, losses, grad_norm, rate, seconds, share, skipped))
+            total = sum(losses.values())
+            bar.set_postfix(loss=f"{total:.2f}", data=f"{share:.0%}", refresh=False)
             waited = 0.0
         if held_out and run.step % args.evaluate_every == 0:
             paused = perf_counter()
@@ -365,36 +368,6 @@ def train(
     if run.rank == 0 and not run.stopping:
         bar.close()
         print(f"saved {run.last}{bad}")
-
-
-def log_step(
-    run: Run,
-    bar: tqdm,
-    losses: dict[str, float],
-    grad_norm: float,
-    rate: float,
-    seconds: float,
-    data_share: float,
-    skipped: int,
-) -> None:
-    """Write a line of the log. seconds: since the line before; data_share: of them, waiting."""
-    total = sum(losses.values())
-    on_gpu = run.device.type == "cuda"
-    run.log(
-        {
-            "step": run.step,
-            "loss": total,
-            "lr": rate,
-            # With fp16, the scaler takes no step whose norm is not finite.
-            "gradient_norm": grad_norm if math.isfinite(grad_norm) else None,
-            "iterations_per_second": run.args.log_every / seconds,
-            "data_share": data_share,
-            "memory_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None,
-            "skipped": skipped,
-        }
-        | losses
-    )
-    bar.set_postfix(loss=f"{total:.2f}", data=f"{data_share:.0%}", refresh=False)
 
 
 def start(

@@ -63,7 +63,8 @@ def train(root: Path, gpus: int, args: argparse.Namespace) -> list[dict]:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", gpus, "train.py"]
     command += [part for flag in flags.items() for part in flag]
     command += ONE_SIZE * args.one_size + args.flags
-    subprocess.run(list(map(str, command)), cwd=REPOSITORY, check=True)
+    if subprocess.run(list(map(str, command)), cwd=REPOSITORY).returncode:
+        sys.exit(1)  # train.py has said why
     lines = (output / "log.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
 
@@ -74,8 +75,8 @@ def report(gpus: int, log: list[dict], rate_of_first: float | None) -> float:
     thirds = log[:third], log[third : len(log) - third], log[len(log) - third :]
     rates = []
     for rows in thirds:
-        seconds = sum(1 / row["iterations_per_second"] for row in rows)  # per LOG_EVERY iterations
-        rates.append(CLIPS * gpus * len(rows) / seconds)
+        iteration = sum(1 / row["iterations_per_second"] for row in rows) / len(rows)  # seconds
+        rates.append(CLIPS * gpus / iteration)
     waiting = sum(row["data_share"] for row in log) / len(log)
     ratio = rates[-1] / (rate_of_first or rates[-1])
     print(

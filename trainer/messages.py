@@ -1,6 +1,8 @@
-"""What a training run says about itself: its setting, and why a step was not taken."""
+"""What a training run says about itself: its setting, its log, and why a step was not taken."""
 
 import math
+
+import torch
 
 from clips import Clip, ClipDataset, MixedClips
 from deform_attn import implementation
@@ -62,3 +64,28 @@ def describe_nonfinite(
         f"not finite at iteration {step}, learning rate {rate:g}: {broken}; clips: {sources}. "
         "Look at these, lower --lr, or pass --skip-nonfinite N"
     )
+
+
+def log_record(
+    run: Run,
+    losses: dict[str, float],
+    grad_norm: float,
+    rate: float,
+    seconds: float,
+    data_share: float,
+    skipped: int,
+) -> dict:
+    """A line of the log. seconds: since the line before; data_share: of them, waiting for clips."""
+    on_gpu = run.device.type == "cuda"
+    record = {
+        "step": run.step,
+        "loss": sum(losses.values()),
+        "lr": rate,
+        # With fp16, the scaler takes no step whose norm is not finite.
+        "gradient_norm": grad_norm if math.isfinite(grad_norm) else None,
+        "iterations_per_second": run.args.log_every / seconds,
+        "data_share": data_share,
+        "memory_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None,
+        "skipped": skipped,
+    }
+    return record | losses
