@@ -9,7 +9,6 @@ import numpy
 import pytest
 import torch
 
-from checkpoint import SHIPPED_WEIGHTS, model_from_checkpoint
 from conftest import fixed_threads
 from golden_set import (
     PROPAGATION,
@@ -280,37 +279,3 @@ def test_golden_vita(name, dtype, detections):
 
 
 # In 16 bit, with trained weights: masks that the golden nets' chaos does not decide
-
-
-def agreement(name, dtype, device, compiled=False):
-    """IoU of the masks in 16 bit with those in float32, at the output's size, of each instance that
-    scores more than 0.3 there."""
-    model, _ = model_from_checkpoint(SHIPPED_WEIGHTS)
-    video_spec = meta()["infer"]["videos"][name]
-    frames, size = make_video(**video_spec), (video_spec["out_height"], video_spec["out_width"])
-    exact = model.eval().segment_video(frames, size, top_k=20)
-    with torch.autocast(device, dtype):
-        found = model.to(device).accelerate(dtype, compiled).segment_video(frames, size, top_k=20)
-    of_pair = dict(zip(zip(found.track_ids.tolist(), found.labels.tolist()), found.masks.cpu()))
-    for track, label, mask in zip(
-        exact.track_ids[exact.scores > 0.3].tolist(), exact.labels.tolist(), exact.masks
-    ):
-        other = of_pair[track, label]
-        yield (mask & other).sum().item() / max(1, (mask | other).sum().item())
-
-
-def assert_masks_in_16_bit(device, compiled=False):
-    """Float16 has eight times the digits of bfloat16, which a decision that is nearly a tie can
-    cost half of a mask."""
-    half, brain = (
-        [iou for name in VIDEOS for iou in agreement(name, dtype, device, compiled)]
-        for dtype in (torch.float16, torch.bfloat16)
-    )
-    if not half:
-        pytest.skip("nothing in these videos scores more than 0.3")
-    assert min(half) > 0.95 and numpy.mean(half) > 0.97 and numpy.mean(brain) > 0.7
-
-
-@pytest.mark.slow
-def test_masks_in_16_bit():
-    assert_masks_in_16_bit("cpu")

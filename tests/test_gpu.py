@@ -33,7 +33,7 @@ from matcher import sample_features
 from model import build_model
 from synthetic.suites import make_dataset
 from test_backbone import errors_in_16_bit
-from test_golden_inference import assert_masks_in_16_bit
+from test_masks_in_16_bit import assert_masks_in_16_bit
 from transformer import ResidualNorm
 
 pytestmark = pytest.mark.skipif(
