@@ -449,7 +449,7 @@ def test_nan_in_a_fused_resnet_is_noticed(weight):
     model.to(memory_format=torch.channels_last)
     parts = dict(model.backbone.named_parameters()) | dict(model.backbone.named_buffers())
     with torch.no_grad():
-        parts[weight].view(-1)[0] = torch.nan
+        parts[weight][(0,) * parts[weight].ndim] = torch.nan
     frames = torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8)
 
     trained = copy.deepcopy(model).train()
