@@ -4,18 +4,14 @@
     for batch in read_ahead(dataset, workers, device, batch_sampler=sampler):
         ...
 
-A worker packs all tensors of a batch into one block of shared memory, which needs one file
-descriptor per batch. If shared memory is full, the block is sent through a pipe, which is slower.
-Errors of a worker, including those of its sender thread, are raised only where the next batch is
-requested, never during an optimizer step or while a checkpoint is written.
+Workers send batches as packing.py describes. Errors of a worker, including those of its sender
+thread, are raised only where the next batch is requested, never during an optimizer step or while a
+checkpoint is written.
 """
 
-import io
-import math
 import multiprocessing
 import multiprocessing.queues
 import os
-import pickle
 import re
 import shutil
 import signal
@@ -23,10 +19,9 @@ import sys
 import threading
 from collections.abc import Iterator
 from functools import partial
+from itertools import count
 
-import numpy as np
 import torch
-from torch import Tensor
 from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader, Dataset
 
@@ -36,89 +31,22 @@ except ImportError:  # Windows, where PyTorch does not share file descriptors or
     resource = None
 
 from runtime.errors import TOO_MANY_FILES, InputError
+from runtime.packing import (
+    PackedBatch,
+    ReusedBlocks,
+    is_about_files,
+    is_about_shared_memory,
+    kept_blocks,
+)
 from runtime.stopping import Stopped, stop_requested
 
-ALIGNMENT = 64  # bytes, of each tensor in a block: a cache line
 NICENESS = 10  # of workers, relative to the main process
 SHARED_MEMORY = "/dev/shm"
 FILES_PER_WORKER, OTHER_FILES = 8, 32  # file descriptors, with a margin
+loader_numbers = count()
 MORE_SHARED_MEMORY = (
     "give the container more (docker run --shm-size=8g), or use fewer loader processes (--workers)"
 )
-
-
-# Packing
-
-
-class PackedBatch:
-    """A batch as one block of bytes for its tensors, and a pickle of everything else."""
-
-    def __init__(self, batch, shared: bool):
-        """batch: any picklable object. shared: store its tensors in shared memory."""
-        buffers: list[pickle.PickleBuffer] = []
-        stream = io.BytesIO()
-        BatchPickler(stream, protocol=5, buffer_callback=buffers.append).dump(batch)
-        self.head, views = stream.getvalue(), [buffer.raw() for buffer in buffers]
-        self.sizes = [view.nbytes for view in views]
-        self.block = new_block(sum(map(aligned, self.sizes)), shared)
-        memory = self.memory()
-        for start, view in zip(self.starts(), views):
-            memory[start : start + view.nbytes] = view
-
-    def starts(self) -> list[int]:
-        """Offset of each tensor in bytes."""
-        return np.cumsum([0, *map(aligned, self.sizes)])[:-1].tolist()
-
-    def memory(self) -> memoryview:
-        """The block's bytes."""
-        block = self.block.numpy() if isinstance(self.block, Tensor) else self.block
-        return memoryview(block)
-
-    def pin_memory(self) -> "PackedBatch":
-        """Move the block to page-locked memory; called by DataLoader."""
-        block = self.block if isinstance(self.block, Tensor) else torch.from_numpy(self.block)
-        self.block = block.pin_memory()
-        return self
-
-    def unpack(self):
-        """The batch; its tensors are views of the block."""
-        memory = self.memory()
-        tensors = [memory[start : start + size] for start, size in zip(self.starts(), self.sizes)]
-        return pickle.loads(self.head, buffers=tensors)
-
-
-class BatchPickler(pickle.Pickler):
-    """Pickles tensors as NumPy arrays, whose data goes to the buffer callback."""
-
-    def reducer_override(self, thing):
-        """Pickle a tensor as contiguous memory and the order of its axes."""
-        if not isinstance(thing, Tensor):
-            return NotImplemented
-        order = sorted(range(thing.ndim), key=thing.stride, reverse=True)  # the order in memory
-        array = thing.detach().permute(order).contiguous().numpy()
-        return restore_tensor, (array, [order.index(axis) for axis in range(thing.ndim)])
-
-
-def restore_tensor(array: np.ndarray, axes: list[int]) -> Tensor:
-    """Restore a tensor from an array whose axes were sorted by stride."""
-    return torch.from_numpy(array).permute(axes)
-
-
-def aligned(size: int) -> int:
-    """A size rounded up to a multiple of ALIGNMENT."""
-    return math.ceil(size / ALIGNMENT) * ALIGNMENT
-
-
-def new_block(size: int, shared: bool) -> Tensor | np.ndarray:
-    """uint8 memory of `size` bytes: shared if requested and available."""
-    block = torch.empty(size, dtype=torch.uint8)
-    if shared:
-        try:
-            return block.share_memory_()
-        except (RuntimeError, OSError) as error:
-            if not is_about_shared_memory(error) and not is_about_files(error):
-                raise
-    return block.numpy() if shared else block  # DataLoader sends an array's bytes through a pipe
 
 
 # Worker processes
@@ -161,12 +89,14 @@ def read_ahead(
     if workers:
         check_limits(workers)
     batching = {"batch_size": None} if batch_sampler is None else {"batch_sampler": batch_sampler}
+    number, pinned = next(loader_numbers), device.type == "cuda"
+    blocks = ReusedBlocks(number) if workers and pinned else None  # each worker gets its own
     loader = DataLoader(
         dataset,
         **batching,
         num_workers=workers,
-        collate_fn=partial(PackedBatch, shared=workers > 0),
-        pin_memory=device.type == "cuda",
+        collate_fn=partial(PackedBatch, shared=workers > 0, blocks=blocks),
+        pin_memory=pinned,
         worker_init_fn=start_worker,
         prefetch_factor=prefetch if workers else None,
     )
@@ -192,6 +122,7 @@ def read_ahead(
     finally:
         if batches is not None and workers:
             batches._shutdown_workers()  # otherwise each delays the exit by five seconds
+        kept_blocks.pop(number, None)
 
 
 def start_worker(_worker: int) -> None:
@@ -247,16 +178,6 @@ def check_limits(workers: int) -> None:
 
 
 # Errors
-
-
-def is_about_shared_memory(error: Exception) -> bool:
-    """Whether an error is caused by full shared memory."""
-    return bool(re.search(r"shared memory|\bshm|Bus error", str(error)))
-
-
-def is_about_files(error: Exception) -> bool:
-    """Whether an error is caused by too many open files."""
-    return bool(re.search(r"Too many open files|items of ancdata", str(error)))
 
 
 def describe_loader_error(error: Exception, workers: int) -> str:

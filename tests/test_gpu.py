@@ -31,9 +31,11 @@ from golden_set import PROPAGATION, golden_model, make_video, meta, read_arrays,
 from losses import Criterion
 from matcher import sample_features
 from model import build_model
+from runtime.loading import read_ahead
 from synthetic.suites import make_dataset
 from test_backbone import errors_in_16_bit
 from test_masks_in_16_bit import assert_masks_in_16_bit
+from test_runtime_loading import Items, assert_equal_items
 from transformer import ResidualNorm
 
 pytestmark = pytest.mark.skipif(
@@ -521,3 +523,17 @@ def test_exclusive_masks():
             tracks, state = model.step(frame, state)
     assert tracks.masks.shape == video.masks[:, -1].shape
     torch.testing.assert_close(tracks.scores, video.scores, rtol=0.02, atol=0.02)
+
+
+# Loading
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_pinned_batches_are_those_of_the_dataset(workers):
+    """Workers fill their blocks of shared memory again while earlier batches are still in use."""
+    order = [[3, 1], [0], [6, 5, 4], [2]] * 10
+    batches = list(read_ahead(Items(), workers, torch.device("cuda"), batch_sampler=order))
+    for batch, indices in zip(batches, order, strict=True):
+        for item, index in zip(batch, indices, strict=True):
+            assert item.frames.is_pinned()
+            assert_equal_items(item, Items()[index])

@@ -14,7 +14,8 @@ from torch.utils.data import Dataset
 
 from processes import ENVIRONMENT
 from runtime.errors import InputError
-from runtime.loading import NICENESS, PackedBatch, choose_workers, read_ahead
+from runtime.loading import NICENESS, choose_workers, read_ahead
+from runtime.packing import PackedBatch
 
 CPU = torch.device("cpu")
 
@@ -51,30 +52,6 @@ def test_batches_are_those_of_the_dataset_in_order(workers):
         assert_equal_items(item, Items()[index])
     for index, item in enumerate(read_ahead(Items(), workers, CPU)):
         assert_equal_items(item, Items()[index])
-
-
-@pytest.mark.parametrize(
-    "tensor",
-    [
-        torch.randn(3, 4).t(),
-        torch.randn(2, 6, 4)[:, ::2],
-        torch.zeros(0, 5),
-        torch.tensor(2.5),
-        torch.tensor([True, False]),
-        torch.arange(6.0).half(),
-        torch.ones(3, 1).expand(3, 4),
-    ],
-)
-def test_a_packed_tensor_keeps_values_dtype_and_shape(tensor):
-    found = PackedBatch([tensor], shared=False).unpack()[0]
-    assert torch.equal(found, tensor) and found.dtype == tensor.dtype
-
-
-def test_a_batch_needs_one_block_of_memory():
-    """So a batch costs one file descriptor, however many tensors it has."""
-    batch = PackedBatch([Items()[index] for index in range(7)], shared=True)
-    assert batch.block.is_shared()
-    assert batch.block.numel() >= sum(item.frames.numel() for item in batch.unpack())
 
 
 class Failing(Dataset):
