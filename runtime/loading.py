@@ -19,7 +19,6 @@ import sys
 import threading
 from collections.abc import Iterator
 from functools import partial
-from itertools import count
 
 import torch
 from torch._utils import ExceptionWrapper
@@ -42,8 +41,7 @@ from runtime.stopping import Stopped, stop_requested
 
 NICENESS = 10  # of workers, relative to the main process
 SHARED_MEMORY = "/dev/shm"
-FILES_PER_WORKER, OTHER_FILES = 8, 32  # file descriptors, with a margin
-loader_numbers = count()
+FILES_PER_WORKER, OTHER_FILES = 12, 32  # file descriptors, with a margin
 MORE_SHARED_MEMORY = (
     "give the container more (docker run --shm-size=8g), or use fewer loader processes (--workers)"
 )
@@ -57,8 +55,8 @@ def choose_workers(wanted: int, batch_bytes: int, prefetch: int = 2) -> int:
 
     Args:
         wanted: maximum number.
-        batch_bytes: size of a batch. Every worker holds `prefetch` batches in shared memory; at
-            most half of its free space is used.
+        batch_bytes: size of a batch. Every worker holds up to `prefetch` batches in shared memory,
+            for which half of its free space is used.
     """
     if not sys.platform.startswith("linux"):
         return wanted
@@ -89,8 +87,8 @@ def read_ahead(
     if workers:
         check_limits(workers)
     batching = {"batch_size": None} if batch_sampler is None else {"batch_sampler": batch_sampler}
-    number, pinned = next(loader_numbers), device.type == "cuda"
-    blocks = ReusedBlocks(number) if workers and pinned else None  # each worker gets its own
+    pinned = device.type == "cuda"
+    blocks = ReusedBlocks() if workers and pinned else None  # each worker has a copy of its own
     loader = DataLoader(
         dataset,
         **batching,
@@ -122,7 +120,8 @@ def read_ahead(
     finally:
         if batches is not None and workers:
             batches._shutdown_workers()  # otherwise each delays the exit by five seconds
-        kept_blocks.pop(number, None)
+            for worker in batches._workers:
+                kept_blocks.pop(worker.pid, None)
 
 
 def start_worker(_worker: int) -> None:

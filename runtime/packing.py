@@ -1,13 +1,14 @@
 """Batches on their way from a loader process: all tensors in one block of shared memory.
 
-    packed = PackedBatch(batch, shared=True, blocks=ReusedBlocks(loader=0))    # in the worker
-    packed.pin_memory().unpack()                                               # the same batch
+    packed = PackedBatch(batch, shared=True, blocks=ReusedBlocks())    # in the worker
+    packed.pin_memory().unpack()                                       # in the main process
 
 A block needs one file descriptor for a whole batch. If shared memory is full, the block is sent
 through a pipe, which is slower.
 
-Speed: blocks are reused. Freeing 150 MB of shared memory takes 30 ms, in which no other thread of
-the main process runs Python code. Every training step on a GPU was disturbed by that.
+Speed: blocks are reused. Unmapping 150 MB of shared memory takes 30 ms and holds the interpreter
+lock, which delayed the training steps of a GPU. A worker sets the first byte of a block before
+filling it; the main process clears it after copying the block to pinned memory.
 """
 
 from __future__ import annotations
@@ -18,87 +19,120 @@ import os
 import pickle
 import re
 from collections import defaultdict
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 ALIGNMENT = 64  # bytes, of each tensor in a block: a cache line
-HEADER = ALIGNMENT  # bytes before the tensors. The first one says whether the block is in use
-GROWTH = 1.25  # of a block that has become too small
+HEADER = ALIGNMENT  # bytes before the tensors; the first one is 1 while the block is in use
+GROWTH = 1.25  # a reused block is larger than its first batch by this factor
 
-# In the main process: the blocks of each loader by worker and number. Blocks stay mapped here.
-kept_blocks: dict[int, dict[tuple[int, int], Tensor]] = defaultdict(dict)
+# Blocks that the main process keeps mapped: process id of the worker -> block number -> block.
+kept_blocks: dict[int, dict[int, Tensor]] = defaultdict(dict)
 
 
 class PackedBatch:
     """A batch as one block of bytes for its tensors, and a pickle of everything else."""
 
     def __init__(self, batch, shared: bool, blocks: ReusedBlocks | None = None):
-        """batch: any picklable object. shared: store its tensors in shared memory. blocks: of this
-        worker, to be filled again; requires that `pin_memory` is called for each batch.
         """
-        buffers: list[pickle.PickleBuffer] = []
+        Args:
+            batch: any picklable object.
+            shared: store its tensors in shared memory.
+            blocks: the worker's reusable blocks. `pin_memory` must then be called for every batch,
+                or blocks accumulate.
+        """
         stream = io.BytesIO()
-        BatchPickler(stream, protocol=5, buffer_callback=buffers.append).dump(batch)
-        self.head, views = stream.getvalue(), [buffer.raw() for buffer in buffers]
-        self.sizes = [view.nbytes for view in views]
-        self.size = HEADER + sum(map(aligned, self.sizes))
+        pickler = BatchPickler(stream)
+        pickler.dump(batch)
+        self.head = stream.getvalue()
+        self.places: list[Place] = []
+        self.size = HEADER  # of the block, in bytes
+        for tensor in pickler.tensors:
+            self.places.append(Place.of(tensor, self.size))
+            self.size += math.ceil(tensor.nbytes / ALIGNMENT) * ALIGNMENT
         self.owner = None
-        if blocks is None:
-            self.block = new_block(self.size, shared)
-        else:
+        if blocks:
             self.block, self.owner = blocks.take(self.size)
-        memory = self.memory()
-        for start, view in zip(self.starts(), views):
-            memory[start : start + view.nbytes] = view
+        else:
+            self.block = new_block(self.size, shared)
+        for tensor, place in zip(pickler.tensors, self.places):
+            place.view(self.block_tensor()).copy_(tensor)
 
-    def starts(self) -> list[int]:
-        """Offset of each tensor in bytes."""
-        return np.cumsum([HEADER, *map(aligned, self.sizes)])[:-1].tolist()
-
-    def memory(self) -> memoryview:
-        """The block's bytes."""
-        block = self.block.numpy() if isinstance(self.block, Tensor) else self.block
-        return memoryview(block)
+    def block_tensor(self) -> Tensor:
+        """The block, also if it is an array."""
+        return self.block if isinstance(self.block, Tensor) else torch.from_numpy(self.block)
 
     def pin_memory(self) -> PackedBatch:
-        """Copy the block to page-locked memory; called by DataLoader in the main process."""
-        block = self.block if isinstance(self.block, Tensor) else torch.from_numpy(self.block)
+        """Copy the block to page-locked memory, and release it to its worker.
+
+        Called by DataLoader in the main process.
+        """
+        block = self.block_tensor()
         self.block = block[: self.size].pin_memory()
         if self.owner:
-            loader, worker, number = self.owner
-            kept_blocks[loader][worker, number] = block
-            block[0] = False  # the worker may fill it again
+            worker, number = self.owner
+            kept_blocks[worker][number] = block
+            block[0] = 0
         return self
 
     def unpack(self):
-        """The batch; its tensors are views of the block."""
-        memory = self.memory()
-        tensors = [memory[start : start + size] for start, size in zip(self.starts(), self.sizes)]
-        return pickle.loads(self.head, buffers=tensors)
+        """The batch. Its tensors are views of the block: memory that is pinned stays reserved until
+        copies of all of them to a GPU have ended.
+        """
+        block = self.block_tensor()
+        tensors = [place.view(block) for place in self.places]
+        return BatchUnpickler(io.BytesIO(self.head), tensors).load()
+
+
+@dataclass
+class Place:
+    """Where a tensor is in a block, and what it is like."""
+
+    start: int  # bytes
+    dtype: torch.dtype
+    shape: list[int]  # with the axes in the order in which they lie in memory
+    axes: list[int]  # restores their order
+
+    @classmethod
+    def of(cls, tensor: Tensor, start: int) -> Place:
+        """The place of a tensor in a block, in its own memory order."""
+        order = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
+        axes = [order.index(axis) for axis in range(tensor.ndim)]
+        return cls(start, tensor.dtype, [tensor.shape[axis] for axis in order], axes)
+
+    def view(self, block: Tensor) -> Tensor:
+        """The tensor in a block."""
+        end = self.start + math.prod(self.shape) * self.dtype.itemsize
+        return block[self.start : end].view(self.dtype).view(self.shape).permute(self.axes)
 
 
 class BatchPickler(pickle.Pickler):
-    """Pickles tensors as NumPy arrays, whose data goes to the buffer callback."""
+    """Pickles everything but tensors, which are collected."""
 
-    def reducer_override(self, thing):
-        """Pickle a tensor as contiguous memory and the order of its axes."""
+    def __init__(self, stream: io.BytesIO):
+        super().__init__(stream, protocol=5)
+        self.tensors: list[Tensor] = []
+
+    def persistent_id(self, thing) -> int | None:
+        """The number of a tensor; None for other things."""
         if not isinstance(thing, Tensor):
-            return NotImplemented
-        order = sorted(range(thing.ndim), key=thing.stride, reverse=True)  # the order in memory
-        array = thing.detach().permute(order).contiguous().numpy()
-        return restore_tensor, (array, [order.index(axis) for axis in range(thing.ndim)])
+            return None
+        self.tensors.append(thing.detach())
+        return len(self.tensors) - 1
 
 
-def restore_tensor(array: np.ndarray, axes: list[int]) -> Tensor:
-    """Restore a tensor from an array whose axes were sorted by stride."""
-    return torch.from_numpy(array).permute(axes)
+class BatchUnpickler(pickle.Unpickler):
+    """The reverse of BatchPickler."""
 
+    def __init__(self, stream: io.BytesIO, tensors: list[Tensor]):
+        super().__init__(stream)
+        self.tensors = tensors
 
-def aligned(size: int) -> int:
-    """A size rounded up to a multiple of ALIGNMENT."""
-    return math.ceil(size / ALIGNMENT) * ALIGNMENT
+    def persistent_load(self, number: int) -> Tensor:
+        return self.tensors[number]
 
 
 # Blocks
@@ -107,25 +141,27 @@ def aligned(size: int) -> int:
 class ReusedBlocks:
     """The blocks of a worker, which it fills again once the main process has copied them."""
 
-    def __init__(self, loader: int):
-        """loader: a number of its own, the same in all its workers."""
-        self.loader = loader
+    def __init__(self):
         self.blocks: list[Tensor] = []
 
-    def take(self, size: int) -> tuple[Tensor | np.ndarray, tuple[int, int, int] | None]:
-        """A block of `size` bytes or more, now in use, and its owner: loader, worker and number.
+    def take(self, size: int) -> tuple[Tensor | np.ndarray, tuple[int, int] | None]:
+        """A free block of at least `size` bytes, now in use, and its owner.
 
-        If shared memory is full, the block is an array, sent through a pipe, and has no owner.
+        The owner is (process id of this worker, block number). If shared memory is full, the block
+        is an array without an owner, which is sent through a pipe.
         """
-        in_use = [bool(block[0]) for block in self.blocks] + [False]
-        number = in_use.index(False)  # of a free block, or the next number
-        if number == len(self.blocks) or len(self.blocks[number]) < size:
+        free = [number for number, block in enumerate(self.blocks) if not block[0]]
+        fitting = [number for number in free if len(self.blocks[number]) >= size]
+        if fitting:
+            number = fitting[0]
+        else:
             block = new_block(int(size * GROWTH), shared=True)
             if not isinstance(block, Tensor):
-                return block, None
-            self.blocks[number : number + 1] = [block]
-        self.blocks[number][0] = True
-        return self.blocks[number], (self.loader, os.getpid(), number)
+                return block[:size], None
+            number = free[0] if free else len(self.blocks)
+            self.blocks[number : number + 1] = [block]  # replaces one that is too small
+        self.blocks[number][0] = 1
+        return self.blocks[number], (os.getpid(), number)
 
 
 def new_block(size: int, shared: bool) -> Tensor | np.ndarray:

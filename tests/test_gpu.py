@@ -32,6 +32,7 @@ from losses import Criterion
 from matcher import sample_features
 from model import build_model
 from runtime.loading import read_ahead
+from runtime.packing import PackedBatch, kept_blocks
 from synthetic.suites import make_dataset
 from test_backbone import errors_in_16_bit
 from test_masks_in_16_bit import assert_masks_in_16_bit
@@ -530,10 +531,27 @@ def test_exclusive_masks():
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_pinned_batches_are_those_of_the_dataset(workers):
-    """Workers fill their blocks of shared memory again while earlier batches are still in use."""
+    """Workers fill their blocks of shared memory again."""
     order = [[3, 1], [0], [6, 5, 4], [2]] * 10
-    batches = list(read_ahead(Items(), workers, torch.device("cuda"), batch_sampler=order))
+    batches = read_ahead(Items(), workers, torch.device("cuda"), batch_sampler=order)
     for batch, indices in zip(batches, order, strict=True):
+        assert len(kept_blocks) <= workers and bool(kept_blocks) == bool(workers)
         for item, index in zip(batch, indices, strict=True):
             assert item.frames.is_pinned()
             assert_equal_items(item, Items()[index])
+    assert not kept_blocks
+
+
+def test_pinned_memory_is_kept_until_it_has_been_copied():
+    """A batch may be dropped while its tensors still wait for their copy to the GPU."""
+    batch = [torch.ones(1000), torch.ones(10**6)]
+    packed = PackedBatch(batch, shared=False).pin_memory()
+    address = packed.block.data_ptr()
+    x = torch.randn(8192, 8192, device="cuda")
+    for _ in range(20):
+        x = x @ x  # keeps the GPU busy
+    copied = packed.unpack()[1].to("cuda", non_blocking=True)
+    del packed
+    other = PackedBatch([torch.zeros_like(x) for x in batch], shared=False).pin_memory()
+    assert other.block.data_ptr() != address
+    assert copied.eq(1).all()

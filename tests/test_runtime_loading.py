@@ -197,8 +197,8 @@ def test_small_shared_memory_is_enough(size):
             "loader processes need shared memory .*--workers 0",
         ),
         ("mount -t tmpfs -o size=8k none /dev/shm &&", "loader processes need shared memory"),
-        ("ulimit -n 30 &&", "2 loader processes need about 48 open files and the limit is 30"),
-        ("ulimit -n 12 &&", "the limit is 12: raise it .ulimit -n 48"),
+        ("ulimit -n 30 &&", "2 loader processes need about 56 open files and the limit is 30"),
+        ("ulimit -n 12 &&", "the limit is 12: raise it .ulimit -n 56"),
     ],
 )
 def test_too_little_of_a_resource_is_one_sentence(limit, expected):
