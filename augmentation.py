@@ -124,7 +124,7 @@ class Augmentation:
                 for frame, angle in zip(frames.as_subclass(Tensor), angles)
             ]
         )
-        pictures = masks.as_subclass(Tensor).to(torch.uint8)
+        pictures = masks.as_subclass(Tensor).view(torch.uint8)
         masks = torch.stack(
             [
                 transforms.rotate_image(
@@ -134,7 +134,7 @@ class Augmentation:
             ],
             1,
         )
-        return tv_tensors.Video(frames), tv_tensors.Mask(masks.bool())
+        return tv_tensors.Video(frames), tv_tensors.Mask(masks.view(torch.bool))
 
     def large_scale_jitter(self, frames, masks, generator: np.random.Generator):
         """Resize by one random scale and crop one window; pad on the right and at the bottom."""
@@ -150,7 +150,7 @@ class Augmentation:
         height, width = frames.shape[-2:]
         padding = [0, 0, side - width, side - height]  # left, top, right, bottom
         frames = transforms.pad_image(frames, padding, fill=LSJ_PADDING)
-        masks = transforms.pad_image(masks.to(torch.uint8), padding).bool()
+        masks = transforms.pad_image(masks.view(torch.uint8), padding).view(torch.bool)
         return tv_tensors.Video(frames), tv_tensors.Mask(masks)
 
 
@@ -185,7 +185,7 @@ def resize_to(frames, masks, size: tuple[int, int]):
     Mode "nearest" alone would be off by half a pixel. Masks are resized as images, because some
     torchvision versions always resize a Mask with "nearest".
     """
-    pictures = masks.as_subclass(Tensor).to(torch.uint8)
+    pictures = masks.as_subclass(Tensor).view(torch.uint8)
     frames = transforms.resize(frames, size, InterpolationMode.BILINEAR, antialias=True)
-    masks = transforms.resize_image(pictures, size, InterpolationMode.NEAREST_EXACT).bool()
-    return frames, tv_tensors.Mask(masks)
+    masks = transforms.resize_image(pictures, size, InterpolationMode.NEAREST_EXACT)
+    return frames, tv_tensors.Mask(masks.view(torch.bool))

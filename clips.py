@@ -140,12 +140,14 @@ class ClipDataset(Dataset):
             pictures[t] = np.asarray(picture)
             codes = [annotation["segmentations"][t] for annotation in annotations]
             # The masks were validated by VideoSet.
-            masks[t] = np.stack(
-                [read_mask(code, video.height, video.width, "", checked=True) for code in codes]
-            )
+            masks[t] = [
+                read_mask(code, video.height, video.width, "", checked=True) for code in codes
+            ]
+        # Speed: one copy of all masks, instead of one per frame and one per clip.
+        masks_of_instances = list(zip(*(masks[t] for t in chosen)))
         clip = make_clip(
             np.stack([pictures[t] for t in chosen]),
-            np.stack([masks[t] for t in chosen], axis=1),
+            np.array(masks_of_instances),
             [annotation["label"] for annotation in annotations],
             self.augmentation,
             generator,
