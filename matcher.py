@@ -239,7 +239,8 @@ def matching_costs(
     """Costs (G, R, B, Q, I) of giving a query to an instance, from masks at random points.
 
     Equal to sampling the mask logits e . f of every query. Sampling is linear, so the features f
-    are sampled instead, once for all R predictions. Memory: one video at a time.
+    are sampled instead, once for all R predictions. Memory: one video at a time. Upstream draws
+    points for each prediction; docs/parity.md says what sharing them changes.
 
     sample: `sample_features`, or the same in one kernel (fast/fused_sampling.py).
     """

@@ -7,7 +7,8 @@
 Runs train.py with torchrun: R-50, 8 clips of 5 frames per GPU, the recipe grattvis/ovis/r50 with a
 frozen detector, random weights, and the frames of benchmarks/loading.py. Each run has a row, with
 the rate in each third of its iterations: at first, loaders fill their queues and new frame sizes
-come, each of which costs time once (docs/performance.md). The ratio is that of the last thirds.
+come, each of which costs time once (docs/performance.md); in the last third, the loaders finish
+before the training. The ratio is that of the second thirds.
 """
 
 import argparse
@@ -70,7 +71,7 @@ def train(root: Path, gpus: int, args: argparse.Namespace) -> list[dict]:
 
 
 def report(gpus: int, log: list[dict], rate_of_first: float | None) -> float:
-    """Print the row of a run; returns the rate of its last third."""
+    """Print the row of a run; returns the rate of its second third."""
     third = len(log) // 3
     thirds = log[:third], log[third : len(log) - third], log[len(log) - third :]
     rates = []
@@ -78,13 +79,13 @@ def report(gpus: int, log: list[dict], rate_of_first: float | None) -> float:
         iteration = sum(1 / row["iterations_per_second"] for row in rows) / len(rows)  # seconds
         rates.append(CLIPS * gpus / iteration)
     waiting = sum(row["data_share"] for row in log) / len(log)
-    ratio = rates[-1] / (rate_of_first or rates[-1])
+    ratio = rates[1] / (rate_of_first or rates[1])
     print(
         f"{gpus} GPUs: {rates[0]:.1f}, {rates[1]:.1f} and {rates[2]:.1f} clips/s by third, "
         f"{ratio:.2f} x; waiting for data {waiting:.1%}; loss {log[-1]['loss']:.2f}",
         flush=True,
     )
-    return rates[-1]
+    return rates[1]
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -56,7 +56,8 @@ def choose_workers(wanted: int, batch_bytes: int, prefetch: int = 2) -> int:
     Args:
         wanted: maximum number.
         batch_bytes: size of a batch. Every worker holds up to `prefetch` batches in shared memory,
-            for which half of its free space is used.
+            for which half of its free space is planned. Blocks that grow with their batches can
+            exceed that for a while; if there is no space left, batches go through pipes.
     """
     if not sys.platform.startswith("linux"):
         return wanted

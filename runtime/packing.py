@@ -41,8 +41,8 @@ class PackedBatch:
         Args:
             batch: any picklable object.
             shared: store its tensors in shared memory.
-            blocks: the worker's reusable blocks. `pin_memory` must then be called for every batch,
-                or blocks accumulate.
+            blocks: the worker's reusable blocks, which are shared. `pin_memory` must then be called
+                for every batch, or blocks accumulate.
         """
         stream = io.BytesIO()
         pickler = BatchPickler(stream)
@@ -58,8 +58,9 @@ class PackedBatch:
             self.block, self.owner = blocks.take(self.size)
         else:
             self.block = new_block(self.size, shared)
+        block = self.block_tensor()
         for tensor, place in zip(pickler.tensors, self.places):
-            place.view(self.block_tensor()).copy_(tensor)
+            place.view(block).copy_(tensor)
 
     def block_tensor(self) -> Tensor:
         """The block, also if it is an array."""

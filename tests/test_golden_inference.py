@@ -276,6 +276,3 @@ def test_golden_vita(name, dtype, detections):
     assert relative_error(kernels, golden_kernels(model, golden)) < 1e-3
     assert subsampled_error(prediction.frame_embed, golden, "fq_embed") < 1e-3
     assert subsampled_error(prediction.clip_embed, golden, "cq_embed") < 1e-3
-
-
-# In 16 bit, with trained weights: masks that the golden nets' chaos does not decide

@@ -544,14 +544,13 @@ def test_pinned_batches_are_those_of_the_dataset(workers):
 
 def test_pinned_memory_is_kept_until_it_has_been_copied():
     """A batch may be dropped while its tensors still wait for their copy to the GPU."""
-    batch = [torch.ones(1000), torch.ones(10**6)]
-    packed = PackedBatch(batch, shared=False).pin_memory()
+    packed = PackedBatch([torch.ones(1000), torch.ones(10**6)], shared=False).pin_memory()
     address = packed.block.data_ptr()
     x = torch.randn(8192, 8192, device="cuda")
     for _ in range(20):
         x = x @ x  # keeps the GPU busy
     copied = packed.unpack()[1].to("cuda", non_blocking=True)
     del packed
-    other = PackedBatch([torch.zeros_like(x) for x in batch], shared=False).pin_memory()
+    other = PackedBatch([torch.zeros(1000), torch.zeros(10**6)], shared=False).pin_memory()
     assert other.block.data_ptr() != address
     assert copied.eq(1).all()

@@ -41,6 +41,17 @@ def stable_frames(model, frames, trials=12):
     return frames[is_stable]
 
 
+@torch.no_grad()
+def feature_error(frames, dtype, device, compiled):
+    """Relative error of the mask features, which no decision precedes."""
+    model, _ = model_from_checkpoint(SHIPPED_WEIGHTS)
+    _, exact = model.eval().detect_queries(frames)
+    with torch.autocast(device, dtype):
+        model.to(device).accelerate(dtype, compiled)
+        _, found = model.detect_queries(frames.to(device))
+    return ((found.cpu().float() - exact).norm() / exact.norm()).item()
+
+
 def agreement(frames, dtype, device, compiled):
     """IoU with the masks in float32 of each instance that scores more than 0.3 there."""
     model, _ = model_from_checkpoint(SHIPPED_WEIGHTS)
@@ -56,6 +67,9 @@ def agreement(frames, dtype, device, compiled):
 
 
 def assert_masks_in_16_bit(device, compiled=False):
+    """Features of all frames, and masks of the stable ones."""
+    for dtype, bound in ((torch.float16, NOISE), (torch.bfloat16, 8 * NOISE)):
+        assert feature_error(render(0), dtype, device, compiled) < bound
     model, _ = model_from_checkpoint(SHIPPED_WEIGHTS)
     videos = [stable_frames(model.eval(), render(seed)) for seed in range(VIDEOS)]
     assert sum(map(len, videos)) >= VIDEOS * FRAMES / 4
