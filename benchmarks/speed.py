@@ -283,16 +283,23 @@ def train(
 def reset_peak() -> None:
     gc.collect()  # compiled models refer to themselves, so they are not freed at once
     if CUDA:
+        torch.cuda.empty_cache()  # with the pools of graphs that are gone
         torch.cuda.reset_peak_memory_stats()
 
 
 def peak() -> str:
-    """The most memory that tensors had, and that was taken from the GPU for them."""
+    """The most memory that tensors had, with that of CUDA graphs; and what was reserved for it."""
+    if not CUDA:
+        return ""
+    # Graphs keep their memory, of which PyTorch counts only tensors that are still referred to.
+    of_graphs = sum(
+        segment["total_size"] - segment["allocated_size"]
+        for segment in torch.cuda.memory_snapshot()
+        if tuple(segment["segment_pool_id"]) != (0, 0)
+    )
     return (
-        f"; {torch.cuda.max_memory_allocated() / 1e9:.2f} GB, "
+        f"; {(torch.cuda.max_memory_allocated() + of_graphs) / 1e9:.2f} GB, "
         f"{torch.cuda.max_memory_reserved() / 1e9:.2f} reserved"
-        if CUDA
-        else ""
     )
 
 

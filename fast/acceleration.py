@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from backbone import ResNetBackbone
 from detector import FrameOutput
 from evaluation.postprocess import mask_sum_and_area
-from fast.detection_graphs import graph_frozen_detector
+from fast.cuda_graphs import GraphPool
+from fast.detection_graphs import graph_detector
 from fast.folded_resnet import FusedResNet, fold_frozen_resnet, fold_resnet
 from fast.fused_masks import MASK_SCORES_DIGEST, fused_mask_sum_and_area
 from fast.fused_modules import fuse_modules
@@ -73,7 +74,7 @@ def accelerate_training(
     Trained weights stay in float32. Frozen ones are cast once, instead of in every step.
 
     compiled: "off", "tracker" or "all", as train.py's --compile.
-    graphs: run the tracker and a frozen detector as CUDA graphs, as train.py's --graphs.
+    graphs: run the tracker and the detector as CUDA graphs, as train.py's --graphs.
     """
     in_16_bit_on_gpu = dtype != torch.float32 and model.device.type == "cuda"
     fused = in_16_bit_on_gpu and compiled == "off"
@@ -88,8 +89,10 @@ def accelerate_training(
     if dtype != torch.float32:
         cast_frozen_weights(model, dtype)
     if fused and graphs:
-        graph_tracker(model)
-        graph_frozen_detector(model)
+        pool = GraphPool()
+        graph_tracker(model, pool)
+        if not has_batch_norm(model.backbone):
+            graph_detector(model, pool)
     if compiled != "off":
         compile_parts(model, detector=compiled == "all")
 
@@ -156,8 +159,7 @@ def detect_in_chunks(model: GRAttVIS, images: Tensor) -> FrameOutput:
         for name, parameter in model.named_parameters()
         if not name.startswith("tracker.")
     )
-    has_batch_norm = any(isinstance(module, nn.BatchNorm2d) for module in model.backbone.modules())
-    if is_trained or has_batch_norm:
+    if is_trained or has_batch_norm(model.backbone):
         return model.detect(images)
     with torch.no_grad():
         chunks = [model.detect(chunk) for chunk in images.split(FROZEN_CHUNK)]
@@ -168,6 +170,11 @@ def detect_in_chunks(model: GRAttVIS, images: Tensor) -> FrameOutput:
     queries = torch.cat([chunk.queries for chunk in chunks], 1)
     features = torch.cat([chunk.features for chunk in chunks])
     return FrameOutput(predictions, queries, features)
+
+
+def has_batch_norm(module: nn.Module) -> bool:
+    """Whether norms depend on the batch."""
+    return any(isinstance(part, nn.BatchNorm2d) for part in module.modules())
 
 
 def zero_images(shape: tuple[int, int, int, int], like: Tensor) -> Tensor:

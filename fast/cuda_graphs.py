@@ -7,20 +7,27 @@ one launch.
     graphs = CUDAGraphCache()
     outputs = graphs(function, *tensors)    # the same as function(*tensors)
 
+`SharedMemoryGraphs` does this for many shapes, as they come in training.
+
 Source: torch.cuda.CUDAGraph, see "CUDA semantics" in the PyTorch docs.
 """
 
-from collections.abc import Callable, Iterator
+import gc
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from operator import is_
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
 from fast.streams import get_stream
 
+ALIGNMENT = 512  # bytes, as in PyTorch's allocator
 _constants: list[dict] = []  # of the graph being captured; empty at other times
 
 
@@ -47,6 +54,41 @@ def graph_constant(key: tuple, compute: Callable[[], Tensor]) -> Tensor:
     return constants[key]
 
 
+class GraphPool:
+    """Memory that graphs share, because none is used while results of another are needed."""
+
+    def __init__(self):
+        self.graphs = WeakSet()
+        self.handle: tuple | None = None
+        self.replays = 0  # of any of the graphs
+
+    def handle_for(self, graph: torch.cuda.CUDAGraph) -> tuple:
+        """The handle to capture one more graph with."""
+        if not self.graphs:  # the memory of graphs that are gone must not be used again
+            self.handle = torch.cuda.graph_pool_handle()
+        self.graphs.add(graph)
+        return self.handle
+
+
+@contextmanager
+def capturing(graph: torch.cuda.CUDAGraph, pool: GraphPool | None) -> Iterator[None]:
+    """A context whose kernels are captured, on the current stream.
+
+    pool: of the graph's memory; None: the graph has its own.
+    """
+    handle = pool.handle_for(graph) if pool else None
+    collects_garbage = gc.isenabled()
+    gc.disable()  # other graphs could be garbage, and none may be destroyed during a capture
+    # Data loaders pin memory in other threads meanwhile.
+    graph.capture_begin(pool=handle, capture_error_mode="thread_local")
+    try:
+        yield
+    finally:  # otherwise the stream would stay in capture
+        graph.capture_end()
+        if collects_garbage:
+            gc.enable()
+
+
 class CUDAGraphCache:
     """Calls functions from tensors to a tuple of tensors, as CUDA graphs where possible.
 
@@ -63,7 +105,7 @@ class CUDAGraphCache:
         self.tensors: list[dict] = []  # of all modules: parameters and buffers by name
         self.attributes: list[dict] = []  # of all modules: other attributes by name
         self.hooks: list[dict] = []
-        self.pool: tuple | None = None  # of memory; None: each graph has its own
+        self.pool: GraphPool | None = None
         self.pointers, self.objects = [], []
         self.enabled = True
 
@@ -99,7 +141,7 @@ class CUDAGraphCache:
         graph, inputs = torch.cuda.CUDAGraph(), self.hold_inputs(inputs)
         current = torch.cuda.current_stream(inputs[0].device)
         # Kernels of a graph keep the priority of the stream on which they were captured.
-        stream = get_stream(inputs[0].device, current.priority)
+        stream = get_stream(inputs[0].device, priority=current.priority)
         stream.wait_stream(current)
         # Autocast's cache of 16 bit weights is emptied behind the graph, so cast inside of it.
         autocast = torch.autocast(
@@ -112,17 +154,13 @@ class CUDAGraphCache:
         _constants.append(constants)
         try:
             with torch.cuda.stream(stream), autocast:
-                held = self.hold_outputs(function(*inputs))
+                held = self.hold_outputs(function(*inputs), inputs[0].device)
                 torch.cuda.empty_cache()  # the graph allocates from another pool
-                # Data loaders pin memory in other threads meanwhile.
-                graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
-                try:
+                with capturing(graph, self.pool):
                     outputs = function(*inputs)
                     if held:
                         torch._foreach_copy_(held, outputs)
                         outputs = tuple(held)
-                finally:  # otherwise the stream would stay in capture
-                    graph.capture_end()
         finally:
             _constants.pop()
         current.wait_stream(stream)
@@ -132,7 +170,7 @@ class CUDAGraphCache:
         """Tensors with these values, which a graph is to read."""
         return [tensor.clone() for tensor in inputs]
 
-    def hold_outputs(self, outputs: tuple[Tensor, ...]) -> list[Tensor]:
+    def hold_outputs(self, outputs: Sequence[Tensor], device: torch.device) -> list[Tensor]:
         """Tensors like these, which a graph is to fill; none: it keeps what it allocates."""
         return []
 
@@ -193,7 +231,68 @@ class CUDAGraphCache:
 
     def __reduce__(self) -> tuple:
         """A copied or unpickled cache is empty."""
-        return CUDAGraphCache, ()
+        return type(self), ()
+
+
+class SharedMemoryGraphs(CUDAGraphCache):
+    """Graphs for many shapes, of which only frequent ones are captured.
+
+    One graph is used at a time, so all read and write the same memory.
+
+    calls_before_capture: calls with a shape that are made directly first.
+    pool: None makes a new one.
+    """
+
+    max_graphs = 64
+
+    def __init__(self, calls_before_capture: int = 2, pool: GraphPool | None = None):
+        super().__init__()
+        self.pool = pool or GraphPool()
+        self.calls_before_capture = calls_before_capture
+        self.calls = Counter()
+        self.buffers: dict[str, Tensor] = {}
+
+    def __call__(
+        self, function: Callable[..., tuple[Tensor, ...]], *inputs: Tensor
+    ) -> tuple[Tensor, ...]:
+        """function(*inputs); the outputs are copies that no later call overwrites."""
+        if self.is_rare(self.key_of(function, inputs)):
+            return function(*inputs)
+        self.pool.replays += 1
+        return super().__call__(function, *inputs)
+
+    def is_rare(self, key: tuple) -> bool:
+        """Count a call with this key; whether it has no graph and should not get one."""
+        self.calls[key] += 1
+        is_new = self.calls[key] <= self.calls_before_capture
+        return key not in self.graphs and (is_new or len(self.graphs) == self.max_graphs)
+
+    def hold_inputs(self, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+        """Tensors with these values, in memory that all graphs share."""
+        held = self.hold("inputs", inputs, inputs[0].device)
+        torch._foreach_copy_(held, inputs)
+        return held
+
+    def hold_outputs(self, outputs: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+        """Tensors like these, in memory that all graphs share."""
+        return self.hold("outputs", outputs, device)
+
+    def hold(self, name: str, tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+        """Tensors like these in a buffer. If it is too small, there is a new one for new graphs."""
+        sizes = [ALIGNMENT * math.ceil(tensor.nbytes / ALIGNMENT) for tensor in tensors]
+        buffer = self.buffers.get(name)
+        if buffer is None or len(buffer) < sum(sizes):
+            self.graphs.clear()
+            buffer = self.buffers[name] = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
+        held = []
+        for tensor, part in zip(tensors, buffer[: sum(sizes)].split(sizes)):
+            strides = torch.empty_like(tensor, device="meta").stride()  # without gaps
+            held.append(part.view(tensor.dtype).as_strided(tensor.shape, strides))
+        return held
+
+    def __reduce__(self) -> tuple:
+        """A copied cache is empty, and has its own pool."""
+        return type(self), (self.calls_before_capture,)
 
 
 def is_same(objects: list, others: list) -> bool:

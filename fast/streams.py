@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 @cache
-def get_stream(device: torch.device, priority: int = 0) -> torch.cuda.Stream:
+def get_stream(device: torch.device, *, priority: int) -> torch.cuda.Stream:
     """The side stream of a priority (negative: scheduled before the default stream).
 
     There is one stream per priority, since libraries keep a workspace for each stream.
@@ -32,7 +32,7 @@ class SideStream:
 
     def __init__(self, device: torch.device, priority: int):
         self.device = device
-        self.stream = get_stream(device, priority) if device.type == "cuda" else None
+        self.stream = get_stream(device, priority=priority) if device.type == "cuda" else None
 
     def wait(self) -> None:
         """Order later work on the side stream after the current stream's work so far."""

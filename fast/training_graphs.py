@@ -1,28 +1,29 @@
-"""The tracker of training as two CUDA graphs: one for forward, one for backward.
+"""A part of a model in training as two CUDA graphs: one for forward, one for backward.
 
     graph_tracker(model)    # in place, before training on a GPU
 
 The tracker goes through a clip in thousands of small kernels, forward and backward, whatever the
-size of the frames. Launched one by one they take longer than they run. Results are those of the
-plain tracker (tests/test_training_graphs.py, tests/test_gpu.py), except that weights which only
-lead to outputs without a gradient get a gradient of zeros instead of none.
+size of the frames. Launched one by one they take longer than they run; so do those of a trained
+detector for few frames (detection_graphs.py). Results are those of the plain code
+(tests/test_training_graphs.py, tests/test_gpu.py), except that weights which only lead to outputs
+without a gradient get a gradient of zeros instead of none.
 
 Source: torch.cuda.make_graphed_callables, which cannot be used here: its capture fails when a data
-loader pins memory meanwhile.
+loader pins memory meanwhile, and each of its graphs has memory of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from types import MethodType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from fast.cuda_graphs import CUDAGraphCache
+from fast.cuda_graphs import GraphPool, SharedMemoryGraphs, capturing
 from fast.streams import get_stream
 from tracker import ClipPrediction, Tracker, TrackerState
 
@@ -30,10 +31,10 @@ if TYPE_CHECKING:
     from model import GRAttVIS
 
 
-def graph_tracker(model: GRAttVIS) -> None:
-    """Let `model.tracker` train in CUDA graphs, in place."""
+def graph_tracker(model: GRAttVIS, pool: GraphPool | None = None) -> None:
+    """Let `model.tracker` train in CUDA graphs, in place; see SharedMemoryGraphs for `pool`."""
     tracker = model.tracker
-    tracker.training_graphs = TrainingGraphs()
+    tracker.training_graphs = TrainingGraphs(pool=pool)
     tracker.forward = MethodType(forward_in_graphs, tracker)  # a copy of the model gets its own
 
 
@@ -43,11 +44,7 @@ def forward_in_graphs(
     """`Tracker.forward`, as CUDA graphs in training from the start of a video."""
     if not is_capturable(tracker, frame_queries, state):
         return Tracker.forward(tracker, frame_queries, state)
-    graphs = tracker.training_graphs
-    graphs.check_module(tracker)
-    if any(graphs.hooks):  # a graph would not call them
-        return Tracker.forward(tracker, frame_queries, state)
-    return graphs.track(tracker, frame_queries)
+    return tracker.training_graphs.run(Tracker.forward, tracker, frame_queries)
 
 
 def is_capturable(tracker: Tracker, frame_queries: Tensor, state: TrackerState | None) -> bool:
@@ -58,138 +55,176 @@ def is_capturable(tracker: Tracker, frame_queries: Tensor, state: TrackerState |
 
 
 @dataclass
-class TrackerGraphs:
+class GraphPair:
     """Both graphs for one shape, with the tensors that they read and write."""
 
     forward: torch.cuda.CUDAGraph
     backward: torch.cuda.CUDAGraph
-    frame_queries: Tensor
-    parameters: list[Tensor]
-    results: list  # the predictions and the state
-    outputs: list[Tensor]  # all tensors of `results`
+    x: Tensor
+    parameters: list[Tensor]  # those that get a gradient
+    results: Any  # of the function, with the tensors of `outputs`
+    outputs: list[Tensor]
     output_gradients: list[Tensor | None]  # None where an output has no gradient
-    input_gradients: list[Tensor | None]  # of frame_queries and all parameters; None where unused
-    calls: int = 0
+    x_gradient: Tensor | None
+    gradients: list[Tensor]  # of the parameters
 
 
-class TrainingGraphs(CUDAGraphCache):
-    """The graphs of a tracker by shape; `check_module` drops them if the tracker has changed."""
+class TrainingGraphs(SharedMemoryGraphs):
+    """The graphs of a function in training, for each shape; dropped if the module has changed."""
 
-    def track(
-        self, tracker: Tracker, frame_queries: Tensor
-    ) -> tuple[list[ClipPrediction], TrackerState]:
-        """Tracker.forward(tracker, frame_queries); captured at the first call with this shape."""
+    def __init__(self, calls_before_capture: int = 2, pool: GraphPool | None = None):
+        super().__init__(calls_before_capture, pool)
+        self.gradients: dict[int, Tensor] = {}  # by number of the parameter; of all graphs
+
+    def run(self, function: Callable[[nn.Module, Tensor], Any], module: nn.Module, x: Tensor):
+        """function(module, x). The next call overwrites the results.
+
+        function: returns tensors in dataclasses, lists and tuples; it must not wait for the GPU.
+        """
+        self.check_module(module)
         autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
-        key = frame_queries.shape, frame_queries.dtype, frame_queries.requires_grad, autocast
+        key = x.shape, x.dtype, x.requires_grad, autocast
+        is_replaced = any(self.hooks) or not self.enabled  # a graph would not call hooks
+        if is_replaced or self.is_rare(key):
+            return function(module, x)
         if key not in self.graphs:
-            devices = [frame_queries.device] if frame_queries.is_cuda else []
+            devices = [x.device] if x.is_cuda else []
             with torch.random.fork_rng(devices):  # the noise of a step does not depend on captures
-                self.graphs[key] = capture(tracker, frame_queries)
-        graphs = self.graphs[key]
-        outputs = Replay.apply(graphs, frame_queries, *graphs.parameters)
-        *predictions, state = with_tensors(graphs.results, outputs)
-        return predictions, state
+                pair = self.capture_pair(function, module, x)
+            self.graphs[key] = pair
+        pair = self.graphs[key]
+        outputs = Replay.apply(self, pair, x, *pair.parameters)
+        return with_tensors(pair.results, iter(outputs))
 
-    def __reduce__(self) -> tuple:
-        """A copied or unpickled cache is empty."""
-        return TrainingGraphs, ()
+    def capture_pair(
+        self, function: Callable[[nn.Module, Tensor], Any], module: nn.Module, x: Tensor
+    ) -> GraphPair:
+        """Run the function once to warm up, and once to capture it, both with its backward pass."""
+        [static] = self.hold_inputs((x.detach(),))
+        static.requires_grad_(x.requires_grad)
+        parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        current = torch.cuda.current_stream(x.device)
+        stream = get_stream(x.device, priority=current.priority)  # that of all graphs of the pool
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream), same_weights(module) as copies:
+            leaves = [copies[parameter] for parameter in parameters]
+            outputs, gradients = warm_up(function, module, [static, *leaves])
+            torch.cuda.empty_cache()  # the graphs allocate from a pool of their own
+            memory = self.hold_results(outputs, gradients, x.device)
+            outputs, output_gradients, x_gradient, gradients = memory
+            forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+            with capturing(forward, self.pool):
+                results = run_forward(function, module, static)
+                new = tensors_of(results)
+                torch._foreach_copy_(outputs, [output.detach() for output in new])
+            with capturing(backward, self.pool):
+                inputs = [static, *(leaves[number] for number in gradients)]
+                new = run_backward(new, inputs, output_gradients)
+                pairs = zip([x_gradient, *gradients.values()], new)
+                targets, sources = zip(*(pair for pair in pairs if pair[0] is not None))
+                torch._foreach_copy_(targets, sources)
+        current.wait_stream(stream)
+        return GraphPair(
+            forward,
+            backward,
+            static.detach(),
+            [parameters[number] for number in gradients],
+            # Without the autograd graph of the capture, which would be bound to its stream.
+            with_tensors(results, iter(outputs)),
+            outputs,
+            output_gradients,
+            x_gradient,
+            list(gradients.values()),
+        )
+
+    def hold_results(
+        self, outputs: list[Tensor], gradients: list[Tensor | None], device: torch.device
+    ) -> tuple[list[Tensor], list[Tensor | None], Tensor | None, dict[int, Tensor]]:
+        """Memory for what graphs return, which must not lie in the pool that they share.
+
+        outputs, gradients: as of `warm_up`. Returns tensors for the outputs, their gradients, the
+        gradient of x, and gradients of parameters, by number, which are the same for all graphs.
+        """
+        trained = [output for output in outputs if output.requires_grad]
+        held = iter(self.hold("output gradients", trained, device))
+        output_gradients = [next(held) if output.requires_grad else None for output in outputs]
+        x_gradient, *gradients = gradients
+        if x_gradient is not None:
+            [x_gradient] = self.hold("gradient", [x_gradient], device)
+        outputs = self.hold_outputs(outputs, device)
+        if not self.graphs:
+            self.gradients = {}
+        used = [number for number, gradient in enumerate(gradients) if gradient is not None]
+        for number in used:
+            if number not in self.gradients:
+                self.gradients[number] = torch.empty_like(gradients[number], device=device)
+        return outputs, output_gradients, x_gradient, {n: self.gradients[n] for n in used}
 
 
 class Replay(torch.autograd.Function):
-    """The graphs as one operation. Its results are overwritten by the next call."""
+    """A pair of graphs as one operation. Its results are overwritten by the next call."""
 
     @staticmethod
-    def forward(ctx, graphs: TrackerGraphs, frame_queries: Tensor, *parameters: Tensor) -> tuple:
-        """The outputs of the tracker. `parameters` are read by the graph, and get gradients."""
-        graphs.calls += 1
-        ctx.graphs, ctx.call = graphs, graphs.calls
+    def forward(
+        ctx, graphs: TrainingGraphs, pair: GraphPair, x: Tensor, *parameters: Tensor
+    ) -> tuple:
+        """The outputs. `parameters` are read by the graph, and get gradients."""
+        graphs.pool.replays += 1
+        ctx.pool, ctx.pair, ctx.number = graphs.pool, pair, graphs.pool.replays
         ctx.set_materialize_grads(False)
-        graphs.frame_queries.data.copy_(frame_queries)
-        graphs.forward.replay()
-        outputs = [output.detach() for output in graphs.outputs]
-        pairs = zip(outputs, graphs.output_gradients)
-        ctx.mark_non_differentiable(*(output for output, gradient in pairs if gradient is None))
+        pair.x.copy_(x)
+        pair.forward.replay()
+        outputs = [output.detach() for output in pair.outputs]
+        gradients = zip(outputs, pair.output_gradients)
+        ctx.mark_non_differentiable(*(output for output, gradient in gradients if gradient is None))
         return tuple(outputs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, *gradients: Tensor | None) -> tuple:
+    def backward(ctx, *output_gradients: Tensor | None) -> tuple:
         """The gradients of `forward`'s arguments; RuntimeError after another forward pass."""
-        graphs = ctx.graphs
-        if ctx.call != graphs.calls:
+        pair = ctx.pair
+        if ctx.number != ctx.pool.replays:
             raise RuntimeError("a later forward pass has overwritten the activations of this one")
-        for static, gradient in zip(graphs.output_gradients, gradients):
+        for static, gradient in zip(pair.output_gradients, output_gradients):
             if static is not None and gradient is None:
                 static.zero_()
             elif static is not None:
                 static.copy_(gradient)
         # Autograd adds the results to p.grad without a copy if it is None. Then p.grad is memory of
         # the graph, which a second backward pass (--accumulate) would overwrite.
-        for parameter in graphs.parameters:
+        for parameter in pair.parameters:
             if parameter.grad is not None:
                 parameter.grad = parameter.grad.clone()
-        graphs.backward.replay()
-        return None, *(g if g is None else g.detach() for g in graphs.input_gradients)
+        pair.backward.replay()
+        x_gradient = None if pair.x_gradient is None else pair.x_gradient.detach()
+        return None, None, x_gradient, *(gradient.detach() for gradient in pair.gradients)
 
 
-def capture(tracker: Tracker, frame_queries: Tensor) -> TrackerGraphs:
-    """Run the tracker once to warm up, and once to capture it, both with its backward pass."""
-    static = frame_queries.detach().clone().requires_grad_(frame_queries.requires_grad)
-    parameters = [parameter for parameter in tracker.parameters() if parameter.requires_grad]
-    stream, current = get_stream(static.device), torch.cuda.current_stream(static.device)
-    stream.wait_stream(current)
-    with torch.cuda.stream(stream), same_weights(tracker):
-        leaves = [parameter for parameter in tracker.parameters() if parameter.requires_grad]
-        outputs = tensors_of(run_forward(tracker, static))
-        # The next forward pass overwrites the memory of graphs. Gradients, which are added up over
-        # several passes, must not lie there: the graph copies them to those of the warm-up.
-        gradients = run_backward(outputs, static, leaves, list(map(torch.ones_like, outputs)))
-        del outputs
-        torch.cuda.empty_cache()  # the graphs allocate from a pool of their own
-        forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        # Data loaders pin memory in other threads meanwhile.
-        forward.capture_begin(capture_error_mode="thread_local")
-        try:
-            results = run_forward(tracker, static)
-        finally:  # otherwise the stream would stay in capture
-            forward.capture_end()
-        outputs = tensors_of(results)
-        output_gradients = [torch.empty_like(x) if x.requires_grad else None for x in outputs]
-        backward.capture_begin(pool=forward.pool(), capture_error_mode="thread_local")
-        try:
-            copy_all(gradients, run_backward(outputs, static, leaves, output_gradients))
-        finally:
-            backward.capture_end()
-    current.wait_stream(stream)
-    # Without the autograd graph of the capture, which would be bound to its stream.
-    outputs = [output.detach() for output in outputs]
-    results = with_tensors(results, outputs)
-    return TrackerGraphs(
-        forward,
-        backward,
-        static.detach(),
-        parameters,
-        results,
-        outputs,
-        output_gradients,
-        gradients,
+def warm_up(
+    function: Callable[[nn.Module, Tensor], Any], module: nn.Module, inputs: list[Tensor]
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Run function(module, inputs[0]) and its backward pass.
+
+    inputs: x and the parameters. Returns the outputs and the gradients of the inputs, None where
+    there is none, without their memory: on the meta device.
+    """
+    outputs = tensors_of(run_forward(function, module, inputs[0]))
+    ones = [torch.ones_like(output) if output.requires_grad else None for output in outputs]
+    gradients = run_backward(outputs, inputs, ones)
+    return (
+        [torch.empty_like(x, device="meta", requires_grad=x.requires_grad) for x in outputs],
+        [None if x is None else torch.empty_like(x, device="meta") for x in gradients],
     )
 
 
-def copy_all(targets: list[Tensor | None], sources: list[Tensor | None]) -> None:
-    """Copy tensors in few kernels; None where there is none."""
-    pairs = [pair for pair in zip(targets, sources) if pair[0] is not None]
-    targets, sources = zip(*pairs)
-    torch._foreach_copy_(targets, sources)
-
-
 @contextmanager
-def same_weights(module: nn.Module) -> Iterator[None]:
+def same_weights(module: nn.Module) -> Iterator[dict[Tensor, Tensor]]:
     """A context in which a module has new parameters, in the memory of its own ones.
 
     Backward synchronises with the stream on which a parameter was used first. That is another one
     if the module has been used before, or in DistributedDataParallel, and a capture cannot wait
-    for it.
+    for it. Yields the new parameter of each.
     """
     owned = [
         (owner, name, parameter)
@@ -197,56 +232,64 @@ def same_weights(module: nn.Module) -> Iterator[None]:
         for name, parameter in owner._parameters.items()
         if parameter is not None
     ]
+    copies = {
+        parameter: nn.Parameter(parameter.detach(), parameter.requires_grad)
+        for *_, parameter in owned
+    }
     for owner, name, parameter in owned:
-        owner._parameters[name] = nn.Parameter(parameter.detach(), parameter.requires_grad)
+        owner._parameters[name] = copies[parameter]
     try:
-        yield
+        yield copies
     finally:
         for owner, name, parameter in owned:
             owner._parameters[name] = parameter
 
 
-def run_forward(tracker: Tracker, frame_queries: Tensor) -> list:
-    """The predictions and the state of Tracker.forward."""
+def run_forward(function: Callable[[nn.Module, Tensor], Any], module: nn.Module, x: Tensor) -> Any:
+    """function(module, x)."""
     # Autocast caches 16-bit weights. None may come from before the graph or be used after it.
     torch.clear_autocast_cache()
-    predictions, state = Tracker.forward(tracker, frame_queries)
+    results = function(module, x)
     torch.clear_autocast_cache()
-    return [*predictions, state]
+    return results
 
 
 def run_backward(
-    outputs: list[Tensor],
-    frame_queries: Tensor,
-    parameters: list[Tensor],
-    output_gradients: list[Tensor | None],
+    outputs: list[Tensor], inputs: list[Tensor], output_gradients: list[Tensor | None]
 ) -> list[Tensor | None]:
-    """The gradients of frame_queries and all parameters."""
-    pairs = [pair for pair in zip(outputs, output_gradients) if pair[0].requires_grad]
+    """The gradients of the inputs; None where there is none."""
+    pairs = [pair for pair in zip(outputs, output_gradients) if pair[1] is not None]
     outputs, output_gradients = zip(*pairs)
-    inputs = [x for x in (frame_queries, *parameters) if x.requires_grad]
+    with_gradient = [x for x in inputs if x.requires_grad]
     with torch.autocast("cuda", enabled=False):  # backward runs outside of autocast
-        gradients = torch.autograd.grad(outputs, inputs, output_gradients, allow_unused=True)
-    return list(gradients) if frame_queries.requires_grad else [None, *gradients]
+        found = iter(
+            torch.autograd.grad(outputs, with_gradient, output_gradients, allow_unused=True)
+        )
+        torch.clear_autocast_cache()  # of what backward has computed again
+    return [next(found) if x.requires_grad else None for x in inputs]
 
 
-def tensors_of(results: list) -> list[Tensor]:
-    """All tensors in the fields of `results`, which are tensors, lists of tensors or None."""
-    fields = [value for result in results for value in vars(result).values()]
-    lists = [value if isinstance(value, list) else [value] for value in fields]
-    return [tensor for tensors in lists for tensor in tensors if tensor is not None]
+# Tensors in dataclasses, lists and tuples
 
 
-def with_tensors(results: list, tensors: Iterable[Tensor]) -> list:
-    """`results` with other tensors, in the order of `tensors_of`."""
-    tensors = iter(tensors)
+def tensors_of(value: Any) -> list[Tensor]:
+    """All tensors in `value`."""
+    if isinstance(value, Tensor):
+        return [value]
+    if is_dataclass(value):
+        value = vars(value).values()
+    elif not isinstance(value, (list, tuple)):
+        return []
+    return [tensor for part in value for tensor in tensors_of(part)]
 
-    def replaced(value):
-        if isinstance(value, list):
-            return [next(tensors) for _ in value]
-        return None if value is None else next(tensors)
 
-    return [
-        type(result)(**{name: replaced(value) for name, value in vars(result).items()})
-        for result in results
-    ]
+def with_tensors(value: Any, tensors: Iterator[Tensor]) -> Any:
+    """`value` with other tensors, in the order of `tensors_of`."""
+    if isinstance(value, Tensor):
+        return next(tensors)
+    if is_dataclass(value):
+        parts = {name: with_tensors(part, tensors) for name, part in vars(value).items()}
+        return type(value)(**parts)
+    if isinstance(value, (list, tuple)):
+        return type(value)(with_tensors(part, tensors) for part in value)
+    return value

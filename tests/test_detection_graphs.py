@@ -1,11 +1,12 @@
-"""What surrounds the graphs of a frozen detector; test_gpu.py has the real ones."""
+"""What surrounds the graphs of the detector; test_gpu.py has the real ones."""
 
 import copy
 
+import pytest
 import torch
 
-from fast.cuda_graphs import CapturedGraph
-from fast.detection_graphs import DetectionGraphs, graph_frozen_detector
+from fast.cuda_graphs import CapturedGraph, GraphPool, SharedMemoryGraphs
+from fast.detection_graphs import graph_detector
 from sparse_set import tiny_model
 
 
@@ -13,6 +14,10 @@ class OnGPU(torch.Tensor):
     """A tensor that says that it is on a GPU."""
 
     is_cuda = True
+
+
+class CPUGraph:
+    """In the place of a torch.cuda.CUDAGraph."""
 
 
 class Rerun:
@@ -26,15 +31,15 @@ class Rerun:
             static.copy_(new)
 
 
-class GraphsOnCPU(DetectionGraphs):
-    """Captures on a CPU, with the memory of DetectionGraphs."""
+class GraphsOnCPU(SharedMemoryGraphs):
+    """Captures on a CPU, with the memory of SharedMemoryGraphs."""
 
     captured = 0
 
     def capture(self, function, inputs):
         self.captured += 1
         inputs = self.hold_inputs(inputs)
-        outputs = self.hold_outputs(function(*inputs))
+        outputs = self.hold_outputs(function(*inputs), inputs[0].device)
         return CapturedGraph(Rerun(function, inputs, outputs), inputs, outputs, {})
 
 
@@ -52,8 +57,7 @@ def call(graphs, *shape):
     return outputs
 
 
-def test_frequent_shapes_are_captured(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+def test_frequent_shapes_are_captured():
     graphs = GraphsOnCPU()
     for number in range(5):
         call(graphs, 2, 3)
@@ -67,8 +71,7 @@ def test_frequent_shapes_are_captured(monkeypatch):
     assert graphs.captured == 2
 
 
-def test_outputs_are_not_overwritten(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+def test_outputs_are_not_overwritten():
     graphs = GraphsOnCPU()
     first = [call(graphs, 2, 3)[0] for _ in range(3)][-1]
     before = first.clone()
@@ -76,36 +79,52 @@ def test_outputs_are_not_overwritten(monkeypatch):
     assert torch.equal(first, before)
 
 
-def test_larger_images_get_new_memory(monkeypatch):
+def test_larger_images_get_new_memory():
     """Graphs of the smaller memory are dropped, and captured again in the larger one."""
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
     graphs = GraphsOnCPU()
     for _ in range(3):
         call(graphs, 2, 3)
-    pool = graphs.pool
     for _ in range(3):
         call(graphs, 40, 50)
-    assert graphs.captured == 2 and len(graphs.graphs) == 1 and graphs.pool is not pool
+    assert graphs.captured == 2 and len(graphs.graphs) == 1
     call(graphs, 2, 3)
     assert graphs.captured == 3 and len(graphs.graphs) == 2
 
 
 def test_held_tensors_do_not_overlap():
-    graphs = DetectionGraphs()
+    graphs = SharedMemoryGraphs()
     maps = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
     tensors = [maps, torch.randn(7).double(), torch.ones(3, dtype=torch.bool)]
-    held = graphs.hold("inputs", tensors)
+    held = graphs.hold("inputs", tensors, torch.device("cpu"))
     for static, tensor in zip(held, tensors):
         static.copy_(tensor)
     for static, tensor in zip(held, tensors):
         assert torch.equal(static, tensor) and static.stride() == tensor.stride()
 
 
-def test_without_a_gpu_the_detector_runs_as_it_is():
-    model = tiny_model().train()
+def test_a_pool_lasts_as_long_as_a_graph(monkeypatch):
+    """CUDA frees the memory of a pool with its last graph."""
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    pool = GraphPool()
+    tracker, detector = SharedMemoryGraphs(pool=pool), SharedMemoryGraphs(pool=pool)
+    tracker.graphs[0], detector.graphs[0] = (CPUGraph() for _ in range(2))
+    first, second = (pool.handle_for(graphs.graphs[0]) for graphs in (tracker, detector))
+    assert first is second
+    detector.graphs.clear()
+    detector.graphs[0] = CPUGraph()
+    assert pool.handle_for(detector.graphs[0]) is first
+    tracker.graphs.clear()
+    detector.graphs.clear()
+    assert pool.handle_for(CPUGraph()) is not first
+    assert copy.deepcopy(tracker).pool is not pool
+
+
+@pytest.mark.parametrize("is_trained", [True, False])
+def test_without_a_gpu_the_detector_runs_as_it_is(is_trained):
+    model = tiny_model().train().requires_grad_(is_trained)
     images = model.prepare(torch.randint(0, 256, (2, 3, 40, 48), dtype=torch.uint8))
     expected = model.detect(images)
-    graph_frozen_detector(model)
+    graph_detector(model)
     for gradients in (True, False):
         with torch.set_grad_enabled(gradients):
             found = [model.detect(images) for _ in range(4)][-1]

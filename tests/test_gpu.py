@@ -11,8 +11,8 @@ from backbone import DetectorWindowAttention, build_backbone
 from clips import Clip
 from detector import AttentionMask, UpsampleAdd
 from evaluation.postprocess import mask_sum_and_area
-from fast.cuda_graphs import CUDAGraphCache
-from fast.detection_graphs import graph_frozen_detector
+from fast.cuda_graphs import CUDAGraphCache, GraphPool
+from fast.detection_graphs import graph_detector
 from fast.folded_resnet import FusedResNet, fold_frozen_resnet, fold_resnet
 from fast.fused_masks import fused_mask_sum_and_area
 from fast.fused_modules import (
@@ -26,7 +26,7 @@ from fast.fused_modules import (
 from fast.fused_sampling import fused_sample_features
 from fast.half_precision import HalfLinear, LinearReLU, cast_weights
 from fast.trained_resnet import fuse_trained_resnet
-from fast.training_graphs import graph_tracker
+from fast.training_graphs import graph_tracker, tensors_of
 from golden_set import PROPAGATION, golden_model, make_video, meta, read_arrays, relative_error
 from losses import Criterion
 from matcher import sample_features
@@ -389,8 +389,8 @@ def gradients_of_steps(model, criterion, clips, steps=2):
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-def test_the_tracker_trains_in_graphs(frozen):
-    """Losses and gradients are those of the plain tracker, and a change drops the graphs."""
+def test_a_model_trains_in_graphs(frozen):
+    """Losses and gradients are those of the plain model, and a change drops the graphs."""
     torch.manual_seed(0)
     model = build_model("toy", 3, norm="group", channels=64).cuda().train()
     for name, parameter in model.named_parameters():
@@ -398,8 +398,10 @@ def test_the_tracker_trains_in_graphs(frozen):
     criterion = Criterion(3, points=100, freeze_detector=frozen)
     clips = [make_clip(3, 64, 96, 2) for _ in range(2)]
     expected = gradients_of_steps(model, criterion, clips)
-    graph_tracker(model)
-    for _ in range(2):  # captured, then replayed
+    pool = GraphPool()
+    graph_tracker(model, pool)
+    graph_detector(model, pool)
+    for _ in range(3):  # captured, then replayed
         found = gradients_of_steps(model, criterion, clips)
         for (losses, gradients), (plain_losses, plain_gradients) in zip(found, expected):
             torch.testing.assert_close(losses, plain_losses, rtol=1e-3, atol=1e-3)
@@ -407,7 +409,8 @@ def test_the_tracker_trains_in_graphs(frozen):
             for name, gradient in gradients.items():
                 error = (gradient - plain_gradients[name]).norm()
                 assert error <= 0.03 * plain_gradients[name].norm() + 1e-4, name
-    assert len(model.tracker.training_graphs.graphs) == 1
+    assert len(model.tracker.training_graphs.graphs) == len(model.detection_graphs.graphs) == 1
+    assert (model.detection_graphs.pool is pool) == frozen
     assert copy.deepcopy(model).tracker.training_graphs.graphs == {}
     model.tracker.gate_mask = "blocked"
     changed = gradients_of_steps(model, criterion, clips, 1)
@@ -417,6 +420,7 @@ def test_the_tracker_trains_in_graphs(frozen):
 def test_a_graph_holds_the_activations_of_one_pass():
     model = build_model("toy", 3, norm="group").cuda().train()
     graph_tracker(model)
+    model.tracker.training_graphs.calls_before_capture = 0
     frames = make_clip(3, 64, 96, 1).frames.cuda()
     first, _ = (model([frames]).clips[-1].clip_embed.sum() for _ in range(2))
     with pytest.raises(RuntimeError, match="a later forward pass has overwritten"):
@@ -467,14 +471,44 @@ def test_nan_in_a_fused_resnet_is_noticed(weight):
         model.encode_video(frames)
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_trained_detector_runs_in_graphs(recompute):
+    """Sizes in any order: outputs and gradients are those of the plain detector."""
+    torch.manual_seed(0)
+    model = build_model("toy", 3, norm="group", channels=64).cuda().train()
+    model.pixel_decoder.recompute = recompute
+    plain = copy.deepcopy(model)
+    graph_detector(model)
+    sizes = [(64, 96)] * 4 + [(32, 64)] * 4 + [(64, 96), (96, 128)] * 4 + [(32, 64)] * 2
+    for size in sizes:
+        images = torch.randn(3, 3, *size, device="cuda")
+        found = []
+        for some_model in (model, plain):
+            some_model.zero_grad()
+            with torch.autocast("cuda", torch.bfloat16):
+                output = some_model.detect(images)
+            tensors = tensors_of(output)
+            sum(tensor.float().square().mean() for tensor in tensors).backward()
+            found.append(([tensor.detach().clone() for tensor in tensors], some_model))
+        (outputs, _), (plain_outputs, _) = found
+        for output, expected in zip(outputs, plain_outputs, strict=True):
+            assert (output - expected).norm() <= 0.02 * expected.norm()
+        for (name, ours), theirs in zip(model.named_parameters(), plain.parameters()):
+            assert (ours.grad is None) == (theirs.grad is None), name
+            if ours.grad is not None:
+                error = (ours.grad - theirs.grad).norm()
+                assert error <= 0.03 * theirs.grad.norm() + 1e-5, name
+    assert len(model.detection_graphs.graphs) == 3
+
+
 @torch.no_grad()
 def test_a_frozen_detector_runs_in_graphs():
     """Sizes in any order: results are those of the plain detector, also after a change."""
     torch.manual_seed(0)
-    model = build_model("toy", 3, channels=64).cuda().train()
+    model = build_model("toy", 3, channels=64).cuda().train().requires_grad_(False)
     sizes = [(64, 96)] * 4 + [(32, 64)] * 4 + [(64, 96), (96, 128)] * 4 + [(32, 64)]
     plain = copy.deepcopy(model)
-    graph_frozen_detector(model)
+    graph_detector(model)
 
     def compare():
         for size in sizes:

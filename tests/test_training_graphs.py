@@ -4,6 +4,7 @@ test_gpu.py has the real ones.
 """
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -12,14 +13,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fast import training_graphs
 from fast.training_graphs import (
-    TrackerGraphs,
+    GraphPair,
     TrainingGraphs,
     graph_tracker,
     run_backward,
     run_forward,
     tensors_of,
+    warm_up,
     with_tensors,
 )
+from model import GRAttVIS
 from sparse_set import SMALLEST, tiny_model
 
 pytestmark = pytest.mark.usefixtures("four_convolutions")
@@ -38,36 +41,39 @@ class Rerun:
                 static.data.copy_(new)  # like a graph, unseen by autograd
 
 
-def capture(tracker, frame_queries):
-    """`training_graphs.capture` on a CPU."""
-    static = frame_queries.detach().clone()
-    parameters = list(tracker.parameters())
-    kept = {}
+class GraphsOnCPU(TrainingGraphs):
+    """Captures on a CPU, with the memory of TrainingGraphs."""
 
-    @torch.enable_grad()
-    def forward():
-        kept["input"] = static.clone().requires_grad_(frame_queries.requires_grad)
-        kept["results"] = run_forward(tracker, kept["input"])
-        return tensors_of(kept["results"])
+    def capture_pair(self, function, module, x):
+        [static] = self.hold_inputs((x.detach(),))
+        parameters = list(module.parameters())
+        kept = {}
 
-    def backward():
-        outputs = tensors_of(kept["results"])
-        return run_backward(outputs, kept["input"], parameters, output_gradients)
+        @torch.enable_grad()
+        def forward():
+            kept["x"] = static.clone().requires_grad_(x.requires_grad)
+            kept["results"] = run_forward(function, module, kept["x"])
+            return tensors_of(kept["results"])
 
-    outputs = forward()
-    output_gradients = [torch.ones_like(x) if x.requires_grad else None for x in outputs]
-    outputs = [output.detach().clone() for output in outputs]
-    gradients = [gradient if gradient is None else gradient.clone() for gradient in backward()]
-    return TrackerGraphs(
-        Rerun(forward, outputs),
-        Rerun(backward, gradients),
-        static,
-        parameters,
-        with_tensors(kept["results"], outputs),
-        outputs,
-        output_gradients,
-        gradients,
-    )
+        def backward():
+            inputs = [kept["x"], *(parameters[number] for number in gradients)]
+            return run_backward(tensors_of(kept["results"]), inputs, output_gradients)
+
+        inputs = [static.clone().requires_grad_(x.requires_grad), *parameters]
+        memory = self.hold_results(*warm_up(function, module, inputs), x.device)
+        outputs, output_gradients, x_gradient, gradients = memory
+        forward()
+        return GraphPair(
+            Rerun(forward, outputs),
+            Rerun(backward, [x_gradient, *gradients.values()]),
+            static,
+            [parameters[number] for number in gradients],
+            with_tensors(kept["results"], iter(outputs)),
+            outputs,
+            output_gradients,
+            x_gradient,
+            list(gradients.values()),
+        )
 
 
 def loss_of(model, frame_queries):
@@ -77,7 +83,7 @@ def loss_of(model, frame_queries):
 def loss_of_tracker(tracker, frame_queries):
     """A number that depends on every output, on each in its own way."""
     predictions, state = tracker(frame_queries)
-    outputs = tensors_of([*predictions, state])
+    outputs = tensors_of((predictions, state))
     squares = torch.stack([output.square().mean() for output in outputs])
     return (torch.linspace(0.5, 1.5, len(outputs)) * squares).sum()
 
@@ -85,11 +91,12 @@ def loss_of_tracker(tracker, frame_queries):
 @pytest.fixture
 def model(monkeypatch):
     """A model whose tracker takes the path of a GPU."""
-    monkeypatch.setattr(training_graphs, "capture", capture)
+    monkeypatch.setattr(training_graphs, "TrainingGraphs", GraphsOnCPU)
     monkeypatch.setattr(training_graphs, "is_capturable", lambda *given: True)
     torch.manual_seed(0)
     model = tiny_model(**SMALLEST).train()
     graph_tracker(model)
+    model.tracker.training_graphs.calls_before_capture = 0
     return model
 
 
@@ -144,6 +151,36 @@ def test_gradients_are_those_of_the_tracker_under_ddp(model):
     finally:
         distributed.destroy_process_group()
     assert len(model.tracker.training_graphs.graphs) == 1
+
+
+def loss_of_detector(output):
+    tensors = tensors_of(output)
+    squares = torch.stack([tensor.square().mean() for tensor in tensors])
+    return (torch.linspace(0.5, 1.5, len(tensors)) * squares).sum()
+
+
+def test_gradients_are_those_of_a_detector():
+    """Sizes in any order share their memory; only frequent ones are captured."""
+    torch.manual_seed(0)
+    model = tiny_model(**SMALLEST).train()
+    graphs = GraphsOnCPU()
+    sizes = [(32, 40)] * 4 + [(48, 40), (32, 32)] * 4 + [(32, 40)] * 4 + [(64, 64)]
+    captured = []
+    for size in sizes:
+        images = torch.randn(2, 3, *size)
+        found = []
+        for detect in (GRAttVIS.detect, partial(graphs.run, GRAttVIS.detect)):
+            model.zero_grad()
+            output = detect(model, images)
+            loss_of_detector(output).backward()
+            gradients = {
+                n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None
+            }
+            found.append(([tensor.detach().clone() for tensor in tensors_of(output)], gradients))
+        torch.testing.assert_close(*found)
+        captured.append(len(graphs.graphs))
+    # The third call with a size is captured. For a larger one, graphs with less memory are dropped.
+    assert captured == [0, 0, 1, 1] + [1, 1, 1, 1, 1, 2, 2, 2] + [3, 3, 3, 3] + [3]
 
 
 def test_a_pass_must_be_over_before_the_next_one(model):
