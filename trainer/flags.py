@@ -378,8 +378,8 @@ def add_optimisation_flags(add) -> None:
         "--graphs",
         action=SWITCH,
         default=True,
-        help="launch the tracker (forward and backward) and a frozen detector as CUDA graphs "
-        "instead of thousands of kernels: on a GPU in 16 bit, without --compile",
+        help="launch the tracker and the detector as CUDA graphs instead of thousands of kernels, "
+        "which is faster but needs more memory: on a GPU in 16 bit, without --compile",
     )
 
 
