@@ -19,7 +19,7 @@ from backbone import ResNetBackbone
 from detector import FrameOutput
 from evaluation.postprocess import mask_sum_and_area
 from fast.cuda_graphs import GraphPool
-from fast.detection_graphs import graph_detector
+from fast.detection_graphs import detector_is_trained, graph_detector
 from fast.folded_resnet import FusedResNet, fold_frozen_resnet, fold_resnet
 from fast.fused_masks import MASK_SCORES_DIGEST, fused_mask_sum_and_area
 from fast.fused_modules import fuse_modules
@@ -154,12 +154,7 @@ def detect_in_chunks(model: GRAttVIS, images: Tensor) -> FrameOutput:
     batch statistics would give other results for chunks: with them, and with a trained detector,
     all images are taken at once.
     """
-    is_trained = any(
-        parameter.requires_grad
-        for name, parameter in model.named_parameters()
-        if not name.startswith("tracker.")
-    )
-    if is_trained or has_batch_norm(model.backbone):
+    if detector_is_trained(model) or has_batch_norm(model.backbone):
         return model.detect(images)
     with torch.no_grad():
         chunks = [model.detect(chunk) for chunk in images.split(FROZEN_CHUNK)]

@@ -25,9 +25,10 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from fast.streams import get_stream
+from fast.streams import SideStream
 
 ALIGNMENT = 512  # bytes, as in PyTorch's allocator
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _constants: list[dict] = []  # of the graph being captured; empty at other times
 
 
@@ -77,15 +78,36 @@ def capturing(graph: torch.cuda.CUDAGraph, pool: GraphPool | None) -> Iterator[N
     pool: of the graph's memory; None: the graph has its own.
     """
     handle = pool.handle_for(graph) if pool else None
-    collects_garbage = gc.isenabled()
-    gc.disable()  # other graphs could be garbage, and none may be destroyed during a capture
-    # Data loaders pin memory in other threads meanwhile.
-    graph.capture_begin(pool=handle, capture_error_mode="thread_local")
+    # Garbage may contain other graphs, which must not be destroyed during a capture.
+    with garbage_collection_paused():
+        # Data loaders pin memory in other threads meanwhile.
+        graph.capture_begin(pool=handle, capture_error_mode="thread_local")
+        try:
+            yield
+        finally:  # otherwise the stream would stay in capture
+            graph.capture_end()
+
+
+@contextmanager
+def capture_stream(device: torch.device) -> Iterator[None]:
+    """A context for warm-up and capture, on a side stream. It leaves the random state as it was."""
+    # Kernels of a graph keep the priority of the stream on which they were captured.
+    side = SideStream(device, torch.cuda.current_stream(device).priority)
+    side.wait()
+    with torch.random.fork_rng([device]), side:
+        yield
+    side.join()
+
+
+@contextmanager
+def garbage_collection_paused() -> Iterator[None]:
+    """A context in which Python does not look for cycles of unused objects."""
+    was_enabled = gc.isenabled()
+    gc.disable()
     try:
         yield
-    finally:  # otherwise the stream would stay in capture
-        graph.capture_end()
-        if collects_garbage:
+    finally:
+        if was_enabled:
             gc.enable()
 
 
@@ -95,7 +117,7 @@ class CUDAGraphCache:
     A function, which is known by its name, may read the weights of a module; it must not wait for
     the GPU. It is captured at its first call with inputs of these shapes and dtypes, under this
     autocast dtype. It is called directly on other devices, with gradients, in `disabled()`, and
-    while the module last given to `check_module` has forward hooks, which a graph would not call.
+    while the module last given to `check_module` has hooks, which a graph would not call.
     """
 
     max_graphs = 5  # each holds its own memory
@@ -106,7 +128,7 @@ class CUDAGraphCache:
         self.attributes: list[dict] = []  # of all modules: other attributes by name
         self.hooks: list[dict] = []
         self.pool: GraphPool | None = None
-        self.pointers, self.objects = [], []
+        self.weights, self.objects = [], []
         self.enabled = True
 
     def __call__(
@@ -139,10 +161,6 @@ class CUDAGraphCache:
         while len(self.graphs) >= self.max_graphs:
             self.graphs.pop(next(iter(self.graphs)))
         graph, inputs = torch.cuda.CUDAGraph(), self.hold_inputs(inputs)
-        current = torch.cuda.current_stream(inputs[0].device)
-        # Kernels of a graph keep the priority of the stream on which they were captured.
-        stream = get_stream(inputs[0].device, priority=current.priority)
-        stream.wait_stream(current)
         # Autocast's cache of 16 bit weights is emptied behind the graph, so cast inside of it.
         autocast = torch.autocast(
             "cuda",
@@ -153,7 +171,7 @@ class CUDAGraphCache:
         constants = {}
         _constants.append(constants)
         try:
-            with torch.cuda.stream(stream), autocast:
+            with capture_stream(inputs[0].device), autocast:
                 held = self.hold_outputs(function(*inputs), inputs[0].device)
                 torch.cuda.empty_cache()  # the graph allocates from another pool
                 with capturing(graph, self.pool):
@@ -163,7 +181,6 @@ class CUDAGraphCache:
                         outputs = tuple(held)
         finally:
             _constants.pop()
-        current.wait_stream(stream)
         return CapturedGraph(graph, inputs, outputs, constants)
 
     def hold_inputs(self, inputs: tuple[Tensor, ...]) -> list[Tensor]:
@@ -177,12 +194,13 @@ class CUDAGraphCache:
     def check_module(self, module: nn.Module) -> None:
         """Drop all graphs if the module has changed: call this before each video.
 
-        Changes are other weight tensors (`.to()`, `load_state_dict(assign=True)`), submodules,
-        settings such as `tracker.gate_mask`, and replaced methods. New values in the same weight
+        Changes are other weight tensors (`.to()`, `load_state_dict(assign=True)`), other trained
+        weights (`requires_grad_()`), submodules, settings such as `tracker.gate_mask`, and replaced
+        methods. New values in the same weight
         tensors are read by the graphs and need no new capture.
         """
-        pointers, objects = self.read_module(module)
-        if pointers != self.pointers or not is_same(objects, self.objects):
+        weights, objects = self.read_module(module)
+        if weights != self.weights or not is_same(objects, self.objects):
             self.graphs.clear()
             # Walking through the modules takes 20 times as long as reading what they hold.
             submodules = list(module.modules())
@@ -195,18 +213,15 @@ class CUDAGraphCache:
                 module._modules,
                 *map(vars, submodules[1:]),
                 *(submodule._modules for submodule in submodules[1:]),
+                *(submodule._parameters for submodule in submodules),
             ]
-            self.hooks = [
-                hooks
-                for submodule in submodules
-                for hooks in (submodule._forward_hooks, submodule._forward_pre_hooks)
-            ]
-            self.pointers, self.objects = self.read_module(module)
+            self.hooks = [getattr(submodule, name) for submodule in submodules for name in HOOKS]
+            self.weights, self.objects = self.read_module(module)
 
-    def read_module(self, module: nn.Module) -> tuple[list[int], list]:
-        """Where the weights are, and all attributes of the module and its submodules."""
-        pointers = [
-            tensor.data_ptr()
+    def read_module(self, module: nn.Module) -> tuple[list[tuple[int, bool]], list]:
+        """Where the weights are and which are trained; all attributes of all submodules."""
+        weights = [
+            (tensor.data_ptr(), tensor.requires_grad)
             for tensors in self.tensors
             for tensor in tensors.values()
             if tensor is not None
@@ -214,10 +229,10 @@ class CUDAGraphCache:
         objects = list(chain.from_iterable(map(dict.values, self.attributes)))
         # The module owns the cache: holding its methods or itself would keep both alive.
         values = [value for value in vars(module).values() if value is not self]
-        return pointers, objects + [getattr(value, "__func__", value) for value in values]
+        return weights, objects + [getattr(value, "__func__", value) for value in values]
 
     def clear(self) -> None:
-        """Release all graphs and their memory."""
+        """Release all graphs."""
         self.graphs.clear()
 
     @contextmanager
@@ -239,8 +254,8 @@ class SharedMemoryGraphs(CUDAGraphCache):
 
     One graph is used at a time, so all read and write the same memory.
 
-    calls_before_capture: calls with a shape that are made directly first.
-    pool: None makes a new one.
+    calls_before_capture: how often a shape runs without a graph first.
+    pool: of other graphs, whose results are not needed at the same time; None makes a new one.
     """
 
     max_graphs = 64
@@ -281,7 +296,8 @@ class SharedMemoryGraphs(CUDAGraphCache):
         """Tensors like these in a buffer. If it is too small, there is a new one for new graphs."""
         sizes = [ALIGNMENT * math.ceil(tensor.nbytes / ALIGNMENT) for tensor in tensors]
         buffer = self.buffers.get(name)
-        if buffer is None or len(buffer) < sum(sizes):
+        fits = buffer is not None and buffer.device == device and len(buffer) >= sum(sizes)
+        if not fits:
             self.graphs.clear()
             buffer = self.buffers[name] = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
         held = []

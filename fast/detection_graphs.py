@@ -23,9 +23,9 @@ from fast.training_graphs import TrainingGraphs
 if TYPE_CHECKING:
     from model import GRAttVIS
 
-# Of images for which a trained detector runs as graphs. On an H200, more take longer than their
-# launches, so graphs would save no time; and they need more memory.
-PIXELS = 8_000_000
+# A trained detector runs as graphs up to this many pixels of all images together. For more, an H200
+# computes longer than it launches: graphs would save no time, and need more memory.
+MAX_PIXELS = 8_000_000
 
 
 def graph_detector(model: GRAttVIS, pool: GraphPool | None = None) -> None:
@@ -36,13 +36,18 @@ def graph_detector(model: GRAttVIS, pool: GraphPool | None = None) -> None:
     pool: memory of the tracker's graphs. A frozen detector can use it, since it has finished before
         the tracker starts; the activations of a trained one are needed after the tracker.
     """
-    is_trained = any(
+    is_trained = detector_is_trained(model)
+    model.detection_graphs = TrainingGraphs() if is_trained else SharedMemoryGraphs(pool=pool)
+    model.detect = MethodType(detect_in_graphs, model)  # a copy of the model gets its own
+
+
+def detector_is_trained(model: GRAttVIS) -> bool:
+    """Whether a part of the model other than the tracker is trained."""
+    return any(
         parameter.requires_grad
         for name, parameter in model.named_parameters()
         if not name.startswith("tracker.")
     )
-    model.detection_graphs = TrainingGraphs() if is_trained else SharedMemoryGraphs(pool=pool)
-    model.detect = MethodType(detect_in_graphs, model)  # a copy of the model gets its own
 
 
 def detect_in_graphs(model: GRAttVIS, images: Tensor) -> FrameOutput:
@@ -52,7 +57,7 @@ def detect_in_graphs(model: GRAttVIS, images: Tensor) -> FrameOutput:
     is_trained = isinstance(graphs, TrainingGraphs)
     if not model.training or not images.is_cuda or torch.is_grad_enabled() != is_trained:
         return detect(model, images)
-    if is_trained and images[:, 0].numel() > PIXELS:
+    if is_trained and images[:, 0].numel() > MAX_PIXELS:
         return detect(model, images)
     if is_trained:
         return graphs.run(detect, model, images)

@@ -15,7 +15,8 @@ from torch import Tensor
 def get_stream(device: torch.device, *, priority: int) -> torch.cuda.Stream:
     """The side stream of a priority (negative: scheduled before the default stream).
 
-    There is one stream per priority, since libraries keep a workspace for each stream.
+    There is one stream per priority, since libraries keep a workspace for each stream. (Keyword
+    only: `cache` would take a positional priority for another key.)
     """
     return torch.cuda.Stream(device, priority=priority)
 

@@ -23,8 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fast.cuda_graphs import GraphPool, SharedMemoryGraphs, capturing
-from fast.streams import get_stream
+from fast.cuda_graphs import GraphPool, SharedMemoryGraphs, capture_stream, capturing
 from tracker import ClipPrediction, Tracker, TrackerState
 
 if TYPE_CHECKING:
@@ -42,9 +41,10 @@ def forward_in_graphs(
     tracker: Tracker, frame_queries: Tensor, state: TrackerState | None = None
 ) -> tuple[list[ClipPrediction], TrackerState]:
     """`Tracker.forward`, as CUDA graphs in training from the start of a video."""
+    forward = type(tracker).forward
     if not is_capturable(tracker, frame_queries, state):
-        return Tracker.forward(tracker, frame_queries, state)
-    return tracker.training_graphs.run(Tracker.forward, tracker, frame_queries)
+        return forward(tracker, frame_queries, state)
+    return tracker.training_graphs.run(forward, tracker, frame_queries)
 
 
 def is_capturable(tracker: Tracker, frame_queries: Tensor, state: TrackerState | None) -> bool:
@@ -56,7 +56,7 @@ def is_capturable(tracker: Tracker, frame_queries: Tensor, state: TrackerState |
 
 @dataclass
 class GraphPair:
-    """Both graphs for one shape, with the tensors that they read and write."""
+    """The two graphs of one input shape, and the memory that they read and write."""
 
     forward: torch.cuda.CUDAGraph
     backward: torch.cuda.CUDAGraph
@@ -70,28 +70,27 @@ class GraphPair:
 
 
 class TrainingGraphs(SharedMemoryGraphs):
-    """The graphs of a function in training, for each shape; dropped if the module has changed."""
+    """A function and its backward pass as two CUDA graphs for each input shape.
+
+    Changing the module drops all graphs.
+    """
 
     def __init__(self, calls_before_capture: int = 2, pool: GraphPool | None = None):
         super().__init__(calls_before_capture, pool)
         self.gradients: dict[int, Tensor] = {}  # by number of the parameter; of all graphs
 
     def run(self, function: Callable[[nn.Module, Tensor], Any], module: nn.Module, x: Tensor):
-        """function(module, x). The next call overwrites the results.
+        """function(module, x), whose results the next call overwrites.
 
         function: returns tensors in dataclasses, lists and tuples; it must not wait for the GPU.
         """
         self.check_module(module)
-        autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
-        key = x.shape, x.dtype, x.requires_grad, autocast
+        key = self.key_of(function, (x,)), x.requires_grad
         is_replaced = any(self.hooks) or not self.enabled  # a graph would not call hooks
         if is_replaced or self.is_rare(key):
             return function(module, x)
         if key not in self.graphs:
-            devices = [x.device] if x.is_cuda else []
-            with torch.random.fork_rng(devices):  # the noise of a step does not depend on captures
-                pair = self.capture_pair(function, module, x)
-            self.graphs[key] = pair
+            self.graphs[key] = self.capture_pair(function, module, x)
         pair = self.graphs[key]
         outputs = Replay.apply(self, pair, x, *pair.parameters)
         return with_tensors(pair.results, iter(outputs))
@@ -103,10 +102,7 @@ class TrainingGraphs(SharedMemoryGraphs):
         [static] = self.hold_inputs((x.detach(),))
         static.requires_grad_(x.requires_grad)
         parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        current = torch.cuda.current_stream(x.device)
-        stream = get_stream(x.device, priority=current.priority)  # that of all graphs of the pool
-        stream.wait_stream(current)
-        with torch.cuda.stream(stream), same_weights(module) as copies:
+        with capture_stream(x.device), fresh_parameters(module) as copies:
             leaves = [copies[parameter] for parameter in parameters]
             outputs, gradients = warm_up(function, module, [static, *leaves])
             torch.cuda.empty_cache()  # the graphs allocate from a pool of their own
@@ -123,7 +119,6 @@ class TrainingGraphs(SharedMemoryGraphs):
                 pairs = zip([x_gradient, *gradients.values()], new)
                 targets, sources = zip(*(pair for pair in pairs if pair[0] is not None))
                 torch._foreach_copy_(targets, sources)
-        current.wait_stream(stream)
         return GraphPair(
             forward,
             backward,
@@ -140,7 +135,9 @@ class TrainingGraphs(SharedMemoryGraphs):
     def hold_results(
         self, outputs: list[Tensor], gradients: list[Tensor | None], device: torch.device
     ) -> tuple[list[Tensor], list[Tensor | None], Tensor | None, dict[int, Tensor]]:
-        """Memory for what graphs return, which must not lie in the pool that they share.
+        """Memory outside of the pool for results and gradients.
+
+        Every replay overwrites the pool, but gradients must last until the optimizer's step.
 
         outputs, gradients: as of `warm_up`. Returns tensors for the outputs, their gradients, the
         gradient of x, and gradients of parameters, by number, which are the same for all graphs.
@@ -150,7 +147,7 @@ class TrainingGraphs(SharedMemoryGraphs):
         output_gradients = [next(held) if output.requires_grad else None for output in outputs]
         x_gradient, *gradients = gradients
         if x_gradient is not None:
-            [x_gradient] = self.hold("gradient", [x_gradient], device)
+            [x_gradient] = self.hold("x gradient", [x_gradient], device)
         outputs = self.hold_outputs(outputs, device)
         if not self.graphs:
             self.gradients = {}
@@ -182,10 +179,10 @@ class Replay(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *output_gradients: Tensor | None) -> tuple:
-        """The gradients of `forward`'s arguments; RuntimeError after another forward pass."""
+        """The gradients of `forward`'s arguments; RuntimeError after another pass."""
         pair = ctx.pair
         if ctx.number != ctx.pool.replays:
-            raise RuntimeError("a later forward pass has overwritten the activations of this one")
+            raise RuntimeError("the activations of this forward pass have been overwritten")
         for static, gradient in zip(pair.output_gradients, output_gradients):
             if static is not None and gradient is None:
                 static.zero_()
@@ -197,6 +194,7 @@ class Replay(torch.autograd.Function):
             if parameter.grad is not None:
                 parameter.grad = parameter.grad.clone()
         pair.backward.replay()
+        ctx.pool.replays += 1  # it has overwritten activations, too
         x_gradient = None if pair.x_gradient is None else pair.x_gradient.detach()
         return None, None, x_gradient, *(gradient.detach() for gradient in pair.gradients)
 
@@ -219,7 +217,7 @@ def warm_up(
 
 
 @contextmanager
-def same_weights(module: nn.Module) -> Iterator[dict[Tensor, Tensor]]:
+def fresh_parameters(module: nn.Module) -> Iterator[dict[Tensor, Tensor]]:
     """A context in which a module has new parameters, in the memory of its own ones.
 
     Backward synchronises with the stream on which a parameter was used first. That is another one

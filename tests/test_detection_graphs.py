@@ -91,6 +91,14 @@ def test_larger_images_get_new_memory():
     assert graphs.captured == 3 and len(graphs.graphs) == 2
 
 
+def test_replays_are_counted():
+    """A backward pass must not follow the replay of another graph in its pool."""
+    graphs = GraphsOnCPU()
+    for _ in range(5):
+        call(graphs, 2, 3)
+    assert graphs.pool.replays == 3
+
+
 def test_held_tensors_do_not_overlap():
     graphs = SharedMemoryGraphs()
     maps = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
@@ -100,6 +108,8 @@ def test_held_tensors_do_not_overlap():
         static.copy_(tensor)
     for static, tensor in zip(held, tensors):
         assert torch.equal(static, tensor) and static.stride() == tensor.stride()
+    (elsewhere,) = graphs.hold("inputs", [maps], torch.device("meta"))
+    assert elsewhere.device.type == "meta"
 
 
 def test_a_pool_lasts_as_long_as_a_graph(monkeypatch):

@@ -4,6 +4,7 @@ test_gpu.py has the real ones.
 """
 
 import copy
+import operator
 from functools import partial
 
 import pytest
@@ -12,9 +13,12 @@ from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
 from fast import training_graphs
+from fast.cuda_graphs import GraphPool
+from fast.detection_graphs import graph_detector
 from fast.training_graphs import (
     GraphPair,
     TrainingGraphs,
+    fresh_parameters,
     graph_tracker,
     run_backward,
     run_forward,
@@ -45,6 +49,10 @@ class GraphsOnCPU(TrainingGraphs):
     """Captures on a CPU, with the memory of TrainingGraphs."""
 
     def capture_pair(self, function, module, x):
+        with torch.random.fork_rng([]):
+            return self.capture_on_cpu(function, module, x)
+
+    def capture_on_cpu(self, function, module, x):
         [static] = self.hold_inputs((x.detach(),))
         parameters = list(module.parameters())
         kept = {}
@@ -185,8 +193,82 @@ def test_gradients_are_those_of_a_detector():
 
 def test_a_pass_must_be_over_before_the_next_one(model):
     first, _ = (loss_of(model, make_queries(model)) for _ in range(2))
-    with pytest.raises(RuntimeError, match="a later forward pass has overwritten"):
+    with pytest.raises(RuntimeError, match="have been overwritten"):
         first.backward()
+
+
+def test_a_second_backward_pass_is_an_error(model):
+    loss = loss_of(model, make_queries(model))
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="have been overwritten"):
+        loss.backward()
+
+
+def test_outputs_without_a_gradient_count_as_zero(model):
+    plain = tiny_model(**SMALLEST).train()
+    plain.load_state_dict(model.state_dict())
+    queries = make_queries(model)
+    loss_of(model, queries).backward()  # fills the memory of output gradients
+    for some_model in (plain, model):
+        some_model.zero_grad()
+        torch.manual_seed(1)
+        predictions, _ = some_model.tracker(queries)
+        predictions[-1].clip_embed.square().sum().backward()
+    for name, parameter in plain.tracker.named_parameters():
+        found = model.tracker.get_parameter(name).grad
+        expected = torch.zeros_like(found) if parameter.grad is None else parameter.grad
+        torch.testing.assert_close(found, expected)
+
+
+def test_parameters_return_after_an_error(model):
+    before = list(model.parameters())
+    with pytest.raises(ZeroDivisionError), fresh_parameters(model) as copies:
+        for parameter, original in zip(model.parameters(), before, strict=True):
+            assert parameter is copies[original] is not original
+            assert parameter.data_ptr() == original.data_ptr()
+        1 / 0
+    assert all(map(operator.is_, model.parameters(), before))
+
+
+@pytest.mark.parametrize("trained", ["detector", "tracker", "backbone"])
+def test_only_a_frozen_detector_shares_memory_with_the_tracker(trained):
+    model, pool = tiny_model(**SMALLEST), GraphPool()
+    prefixes = {
+        "detector": ("backbone.", "pixel_decoder.", "frame_decoder."),
+        "tracker": "tracker.",
+        "backbone": "backbone.",
+    }
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(prefixes[trained]))
+    graph_detector(model, pool)
+    assert (model.detection_graphs.pool is pool) == (trained == "tracker")
+    assert copy.deepcopy(model).detect.__self__ is not model
+
+
+def test_a_detector_in_the_same_memory_overwrites_activations(model):
+    loss = loss_of(model, make_queries(model))
+    model.tracker.training_graphs.pool.replays += 1  # as by SharedMemoryGraphs
+    with pytest.raises(RuntimeError, match="have been overwritten"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("change", ["trained weights", "a weight in the same memory", "a hook"])
+def test_a_change_of_the_tracker_drops_graphs(model, change):
+    loss_of(model, make_queries(model)).backward()
+    graphs = model.tracker.training_graphs.graphs
+    key, before = next(iter(graphs.items()))
+    attention = model.tracker.decoder[0].self_attention
+    weight = model.tracker.query_feat.weight
+    if change == "trained weights":
+        weight.requires_grad_(False)
+    elif change == "a weight in the same memory":
+        model.tracker.query_feat.weight = torch.nn.Parameter(weight.data)
+    else:
+        attention.register_full_backward_hook(lambda *given: None)
+    model.zero_grad()
+    loss_of(model, make_queries(model)).backward()
+    assert graphs.get(key) is not before
+    assert (model.tracker.query_feat.weight.grad is None) == (change == "trained weights")
 
 
 def test_graphs_belong_to_one_model_as_it_is(model):
