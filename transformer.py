@@ -8,8 +8,6 @@ Source: upstream mask2former/modeling/transformer_decoder/mask2former_transforme
 vita/modeling/transformer_decoder/vita.py.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -54,21 +52,6 @@ class Attention(nn.Module):
             x = F.linear(x, weight, bias)
             projected.append(x.unflatten(-1, (self.heads, -1)).transpose(1, 2))
         return projected
-
-    @torch.no_grad()
-    def attention_weights(self, query: Tensor, key: Tensor, mask: Tensor | None = None) -> Tensor:
-        """softmax(q k^T / sqrt(C / heads) + mask), the weights of the values in `forward`.
-
-        For inspection (viewing/introspection.py): `forward` never holds this matrix. Arguments as
-        for `forward`; returns (N, heads, queries, keys), rows of which sum to 1.
-        """
-        q, k, _ = self.project(query, key, key)
-        logits = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
-        if mask is None:
-            return logits.softmax(-1)
-        if mask.dtype == torch.bool:
-            return logits.masked_fill(mask, -math.inf).softmax(-1)
-        return (logits + mask).softmax(-1)
 
 
 class ResidualNorm(nn.LayerNorm):

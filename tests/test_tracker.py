@@ -23,6 +23,7 @@ from tracker import (
     logistic_noise,
 )
 from transformer import Attention, mask_kernel
+from viewing.introspection import attention_weights
 
 QUERIES, FRAME_QUERIES, CHANNELS = 5, 4, 16
 OPEN, CLOSED = 100.0, -100.0  # gate biases that no logit of these tests gets across
@@ -327,7 +328,7 @@ def test_attention_weights_of_a_closed_query():
         closed = torch.tensor(closed, dtype=torch.float32)
         expected = torch.stack((one, closed / closed.sum(), one, one))
         torch.testing.assert_close(attention(x, x, x, mask)[0], expected)
-        torch.testing.assert_close(attention.attention_weights(x, x, mask)[0, 0], expected)
+        torch.testing.assert_close(attention_weights(attention, x, x, mask)[0, 0], expected)
 
 
 @torch.no_grad()

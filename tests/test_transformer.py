@@ -20,6 +20,7 @@ from transformer import (
     mask_kernel,
     mask_logits,
 )
+from viewing.introspection import attention_weights
 
 CHANNELS, HEADS = 12, 3
 
@@ -99,7 +100,7 @@ def test_attention_weights_are_a_softmax(kind):
     }[kind]
     if kind == "blocked":
         mask[..., 0] = False
-    weights = attention.attention_weights(query, key, mask)
+    weights = attention_weights(attention, query, key, mask)
     assert weights.shape == (2, HEADS, 5, 7) and not weights.requires_grad
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, HEADS, 5, dtype=torch.float64))
 

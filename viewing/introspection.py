@@ -80,11 +80,28 @@ def pixel_maps(weights: Tensor, frame_size: tuple[int, int]) -> Tensor:
     return weights.unflatten(3, (scale * height, scale * width))
 
 
+@torch.no_grad()
+def attention_weights(
+    attention: Attention, query: Tensor, key: Tensor, mask: Tensor | None = None
+) -> Tensor:
+    """softmax(q k^T / sqrt(C / heads) + mask): (N, heads, queries, keys), rows of which sum to 1.
+
+    Arguments as for `Attention.forward`, which never holds this matrix.
+    """
+    q, k, _ = attention.project(query, key, key)
+    logits = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
+    if mask is None:
+        return logits.softmax(-1)
+    if mask.dtype == torch.bool:
+        return logits.masked_fill(mask, -math.inf).softmax(-1)
+    return (logits + mask).softmax(-1)
+
+
 def record_weights(
     record: AttentionRecord, name: str, module: Attention, inputs: tuple, output: Tensor
 ) -> None:
     query, key, _, mask = inputs
-    record.weights[name].append(module.attention_weights(query, key, mask).cpu())
+    record.weights[name].append(attention_weights(module, query, key, mask).cpu())
 
 
 @torch.no_grad()
