@@ -190,10 +190,9 @@ class MixedClips(Dataset):
 
 
 class StepSampler(Sampler):
-    """Yields the clip numbers of each step of one process.
+    """Batch sampler: the clip indices of each step, for the process `rank` of `world`.
 
-    Step s of W processes (`world`) trains the clips from s * W * clips_per_process on, and the
-    process of rank r those from (s * W + r) * clips_per_process on.
+    Indices count up over processes first, then over steps, as if all were one large batch.
     """
 
     def __init__(

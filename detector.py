@@ -21,6 +21,7 @@ from transformer import (
     FeedForward,
     ResidualNorm,
     SelfAttention,
+    full_precision,
     mask_kernel,
     mask_logits,
 )
@@ -147,11 +148,10 @@ class PixelDecoder(nn.Module):
         16 bit and the residual stream stays in float32. (Upstream disables autocast here.)
         """
         res2, res3, res4, res5 = maps
-        dtype = torch.promote_types(res2.dtype, torch.float32)
         tokens, positions, level_shapes = [], [], []
         projections = zip((res5, res4, res3), self.input_proj, self.level_embed)
         for backbone_map, projection, embed in projections:
-            projected = projection(backbone_map).to(dtype)
+            projected = full_precision(projection(backbone_map))
             tokens.append(to_tokens(projected))
             positions.append(to_tokens(self.sine_position(projected)) + embed)
             level_shapes.append(tuple(projected.shape[-2:]))

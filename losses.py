@@ -150,12 +150,11 @@ class Criterion:
         whole video. Costs and losses are computed in float32 or better.
         """
         batch = len(videos)
-        detector_layers = len(output.frames.queries)
-        predictions_per_frame = len(output.frames.predictions)
+        per_frame = len(output.frames.predictions)
         if self.freeze_detector:  # only those that the similarity loss needs are matched
-            predictions_per_frame = detector_layers
+            per_frame = len(output.frames.queries)
         targets = pad_targets(videos, output.padded_size, output.frames.features.device)
-        frames = frame_predictions(output, batch, predictions_per_frame)
+        frames = frame_predictions(output, batch, per_frame)
         clips = clip_predictions(output, batch, self.gate_field)
 
         # Speed: a GPU computes the costs of clips while frames are matched.
@@ -169,7 +168,7 @@ class Criterion:
             sampled = self.sample(frames, targets, frame_matches)
             sums += self.frame_sums(frames, targets, sampled)
         sampled = self.sample(clips, targets, clip_matches, frame_matches)
-        sums += self.clip_sums(clips, targets, sampled, detector_layers, whole_video)
+        sums += self.clip_sums(clips, targets, sampled, whole_video)
 
         counts = average_over_processes([loss.count for loss in sums])
         losses = {}
@@ -218,11 +217,11 @@ class Criterion:
         predictions: Predictions,
         targets: Targets,
         matches: SampledMatches,
-        detector_layers: int,
         whole_video: bool,
     ) -> list[LossSum]:
         """The losses of all clips and decoder layers; the L detector layers share one mean."""
         prefix, suffix = ("loss_vita_", "") if whole_video else ("loss_genvis_", "_clip{clip}")
+        detector_layers = predictions.clip_embed.shape[1]
         sums = []
         for name, (function, weight) in self.clip_losses.items():
             if name == "gate" and predictions.gate_values is None:  # a mode without gates
@@ -241,14 +240,11 @@ class Criterion:
 
         Upstream's mean is over the queries of a process, this one over those of all processes.
         """
-        no_object = matches.classes == self.num_classes  # (G, R, B, Q)
-        weight = predictions.logits.new_ones(no_object.shape)
-        weight = weight.masked_fill(no_object, self.no_object_weight)
-        loss = F.cross_entropy(
-            predictions.logits.flatten(0, 3), matches.classes.flatten(), reduction="none"
-        )
-        loss = weight * loss.view(weight.shape)
-        return loss.sum((2, 3)), weight.sum((2, 3))
+        logits, target = predictions.logits, matches.classes  # (G, R, B, Q, K + 1), (G, R, B, Q)
+        weight = logits.new_ones(self.num_classes + 1)
+        weight[-1] = self.no_object_weight
+        loss = F.cross_entropy(logits.flatten(0, 3), target.flatten(), weight, reduction="none")
+        return loss.view(target.shape).sum((2, 3)), weight[target].sum((2, 3))
 
     def similarity_loss(
         self, predictions: Predictions, targets: Targets, matches: SampledMatches

@@ -372,10 +372,9 @@ def match(
     first_seen = visible & (visible.cumsum(0) == 1)
     new = first_seen if keep_identities else visible  # instances to assign a query to
     query_of = np.full((clips, layers, batch, instances), -1)
+    none = np.full(instances, -1)
     for clip, layer, video in np.ndindex(clips, layers, batch):
-        previous = query_of[clip, layer, video]  # none
-        if keep_identities and clip:
-            previous = query_of[clip - 1, layer, video]
+        previous = query_of[clip - 1, layer, video] if keep_identities and clip else none
         query_of[clip, layer, video] = match_clip(
             costs[clip, layer, video], new[clip, video], visible[clip, video], previous
         )

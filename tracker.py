@@ -190,7 +190,7 @@ class Tracker(nn.Module):
         outputs, gate_logits, gate_soft = [], [], []
         for encoded_clip in encoded.flatten(1, 2).chunk(clips):  # (S, U * F, C)
             if state is None:
-                state = self.initial_state(math.prod(streams))
+                state = self.initial_state(detector_layers * batch)
             elif self.training and self.query_noise:
                 state = replace(state, query=self.add_query_noise(state.query))
             layer_outputs, layer_gate_logits, layer_gate_soft, state = self.decode_clip(
@@ -233,7 +233,7 @@ class Tracker(nn.Module):
         """
         query_pos = self.query_embed.weight
         frames = encoded_clip.shape[1] // len(self.frame_query_embed.weight)
-        frame_query_pos = self.frame_query_embed.weight.expand(frames, -1, -1).flatten(0, 1)
+        frame_query_pos = self.frame_query_embed.weight.repeat(frames, 1)  # (U * F, C)
         key = encoded_clip + frame_query_pos  # not added to values
         query = self.read_memory(state) if self.use_memory else state.query
         x, mask = query, None
@@ -272,7 +272,7 @@ class Tracker(nn.Module):
         soft = torch.sigmoid((logits + logistic_noise(logits)) / GUMBEL_TEMPERATURE)
         hard = (soft >= 0.5).to(soft.dtype)
         gate = (hard - soft).detach() + soft  # straight-through
-        last_layer = gate.unflatten(0, (detector_layers, -1))[-1]  # (B, Q)
+        last_layer = gate.chunk(detector_layers)[-1]  # (B, Q)
         gate = last_layer.repeat(detector_layers, 1).to(x.dtype)  # (S, Q)
         return gate[..., None], logits, soft
 
