@@ -231,7 +231,7 @@ def run_live(
     args: argparse.Namespace,
 ) -> None:
     """Print the tracks of each frame as it arrives."""
-    state, size = model.reset(), None
+    state, size = None, None
     for number, picture in enumerate(pictures):
         size = size or picture.size
         check_size(picture, size, number, source)

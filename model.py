@@ -29,7 +29,7 @@ their own):
     layers     L detector layers whose queries the tracker receives (3 in training, else the last)
                D decoder layers of the tracker
                S = L * B streams: the batch entries of the tracker (detector layer, video),
-               layer-major. (Those of `step_streams` are live videos.)
+               layer-major.
 """
 
 import sys
@@ -172,22 +172,14 @@ class GRAttVIS(nn.Module):
 
     # The detector
 
-    def prepare(self, frames: Tensor | list[Tensor]) -> Tensor:
-        """Frames (N, 3, H, W) or a list of (3, H, W), whose sizes may differ -> detector input.
+    def prepare(self, videos: list[Tensor]) -> Tensor:
+        """Videos, uint8 RGB (T, 3, H, W) each -> detector input (N, 3, H', W').
 
-        Frames are uint8 RGB. Returns images (N, 3, H', W'), normalised, then padded on the right
-        and at the bottom to multiples of 32. Padding is 0 after normalisation; there is no padding
-        mask.
+        T, H and W may differ. Frames are normalised, then padded with zeros on the right and at the
+        bottom to one multiple of 32. There is no padding mask.
 
-        Raises ValueError without frames, or for a frame of another dtype or shape (of a tensor of
-        frames the first is checked).
+        Raises ValueError without frames, or if a video's first frame has another dtype or shape.
         """
-        if isinstance(frames, Tensor):
-            return self.prepare_videos([frames])
-        return self.prepare_videos([frame[None] for frame in frames])
-
-    def prepare_videos(self, videos: list[Tensor]) -> Tensor:
-        """`prepare` for the frames of videos (T, 3, H, W); T, H and W may differ."""
         lengths = [len(video) for video in videos]
         if not min(lengths, default=0):
             raise ValueError("a video has no frames")
@@ -235,7 +227,7 @@ class GRAttVIS(nn.Module):
                 "all videos of a batch need the same number of frames, not "
                 f"{[len(video) for video in videos]}"
             )
-        images = self.prepare_videos(videos)
+        images = self.prepare(videos)
         size = tuple(images.shape[-2:])
         frames = acceleration.detect_in_chunks(self, images)  # Memory: in chunks, if frozen
         del images  # Memory: before the tracker runs
@@ -291,7 +283,7 @@ class GRAttVIS(nn.Module):
 
     def detect_queries(self, frames: Tensor) -> tuple[Tensor, Tensor]:
         """Frames, uint8 (N, 3, H, W) -> frame queries (N, F, C) and features (N, C, h, w)."""
-        output = self.detect(self.prepare(frames))
+        output = self.detect(self.prepare([frames]))
         return output.queries[-1], output.features
 
     def track(
@@ -314,11 +306,10 @@ class GRAttVIS(nn.Module):
             gate_logits = torch.stack(gate_logits, 1).unflatten(1, (len(predictions), -1))
         else:
             gate_logits = logits[..., :0].mT  # D = 0
-
-        def for_each_frame(x: Tensor) -> Tensor:  # (B, G, ...) -> (B, T, ...)
-            return x[:, :, None].expand(-1, -1, clip_length, -1, -1).flatten(1, 2)
-
-        return (logits, for_each_frame(kernels), for_each_frame(gate_logits >= 0)), state
+        # From clips to their frames: (B, G, ...) -> (B, T, ...).
+        kernels = kernels.repeat_interleave(clip_length, 1)
+        gates = (gate_logits >= 0).repeat_interleave(clip_length, 1)
+        return (logits, kernels, gates), state
 
     @torch.no_grad()
     def segment_video(
@@ -486,11 +477,6 @@ class GRAttVIS(nn.Module):
                     f"all frames of a video must have one size, not {state.frame_size} and {size}"
                 )
         return states
-
-    @staticmethod
-    def reset() -> None:
-        """The state before the first frame, for `step` to start on another video."""
-        return None
 
 
 # Arguments of GRAttVIS by preset; build_model can override each of them.

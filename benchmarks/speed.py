@@ -94,7 +94,7 @@ def floor(preset: str, size: tuple[int, int], args: argparse.Namespace) -> None:
         choose_amp(args.amp, DEVICE)[0],
     )
     with FlopCounterMode(display=False) as counter:
-        queries = model.detect(model.prepare(make_video(1, *size))).queries
+        queries = model.detect(model.prepare([make_video(1, *size)])).queries
         model.tracker(queries[:, None, None])
     side = 8192 if CUDA else 2048
     large = torch.randn(side, side, device=DEVICE, dtype=dtype)

@@ -138,7 +138,7 @@ def test_a_live_frame_of_another_size_is_refused(monkeypatch):
     """By a model that sees nothing."""
     monkeypatch.setattr(demo, "best_labels", lambda found, least: [])
     nothing = SimpleNamespace(scores=torch.zeros(0), masks=torch.zeros(0, 6, 8, dtype=torch.bool))
-    model = SimpleNamespace(reset=lambda: None, step=lambda *given: (nothing, None))
+    model = SimpleNamespace(step=lambda *given: (nothing, None))
     with pytest.raises(InputError, match="^frame 1 of - is 5x5, the first 8x6$"):
         demo.run_live(
             model,

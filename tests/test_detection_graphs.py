@@ -132,7 +132,7 @@ def test_a_pool_lasts_as_long_as_a_graph(monkeypatch):
 @pytest.mark.parametrize("is_trained", [True, False])
 def test_without_a_gpu_the_detector_runs_as_it_is(is_trained):
     model = tiny_model().train().requires_grad_(is_trained)
-    images = model.prepare(torch.randint(0, 256, (2, 3, 40, 48), dtype=torch.uint8))
+    images = model.prepare([torch.randint(0, 256, (2, 3, 40, 48), dtype=torch.uint8)])
     expected = model.detect(images)
     graph_detector(model)
     for gradients in (True, False):

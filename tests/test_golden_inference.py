@@ -69,7 +69,7 @@ def run_stages(model, frames):
     """Every stage of every frame, as a reader would call them one after the other."""
     state = None
     for frame in frames:
-        images = model.prepare([frame])
+        images = model.prepare([frame[None]])
         maps = model.backbone(images)
         levels, features = model.pixel_decoder(maps)
         predictions, queries = model.frame_decoder(

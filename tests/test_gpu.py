@@ -462,7 +462,7 @@ def test_nan_in_a_fused_resnet_is_noticed(weight):
     trained = copy.deepcopy(model).train()
     fuse_trained_resnet(trained.backbone, torch.bfloat16)
     with torch.autocast("cuda", torch.bfloat16):
-        maps = trained.backbone(trained.prepare(frames))
+        maps = trained.backbone(trained.prepare([frames]))
     assert not maps[-1].isfinite().all()
 
     model.accelerate(torch.float16)

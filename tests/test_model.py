@@ -86,7 +86,7 @@ def test_prepare_normalises_then_pads(model):
     """Padding is 0 after normalisation, the mean colour that is, at the right and bottom, to
     multiples of 32."""
     frames = [make_frames(1)[0], make_frames(1, 30, 70)[0]]
-    images = model.prepare(frames)
+    images = model.prepare([frame[None] for frame in frames])
     assert images.shape == (2, 3, 64, 96)
     for image, frame in zip(images.numpy(), frames):
         height, width = frame.shape[1:]
@@ -96,7 +96,7 @@ def test_prepare_normalises_then_pads(model):
                 image[channel, :height, :width], expected, rtol=1e-5, atol=1e-5
             )
         assert not image[:, height:].any() and not image[:, :, width:].any()
-    assert model.prepare([make_frames(1, 32, 64)[0]]).shape == (
+    assert model.prepare([make_frames(1, 32, 64)]).shape == (
         1,
         3,
         32,
@@ -117,7 +117,7 @@ def test_prepare_normalises_then_pads(model):
 )
 def test_prepare_refuses_other_frames(model, frame):
     with pytest.raises(ValueError, match=r"uint8 of shape \(3, H, W\)"):
-        model.prepare([frame])
+        model.prepare([frame[None]])
 
 
 # A whole video
@@ -352,7 +352,7 @@ def test_scores_by_hand(model):
     state, inside = None, [[] for _ in range(20)]
     for t, frame in enumerate(frames):
         with torch.no_grad():
-            images = model.prepare([frame])
+            images = model.prepare([frame[None]])
             output = model.detect(images)
             (prediction,), state = model.tracker(output.queries[:, None, None], state)
             torch.testing.assert_close(prediction.logits[-1][0, 0], video.logits[t])
@@ -658,7 +658,7 @@ def test_requests_that_make_no_sense_are_refused():
             model.step(frames[0], top_k=count)
     for videos in ([], [frames[:0]], [frames, frames[:0]]):
         with pytest.raises(ValueError, match="no frames"):
-            model.prepare_videos(videos)
+            model.prepare(videos)
     with pytest.raises(ValueError, match="no frames"):
         model.prepare([])
     with pytest.raises(ValueError, match="num_classes"):
