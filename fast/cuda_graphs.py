@@ -56,7 +56,7 @@ def graph_constant(key: tuple, compute: Callable[[], Tensor]) -> Tensor:
 
 
 class GraphPool:
-    """Memory that graphs share, because none is used while results of another are needed."""
+    """Memory that graphs share, since none runs while the activations of another are needed."""
 
     def __init__(self):
         self.graphs = WeakSet()
@@ -65,7 +65,7 @@ class GraphPool:
 
     def handle_for(self, graph: torch.cuda.CUDAGraph) -> tuple:
         """The handle to capture one more graph with."""
-        if not self.graphs:  # the memory of graphs that are gone must not be used again
+        if not self.graphs:  # CUDA has freed the memory with the last graph
             self.handle = torch.cuda.graph_pool_handle()
         self.graphs.add(graph)
         return self.handle
@@ -196,8 +196,8 @@ class CUDAGraphCache:
 
         Changes are other weight tensors (`.to()`, `load_state_dict(assign=True)`), other trained
         weights (`requires_grad_()`), submodules, settings such as `tracker.gate_mask`, and replaced
-        methods. New values in the same weight
-        tensors are read by the graphs and need no new capture.
+        methods. New values in the same weight tensors are read by the graphs and need no new
+        capture.
         """
         weights, objects = self.read_module(module)
         if weights != self.weights or not is_same(objects, self.objects):
