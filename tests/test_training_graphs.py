@@ -28,6 +28,7 @@ from fast.training_graphs import (
 )
 from model import GRAttVIS
 from sparse_set import SMALLEST, tiny_model
+from tracker import Tracker
 
 pytestmark = pytest.mark.usefixtures("four_convolutions")
 FRAMES = 3
@@ -280,6 +281,17 @@ def test_graphs_belong_to_one_model_as_it_is(model):
     key, before = next(iter(graphs.items()))
     loss_of(model, make_queries(model))
     assert model.tracker.training_graphs.graphs[key] is not before
+
+
+def test_a_subclass_keeps_its_forward():
+    class Other(Tracker):
+        def forward(self, frame_queries, state=None):
+            return "its own", state
+
+    model = tiny_model(**SMALLEST).train()
+    model.tracker.__class__ = Other
+    graph_tracker(model)
+    assert model.tracker(make_queries(model)) == ("its own", None)
 
 
 def test_hooks_fire(model):
