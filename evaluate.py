@@ -335,11 +335,12 @@ def segment_set(
 
 
 def print_speed(videos: list[Video], seconds: float, device: torch.device) -> None:
-    """Print the speed of this process over its videos, and the peak of GPU memory."""
+    """Print the speed of this process over its videos, and the GPU memory that it reserved."""
     frames = sum(len(video.files) for video in videos)
     peak = ""
     if device.type == "cuda":
-        gibibytes = torch.cuda.max_memory_allocated() / 2**30
+        # Not the memory of tensors, which leaves out what CUDA graphs keep.
+        gibibytes = torch.cuda.max_memory_reserved() / 2**30
         peak = f", {gibibytes:.2f} GiB of GPU memory"
     print(
         f"{frames} frames in {seconds:.1f} s, {frames / seconds:.1f} a second with reading and "

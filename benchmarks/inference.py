@@ -149,7 +149,7 @@ def memory(lengths: list[int], chunk: int) -> None:
             resident(),
             sum(len(code["counts"]) for track in result.segmentations for code in track),
         )
-        peak = f"{torch.cuda.max_memory_allocated() / 1e9:.3f} GB of GPU memory, " if CUDA else ""
+        peak = f"{torch.cuda.max_memory_reserved() / 1e9:.3f} GB of GPU memory, " if CUDA else ""
         growth = (
             f"{1e3 * (now - last[1]) / (frames - last[0]):.1f} kB a frame since {last[0]}"
             if last

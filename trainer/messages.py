@@ -85,6 +85,7 @@ def log_record(
         "gradient_norm": grad_norm if math.isfinite(grad_norm) else None,
         "iterations_per_second": run.args.log_every / seconds,
         "data_share": data_share,
+        # Not the memory of tensors, which leaves out what CUDA graphs keep.
         "memory_gib": torch.cuda.max_memory_reserved() / 2**30 if on_gpu else None,
         "skipped": skipped,
     }
