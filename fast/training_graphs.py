@@ -62,8 +62,7 @@ class GraphPair:
     backward: torch.cuda.CUDAGraph
     x: Tensor
     parameters: list[Tensor]  # those that get a gradient
-    results: Any  # of the function, with the tensors of `outputs`
-    outputs: list[Tensor]
+    results: Any  # of the function: the outputs in dataclasses, lists and tuples
     output_gradients: list[Tensor | None]  # None where an output has no gradient
     x_gradient: Tensor | None
     gradients: list[Tensor]  # of the parameters
@@ -126,7 +125,6 @@ class TrainingGraphs(SharedMemoryGraphs):
             [parameters[number] for number in gradients],
             # Without the autograd graph of the capture, which would be bound to its stream.
             with_tensors(results, iter(outputs)),
-            outputs,
             output_gradients,
             x_gradient,
             list(gradients.values()),
@@ -171,7 +169,7 @@ class Replay(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         pair.x.copy_(x)
         pair.forward.replay()
-        outputs = [output.detach() for output in pair.outputs]
+        outputs = [output.detach() for output in tensors_of(pair.results)]
         gradients = zip(outputs, pair.output_gradients)
         ctx.mark_non_differentiable(*(output for output, gradient in gradients if gradient is None))
         return tuple(outputs)

@@ -78,7 +78,6 @@ class GraphsOnCPU(TrainingGraphs):
             static,
             [parameters[number] for number in gradients],
             with_tensors(kept["results"], iter(outputs)),
-            outputs,
             output_gradients,
             x_gradient,
             list(gradients.values()),
